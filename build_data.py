@@ -223,6 +223,16 @@ def encode(processor, record, vision: Vision, device=None) -> dict[str, torch.Te
     return {key: value.to(device) for key, value in inputs.items()}
 
 
+def encode_blank(processor) -> dict[str, torch.Tensor]:
+    """Inputs of a black picture and an empty question.
+
+    Never trained on: a rank that has nothing usable in a step runs it with weight zero, so that
+    it makes the same calls as the other ranks.
+    """
+    record = {"problem": "", "problem_type": "free-form", "data_type": "image", "media_path": ""}
+    return encode(processor, record, Vision(None, {}, Image.new("RGB", (2 * PATCH, 2 * PATCH))))
+
+
 def pad_batch(samples, pad_values, side) -> dict[str, torch.Tensor]:
     """Joins B encoded records into one batch, padding the (1, L) entries on `side`.
 
@@ -496,6 +506,7 @@ def toy_args_files(out):
 {common}\
 --num_train_epochs=8
 --per_rank_batch_size=32
+--gradient_accumulation_steps=1
 --learning_rate=2e-3
 --lr_schedule=linear
 --warmup_steps=50

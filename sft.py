@@ -1,0 +1,390 @@
+"""Cold start: supervised fine-tuning on annotated chains of thought (paper, section 3.3).
+
+    python sft.py @toy/sft.args
+    deepspeed sft.py --model Qwen/Qwen2.5-VL-7B-Instruct --data Video-R1-COT-165k.json \
+        --output sft
+
+The prompt is the one of every stage (build_data.build_messages); the target is the record's
+`process`, a newline and its `solution`, closed by the end token. The loss is the mean of
+-log p over the target tokens of the global batch, whatever their split over ranks and
+micro-batches; prompt and visual tokens carry none.
+
+Left out on purpose: packing (rows are padded to the longest of the micro-batch).
+
+Shapes: B records of a micro-batch, L tokens, V vocabulary.
+"""
+import argparse
+import json
+import math
+import os
+import shutil
+import socket
+import subprocess
+import sys
+import time
+import warnings
+from importlib.metadata import version
+from pathlib import Path
+
+import deepspeed
+import torch
+import torch.distributed as dist
+import torch.nn.functional as F
+from deepspeed.accelerator import get_accelerator
+from torch.utils.data import DataLoader, Dataset
+from tqdm import tqdm
+from transformers import AutoModelForImageTextToText, AutoProcessor
+
+from build_data import (InputError, MediaError, encode, encode_blank, load_records, load_vision,
+                        pad_batch, read_args_line, sampling_of, seeded_generator)
+
+IGNORED = -100  # label of a token without loss, as in torch's cross entropy
+
+
+def parse_args(argv=None):
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0],
+                                     fromfile_prefix_chars="@")
+    parser.convert_arg_line_to_args = read_args_line
+    add = parser.add_argument
+    # data and model
+    add("--model", required=True, help="Hugging Face directory or name of the model to start from")
+    add("--data", required=True, help="records with `process`, .json or .jsonl")
+    add("--media_root", help="folder that the records' paths are relative to; default: the data's")
+    add("--output", required=True, help="folder for metrics, checkpoints and the final model")
+    # frames and pixels
+    add("--max_frames", type=int, default=16, help="most frames of a video")
+    add("--min_frames", type=int, default=4, help="fewest frames of a video")
+    add("--fps", type=float, default=2.0, help="frames a second of video, within those bounds")
+    add("--min_pixels", type=int, default=4 * 28 * 28, help="fewest pixels of a video frame")
+    add("--max_pixels", type=int, default=128 * 28 * 28, help="most pixels of a video frame")
+    add("--image_min_pixels", type=int, default=4 * 28 * 28, help="fewest pixels of an image")
+    add("--image_max_pixels", type=int, default=512 * 28 * 28, help="most pixels of an image")
+    # optimisation
+    add("--num_train_epochs", type=float, default=1.0, help="passes over the data")
+    add("--per_rank_batch_size", type=int, default=1, help="records of a micro-batch on a rank")
+    add("--gradient_accumulation_steps", type=int, default=2, help="micro-batches of a step")
+    add("--learning_rate", type=float, default=1e-6, help="peak learning rate of AdamW")
+    add("--lr_schedule", choices=("constant", "linear", "cosine"), default="cosine",
+        help="decay to 0 after the warm-up")
+    add("--warmup_steps", type=int, default=0, help="steps of linear warm-up")
+    add("--adam_beta2", type=float, default=0.999, help="AdamW's second decay rate")
+    add("--weight_decay", type=float, default=0.01, help="AdamW's decoupled weight decay")
+    add("--max_grad_norm", type=float, default=5.0, help="gradients are clipped to this norm")
+    add("--gradient_checkpointing", action=argparse.BooleanOptionalAction, default=False,
+        help="recompute activations in the backward pass to save memory")
+    # the machine
+    add("--attn_implementation", default="sdpa", help="sdpa, eager or flash_attention_2")
+    add("--deepspeed_config", default=str(Path(__file__).parent / "ds_zero3.json"),
+        help="DeepSpeed's JSON file: ZeRO stage, offload, precision, monitors")
+    add("--num_workers", type=int, default=2, help="processes that decode media ahead of need")
+    add("--save_steps", type=int, default=500, help="steps between checkpoints; 0: none")
+    add("--resume", action="store_true", help="continue from the newest checkpoint in --output")
+    add("--seed", type=int, default=0, help="seed of every random draw")
+    add("--local_rank", type=int, default=-1, help="set by the deepspeed launcher; not used")
+    return parser.parse_args(argv)
+
+
+# -------------------------------------------------------------------------- pure functions
+
+def sft_labels(prompt_ids, response_ids):
+    """Input ids and labels of one example: loss on the response only, its end token included.
+
+    >>> sft_labels(torch.tensor([[1, 2]]), torch.tensor([[3, 4]]))[1].tolist()
+    [[-100, -100, 3, 4]]
+    """
+    ids = torch.cat([prompt_ids, response_ids], dim=1)  # (1, L)
+    labels = torch.cat([torch.full_like(prompt_ids, IGNORED), response_ids], dim=1)  # (1, L)
+    return ids, labels
+
+
+def target_loss(logits, labels):
+    """Summed -log p of the labelled tokens; logits (B, L, V), labels (B, L) not yet shifted."""
+    return F.cross_entropy(logits[:, :-1].float().flatten(0, 1), labels[:, 1:].flatten(),
+                           ignore_index=IGNORED, reduction="sum")
+
+
+def learning_rate(step, args):
+    """Learning rate of 0-based `step`: linear warm-up, then the schedule over the other steps."""
+    if step < args.warmup_steps:
+        return args.learning_rate * (step + 1) / args.warmup_steps
+    progress = (step - args.warmup_steps) / max(1, args.max_steps - args.warmup_steps)
+    decay = {"constant": 1.0, "linear": 1 - progress,
+             "cosine": (1 + math.cos(math.pi * progress)) / 2}
+    return args.learning_rate * decay[args.lr_schedule]
+
+
+def record_index(position, count, seed):
+    """Which record stands at `position` of the endless data order, reshuffled every epoch.
+
+    A pure function, so a resumed run needs no stored state to go on where it stopped.
+    """
+    epoch, offset = divmod(position, count)
+    if record_index.cache[:3] != (epoch, count, seed):
+        order = torch.randperm(count, generator=seeded_generator(seed, epoch)).tolist()
+        record_index.cache = (epoch, count, seed, order)
+    return record_index.cache[3][offset]
+
+
+record_index.cache = (None, None, None, [])  # the order of the epoch asked for last
+
+
+# --------------------------------------------------------------------------------- data
+
+class Targets(Dataset):
+    """position -> encoded record with labels, or its MediaError; runs in worker processes."""
+
+    def __init__(self, records, processor, end_id, args):
+        self.records, self.processor, self.end_id, self.args = records, processor, end_id, args
+
+    def __getitem__(self, position):
+        record = self.records[record_index(position, len(self.records), self.args.seed)]
+        try:
+            vision = load_vision(record, **sampling_of(self.args, record))
+        except MediaError as error:
+            return {"problem_id": record["problem_id"], "path": record["path"],
+                    "reason": str(error)}
+        return sft_example(self.processor, record, vision, self.end_id)
+
+
+def sft_example(processor, record, vision, end_id):
+    """encode()'s inputs, lengthened by the target, with `labels` (1, L)."""
+    inputs = encode(processor, record, vision)
+    target = f"{record['process']}\n{record['solution']}"
+    response = processor.tokenizer(target, add_special_tokens=False).input_ids + [end_id]
+    inputs["input_ids"], inputs["labels"] = sft_labels(
+        inputs["input_ids"], torch.tensor([response]))  # (1, L) each
+    longer = (0, len(response))
+    inputs["attention_mask"] = F.pad(inputs["attention_mask"], longer, value=1)  # (1, L)
+    inputs["mm_token_type_ids"] = F.pad(inputs["mm_token_type_ids"], longer)  # (1, L): text
+    return inputs
+
+
+# --------------------------------------------------------- start-up, the same in each stage
+
+def setup_distributed():
+    """Joins the process group, under the deepspeed launcher or alone. Returns (rank, device)."""
+    if "RANK" not in os.environ:  # started as `python sft.py`: a group of one
+        with socket.socket() as probe:
+            probe.bind(("127.0.0.1", 0))
+            port = str(probe.getsockname()[1])
+        os.environ.update(RANK="0", LOCAL_RANK="0", WORLD_SIZE="1", MASTER_ADDR="127.0.0.1",
+                          MASTER_PORT=port)
+    deepspeed.utils.logger.setLevel("WARNING")
+    # DeepSpeed calls functions that torch has renamed: one warning a step and rank otherwise
+    warnings.filterwarnings("ignore", category=FutureWarning, module="torch.distributed")
+    local_rank = int(os.environ["LOCAL_RANK"])
+    get_accelerator().set_device(local_rank)
+    deepspeed.init_distributed(get_accelerator().communication_backend_name(), verbose=False)
+    return dist.get_rank(), torch.device(get_accelerator().device_name(local_rank))
+
+
+def read_deepspeed_config(args):
+    """The user's DeepSpeed file, completed with what this script's flags decide."""
+    try:
+        config = json.loads(Path(args.deepspeed_config).read_text(encoding="utf-8"))
+    except (OSError, json.JSONDecodeError) as error:
+        raise InputError(f"cannot read --deepspeed_config {args.deepspeed_config}: {error}") \
+            from None
+    ours = {"train_micro_batch_size_per_gpu": 1, "gradient_accumulation_steps": 1,
+            "gradient_clipping": args.max_grad_norm}
+    for key in (*ours, "train_batch_size", "optimizer", "scheduler"):
+        if config.get(key, "auto") != "auto":
+            raise InputError(f"remove {key!r} from {args.deepspeed_config}: "
+                             "this script's own flags decide it")
+    if config.get("fp16", {}).get("enabled"):
+        raise InputError(f"{args.deepspeed_config} enables fp16: use bf16, or neither for fp32")
+    if config.get("bf16", {}).get("enabled") == "auto":  # bf16 where there is an accelerator
+        config["bf16"]["enabled"] = get_accelerator().device_name() != "cpu"
+    config.setdefault("zero_force_ds_cpu_optimizer", False)  # torch's AdamW, also offloaded
+    return config | ours
+
+
+def load_processor(args):
+    """The model's processor; InputError where the directory has none."""
+    try:
+        return AutoProcessor.from_pretrained(args.model)
+    except (OSError, ValueError, TypeError) as error:
+        raise InputError(f"--model {args.model} has no usable processor (tokenizer, "
+                         f"preprocessor and chat template): {error}") from None
+
+
+def load_model(args, config):
+    """The model's weights, from safetensors only, in the precision of the DeepSpeed config."""
+    dtype = torch.bfloat16 if config.get("bf16", {}).get("enabled") else torch.float32
+    try:
+        return AutoModelForImageTextToText.from_pretrained(
+            args.model, dtype=dtype, attn_implementation=args.attn_implementation,
+            use_safetensors=True)
+    except (OSError, ValueError) as error:
+        raise InputError(f"cannot load --model {args.model}: {error}") from None
+
+
+def start_engine(model, args, config):
+    """DeepSpeed's engine around the model, with torch's AdamW."""
+    optimizer = torch.optim.AdamW(model.parameters(), lr=args.learning_rate,
+                                  betas=(0.9, args.adam_beta2), weight_decay=args.weight_decay)
+    engine, *_ = deepspeed.initialize(model=model, optimizer=optimizer, config=config)
+    return engine
+
+
+# ------------------------------------------------------------ what a run leaves in --output
+
+def open_metrics(args, first_step):
+    """metrics.jsonl, its first line the run's arguments; on resume, later steps are cut off."""
+    path = Path(args.output) / "metrics.jsonl"
+    lines = []
+    if args.resume and path.exists():
+        lines = path.read_text(encoding="utf-8").splitlines()
+        lines = lines[:1] + [line for line in lines[1:] if json.loads(line)["step"] <= first_step]
+    if not lines:
+        packages = ("torch", "transformers", "deepspeed", "qwen-vl-utils", "decord")
+        commit = subprocess.run(["git", "rev-parse", "HEAD"], cwd=Path(__file__).parent,
+                                capture_output=True, text=True).stdout.strip()
+        lines = [json.dumps({"arguments": vars(args), "world_size": dist.get_world_size(),
+                             "versions": {name: version(name) for name in packages},
+                             "git_commit": commit or None})]
+    path.write_text("".join(line + "\n" for line in lines), encoding="utf-8")
+    return path.open("a", encoding="utf-8", buffering=1)
+
+
+def newest_checkpoint(args):
+    """Step of the newest complete checkpoint in --output; 0 when there is none."""
+    steps = [int(path.name.split("-")[1]) for path in Path(args.output).glob("checkpoint-*")
+             if path.name.split("-")[1].isdigit()]
+    return max(steps, default=0)
+
+
+def save_checkpoint(engine, args, step):
+    """checkpoint-<step>/, complete or absent: written aside, renamed when every rank is done."""
+    aside = Path(args.output) / f"checkpoint-{step}.partial"
+    if dist.get_rank() == 0:
+        shutil.rmtree(aside, ignore_errors=True)
+    dist.barrier()
+    engine.save_checkpoint(str(aside), tag="state")
+    dist.barrier()
+    if dist.get_rank() == 0:
+        aside.rename(Path(args.output) / f"checkpoint-{step}")
+
+
+def load_checkpoint(engine, args, step):
+    """Weights and optimizer of checkpoint-<step>."""
+    engine.load_checkpoint(str(Path(args.output) / f"checkpoint-{step}"), tag="state")
+
+
+def save_model(engine, processor, output):
+    """The trained model as a Hugging Face directory. Collective: every rank calls it."""
+    sharded = engine.zero_optimization_partition_weights()
+    state = {}
+    for name, parameter in engine.module.named_parameters():
+        with deepspeed.zero.GatheredParameters([parameter], enabled=sharded):
+            if dist.get_rank() == 0:
+                state[name] = parameter.detach().cpu().clone()
+    if dist.get_rank() == 0:
+        aside = Path(output) / "model.partial"
+        engine.module.save_pretrained(aside, state_dict=state)
+        processor.save_pretrained(aside)
+        for path in sorted(aside.iterdir(), key=lambda path: path.name == "config.json"):
+            path.replace(Path(output) / path.name)  # config.json last: it makes it a model
+        aside.rmdir()
+    dist.barrier()
+
+
+def all_reduce_sum(values, device):
+    """Sums a list of numbers over ranks."""
+    total = torch.tensor(values, dtype=torch.float64, device=device)
+    dist.all_reduce(total)
+    return total.tolist()
+
+
+# ---------------------------------------------------------------------------------- main
+
+def main(args):
+    # ------------------------------------------------------------- records, model, engine
+    records = load_records(args.data, args.media_root)
+    without = [record["problem_id"] for record in records if not record.get("process")]
+    if without:
+        raise InputError(f"{args.data}: record with problem_id {without[0]}: field process is "
+                         f"missing ({len(without)} records); annotate.py makes it")
+    config = read_deepspeed_config(args)
+    processor = load_processor(args)
+    rank, device = setup_distributed()
+    world = dist.get_world_size()
+    Path(args.output).mkdir(parents=True, exist_ok=True)
+    model = load_model(args, config)
+    if args.gradient_checkpointing:
+        model.gradient_checkpointing_enable({"use_reentrant": False})
+    engine = start_engine(model, args, config)
+    engine.train()
+
+    # ------------------------------------------------------------------------- data order
+    step_size = args.per_rank_batch_size * args.gradient_accumulation_steps  # a rank, a step
+    args.max_steps = math.ceil(len(records) * args.num_train_epochs / (step_size * world))
+    first_step = newest_checkpoint(args) if args.resume else 0
+    if first_step:
+        load_checkpoint(engine, args, first_step)
+    positions = [(step * world + rank) * step_size + i
+                 for step in range(first_step, args.max_steps) for i in range(step_size)]
+    tokenizer = processor.tokenizer
+    loader = iter(DataLoader(
+        Targets(records, processor, tokenizer.eos_token_id, args), sampler=positions,
+        batch_size=args.per_rank_batch_size, collate_fn=list, num_workers=args.num_workers,
+        prefetch_factor=4 if args.num_workers else None))
+    pad_values = {"input_ids": tokenizer.pad_token_id, "attention_mask": 0,
+                  "mm_token_type_ids": 0, "labels": IGNORED}
+    blank = encode_blank(processor)
+    blank["labels"] = torch.full_like(blank["input_ids"], IGNORED)  # (1, L): no loss
+    metrics = open_metrics(args, first_step) if rank == 0 else None
+    skipped_file = open(Path(args.output) / "skipped.jsonl", "a", encoding="utf-8", buffering=1)
+
+    # ------------------------------------------------------------------------------- loop
+    bar = tqdm(total=args.max_steps, initial=first_step, desc="sft", disable=rank != 0)
+    for step in range(first_step, args.max_steps):
+        started = time.perf_counter()
+        micro_batches, skipped = [], 0
+        for _ in range(args.gradient_accumulation_steps):
+            samples = next(loader)
+            good = [sample for sample in samples if "labels" in sample]
+            for sample in samples:
+                if "labels" not in sample:
+                    skipped += 1
+                    skipped_file.write(json.dumps({"step": step + 1, **sample}) + "\n")
+            # a rank whose whole micro-batch is broken still makes the calls of the others
+            micro_batches.append(pad_batch(good or [blank], pad_values, "right"))
+        tokens = sum((batch["labels"][:, 1:] != IGNORED).sum().item() for batch in micro_batches)
+        total_tokens, total_skipped = all_reduce_sum([tokens, skipped], device)
+        waited = time.perf_counter() - started
+
+        loss_sum = 0.0
+        for i, batch in enumerate(micro_batches):
+            batch = {key: value.to(device) for key, value in batch.items()}
+            labels = batch.pop("labels")  # (B, L)
+            engine.set_gradient_accumulation_boundary(i == len(micro_batches) - 1)
+            logits = engine(**batch, use_cache=False).logits  # (B, L, V)
+            loss = target_loss(logits, labels)
+            loss_sum += loss.item()
+            engine.backward(loss * world / max(total_tokens, 1))  # DeepSpeed averages over ranks
+        for group in engine.optimizer.param_groups:
+            group["lr"] = learning_rate(step, args)
+        engine.step()
+
+        loss = all_reduce_sum([loss_sum], device)[0] / max(total_tokens, 1)
+        if rank == 0:
+            row = {"optim/loss": loss, "optim/learning_rate": learning_rate(step, args),
+                   "optim/grad_norm": float(engine.get_global_grad_norm()),
+                   "response/tokens": total_tokens, "data/skipped": total_skipped,
+                   "time/data": waited, "time/step": time.perf_counter() - started}
+            metrics.write(json.dumps({"step": step + 1, **row}) + "\n")
+            engine.monitor.write_events([(key, value, step + 1) for key, value in row.items()])
+            bar.set_postfix(loss=f"{loss:.4f}")
+            bar.update()
+        if args.save_steps and (step + 1) % args.save_steps == 0 and step + 1 < args.max_steps:
+            save_checkpoint(engine, args, step + 1)
+    bar.close()
+    save_model(engine, processor, args.output)
+
+
+if __name__ == "__main__":
+    try:
+        main(parse_args())
+    except InputError as error:
+        sys.exit(f"sft.py: {error}")
