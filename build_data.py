@@ -526,9 +526,10 @@ def toy_args_files(out):
 --adam_beta2=0.99
 --max_grad_norm=1
 --max_new_tokens=48
-# responses are about 20 tokens long, so the window of the length reward is too
---l_min=12
---l_max=24
+--chunk_size=8
+# responses are about 30 tokens long, so the window of the length reward is too
+--l_min=24
+--l_max=36
 --save_steps=40
 """, "evaluate.args": f"""\
 # before: python evaluate.py @{out}/evaluate.args --model {out}/sft --output {out}/eval_sft

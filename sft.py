@@ -229,29 +229,42 @@ def start_engine(model, args, config):
 
 # ------------------------------------------------------------ what a run leaves in --output
 
-def open_metrics(args, first_step):
-    """metrics.jsonl, its first line the run's arguments; on resume, later steps are cut off."""
-    path = Path(args.output) / "metrics.jsonl"
-    lines = []
+def open_output(args) -> int:
+    """Makes --output. Returns the step to start from: 0, or with --resume the newest checkpoint's.
+
+    Without --resume a folder that holds checkpoints is refused: they would be mixed up later.
+    """
+    output = Path(args.output)
+    output.mkdir(parents=True, exist_ok=True)
+    steps = [int(path.name.split("-")[1]) for path in output.glob("checkpoint-*")
+             if path.name.split("-")[1].isdigit()]
+    if steps and not args.resume:
+        raise InputError(f"--output {output} holds checkpoints: continue them with --resume, "
+                         "or name another folder")
+    return max(steps, default=0)
+
+
+def open_log(args, name, first_step):
+    """<output>/<name>.jsonl for appending; on --resume without the steps that will be redone.
+    The first line of metrics.jsonl says how to repeat the run."""
+    path, lines = Path(args.output) / f"{name}.jsonl", []
     if args.resume and path.exists():
-        lines = path.read_text(encoding="utf-8").splitlines()
-        lines = lines[:1] + [line for line in lines[1:] if json.loads(line)["step"] <= first_step]
-    if not lines:
+        for line in path.read_text(encoding="utf-8").splitlines():
+            if not line.endswith("}"):  # cut short when the run was killed
+                break
+            if json.loads(line).get("step", 0) <= first_step:
+                lines.append(line)
+    if name == "metrics" and not lines:
         packages = ("torch", "transformers", "deepspeed", "qwen-vl-utils", "decord")
         commit = subprocess.run(["git", "rev-parse", "HEAD"], cwd=Path(__file__).parent,
                                 capture_output=True, text=True).stdout.strip()
         lines = [json.dumps({"arguments": vars(args), "world_size": dist.get_world_size(),
-                             "versions": {name: version(name) for name in packages},
+                             "versions": {package: version(package) for package in packages},
                              "git_commit": commit or None})]
-    path.write_text("".join(line + "\n" for line in lines), encoding="utf-8")
+    aside = path.with_suffix(".partial")
+    aside.write_text("".join(line + "\n" for line in lines), encoding="utf-8")
+    aside.replace(path)
     return path.open("a", encoding="utf-8", buffering=1)
-
-
-def newest_checkpoint(args):
-    """Step of the newest complete checkpoint in --output; 0 when there is none."""
-    steps = [int(path.name.split("-")[1]) for path in Path(args.output).glob("checkpoint-*")
-             if path.name.split("-")[1].isdigit()]
-    return max(steps, default=0)
 
 
 def save_checkpoint(engine, args, step):
@@ -296,6 +309,13 @@ def all_reduce_sum(values, device):
     return total.tolist()
 
 
+def gather_objects(value) -> list:
+    """The value of every rank, on every rank."""
+    values = [None] * dist.get_world_size()
+    dist.all_gather_object(values, value)
+    return values
+
+
 # ---------------------------------------------------------------------------------- main
 
 def main(args):
@@ -309,7 +329,7 @@ def main(args):
     processor = load_processor(args)
     rank, device = setup_distributed()
     world = dist.get_world_size()
-    Path(args.output).mkdir(parents=True, exist_ok=True)
+    first_step = open_output(args)
     model = load_model(args, config)
     if args.gradient_checkpointing:
         model.gradient_checkpointing_enable({"use_reentrant": False})
@@ -319,7 +339,6 @@ def main(args):
     # ------------------------------------------------------------------------- data order
     step_size = args.per_rank_batch_size * args.gradient_accumulation_steps  # a rank, a step
     args.max_steps = math.ceil(len(records) * args.num_train_epochs / (step_size * world))
-    first_step = newest_checkpoint(args) if args.resume else 0
     if first_step:
         load_checkpoint(engine, args, first_step)
     positions = [(step * world + rank) * step_size + i
@@ -333,25 +352,22 @@ def main(args):
                   "mm_token_type_ids": 0, "labels": IGNORED}
     blank = encode_blank(processor)
     blank["labels"] = torch.full_like(blank["input_ids"], IGNORED)  # (1, L): no loss
-    metrics = open_metrics(args, first_step) if rank == 0 else None
-    skipped_file = open(Path(args.output) / "skipped.jsonl", "a", encoding="utf-8", buffering=1)
+    logs = {name: open_log(args, name, first_step)
+            for name in ("metrics", "skipped")} if rank == 0 else {}
 
     # ------------------------------------------------------------------------------- loop
     bar = tqdm(total=args.max_steps, initial=first_step, desc="sft", disable=rank != 0)
     for step in range(first_step, args.max_steps):
         started = time.perf_counter()
-        micro_batches, skipped = [], 0
+        micro_batches, skipped = [], []
         for _ in range(args.gradient_accumulation_steps):
             samples = next(loader)
+            skipped += [sample for sample in samples if "labels" not in sample]
             good = [sample for sample in samples if "labels" in sample]
-            for sample in samples:
-                if "labels" not in sample:
-                    skipped += 1
-                    skipped_file.write(json.dumps({"step": step + 1, **sample}) + "\n")
             # a rank whose whole micro-batch is broken still makes the calls of the others
             micro_batches.append(pad_batch(good or [blank], pad_values, "right"))
         tokens = sum((batch["labels"][:, 1:] != IGNORED).sum().item() for batch in micro_batches)
-        total_tokens, total_skipped = all_reduce_sum([tokens, skipped], device)
+        total_tokens, = all_reduce_sum([tokens], device)
         waited = time.perf_counter() - started
 
         loss_sum = 0.0
@@ -367,17 +383,22 @@ def main(args):
             group["lr"] = learning_rate(step, args)
         engine.step()
 
-        loss = all_reduce_sum([loss_sum], device)[0] / max(total_tokens, 1)
+        loss, = all_reduce_sum([loss_sum / max(total_tokens, 1)], device)
+        skipped = [row for rows in gather_objects(skipped) for row in rows]
         if rank == 0:
             row = {"optim/loss": loss, "optim/learning_rate": learning_rate(step, args),
-                   "optim/grad_norm": float(engine.get_global_grad_norm()),
-                   "response/tokens": total_tokens, "data/skipped": total_skipped,
+                   "response/tokens": total_tokens, "data/skipped": len(skipped),
                    "time/data": waited, "time/step": time.perf_counter() - started}
-            metrics.write(json.dumps({"step": step + 1, **row}) + "\n")
+            norm = engine.get_global_grad_norm()
+            if norm is not None:  # DeepSpeed keeps none at stage 0 in fp32
+                row["optim/grad_norm"] = float(norm)
+            for line in skipped:
+                logs["skipped"].write(json.dumps({"step": step + 1, **line}) + "\n")
+            logs["metrics"].write(json.dumps({"step": step + 1, **row}) + "\n")
             engine.monitor.write_events([(key, value, step + 1) for key, value in row.items()])
             bar.set_postfix(loss=f"{loss:.4f}")
             bar.update()
-        if args.save_steps and (step + 1) % args.save_steps == 0 and step + 1 < args.max_steps:
+        if args.save_steps and (step + 1) % args.save_steps == 0:
             save_checkpoint(engine, args, step + 1)
     bar.close()
     save_model(engine, processor, args.output)

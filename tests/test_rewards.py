@@ -1,0 +1,418 @@
+"""Claims about rewards.py: what counts as an answer, how each problem type is graded, Eq. 5."""
+
+import math
+import random
+import time
+
+import jiwer
+import pytest
+from rouge_score.rouge_scorer import RougeScorer
+
+import rewards
+
+OPTIONS = ["A. cat", "B. a dog", "C. Vitamin C", "D. It is 5 m."]
+LONG = 100_000  # characters of the pathological inputs
+SECONDS = 1.0  # processor time that one call on them may take
+
+# ---- reading a response --------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("text, answer", [
+    ("<answer>B</answer>", "B"),
+    ("<think>x</think>\n<answer> B \n</answer>\n", "B"),
+    ("<answer>B</answer><|im_end|>", "B"),
+    ("<answer>B</answer>\n<|im_end|>\n<|endoftext|>", "B"),
+    ("<answer>two\nlines</answer>", "two\nlines"),
+    ("<answer>a < b</answer>", "a < b"),
+    ("B", ""),
+    ("", ""),
+    ("<answer></answer>", ""),
+    ("<answer>B", ""),
+    ("B</answer>", ""),
+    ("</answer>B<answer>", ""),
+    ("</answer><answer>B", ""),
+    ("<answer>A</answer><answer>B</answer>", ""),
+    ("<answer>B</answer><answer>B</answer>", ""),
+    ("<answer>A<answer>B</answer></answer>", ""),
+    ("<answer>A<answer>B</answer>", ""),
+    ("<answer>B</answer></answer>", ""),
+    ("<Answer>B</Answer>", ""),
+])
+def test_the_answer_is_the_text_of_the_only_answer_block(text, answer):
+    assert rewards.extract_answer(text) == answer
+
+
+GOOD = "<think>it moves left</think>\n<answer>B</answer>"
+
+
+@pytest.mark.parametrize("response", [
+    GOOD, GOOD.replace("\n", ""), f" \n{GOOD}\n ", GOOD + "<|im_end|>",
+    GOOD + "\n<|im_end|>\n<|endoftext|>", "<think>1\n2</think>\n\n<answer>3\n4</answer>",
+    "<think>a < b > c</think> <answer>B</answer>",
+])
+def test_format_is_one_think_block_then_one_answer_block(response):
+    assert rewards.format_reward(response) == 1.0
+
+
+@pytest.mark.parametrize("response", [
+    "", "B", "<answer>B</answer>", "<think>x</think>", "<think>x</think>B",
+    "<answer>B</answer><think>x</think>",
+    f"So: {GOOD}", f"{GOOD} done", f"{GOOD}.", f"<|im_end|>{GOOD}", f"{GOOD}<|im_end|>B",
+    GOOD + GOOD, GOOD + "<answer>B</answer>", "<think>y</think>" + GOOD,
+    "<think>x</think> and <answer>B</answer>",
+    "<think>x<think>y</think></think><answer>B</answer>",
+    "<think>x<answer>B</answer></think>",
+    "<think>x<answer></think>B</answer>",
+    "<think>x</think><answer><think>B</answer>",
+    "<think>x<answer>B</answer>", "<think>x</think><answer>B",
+    "<THINK>x</THINK><answer>B</answer>",
+])
+def test_any_other_format_has_no_reward(response):
+    assert rewards.format_reward(response) == 0.0
+
+
+# ---- multiple choice -----------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("options", [(), OPTIONS, None], ids=["no options", "options", "null"])
+@pytest.mark.parametrize("text", [
+    "B", "b", "B.", "b.", "(B)", "(b)", "[B]", "B)", "B:", " B\n", "**B**", "**B.**", "`B`", '"B"',
+    "'B'", "‘B’", "$B$", "\\boxed{B}", "$\\boxed{\\text{B}}$", "B</s>", "B<|im_end|>", "B。", "（B）",
+    "Option B", "option b", "Answer: B", "The answer is B.", "The correct answer is (B)",
+    "Final answer: **B**", "The correct option is B", "B. text", "B) text", "(B) text", "B: text",
+    "B - text", "**B.** text", "**B**: text", "B. a dog", "B) A DOG.", "**B. a dog**",
+    "Option B: a dog", "B. the answer is B",
+])
+def test_a_letter_may_be_spelt_in_many_ways(text, options):
+    assert rewards.multiple_choice(text, "B", options) == 1.0
+    assert rewards.multiple_choice(text, "C", options) == 0.0
+
+
+@pytest.mark.parametrize("text", [
+    "", " ", ".", "()", "**", "A and B", "A or B", "A, B", "A/B", "A & B", "AB", "A B", "(A) (B)",
+    "(a) or (b)", "A. cat B. a dog", "B. or C", "B) and C)", "A. B. C.", "B. C", "I think B",
+    "B because it barks", "B is correct", "A bird", "A-frame", "B-52", "Bird", "dog", "ı",
+    "D.5", "None", "A.M.", "E", "(F)", "E. text", "B. cat", "(A) a dog", "A. Vitamin C", "cat dog",
+    "1", "🐶", "\x00", "\ud800",
+])
+def test_two_letters_or_a_letter_in_a_word_or_a_wrong_text_mean_nothing(text):
+    assert rewards.choice_letter(text, OPTIONS) == ""
+    assert rewards.multiple_choice(text, "B", OPTIONS) == 0.0
+
+
+@pytest.mark.parametrize("text, letter", [
+    ("cat", "A"), ("CAT", "A"), (" cat.\n", "A"), ("**cat**", "A"), ("A cat", "A"), ("A.cat", "A"),
+    ("a dog", "B"), ("A dog", "B"), ("a  dog", "B"), ("B a dog", "B"), ("Vitamin C", "C"),
+    ("C. Vitamin C", "C"), ("C. vitamin c", "C"), ("It is 5 m", "D"), ("D. It is 5 m.", "D"),
+    ("D. about 5 m", "D"),
+])
+def test_an_options_exact_text_is_its_letter_with_or_without_it(text, letter):
+    assert rewards.choice_letter(text, OPTIONS) == letter
+
+
+def test_without_options_a_letter_inside_a_word_means_nothing():
+    assert [rewards.choice_letter(t) for t in ("A dog", "AB", "Bird", "A-frame", "ı")] == [""] * 5
+
+
+def test_a_letter_wins_over_an_option_whose_text_is_that_letter():
+    options = ["A. B", "B. C", "C. A"]
+    assert [rewards.choice_letter(t, options) for t in ("A", "(b)", "C.")] == ["A", "B", "C"]
+    assert [rewards.choice_letter(t, options) for t in ("A. B", "B. C", "A. C")] == ["A", "B", ""]
+
+
+def test_an_options_text_glued_to_its_letter_or_an_empty_option_means_nothing():
+    assert rewards.choice_letter("Adog", ["A. dog", "B. "]) == ""
+    assert rewards.choice_letter("", ["A. dog", "B. "]) == ""
+
+
+def test_a_text_that_two_options_share_names_neither():
+    assert rewards.choice_letter("same", ["A. same", "B. same"]) == ""
+    assert rewards.choice_letter("B. same", ["A. same", "B. same"]) == "B"
+
+
+def test_a_letter_beyond_the_options_means_nothing_but_all_of_a_to_z_can_exist():
+    options = [f"{chr(65 + i)}. text {i}" for i in range(26)]
+    assert [rewards.choice_letter(chr(65 + i), options) for i in range(26)] == [
+        chr(65 + i) for i in range(26)]
+    assert rewards.choice_letter("text 25", options) == "Z"
+    assert rewards.choice_letter("Z", options[:25]) == ""
+
+
+@pytest.mark.parametrize("truth", ["B", "B.", "(B)", "b", "B. a dog", "a dog"])
+def test_the_truth_may_be_spelt_in_the_same_ways(truth):
+    assert rewards.multiple_choice("B", truth, OPTIONS) == 1.0
+    assert rewards.multiple_choice("A", truth, OPTIONS) == 0.0
+
+
+def test_a_truth_that_means_nothing_is_never_matched():
+    assert rewards.multiple_choice("A or B", "A or B", OPTIONS) == 0.0
+
+
+# ---- numbers -------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("text, value", [
+    ("3", 3), ("3.0", 3), ("+3", 3), ("007", 7), (".5", 0.5), ("-.5", -0.5), ("5.", 5),
+    ("1,000", 1000), ("1,234,567.89", 1234567.89), ("1 000", 1000), ("1\u202f000\u202f000", 1e6),
+    ("12'500", 12500), ("-5", -5), ("−5", -5), ("–5", -5), ("- 5", -5), ("x = -5", -5),
+    ("1e3", 1000), ("1E-2", 0.01), ("1.5e+2", 150), ("1.5×10^3", 1500), ("1.5 x 10^3", 1500),
+    ("1.5×10³", 1500), ("2 \\times 10^{-2}", 0.02), ("2·10⁻²", 0.02),
+    ("$3", 3), ("-$3", -3), ("$-3", -3), ("€ 1,000.50", 1000.5), ("US$5", 5), ("Rs.5", 5),
+    ("50%", 50), ("50 %", 50), ("50\\%", 50), ("50 percent", 50),
+    ("3.5 cm", 3.5), ("3.5cm", 3.5), ("42 km/h", 42), ("20 m2", 20), ("20m2", 20), ("20 m²", 20),
+    ("20 m^2", 20), ("20 \\text{cm}^2", 20), ("5 m s⁻¹", 5), ("5 ms-1", 5), ("45°C", 45),
+    ("3/4", 0.75), ("-1/2", -0.5), ("−1/2", -0.5), ("3 / 4", 0.75), ("1⁄2", 0.5), ("1/-2", -0.5),
+    ("\\frac{3}{4}", 0.75), ("-\\frac{1}{2}", -0.5), ("\\boxed{5}", 5), ("$5$", 5), ("**5**", 5),
+    ("The answer is 5.", 5), ("about 5 m long", 5), ("H2O: 5", 5), ("答案是5", 5), ("Answer-5", 5),
+    ("٣", 3), ("१२", 12), ("５", 5), ("1e-999", 0), ("0", 0), ("-0", 0),
+])
+def test_a_number_is_read_by_its_value(text, value):
+    assert rewards.parse_number(text) == value
+
+
+@pytest.mark.parametrize("text", [
+    "", " ", "five", "-", ".", "e5", "%", "3 or 4", "3-4", "3–4", "3 - 4", "3, 4", "3 4", "3;4",
+    "3\n4", "3+4", "2x3", "2×3", "3:45", "2023-05-01", "3m-4m", "1.2.3", "1,2,3", "1,00", "0,123",
+    "1,0000", "1,000,00", "12,34,567", "1,000 000", "1.000,50", "3,14", "1_000", "5'11",
+    "1/2/3", "1/0", "0/0", "3/4/2024", "1 1/2", "2½", "½", "2\\frac{1}{2}", "5 m/2 s",
+    "10^3", "10³", "5²", "√2", "\\sqrt{2}", "2π", "2pi", "2\\pi", "5 ± 1", "±5",
+    "1e999", "-1e999", "1e999/1e999", "inf", "-inf", "nan", "Infinity", "H2O", "²", "①",
+])
+def test_no_number_or_two_numbers_or_an_infinite_one_is_none(text):
+    assert rewards.parse_number(text) is None
+
+
+@pytest.mark.parametrize("p, g, equal", [
+    ("3", "3.0", True), ("1,000", "1000", True), ("50%", "50", True), ("−5", "-5", True),
+    ("1/3", "0.33", True), ("3.141", "3.14", True), ("3.146", "3.15", True), ("-0.001", "0", True),
+    ("2.675", "2.68", True), ("0.125", "0.12", True), ("1e308", "1e308", True),
+    ("9007199254740993", "9,007,199,254,740,993", True),
+    ("-5", "5", False), ("3", "4", False), ("3.14", "3.15", False), ("3.144", "3.15", False),
+    ("0.125", "0.13", False), ("1e308", "1.1e308", False), ("0.5", "50%", False),
+    ("3 or 4", "3", False), ("3 or 4", "3 or 4", False), ("", "", False), ("five", "5", False),
+    ("inf", "inf", False), ("1e999", "1e999", False), ("1.0", "10", False),
+])
+def test_numbers_are_equal_when_they_round_to_the_same_two_decimals(p, g, equal):
+    assert rewards.numerical(p, g) == (1.0 if equal else 0.0)
+
+
+@pytest.mark.parametrize("p, g, reward", [
+    ("10", "10", 1.0), ("8", "10", 0.8), ("12", "10", 0.8), ("8 m", "10", 0.8), ("5", "10", 0.5),
+    ("20", "10", 0.0), ("0", "10", 0.0), ("1000", "10", 0.0), ("-10", "10", 0.0),
+    ("-8", "-10", 0.8), ("8", "-10", 0.0), ("1/2", "1", 0.5), ("1,500", "1,000", 0.5),
+    ("0", "0", 1.0), ("-0.0", "0", 1.0), ("0.001", "0", 0.0), ("5", "0", 0.0),
+    ("", "10", 0.0), ("8 or 9", "10", 0.0), ("8", "", 0.0), ("ten", "10", 0.0),
+    ("1e308", "-1e308", 0.0), ("1e308", "1e-308", 0.0), ("1", "5e-324", 0.0),
+])
+def test_regression_is_one_minus_the_relative_error_clipped(p, g, reward):
+    assert rewards.regression(p, g) == pytest.approx(reward, abs=1e-12)
+
+
+# ---- text ----------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("p, g, reward", [
+    ("STOP", "STOP", 1.0), ("stop", "STOP", 0.0), ("a b c d", "a b c x", 0.75),
+    ("a b c", "a b c d", 0.75), ("a b c d e", "a b c d", 0.75), ("b a", "a b", 0.0),
+    ("a\nb", "a b", 1.0), (" a \t b ", "a b", 1.0), ("x y z", "a", 0.0), ("a b", "a", 0.0),
+    ("a b c", "a b", 0.5), ("", "", 1.0), (" ", "\n", 1.0), ("", "a", 0.0), ("a", "", 0.0),
+    ("出口", "出口", 1.0), ("\ud800 a", "\ud800 b", 0.5),
+])
+def test_ocr_is_one_minus_the_word_error_rate_clipped(p, g, reward):
+    assert rewards.ocr(p, g) == pytest.approx(reward, abs=1e-12)
+
+
+def test_ocr_equals_jiwer_for_every_pair_of_lengths():
+    rng = random.Random(0)
+    for _ in range(500):
+        p, g = (" ".join(rng.choices("abcd", k=rng.randrange(1, 15))) for _ in range(2))
+        assert rewards.ocr(p, g) == pytest.approx(max(0.0, 1 - jiwer.wer(g, p)), abs=1e-12)
+
+
+@pytest.mark.parametrize("p, g, reward", [
+    ("the cat sat", "the cat sat", 1.0),
+    ("The CAT, sat!", "the cat sat", 1.0),
+    ("running dogs", "run dog", 1.0),  # stems
+    ("the cat ran", "the cat sat", (2 / 3 + 1 / 2 + 2 / 3) / 3),
+    ("a c", "a b c d", (2 / 3 + 0 + 2 / 3) / 3),  # F of P = 1 and R = 1/2
+    ("d c b a", "a b c d", (1 + 0 + 1 / 4) / 3),
+    ("a a a", "a b", (2 / 5 + 0 + 2 / 5) / 3),  # a word counts as often as the truth has it
+    ("red", "red", 2 / 3),  # one word has no pair of words
+    ("his", "hi", 0.0),  # words of up to three letters are not stemmed
+    ("red", "blue", 0.0), ("", "red", 0.0), ("red", "", 0.0), ("", "", 0.0), ("?!", "?!", 0.0),
+    ("小狗在跑", "小狗在跑", 1.0), ("小狗在走", "小狗在跑", (3 / 4 + 2 / 3 + 3 / 4) / 3),
+    ("собака бежит", "Собака бежит", 1.0), ("un café noir", "un café noir", 1.0),
+])
+def test_free_form_is_the_mean_of_three_rouge_f_measures(p, g, reward):
+    assert rewards.free_form(p, g) == pytest.approx(reward, abs=1e-12)
+
+
+def test_free_form_equals_rouge_score_on_ascii_text():
+    library = RougeScorer(["rouge1", "rouge2", "rougeL"], use_stemmer=True)
+    rng = random.Random(1)
+    words = ("the", "a", "running", "runs", "dogs,", "dog", "it's", "x_1", "3.5", "Nationality", "")
+    for _ in range(500):
+        p, g = (" ".join(rng.choices(words, k=rng.randrange(0, 20))) for _ in range(2))
+        scores = library.score(g, p)
+        mean = sum(score.fmeasure for score in scores.values()) / 3
+        assert rewards.free_form(p, g) == pytest.approx(mean, abs=1e-12), (p, g)
+
+
+# ---- the rewards of a response -------------------------------------------------------------------
+
+
+def record(problem_type, truth, options=None):
+    return {"problem_id": 41, "problem_type": problem_type, "options": options,
+            "solution": f"<answer>{truth}</answer>"}
+
+
+@pytest.mark.parametrize("row, answer, reward", [
+    (record("multiple choice", "B", OPTIONS), "a dog", 1.0),
+    (record("multiple choice", "B", OPTIONS), "A", 0.0),
+    (record("multiple choice", "E", OPTIONS), "E", 0.0),
+    (record("numerical", "1000"), "1,000.0", 1.0),
+    (record("numerical", "1000"), "1001", 0.0),
+    (record("OCR", "one way"), "one", 0.5),
+    (record("free-form", "the cat sat"), "the cat ran", 11 / 18),
+    (record("regression", "10"), "8", 0.8),
+])
+def test_accuracy_is_graded_by_the_records_problem_type(row, answer, reward):
+    for response in (f"<think>x</think>\n<answer>{answer}</answer>",
+                     f"<answer> {answer}\n</answer><|im_end|>"):
+        assert rewards.accuracy_reward(response, row) == pytest.approx(reward)
+
+
+@pytest.mark.parametrize("problem_type", [
+    "multiple choice", "numerical", "OCR", "free-form", "regression"])
+def test_no_answer_block_or_several_is_no_accuracy(problem_type):
+    row = record(problem_type, "B" if problem_type == "multiple choice" else "5")
+    truth = row["solution"]
+    assert rewards.accuracy_reward(truth, row) > 0.5
+    for response in ("", "B", "5", truth + truth, truth[:-1], "<answer> </answer>"):
+        assert rewards.accuracy_reward(response, row) == 0.0
+
+
+def test_an_unknown_problem_type_is_an_error_that_names_it_and_the_problem():
+    for response in ("<answer>B</answer>", ""):
+        with pytest.raises(ValueError, match="problem_id 41.*'multiple-choice'"):
+            rewards.accuracy_reward(response, record("multiple-choice", "B"))
+
+
+def test_a_solution_without_an_answer_is_an_error_that_names_the_problem():
+    for solution in ("B", "", "<answer> </answer>"):
+        with pytest.raises(ValueError, match="problem_id 41.*solution"):
+            rewards.accuracy_reward("<answer>B</answer>",
+                                    record("OCR", "B") | {"solution": solution})
+
+
+def test_length_reward_is_omega_for_correct_responses_within_the_interval():  # Eq. 5
+    lengths = [319, 320, 400, 512, 513, 400]
+    correct = [True, True, True, True, True, False]
+    assert rewards.length_reward(correct, lengths, 0.2, 320, 512) == [0.0, 0.2, 0.2, 0.2, 0.0, 0.0]
+
+
+def test_length_reward_needs_only_one_correct_response():
+    assert rewards.length_reward([False, True], [400, 400], 0.2, 320, 512) == [0.0, 0.2]
+
+
+def test_length_reward_refuses_lists_of_different_lengths():
+    with pytest.raises(ValueError):
+        rewards.length_reward([True, True], [400], 0.2, 320, 512)
+
+
+# ---- any text, at any length ---------------------------------------------------------------------
+
+UNITS = [
+    "<answer>", "</answer>", "<think>", "</think>", "<answer></answer>", "<", "<|im_end|>", "<|im_",
+    "<|im_end|> ", "</s>", " ", "\n", "\t", "\0", "\ud800", "(", "[", "{", "$", "*", "_", "\\", "'",
+    "-", "- ", "+", "--", ".", ",", ":", "/", "1", "9", "1,", "1 ", "1.", "1/", "1/1/", "1e", "1e9",
+    ",000", "1\u202f000", "1x", "x1", "m^{", "10^", "1×10^", "\\frac{", "\\frac{1}{", "\\boxed{",
+    "²", "½", "٣", "A", "A ", "A. ", "a) ", "B) ", "is ", "is: ", "option ", "I'", "y", "yed",
+    "yyyyy ", "ational", "running ", "ab cd ef ", "小", "İ", "ß", "ﷺ", "🐶",
+]
+WRAPS = ["{}", "{}!", "5{}x", "-{}5", "B. {}", "<think>{}</think>{}<answer>5</answer>{}",
+         "<think></think><answer>{}</answer>{}!"]
+
+
+def seconds(function, *arguments):
+    start = time.process_time()
+    value = function(*arguments)
+    assert isinstance(value, str) or value is None or 0.0 <= value <= 1.0 or (
+        function is rewards.parse_number and math.isfinite(value))
+    return time.process_time() - start
+
+
+@pytest.mark.parametrize("wrap", WRAPS)
+def test_100000_characters_of_anything_cost_less_than_a_second(wrap):
+    words = " ".join(random.Random(2).choices("abcdefgh", k=LONG // 2))
+    for unit in UNITS:
+        share = LONG // wrap.count("{}")
+        text = wrap.replace("{}", (unit * share)[:share])
+        calls = [(rewards.extract_answer, text), (rewards.format_reward, text),
+                 (rewards.parse_number, text), (rewards.choice_letter, text, OPTIONS)]
+        if wrap == "{}":
+            calls += [(rewards.multiple_choice, text, text, OPTIONS),
+                      (rewards.numerical, text, text), (rewards.regression, text, text)]
+            calls += [(grade, text, truth) for grade in (rewards.ocr, rewards.free_form)
+                      for truth in ("a", "the cat sat " * 100, text, words)]
+            calls += [(grade, words, text) for grade in (rewards.ocr, rewards.free_form)]
+        for function, *arguments in calls:
+            spent = seconds(function, *arguments)
+            assert spent < SECONDS, (function.__name__, unit, wrap, spent)
+
+
+def test_100000_digits_are_a_number_only_when_finite():
+    assert rewards.parse_number("9" * LONG) is None
+    assert rewards.parse_number("0." + "3" * LONG) == pytest.approx(1 / 3)
+    assert rewards.parse_number("0" * LONG + "7") == 7.0
+    assert rewards.parse_number("1e" + "9" * LONG) is None
+    assert rewards.parse_number("1e-" + "9" * LONG) == 0.0
+    assert rewards.parse_number("1" + ",000" * 20_000) is None
+
+
+def test_a_word_of_100000_letters_is_a_word():
+    # truth of two words, one of them matched: ROUGE-1 and -L are 1/2, ROUGE-2 is 0
+    assert rewards.free_form("y" * LONG + " cat", "the cat") == pytest.approx(1 / 3)
+
+
+FRAGMENTS = [
+    "<answer>", "</answer>", "<think>", "</think>", "<|im_end|>", "<|endoftext|>", "</s>", " ", " ",
+    "\n", "\t", "\x00", "\u00a0", "\u202f", "0", "1", "5", "12", "000", "1,000", ".", ",", ".5",
+    "1e3", "e", "E", "-", "−", "–", "+", "/", "3/4", "1/0", "%", "$", "€", "²", "³", "⁻", "½", "٣",
+    "５", "१", "①", "x", "×", "10^", "^{", "m", "m2", "km/h", "π", "√", "±", "inf", "nan", "1e999",
+    "A", "B", "C", "b", "(B)", "B.", "Z", "Option ", "The answer is ", "a dog", "cat", "Vitamin C",
+    "**", "`", "\\boxed{", "\\frac{", "}{", "}", "{", "(", ")", "[", ":", "'", '"', "_", "’", "and",
+    "running", "yyy", "é", "ß", "İ", "ı", "ſ", "小", "狗", "🐶", "\ud800", "\udfff", "\u200d", "ﷺ",
+]
+FUZZ_STRINGS = 200_000
+FUZZ_TEXT_EVERY = 8  # the two text grades cost most, so they see one string in eight
+
+
+def test_no_string_raises_or_leaves_the_unit_interval():
+    rng = random.Random(3)
+    before, seen = "1", dict(answers=0, formats=0, numbers=0, letters=0, partial=0)
+    for count in range(FUZZ_STRINGS):
+        text = "".join(rng.choices(FRAGMENTS, k=rng.randrange(9)))
+        if count % 4 == 0:  # otherwise hardly any string would have both blocks
+            text = f"<think>{before}</think><answer>{text}</answer>"
+        answer, number = rewards.extract_answer(text), rewards.parse_number(text)
+        letter, formatted = rewards.choice_letter(text, OPTIONS), rewards.format_reward(text)
+        assert answer == answer.strip() and "<answer>" not in answer, text
+        assert formatted in (0.0, 1.0) and (not formatted or text.count("<answer>") == 1), text
+        assert number is None or (type(number) is float and math.isfinite(number)), text
+        assert letter in ("", "A", "B", "C", "D"), text
+        assert rewards.numerical(text, text) == (number is not None), text
+        assert rewards.multiple_choice(text, text, OPTIONS) == (letter != ""), text
+        assert rewards.numerical(text, before) in (0.0, 1.0)
+        grades = [rewards.regression(text, before)]
+        if count % FUZZ_TEXT_EVERY == 0:
+            grades += [rewards.ocr(text, before), rewards.free_form(text, before)]
+            assert rewards.ocr(text, text) == 1.0, text
+        assert all(0.0 <= grade <= 1.0 for grade in grades), (text, before, grades)
+        seen["answers"] += answer != ""
+        seen["formats"] += formatted == 1.0
+        seen["numbers"] += number is not None
+        seen["letters"] += letter != ""
+        seen["partial"] += any(0.0 < grade < 1.0 for grade in grades)
+        before = text
+    assert min(seen.values()) > 1000, seen  # the strings reach the interesting branches

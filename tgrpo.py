@@ -1,0 +1,852 @@
+"""T-GRPO: reinforcement learning for video reasoning (Video-R1, section 3.2).
+
+    python tgrpo.py @toy/tgrpo.args
+    deepspeed tgrpo.py --model Qwen2.5-VL-7B-SFT --data Video-R1-260k.json --output tgrpo
+
+One step, for each question q of a rank:
+  1. draw the question, its frames in order and, for a video, shuffled           shuffle_frames
+  2. sample G responses o_i to the ordered and G_tilde to the shuffled frames            rollout
+  3. reward r_i: accuracy + format; p, p_tilde: shares of correct responses        group_rewards
+  4. temporal reward r_t = alpha if p >= p_tilde, to correct responses (Eq. 1, 2) temporal_reward
+     and omega to correct ones of moderate length (Eq. 5)                          length_reward
+  5. advantage A_i = (R_i - mean) / std within the group (Eq. 3)               group_advantages
+  6. clipped policy-gradient step with a KL term (Eq. 4)             tgrpo_loss, backward_group
+Shuffled responses are only compared with; they are never trained on. `--alpha 0` is GRPO.
+
+Which variant: the ratio and its clip are per token, the loss is the mean over a response's
+tokens and then over responses, the KL is the k3 estimator. Left out: reward models, packing.
+
+Shapes: G responses of a question, n responses of a chunk, L response tokens, P prompt tokens,
+B prompts side by side, N rows that decode together, V vocabulary, T frames, C x H x W pixels.
+"""
+import argparse
+import json
+import math
+import os
+import shutil
+import socket
+import subprocess
+import sys
+import time
+import warnings
+from importlib.metadata import version
+from pathlib import Path
+
+import deepspeed
+import torch
+import torch.distributed as dist
+import torch.nn.functional as F
+from deepspeed.accelerator import get_accelerator
+from torch.utils.data import DataLoader, Dataset
+from tqdm import tqdm
+from transformers import AutoModelForImageTextToText, AutoProcessor, DynamicCache
+
+from build_data import (InputError, MediaError, encode, encode_blank, load_records, load_vision,
+                        pad_batch, read_args_line, sampling_of, seeded_generator)
+from rewards import accuracy_reward, format_reward, length_reward
+
+STD_EPSILON = 1e-4  # added to the standard deviation in Eq. 3, as in the released code
+# Tokens that stand for pixels: a policy that emits one would break its own next forward.
+FORBIDDEN_TOKENS = ("<|vision_start|>", "<|vision_end|>", "<|vision_pad|>", "<|image_pad|>",
+                    "<|video_pad|>")
+DATA_STREAM, ROLLOUT_STREAM = 1, 2  # second key of the generators, so that no two draws share one
+
+
+def parse_args(argv=None):
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0],
+                                     fromfile_prefix_chars="@")
+    parser.convert_arg_line_to_args = read_args_line
+    add = parser.add_argument
+    # data and model
+    add("--model", required=True, help="Hugging Face directory or name: policy and reference")
+    add("--data", required=True, help="Video-R1 records, .json or .jsonl")
+    add("--media_root", help="folder that the records' paths are relative to; default: the data's")
+    add("--output", required=True, help="folder for metrics, checkpoints and the final model")
+    # frames and pixels
+    add("--max_frames", type=int, default=16, help="most frames of a video")
+    add("--min_frames", type=int, default=4, help="fewest frames of a video")
+    add("--fps", type=float, default=2.0, help="frames a second of video, within those bounds")
+    add("--min_pixels", type=int, default=4 * 28 * 28, help="fewest pixels of a video frame")
+    add("--max_pixels", type=int, default=128 * 28 * 28, help="most pixels of a video frame")
+    add("--image_min_pixels", type=int, default=4 * 28 * 28, help="fewest pixels of an image")
+    add("--image_max_pixels", type=int, default=512 * 28 * 28, help="most pixels of an image")
+    # rollout
+    add("--G", type=int, default=8, help="responses to the ordered frames")
+    add("--G_tilde", type=int, default=4, help="responses to the shuffled frames")
+    add("--max_new_tokens", type=int, default=768, help="most tokens of a response")
+    add("--temperature", type=float, default=1.0, help="sampling temperature, also of the loss")
+    add("--top_p", type=float, default=1.0, help="nucleus sampling; 1: off")
+    # rewards and advantages
+    add("--alpha", type=float, default=0.3, help="temporal reward (Eq. 1); 0: plain GRPO")
+    add("--omega", type=float, default=0.2, help="length reward (Eq. 5)")
+    add("--l_min", type=int, default=320, help="fewest tokens that earn the length reward")
+    add("--l_max", type=int, default=512, help="most tokens that earn the length reward")
+    add("--correct_threshold", type=float, default=0.5, help="accuracy from which o_i is correct")
+    add("--temporal_test", choices=("ge", "gt"), default="ge", help="p >= p_tilde (Eq. 1), or >")
+    add("--temporal_to", choices=("reward", "advantage"), default="reward",
+        help="add r_t to the reward (Eq. 2) or to the advantage (the paper's remark)")
+    add("--scale_advantages", choices=("std", "none"), default="std",
+        help="divide by the group's standard deviation (Eq. 3), or not")
+    # update
+    add("--beta", type=float, default=0.04, help="weight of the KL term; 0: no reference model")
+    add("--epsilon", type=float, default=0.2, help="clip range of the ratio (not in the paper)")
+    add("--updates_per_rollout", type=int, default=1, help="optimizer steps on each rollout")
+    add("--prompts_per_rank", type=int, default=1, help="questions of a step on each rank")
+    add("--chunk_size", type=int, default=4, help="responses of one forward and backward pass")
+    add("--learning_rate", type=float, default=1e-6, help="peak learning rate of AdamW")
+    add("--lr_schedule", choices=("constant", "linear", "cosine"), default="constant",
+        help="decay to 0 after the warm-up")
+    add("--warmup_steps", type=int, default=0, help="steps of linear warm-up")
+    add("--adam_beta2", type=float, default=0.999, help="AdamW's second decay rate")
+    add("--weight_decay", type=float, default=0.01, help="AdamW's decoupled weight decay")
+    add("--max_grad_norm", type=float, default=5.0, help="gradients are clipped to this norm")
+    add("--max_steps", type=int, default=1000, help="steps of the run, a rollout each")
+    # the machine
+    add("--attn_implementation", default="sdpa", help="sdpa, eager or flash_attention_2")
+    add("--deepspeed_config", default=str(Path(__file__).parent / "ds_zero3.json"),
+        help="DeepSpeed's JSON file: ZeRO stage, offload, precision, monitors")
+    add("--num_workers", type=int, default=2, help="processes that decode media ahead of need")
+    add("--rollout_steps", type=int, default=10, help="steps between entries of rollouts.jsonl")
+    add("--save_steps", type=int, default=100, help="steps between checkpoints; 0: none")
+    add("--resume", action="store_true", help="continue from the newest checkpoint in --output")
+    add("--seed", type=int, default=0, help="seed of every random draw")
+    add("--local_rank", type=int, default=-1, help="set by the deepspeed launcher; not used")
+    args = parser.parse_args(argv)
+    for name in ("G", "max_new_tokens", "updates_per_rollout", "prompts_per_rank", "chunk_size",
+                 "temperature", "max_steps"):
+        if getattr(args, name) <= 0:
+            parser.error(f"--{name} must be positive, not {getattr(args, name)}")
+    if args.alpha and args.G_tilde < 1:
+        parser.error("--G_tilde must be positive: p_tilde is its share of correct responses "
+                     "(for plain GRPO use --alpha 0)")
+    return args
+
+
+# ------------------------------------------------------- the algorithm: pure functions
+
+def shuffle_frames(frames, generator):
+    """The (T, C, H, W) frames in a random order that is never the given one when T > 1."""
+    if len(frames) < 2:
+        return frames
+    order = torch.arange(len(frames))
+    while torch.equal(order, torch.arange(len(frames))):
+        order = torch.randperm(len(frames), generator=generator)
+    return frames[order]  # (T, C, H, W)
+
+
+def temporal_reward(correct, correct_shuffled, alpha, test="ge") -> float:
+    """r_t (Eq. 1): alpha when the ordered group's share of correct responses is at least
+    (test "ge") or above (test "gt") the shuffled group's, else 0.
+
+    >>> temporal_reward([True, False], [True, False, False, False], alpha=0.3)
+    0.3
+    """
+    p = sum(correct) / len(correct)
+    p_tilde = sum(correct_shuffled) / len(correct_shuffled)
+    return alpha if p > p_tilde or (test == "ge" and p == p_tilde) else 0.0
+
+
+def group_advantages(rewards, scale="std"):
+    """A_i (Eq. 3) of a group's rewards (G,): centred, and for scale "std" divided by the
+    unbiased standard deviation. A group of equal rewards teaches nothing: zeros."""
+    if (rewards == rewards[0]).all():
+        return torch.zeros_like(rewards)
+    advantages = rewards - rewards.mean()  # (G,)
+    return advantages / (rewards.std() + STD_EPSILON) if scale == "std" else advantages
+
+
+def tgrpo_loss(logps, old_logps, ref_logps, advantages, mask, beta, epsilon):
+    """-J (Eq. 4) of one group or chunk: a scalar to minimise.
+
+    logps, old_logps, ref_logps (n, L): log-probabilities of the response tokens under the
+    policy, the policy that sampled them and the reference (None when beta is 0);
+    advantages (n,); mask (n, L): 1 up to and including the end token.
+    """
+    A = advantages[:, None]  # (n, 1)
+    ratio = torch.exp(logps - old_logps)  # (n, L)
+    objective = torch.minimum(ratio * A, ratio.clamp(1 - epsilon, 1 + epsilon) * A)  # (n, L)
+    if beta:
+        objective = objective - beta * kl_k3(logps, ref_logps)  # (n, L)
+    per_response = (objective * mask).sum(1) / mask.sum(1)  # (n,)
+    return -per_response.mean()
+
+
+def kl_k3(logps, ref_logps):
+    """Schulman's k3 estimator of KL(policy || reference), per token: never negative."""
+    return torch.exp(ref_logps - logps) - (ref_logps - logps) - 1
+
+
+def response_mask(ids, eos_ids):
+    """(n, L) ones up to and including each row's first end token, zeros after it.
+
+    >>> response_mask(torch.tensor([[5, 9, 9], [5, 6, 7]]), [9]).tolist()
+    [[1.0, 1.0, 0.0], [1.0, 1.0, 1.0]]
+    """
+    ended = torch.isin(ids, torch.tensor(eos_ids, device=ids.device)).cumsum(1)  # (n, L)
+    return (F.pad(ended, (1, -1)) == 0).float()  # (n, L): no end token strictly before
+
+
+def group_rewards(texts, texts_shuffled, lengths, record, args):
+    """Rewards of one question's responses, by part, and the comparison of the two groups.
+
+    Returns {"accuracy", "format", "temporal", "length": (G,) each; "p", "p_tilde", "r_t"}; the
+    last two and "temporal" only when there is a shuffled group.
+    """
+    accuracy = [accuracy_reward(text, record) for text in texts]
+    correct = [value >= args.correct_threshold for value in accuracy]
+    parts = {"accuracy": accuracy, "format": [format_reward(text) for text in texts],
+             "length": length_reward(correct, lengths, args.omega, args.l_min, args.l_max)}
+    parts = {name: torch.tensor(values) for name, values in parts.items()}  # (G,) each
+    parts["p"] = sum(correct) / len(correct)
+    if texts_shuffled:
+        correct_shuffled = [accuracy_reward(text, record) >= args.correct_threshold
+                            for text in texts_shuffled]
+        r_t = temporal_reward(correct, correct_shuffled, args.alpha, args.temporal_test)
+        parts["temporal"] = r_t * torch.tensor(correct).float()  # (G,): correct ones only (Eq. 2)
+        parts["p_tilde"], parts["r_t"] = sum(correct_shuffled) / len(correct_shuffled), r_t
+    return parts
+
+
+def learning_rate(step, args):
+    """Learning rate of 0-based `step`: linear warm-up, then the schedule over the other steps."""
+    if step < args.warmup_steps:
+        return args.learning_rate * (step + 1) / args.warmup_steps
+    progress = (step - args.warmup_steps) / max(1, args.max_steps - args.warmup_steps)
+    decay = {"constant": 1.0, "linear": 1 - progress,
+             "cosine": (1 + math.cos(math.pi * progress)) / 2}
+    return args.learning_rate * decay[args.lr_schedule]
+
+
+def record_index(position, count, seed):
+    """Which record stands at `position` of the endless data order, reshuffled every epoch.
+
+    A pure function, so a resumed run needs no stored state to go on where it stopped.
+    """
+    epoch, offset = divmod(position, count)
+    if record_index.cache[:3] != (epoch, count, seed):
+        order = torch.randperm(count, generator=seeded_generator(seed, epoch)).tolist()
+        record_index.cache = (epoch, count, seed, order)
+    return record_index.cache[3][offset]
+
+
+record_index.cache = (None, None, None, [])  # the order of the epoch asked for last
+
+
+# ------------------------------------------------------------ rollout: prefill and decode
+
+def rope_positions(model, inputs):
+    """Multimodal rotary positions of a prompt (3, B, P) and of its first response token (B, 1)."""
+    model = getattr(model, "module", model)  # inside DeepSpeed's engine
+    keys = ("image_grid_thw", "video_grid_thw", "second_per_grid_ts", "attention_mask")
+    positions, delta = model.model.get_rope_index(
+        inputs["input_ids"], inputs["mm_token_type_ids"],
+        **{key: inputs[key] for key in keys if key in inputs})
+    return positions, inputs["input_ids"].shape[1] + delta
+
+
+def run_prompt(model, inputs):
+    """One forward over a prompt (B, P). Returns the model's output with its cache of keys and
+    values (B, heads, P, dim a layer), and the position of the first response token (B, 1)."""
+    positions, next_position = rope_positions(model, inputs)
+    vision = {key: inputs[key] for key in inputs
+              if key.startswith("pixel_values") or key.endswith("grid_thw")}
+    output = model(input_ids=inputs["input_ids"], position_ids=positions, use_cache=True,
+                   logits_to_keep=1, **vision)
+    return output, next_position
+
+
+def sample_tokens(logits, temperature, top_p, generator):
+    """One token a row, (n,), from the (n, V) logits at a temperature, within the nucleus."""
+    probs = torch.softmax(logits.float() / temperature, dim=-1)  # (n, V)
+    if top_p < 1:
+        ranked, order = probs.sort(dim=-1, descending=True)  # (n, V)
+        ranked[ranked.cumsum(-1) - ranked >= top_p] = 0  # the first token always stays
+        probs = torch.zeros_like(probs).scatter(-1, order, ranked)  # (n, V)
+    return torch.multinomial(probs, 1, generator=generator)[:, 0]
+
+
+def prefill(model, prompts, counts):
+    """Runs each prompt once and repeats what it left for its responses, N rows in all.
+
+    Prompts differ in length: keys and values are padded on the left to the longest.
+    Returns the cache, mask (N, P) of real tokens, logits (N, V) and position (N, 1) of the
+    first response token.
+    """
+    layers, masks, logits, positions = [], [], [], []
+    longest = max(inputs["input_ids"].shape[1] for inputs in prompts)
+    for inputs, count in zip(prompts, counts):
+        device = inputs["input_ids"].device
+        rows = torch.arange(len(count), device=device).repeat_interleave(
+            torch.tensor(count, device=device))  # (sum of count,): prompt row of each response
+        output, position = run_prompt(model, inputs)
+        left = longest - inputs["input_ids"].shape[1]
+        layers.append([[F.pad(kv[rows], (0, 0, left, 0)) for kv in (layer.keys, layer.values)]
+                       for layer in output.past_key_values.layers])  # (rows, heads, P, dim) each
+        masks.append(F.pad(inputs["attention_mask"][rows], (left, 0)))
+        logits.append(output.logits[rows, -1])
+        positions.append(position[rows])
+    cache = DynamicCache([(torch.cat(keys), torch.cat(values)) for keys, values in
+                          (zip(*layer_of_prompts) for layer_of_prompts in zip(*layers))])
+    return cache, torch.cat(masks), torch.cat(logits), torch.cat(positions)
+
+
+@torch.no_grad()
+def rollout(model, prompts, counts, *, max_new_tokens, temperature, top_p, eos_ids, forbidden_ids,
+            generator):
+    """Samples counts[i][b] responses to row b of prompts[i], all of them in one decode batch.
+
+    prompts: encoded inputs of B rows each (a video's two orders side by side: B = 2).
+    A row leaves the batch at its first end token. Makes no collective call, so that ranks
+    need not wait for each other's longest response.
+    Returns one (count, L) tensor of ids for each prompt row; end tokens fill it up.
+    """
+    cache, mask, logits, position = prefill(model, prompts, counts)
+    device, eos = logits.device, torch.tensor(eos_ids, device=logits.device)
+    rows = torch.arange(len(logits), device=device)  # (n,): the rows that still decode
+    ids = torch.full((len(logits), max_new_tokens), eos_ids[0], device=device)  # (N, L)
+    for t in range(max_new_tokens):
+        logits[:, forbidden_ids] = -torch.inf  # (n, V)
+        tokens = sample_tokens(logits, temperature, top_p, generator)  # (n,)
+        ids[rows, t] = tokens
+        alive = ~torch.isin(tokens, eos)  # (n,)
+        if not alive.any() or t + 1 == max_new_tokens:
+            break
+        if not alive.all():
+            rows, tokens, mask, position = rows[alive], tokens[alive], mask[alive], position[alive]
+            cache.batch_select_indices(alive.nonzero()[:, 0])
+        mask = F.pad(mask, (0, 1), value=1)  # (n, P + t + 1)
+        logits = model(input_ids=tokens[:, None], attention_mask=mask, past_key_values=cache,
+                       position_ids=(position + t).expand(3, -1, -1),  # (3, n, 1)
+                       use_cache=True).logits[:, -1]  # (n, V)
+    return ids[:, :t + 1].split([n for count in counts for n in count])
+
+
+# -------------------------------------- update: the prompt is encoded once for its group
+
+def response_logits(model, cache, inputs, next_position, responses):
+    """Logits (n, L, V) that predict each response token, on top of the prompt's cached keys and
+    values (1, heads, P - 1, dim) a layer: the prompt's last token is fed again with them."""
+    n, L = responses.shape
+    last = inputs["input_ids"][:, -1:].expand(n, 1)
+    ids = torch.cat([last, responses[:, :-1]], dim=1)  # (n, L)
+    position = next_position - 1 + torch.arange(L, device=ids.device)  # (1, L)
+    shared = DynamicCache([(keys.expand(n, -1, -1, -1), values.expand(n, -1, -1, -1))
+                           for keys, values in cache])
+    return model(input_ids=ids, position_ids=position.expand(3, n, L), past_key_values=shared,
+                 use_cache=True).logits  # (n, L, V)
+
+
+def token_logps(logits, responses, temperature):
+    """(n, L) log-probabilities of the response tokens, and the (n, L) entropies (no gradient)."""
+    logits = logits.float() / temperature  # (n, L, V)
+    logps = -F.cross_entropy(logits.transpose(1, 2), responses, reduction="none")  # (n, L)
+    with torch.no_grad():
+        log_softmax = logits.log_softmax(-1)  # (n, L, V)
+        entropy = -(log_softmax.exp() * log_softmax).sum(-1)  # (n, L)
+    return logps, entropy
+
+
+def prompt_cache(output):
+    """[(keys, values)] of all prompt tokens but the last, (1, heads, P - 1, dim) a layer."""
+    return [(layer.keys[:, :, :-1], layer.values[:, :, :-1])
+            for layer in output.past_key_values.layers]
+
+
+@torch.no_grad()
+def group_logps(model, inputs, responses, chunk_size, temperature=1.0):
+    """Log-probabilities (G, L) of a group's responses: the prompt once, then the responses,
+    chunk_size at a time. Equal to a forward over G copies of prompt and response."""
+    output, next_position = run_prompt(model, inputs)
+    cache = prompt_cache(output)
+    return torch.cat([
+        token_logps(response_logits(model, cache, inputs, next_position, chunk), chunk,
+                    temperature)[0] for chunk in responses.split(chunk_size)])  # (G, L)
+
+
+def backward_group(engine, inputs, responses, chunk_loss, chunk_size, temperature, last):
+    """Backward of a group's loss with one prompt and one chunk of responses in memory.
+
+    chunk_loss(rows, logps, entropy) -> scalar, for the chunk responses[rows]; the group's loss
+    is their sum. (a) The prompt runs once. (b) Its keys and values are cut off as leaves.
+    (c) Each chunk runs on them and goes backward; gradients collect in the leaves. (d) One
+    backward carries these through the prompt and the vision tower. `last`: gradients are
+    complete after this group, ranks may average them.
+    """
+    output, next_position = run_prompt(engine, inputs)  # (a)
+    attached = [kv for pair in prompt_cache(output) for kv in pair]
+    leaves = [kv.detach().requires_grad_() for kv in attached]  # (b)
+    cache = list(zip(leaves[::2], leaves[1::2]))
+    engine.set_gradient_accumulation_boundary(False)
+    for rows in torch.arange(len(responses)).split(chunk_size):  # (c)
+        chunk = responses[rows]
+        logits = response_logits(engine, cache, inputs, next_position, chunk)  # (n, L, V)
+        engine.backward(chunk_loss(rows, *token_logps(logits, chunk, temperature)))
+    engine.set_gradient_accumulation_boundary(last)
+    # (d); the zero term lets every parameter take part in the last backward, as DeepSpeed expects
+    engine.backward(sum((kv * leaf.grad).sum() for kv, leaf in zip(attached, leaves))
+                    + 0.0 * output.logits.sum())
+
+
+# --------------------------------------------------------------------------------- data
+
+class Questions(Dataset):
+    """position -> {"record", "ordered", "shuffled"} or a MediaError's line; runs in workers.
+
+    "shuffled" holds the same question with the decoded frames in another order; only for
+    videos, and only when the temporal reward needs it.
+    """
+
+    def __init__(self, records, processor, args):
+        self.records, self.processor, self.args = records, processor, args
+
+    def __getitem__(self, position):
+        record = self.records[record_index(position, len(self.records), self.args.seed)]
+        try:
+            vision = load_vision(record, **sampling_of(self.args, record))
+        except MediaError as error:
+            return {"problem_id": record["problem_id"], "path": record["path"],
+                    "reason": str(error)}
+        sample = {"record": record, "ordered": encode(self.processor, record, vision)}
+        if record["data_type"] == "video" and self.args.alpha:
+            generator = seeded_generator(self.args.seed, DATA_STREAM, position)
+            order = shuffle_frames(torch.arange(len(vision.frames)), generator)
+            shuffled = vision._replace(frames=vision.frames[order])
+            sample |= {"shuffled": encode(self.processor, record, shuffled),
+                       "frame_order": order.tolist()}
+        return sample
+
+
+# --------------------------------------------------------- start-up, the same in each stage
+
+def setup_distributed():
+    """Joins the process group, under the deepspeed launcher or alone. Returns (rank, device)."""
+    if "RANK" not in os.environ:  # started as `python tgrpo.py`: a group of one
+        with socket.socket() as probe:
+            probe.bind(("127.0.0.1", 0))
+            port = str(probe.getsockname()[1])
+        os.environ.update(RANK="0", LOCAL_RANK="0", WORLD_SIZE="1", MASTER_ADDR="127.0.0.1",
+                          MASTER_PORT=port)
+    deepspeed.utils.logger.setLevel("WARNING")
+    # DeepSpeed calls functions that torch has renamed: one warning a step and rank otherwise
+    warnings.filterwarnings("ignore", category=FutureWarning, module="torch.distributed")
+    local_rank = int(os.environ["LOCAL_RANK"])
+    get_accelerator().set_device(local_rank)
+    deepspeed.init_distributed(get_accelerator().communication_backend_name(), verbose=False)
+    return dist.get_rank(), torch.device(get_accelerator().device_name(local_rank))
+
+
+def read_deepspeed_config(args):
+    """The user's DeepSpeed file, completed with what this script's flags decide."""
+    try:
+        config = json.loads(Path(args.deepspeed_config).read_text(encoding="utf-8"))
+    except (OSError, json.JSONDecodeError) as error:
+        raise InputError(f"cannot read --deepspeed_config {args.deepspeed_config}: {error}") \
+            from None
+    ours = {"train_micro_batch_size_per_gpu": 1, "gradient_accumulation_steps": 1,
+            "gradient_clipping": args.max_grad_norm}
+    for key in (*ours, "train_batch_size", "optimizer", "scheduler"):
+        if config.get(key, "auto") != "auto":
+            raise InputError(f"remove {key!r} from {args.deepspeed_config}: "
+                             "this script's own flags decide it")
+    if config.get("fp16", {}).get("enabled"):
+        raise InputError(f"{args.deepspeed_config} enables fp16: use bf16, or neither for fp32")
+    if config.get("bf16", {}).get("enabled") == "auto":  # bf16 where there is an accelerator
+        config["bf16"]["enabled"] = get_accelerator().device_name() != "cpu"
+    config.setdefault("zero_force_ds_cpu_optimizer", False)  # torch's AdamW, also offloaded
+    return config | ours
+
+
+def load_processor(args):
+    """The model's processor; InputError where the directory has none."""
+    try:
+        return AutoProcessor.from_pretrained(args.model)
+    except (OSError, ValueError, TypeError) as error:
+        raise InputError(f"--model {args.model} has no usable processor (tokenizer, "
+                         f"preprocessor and chat template): {error}") from None
+
+
+def load_model(args, config):
+    """The model's weights, from safetensors only, in the precision of the DeepSpeed config."""
+    dtype = torch.bfloat16 if config.get("bf16", {}).get("enabled") else torch.float32
+    try:
+        return AutoModelForImageTextToText.from_pretrained(
+            args.model, dtype=dtype, attn_implementation=args.attn_implementation,
+            use_safetensors=True)
+    except (OSError, ValueError) as error:
+        raise InputError(f"cannot load --model {args.model}: {error}") from None
+
+
+def start_engine(model, args, config):
+    """DeepSpeed's engine around the model, with torch's AdamW."""
+    optimizer = torch.optim.AdamW(model.parameters(), lr=args.learning_rate,
+                                  betas=(0.9, args.adam_beta2), weight_decay=args.weight_decay)
+    engine, *_ = deepspeed.initialize(model=model, optimizer=optimizer, config=config)
+    return engine
+
+
+# ------------------------------------------------------------ what a run leaves in --output
+
+def open_output(args) -> int:
+    """Makes --output. Returns the step to start from: 0, or with --resume the newest checkpoint's.
+
+    Without --resume a folder that holds checkpoints is refused: they would be mixed up later.
+    """
+    output = Path(args.output)
+    output.mkdir(parents=True, exist_ok=True)
+    steps = [int(path.name.split("-")[1]) for path in output.glob("checkpoint-*")
+             if path.name.split("-")[1].isdigit()]
+    if steps and not args.resume:
+        raise InputError(f"--output {output} holds checkpoints: continue them with --resume, "
+                         "or name another folder")
+    return max(steps, default=0)
+
+
+def open_log(args, name, first_step):
+    """<output>/<name>.jsonl for appending; on --resume without the steps that will be redone.
+    The first line of metrics.jsonl says how to repeat the run."""
+    path, lines = Path(args.output) / f"{name}.jsonl", []
+    if args.resume and path.exists():
+        for line in path.read_text(encoding="utf-8").splitlines():
+            if not line.endswith("}"):  # cut short when the run was killed
+                break
+            if json.loads(line).get("step", 0) <= first_step:
+                lines.append(line)
+    if name == "metrics" and not lines:
+        packages = ("torch", "transformers", "deepspeed", "qwen-vl-utils", "decord")
+        commit = subprocess.run(["git", "rev-parse", "HEAD"], cwd=Path(__file__).parent,
+                                capture_output=True, text=True).stdout.strip()
+        lines = [json.dumps({"arguments": vars(args), "world_size": dist.get_world_size(),
+                             "versions": {package: version(package) for package in packages},
+                             "git_commit": commit or None})]
+    aside = path.with_suffix(".partial")
+    aside.write_text("".join(line + "\n" for line in lines), encoding="utf-8")
+    aside.replace(path)
+    return path.open("a", encoding="utf-8", buffering=1)
+
+
+def save_checkpoint(engine, args, step):
+    """checkpoint-<step>/, complete or absent: written aside, renamed when every rank is done."""
+    aside = Path(args.output) / f"checkpoint-{step}.partial"
+    if dist.get_rank() == 0:
+        shutil.rmtree(aside, ignore_errors=True)
+    dist.barrier()
+    engine.save_checkpoint(str(aside), tag="state")
+    dist.barrier()
+    if dist.get_rank() == 0:
+        aside.rename(Path(args.output) / f"checkpoint-{step}")
+
+
+def load_checkpoint(engine, args, step):
+    """Weights and optimizer of checkpoint-<step>."""
+    engine.load_checkpoint(str(Path(args.output) / f"checkpoint-{step}"), tag="state")
+
+
+def save_model(engine, processor, output):
+    """The trained model as a Hugging Face directory. Collective: every rank calls it."""
+    sharded = engine.zero_optimization_partition_weights()
+    state = {}
+    for name, parameter in engine.module.named_parameters():
+        with deepspeed.zero.GatheredParameters([parameter], enabled=sharded):
+            if dist.get_rank() == 0:
+                state[name] = parameter.detach().cpu().clone()
+    if dist.get_rank() == 0:
+        aside = Path(output) / "model.partial"
+        engine.module.save_pretrained(aside, state_dict=state)
+        processor.save_pretrained(aside)
+        for path in sorted(aside.iterdir(), key=lambda path: path.name == "config.json"):
+            path.replace(Path(output) / path.name)  # config.json last: it makes it a model
+        aside.rmdir()
+    dist.barrier()
+
+
+def all_reduce_sum(values, device):
+    """Sums a list of numbers over ranks."""
+    total = torch.tensor(values, dtype=torch.float64, device=device)
+    dist.all_reduce(total)
+    return total.tolist()
+
+
+def gather_objects(value) -> list:
+    """The value of every rank, on every rank."""
+    values = [None] * dist.get_world_size()
+    dist.all_gather_object(values, value)
+    return values
+
+
+# ------------------------------------------------------------------- the steps, on one rank
+
+def start_reference(args, config):
+    """The frozen reference model; sharded like the policy where that is (ZeRO-3)."""
+    model = load_model(args, config).eval().requires_grad_(False)
+    if config.get("zero_optimization", {}).get("stage", 0) < 3:
+        return model.to(get_accelerator().current_device_name())
+    keys = ("zero_optimization", "bf16", "train_micro_batch_size_per_gpu")
+    config = {key: config[key] for key in keys if key in config}
+    return deepspeed.initialize(model=model, config=config)[0]
+
+
+def gather_weights(engine, sampler):
+    """Copies the sharded policy into the plain sampling copy, parameter by parameter."""
+    for source, target in zip(engine.module.parameters(), sampler.parameters(), strict=True):
+        with deepspeed.zero.GatheredParameters([source]):
+            target.data.copy_(source.data)
+
+
+def stop_tokens(model, tokenizer):
+    """Every end token of the model; the tokenizer's own first."""
+    ends = model.generation_config.eos_token_id
+    ends = ends if isinstance(ends, list) else [ends]
+    return list(dict.fromkeys([tokenizer.eos_token_id, *(end for end in ends if end is not None)]))
+
+
+def forbidden_tokens(model, tokenizer):
+    """Ids that must not be sampled: visual placeholders, and ids that no token has."""
+    ids = tokenizer.convert_tokens_to_ids(list(FORBIDDEN_TOKENS))
+    beyond = range(len(tokenizer), model.config.get_text_config().vocab_size)
+    return sorted({i for i in ids if i is not None} | set(beyond))
+
+
+def sample_responses(model, samples, args, generator, eos_ids, forbidden_ids):
+    """Steps 1 and 2 for the questions of a rank: adds responses (G, L) and, where frames were
+    shuffled, responses_shuffled (G_tilde, L) to each sample."""
+    prompts, counts = [], []
+    for sample in samples:
+        orders = [sample[key] for key in ("ordered", "shuffled") if key in sample]
+        prompts.append(pad_batch(orders, {}, "left"))  # the same length: no padding
+        counts.append([args.G, args.G_tilde][:len(orders)])
+    if not samples:
+        return
+    groups = iter(rollout(model, prompts, counts, max_new_tokens=args.max_new_tokens,
+                          temperature=args.temperature, top_p=args.top_p, eos_ids=eos_ids,
+                          forbidden_ids=forbidden_ids, generator=generator))
+    for sample in samples:
+        sample["responses"] = next(groups)
+        if "shuffled" in sample:
+            sample["responses_shuffled"] = next(groups)
+
+
+def score(sample, tokenizer, eos_ids, args):
+    """Steps 3 to 5 for one question: adds mask (G, L), texts, rewards by part, R and A (G,)."""
+    def decode(ids):
+        mask = response_mask(ids, eos_ids)  # (n, L)
+        kept = [row[:n] for row, n in zip(ids.tolist(), mask.sum(1).int().tolist())]
+        return mask, tokenizer.batch_decode(kept, skip_special_tokens=True)
+
+    sample["mask"], sample["texts"] = decode(sample["responses"])  # (G, L)
+    sample["texts_shuffled"] = decode(sample["responses_shuffled"])[1] if "shuffled" in sample \
+        else []
+    lengths = sample["mask"].sum(1).int().tolist()  # (G,) tokens, the end token included
+    parts = group_rewards(sample["texts"], sample["texts_shuffled"], lengths, sample["record"],
+                          args)
+    r_t = parts.get("temporal", torch.zeros(args.G))  # (G,)
+    R = parts["accuracy"] + parts["format"] + parts["length"]  # (G,)
+    if args.temporal_to == "reward":
+        R = R + r_t  # (G,) Eq. 2
+    A = group_advantages(R.double(), args.scale_advantages).float()  # (G,) Eq. 3
+    if args.temporal_to == "advantage":
+        A = A + r_t  # (G,)
+    truncated = ~torch.isin(sample["responses"], torch.tensor(eos_ids)).any(1)  # (G,)
+    sample |= {"parts": parts, "R": R, "A": A, "truncated": truncated.float().tolist()}
+
+
+def update(engine, reference, samples, blank, weight, args, metrics):
+    """Step 6: updates_per_rollout optimizer steps on the responses of this rank's questions.
+
+    Every rank makes prompts_per_rank times the same engine calls; where a question was skipped,
+    a blank one of weight 0 stands in.
+    """
+    device = engine.device
+    samples = samples + [blank] * (args.prompts_per_rank - len(samples))
+    for sample in samples:
+        sample["inputs"] = {key: value.to(device) for key, value in sample["ordered"].items()}
+        sample["ref"] = group_logps(reference, sample["inputs"], sample["responses"],
+                                    args.chunk_size, args.temperature) if args.beta else None
+        sample["old"] = torch.zeros_like(sample["mask"])  # (G, L): filled by the first update
+    for u in range(args.updates_per_rollout):
+        for i, sample in enumerate(samples):
+            mask, old, ref, A = (sample[key] for key in ("mask", "old", "ref", "A"))
+
+            def chunk_loss(rows, logps, entropy):
+                if u == 0:
+                    old[rows] = logps.detach()  # (n, L): the policy that sampled is this one
+                chunk_ref = None if ref is None else ref[rows]  # (n, L)
+                loss = tgrpo_loss(logps, old[rows], chunk_ref, A[rows].to(device), mask[rows],
+                                  args.beta, args.epsilon) * len(rows) / args.G
+                if sample is not blank:
+                    note_policy(metrics, logps.detach(), old[rows], chunk_ref, entropy, mask[rows],
+                                A[rows].to(device), args.epsilon)
+                    note(metrics, "optim/loss", [loss.item()], count=len(rows) / args.G)
+                return loss * (0.0 if sample is blank else weight)
+
+            backward_group(engine, sample["inputs"], sample["responses"], chunk_loss,
+                           args.chunk_size, args.temperature, last=i == len(samples) - 1)
+        engine.step()
+
+
+def note(metrics, name, values, count=None):
+    """Adds values to a metric: sums and counts, so that means over ranks are exact."""
+    total, n = metrics.get(name, (0.0, 0))
+    metrics[name] = (total + sum(values), n + (len(values) if count is None else count))
+
+
+def note_policy(metrics, logps, old_logps, ref_logps, entropy, mask, advantages, epsilon):
+    """Per-token metrics of a chunk, (n, L) each, over the tokens inside the mask."""
+    inside = mask.bool()
+    ratio = torch.exp(logps - old_logps)  # (n, L)
+    clipped = torch.where(advantages[:, None] > 0, ratio > 1 + epsilon, ratio < 1 - epsilon)
+    note(metrics, "policy/entropy", entropy[inside].tolist())
+    note(metrics, "policy/clip_rate", clipped[inside].tolist())
+    if ref_logps is not None:
+        note(metrics, "policy/kl", kl_k3(logps, ref_logps)[inside].tolist())
+    metrics["policy/ratio_max"] = max(metrics.get("policy/ratio_max", 0), ratio[inside].max().item())
+
+
+def note_sample(metrics, sample):
+    """Reward, group and response metrics of one question. What is undefined for it is absent."""
+    parts, record = sample["parts"], sample["record"]
+    for name in ("accuracy", "format", "length", "temporal"):
+        if name in parts:
+            note(metrics, f"reward/{name}", parts[name].tolist())
+    note(metrics, "reward/total", sample["R"].tolist())
+    note(metrics, f"accuracy/{record['problem_type']}", parts["accuracy"].tolist())
+    note(metrics, "group/p", [parts["p"]])
+    note(metrics, "group/zero_std_rate", [float(sample["R"].std() < STD_EPSILON)])
+    if "p_tilde" in parts:
+        note(metrics, "group/p_tilde", [parts["p_tilde"]])
+        note(metrics, "group/tie_rate", [float(parts["p"] == parts["p_tilde"])])
+        if parts["p"] > 0:  # with no correct response there is nothing to reward
+            note(metrics, "group/temporal_rate", [float(parts["r_t"] > 0)])
+    tokens = sample["mask"].sum(1).tolist()
+    note(metrics, "response/tokens", tokens)
+    note(metrics, "response/truncated_rate", sample["truncated"])
+    note(metrics, "data/video_share", [float(record["data_type"] == "video")])
+
+
+def rollout_row(sample):
+    """One question of rollouts.jsonl."""
+    parts = {name: value.tolist() if torch.is_tensor(value) else value
+             for name, value in sample["parts"].items()}
+    return {"problem_id": sample["record"]["problem_id"], "path": sample["record"]["path"],
+            "frame_order": sample.get("frame_order"), "responses": sample["texts"],
+            "responses_shuffled": sample["texts_shuffled"], **parts,
+            "R": sample["R"].tolist(), "A": sample["A"].tolist()}
+
+
+def describe(sample):
+    """Prints the true size of a first sample: limits that act elsewhere are found here."""
+    inputs = sample["ordered"]
+    grid = inputs.get("video_grid_thw", inputs.get("image_grid_thw"))[0].tolist()
+    tqdm.write(f"first {sample['record']['data_type']}: {grid[0]} x {grid[1]} x {grid[2]} patches "
+               f"of 14 x 14 pixels (time x height x width), "
+               f"{int((inputs['mm_token_type_ids'] > 0).sum())} visual tokens, "
+               f"{inputs['input_ids'].shape[1]} prompt tokens")
+
+
+def report(args, engine, logs, step, metrics, samples, skipped, clock, bar):
+    """Merges the ranks' metrics and writes the step's lines; collective."""
+    rollouts = [rollout_row(sample) for sample in samples] \
+        if step % args.rollout_steps == 0 else []
+    for name, seconds in zip(("data", "rollout", "update"), (b - a for a, b in zip(clock, clock[1:]))):
+        note(metrics, f"time/{name}", [seconds])
+    note(metrics, "time/step", [time.perf_counter() - clock[0]])
+    gathered = gather_objects((metrics, rollouts, skipped))
+    if not logs:
+        return
+    merged = {}
+    for rank_metrics, _, _ in gathered:
+        ratio_max = rank_metrics.pop("policy/ratio_max", 0)
+        merged["policy/ratio_max"] = max(merged.get("policy/ratio_max", 0), ratio_max)
+        for name, (total, count) in rank_metrics.items():
+            note(merged, name, [total], count)
+    row = {name: value if name == "policy/ratio_max" else value[0] / value[1]
+           for name, value in merged.items()}
+    row |= {"optim/learning_rate": learning_rate(step, args),
+            "data/skipped": sum(len(rank_skipped) for _, _, rank_skipped in gathered)}
+    norm = engine.get_global_grad_norm()
+    if norm is not None:  # DeepSpeed keeps none at stage 0 in fp32
+        row["optim/grad_norm"] = float(norm)
+    for _, rank_rollouts, rank_skipped in gathered:
+        for name, lines in (("rollouts", rank_rollouts), ("skipped", rank_skipped)):
+            for line in lines:
+                logs[name].write(json.dumps({"step": step + 1, **line}) + "\n")
+    logs["metrics"].write(json.dumps({"step": step + 1, **dict(sorted(row.items()))}) + "\n")
+    engine.monitor.write_events([(name, value, step + 1) for name, value in row.items()])
+    bar.set_postfix({name: f"{row[key]:.3f}" for name, key in
+                     (("reward", "reward/total"), ("accuracy", "reward/accuracy"),
+                      ("kl", "policy/kl")) if key in row})
+    bar.update()
+
+
+def main(args):
+    # ------------------------------------------------------------- records, models, engine
+    records = load_records(args.data, args.media_root)
+    config = read_deepspeed_config(args)
+    processor = load_processor(args)
+    tokenizer = processor.tokenizer
+    rank, device = setup_distributed()
+    world = dist.get_world_size()
+    first_step = open_output(args)
+    model = load_model(args, config)
+    eos_ids, forbidden_ids = stop_tokens(model, tokenizer), forbidden_tokens(model, tokenizer)
+    engine = start_engine(model, args, config)
+    engine.train()
+    sampler = engine.module
+    if engine.zero_optimization_partition_weights():  # ZeRO-3: sampling needs whole weights
+        sampler = load_model(args, config).to(device)
+    reference = start_reference(args, config) if args.beta else None
+    if first_step:
+        load_checkpoint(engine, args, first_step)
+
+    # ------------------------------------------------------------------------- data order
+    per_step = args.prompts_per_rank
+    positions = [(step * world + rank) * per_step + i
+                 for step in range(first_step, args.max_steps) for i in range(per_step)]
+    loader = iter(DataLoader(
+        Questions(records, processor, args), sampler=positions, batch_size=per_step,
+        collate_fn=list, num_workers=args.num_workers,
+        prefetch_factor=4 if args.num_workers else None))
+    blank = {"ordered": encode_blank(processor), "A": torch.zeros(args.G),
+             "responses": torch.full((args.G, 1), eos_ids[0], device=device),
+             "mask": torch.ones(args.G, 1, device=device)}
+    logs = {name: open_log(args, name, first_step)
+            for name in ("metrics", "rollouts", "skipped")} if rank == 0 else {}
+
+    # ------------------------------------------------------------------------------- loop
+    bar = tqdm(total=args.max_steps, initial=first_step, desc="tgrpo", disable=rank != 0)
+    for step in range(first_step, args.max_steps):
+        clock, metrics = [time.perf_counter()], {}
+        # 1. questions, decoded and encoded ahead of need by the workers
+        drawn = next(loader)
+        samples = [sample for sample in drawn if "record" in sample]
+        skipped = [sample for sample in drawn if "record" not in sample]
+        if step == first_step and samples and rank == 0:
+            describe(samples[0])
+        clock.append(time.perf_counter())
+        # 2. responses to ordered and shuffled frames
+        if sampler is not engine.module:
+            gather_weights(engine, sampler)
+        generator = seeded_generator(args.seed, ROLLOUT_STREAM, step, rank, device=device)
+        sample_responses(sampler, samples, args, generator, eos_ids, forbidden_ids)
+        # 3. to 5. rewards and advantages
+        for sample in samples:
+            score(sample, tokenizer, eos_ids, args)
+            note_sample(metrics, sample)
+        clock.append(time.perf_counter())
+        # 6. clipped update; every group counts the same, on whichever rank it is
+        groups, = all_reduce_sum([len(samples)], device)
+        for group in engine.optimizer.param_groups:
+            group["lr"] = learning_rate(step, args)
+        update(engine, reference, samples, blank, world / max(groups, 1), args, metrics)
+        clock.append(time.perf_counter())
+        # metrics, logs, checkpoint
+        report(args, engine, logs, step, metrics, samples, skipped, clock, bar)
+        if args.save_steps and (step + 1) % args.save_steps == 0:
+            save_checkpoint(engine, args, step + 1)
+    bar.close()
+    save_model(engine, processor, args.output)
+
+if __name__ == "__main__":
+    try:
+        main(parse_args())
+    except InputError as error:
+        sys.exit(f"tgrpo.py: {error}")
