@@ -4,31 +4,29 @@
     deepspeed evaluate.py --model Qwen/Qwen2.5-VL-7B-Instruct --output eval \
         --benchmark mmvu=eval_mmvu.json vsibench=eval_vsibench.json --frames 16 32 64
 
-Scores, over the answered records of each problem type and data source and over all:
+Scores over all answered records, and over those of each problem type and data source:
 
-    accuracy   mean accuracy reward; regression counts with its graded reward, not with MRA
-    correct    share of rewards >= --correct_threshold
-    MRA        mean relative accuracy as VSI-Bench defines it, regression only
+    accuracy   mean accuracy reward; regression counts with its graded reward, not with its MRA
+    correct    share of accuracy rewards >= --correct_threshold
+    mra        mean relative accuracy as VSI-Bench defines it, regression only
     format     share of well-formed responses;  truncated: share cut off at --max_new_tokens
     tokens     mean length of a response, end token included
-    drop       accuracy with ordered frames minus this accuracy, over the records that both answered
+    drop       accuracy with ordered frames minus this accuracy, over records answered in both
 
-Each with a 95 % interval: bootstrap over media, since questions share videos. A medium that
-cannot be read is skipped and named, never replaced: every score stands beside answered/records.
+Each has a 95 % interval: bootstrap over media, since questions share videos. A medium that cannot
+be read is skipped and named, never replaced; every score stands beside answered/records.
 
---order tells what a score needs. shuffled, reversed: the order of frames. single_frame (the
-middle one, in every place): any motion. blind (grey in every place): any sight. All of them keep
-the prompt's text, length and timing, so that nothing but the pictures differs from `ordered`.
-Images have no order: shuffled, reversed and single_frame leave them as they are.
+--order tells what a score needs. shuffled, reversed: the order of frames; single_frame (the middle
+one, in every place): motion; blind (grey in every place): sight. Each keeps the prompt's text,
+length and timing: only pixels differ from `ordered`. Images change in blind alone.
 
-Every rank holds the whole model and answers its share; there is no collective call in between.
---output, seen by all ranks, gets for each benchmark and number of frames
-`<name>_<frames>_<order>.rank<r>.jsonl`, a row as soon as it is answered, then
-`<name>_<frames>_<order>.json`, scores and settings and graded rows, and `skipped.jsonl`. The same
-command resumes by problem_id, with any number of ranks; scores come from all rows, old and new.
+Every rank holds the whole model and answers a share. --output (one folder for all ranks) gets
+`<name>_<frames>_<order>.rank<r>.jsonl` with a row for each answer, `<name>_<frames>_<order>.json`
+with scores, settings and graded rows, `skipped.jsonl`. The same command, with any number of ranks,
+resumes by problem_id; scores are computed from all rows, old and new.
 
-Shapes: B records of a batch, L prompt tokens, V vocabulary, T frames, C channels, H x W pixels,
-n rows, M media, R resamples.
+Shapes: B records of a batch, L tokens, T frames, C channels, H x W pixels, n rows, M media,
+R resamples.
 """
 import argparse
 import hashlib
@@ -68,27 +66,23 @@ GREY = 128  # the middle of 0 to 255
 MRA_PERCENT = range(50, 100, 5)  # VSI-Bench's theta, .50, .55, ..., .95, in exact integers
 RESAMPLES = 1000  # of the bootstrap
 INTERVAL = (2.5, 97.5)  # percentiles that enclose 95 % of the resampled means
-# The table's columns: key of a graded row, and what the mean is multiplied with (100: percent).
-METRICS = {"accuracy": ("reward", 100), "correct": ("correct", 100), "MRA": ("mra", 100),
-           "format": ("format", 100), "truncated": ("truncated", 100), "tokens": ("tokens", 1),
-           "drop": ("drop", 100)}
+METRICS = ("accuracy", "correct", "mra", "format", "truncated", "tokens", "drop")
 SOURCES_SHOWN = 20  # more data sources than this are in the result file only
 # Tokens that stand for pixels: a policy that emits one would break its own next forward.
 FORBIDDEN_TOKENS = ("<|vision_start|>", "<|vision_end|>", "<|vision_pad|>", "<|image_pad|>",
                     "<|video_pad|>")
-FRAME_STREAM, TOKEN_STREAM = 1, 2  # third key of the generators, so that no two draws share one
+FRAME_STREAM, TOKEN_STREAM = 1, 2  # last key of the generators: no two draws share one
 HASHED_BLOCKS, BLOCK_BYTES = 64, 4096  # of each weight file: seconds for any size of model
 LONGEST_WAIT = timedelta(days=7)  # of the first rank to finish for the last one
 
 
 class Task(NamedTuple):
-    """One result to make: a benchmark at one number of frames, in the order of --order."""
-    stem: str            # <name>_<frames>_<order>, the beginning of its files' names
+    """One result to make: a benchmark at one number of frames, in one order."""
+    stem: str            # <name>_<frames>_<order>, how its files' names begin
     frames: int
-    records: list        # checked Video-R1 records
-    configuration: dict  # what the answers depend on; rows made with another one are refused
-    rows: dict           # rows of earlier runs by problem_id, as text
-    ordered: dict        # the rows of the same task with ordered frames
+    records: list[dict]
+    configuration: dict  # what the answers depend on: rows made with another one are refused
+    todo: list[dict]     # the records that earlier runs have not answered
 
 
 def parse_args(argv=None):
@@ -151,7 +145,7 @@ def mean_relative_accuracy(predicted, truth) -> float:
     >>> [mean_relative_accuracy(p, g) for p, g in ((1, 2), ("9 m", "10"), (4, 10), ("many", 3))]
     [0.1, 0.9, 0.0, 0.0]
     """
-    p, g = (parse_number(value) if isinstance(value, str) else value for value in (predicted, truth))
+    p, g = (parse_number(x) if isinstance(x, str) else x for x in (predicted, truth))
     if p is None or g is None:
         return 0.0
     p, g = Fraction(str(p)), Fraction(str(g))
@@ -211,18 +205,6 @@ def reorder(vision, order, generator):
     return vision._replace(frames=frames)
 
 
-def nucleus_choice(logits, temperature, top_p, uniforms):
-    """One token a row, (B,): the quantile `uniforms` (B,) in [0, 1) of each row's nucleus.
-
-    The nucleus is the fewest most likely tokens with top_p of the probability, at least one.
-    """
-    ranked, order = (logits.float() / temperature).softmax(-1).sort(-1, descending=True)  # (B, V)
-    mass = ranked.double().cumsum(-1)  # (B, V)
-    total = mass.masked_fill(mass - ranked >= top_p, 0).amax(-1, keepdim=True)  # (B, 1)
-    rank = torch.searchsorted(mass, uniforms[:, None] * total, right=True)  # (B, 1)
-    return order.gather(-1, rank)[:, 0]
-
-
 def cut_at_end(ids, end_ids):
     """A response up to its first end token, which is kept, and whether it had none.
 
@@ -236,22 +218,21 @@ def cut_at_end(ids, end_ids):
 
 
 def grade(records, rows, threshold):
-    """A graded row for each record that `rows`, by problem_id as text, holds an output of."""
+    """A graded row for each record that has an output in `rows`, keyed by problem_id as text."""
     graded = []
     for record in records:
         row = rows.get(str(record["problem_id"]), {})
         if "output" not in row:
             continue
-        output, reward = row["output"], accuracy_reward(row["output"], record)
+        output, accuracy = row["output"], accuracy_reward(row["output"], record)
         keys = ("problem_id", "data_source", "problem_type", "path")
-        item = {key: record.get(key) for key in keys} | {
-            "output": output, "prediction": extract_answer(output), "reward": reward,
-            "correct": reward >= threshold, "format": format_reward(output),
-            "tokens": row["tokens"], "truncated": row["truncated"]}
+        graded.append({key: record.get(key) for key in keys} | {
+            "output": output, "prediction": extract_answer(output), "accuracy": accuracy,
+            "correct": accuracy >= threshold, "format": format_reward(output),
+            "tokens": row["tokens"], "truncated": row["truncated"]})
         if record["problem_type"] == "regression":
-            truth = extract_answer(record["solution"])
-            item["mra"] = mean_relative_accuracy(item["prediction"], truth)
-        graded.append(item)
+            graded[-1]["mra"] = mean_relative_accuracy(
+                extract_answer(output), extract_answer(record["solution"]))
     return graded
 
 
@@ -267,39 +248,35 @@ def score(records, graded, seed):
     for group, count in Counter(group for record in records for group in groups_of(record)).items():
         rows = [row for row in graded if group in groups_of(row)]
         scores[group] = {"answered": len(rows), "records": count}
-        for metric, (key, _) in METRICS.items():
-            having = [row for row in rows if key in row]
-            if having:
-                mean, low, high = bootstrap_mean(
-                    [float(row[key]) for row in having], [row["path"] for row in having], seed)
-                scores[group][metric] = {"mean": mean, "low": low, "high": high, "n": len(having)}
+        for metric in METRICS:
+            values = [float(row[metric]) for row in rows if metric in row]
+            media = [row["path"] for row in rows if metric in row]
+            if values:
+                interval = zip(("mean", "low", "high"), bootstrap_mean(values, media, seed))
+                scores[group][metric] = {**dict(interval), "n": len(values)}
     return scores
 
 
 def table(stem, scores):
-    """The scores of one result as the lines of a Markdown table, percent but for tokens."""
-    shown = [metric for metric in METRICS if any(metric in row for row in scores.values())]
+    """The scores of one result as the lines of a Markdown table; all but tokens in percent."""
+    def cell(metric, value):
+        unit = 1 if metric == "tokens" else 100
+        if not value or value["low"] is None:
+            return f"{value['mean'] * unit:.1f}" if value else ""
+        return "{:.1f} [{:.1f}, {:.1f}]".format(*(value[k] * unit for k in ("mean", "low", "high")))
+
+    shown = [metric for metric in METRICS if metric in scores["all"]]
     sources = [group for group in scores if group.startswith("data_source")]
     hidden = sources if len(sources) > SOURCES_SHOWN else []
-    lines = [[stem, "answered", *shown]]
+    lines = [[stem, "answered", *shown], []]
     for group in sorted(set(scores) - set(hidden), key=lambda group: (group != "all", group)):
-        cells = [group, f"{scores[group]['answered']}/{scores[group]['records']}"]
-        for metric in shown:
-            value, unit = scores[group].get(metric), METRICS[metric][1]
-            if value is None:
-                cells.append("")
-            elif value["low"] is None:
-                cells.append(f"{value['mean'] * unit:.1f}")
-            else:
-                cells.append("{:.1f} [{:.1f}, {:.1f}]".format(
-                    *(value[key] * unit for key in ("mean", "low", "high"))))
-        lines.append(cells)
-    if hidden:
-        lines.append([f"{len(hidden)} data sources: see the file"] + [""] * (len(shown) + 1))
-    widths = [max(map(len, column)) for column in zip(*lines)]
-    lines.insert(1, ["-" * width for width in widths])
+        row = scores[group]
+        lines.append([group, f"{row['answered']}/{row['records']}",
+                      *(cell(metric, row.get(metric)) for metric in shown)])
+    widths = [max(map(len, column)) for column in zip(*filter(None, lines))]
+    lines[1] = ["-" * width for width in widths]
     return ["| " + " | ".join(cell.ljust(width) for cell, width in zip(line, widths)) + " |"
-            for line in lines]
+            for line in lines] + [f"({len(hidden)} data sources: in the file)"] * bool(hidden)
 
 
 # --------------------------------------------------------------------------------- data
@@ -383,17 +360,18 @@ def precision():
 
 
 def load_model(args, tokenizer, device):
-    """The model in inference mode. Its release's own sampling defaults (Qwen2.5-VL's repetition
-    penalty of 1.05, say) are put aside: the flags are the whole truth."""
+    """The model, set to answer as the flags say: its own sampling defaults (a repetition penalty
+    in Qwen2.5-VL's release) are put aside."""
     try:
         model = AutoModelForImageTextToText.from_pretrained(
             args.model, dtype=precision(), attn_implementation=args.attn_implementation,
             use_safetensors=True)
     except (OSError, ValueError) as error:
         raise InputError(f"cannot load --model {args.model}: {error}") from None
+    sampling = {"do_sample": True, "temperature": args.temperature, "top_p": args.top_p, "top_k": 0}
     model.generation_config = GenerationConfig(
-        do_sample=False, max_new_tokens=args.max_new_tokens, pad_token_id=tokenizer.pad_token_id,
-        eos_token_id=stop_tokens(model, tokenizer), repetition_penalty=1.0,
+        max_new_tokens=args.max_new_tokens, **(sampling if args.temperature else {}),
+        eos_token_id=stop_tokens(model, tokenizer), pad_token_id=tokenizer.pad_token_id,
         suppress_tokens=forbidden_tokens(model, tokenizer))
     return model.to(device).eval()
 
@@ -415,13 +393,13 @@ def forbidden_tokens(model, tokenizer):
 # ------------------------------------------------------------ what a run leaves in --output
 
 def model_hash(model):
-    """A hash of config.json and of every weight file's name, size and some evenly spread blocks:
-    it tells checkpoints of one run apart without reading all of them."""
+    """A hash of config.json and, of every weight file, its name, size and some blocks spread
+    evenly: it tells two checkpoints of a run apart without reading all of either."""
     try:
-        folder = Path(model) if Path(model).is_dir() else Path(
-            huggingface_hub.snapshot_download(model, allow_patterns=["*.json", "*.safetensors"]))
-        digest = hashlib.sha256((folder / "config.json").read_bytes())
-        for path in sorted(folder.glob("*.safetensors")):
+        folder = model if Path(model).is_dir() else huggingface_hub.snapshot_download(
+            model, allow_patterns=["*.json", "*.safetensors"])
+        digest = hashlib.sha256((Path(folder) / "config.json").read_bytes())
+        for path in sorted(Path(folder).glob("*.safetensors")):
             size = path.stat().st_size
             digest.update(f"{path.name} {size}".encode())
             with path.open("rb") as file:
@@ -434,8 +412,7 @@ def model_hash(model):
 
 
 def plan_tasks(args, benchmarks, processor):
-    """The tasks of a run, with the rows that --output already has; InputError if those were made
-    with another configuration."""
+    """The tasks of a run. InputError where --output has rows of another configuration."""
     flags = ("min_frames", "fps", "min_pixels", "max_pixels", "image_min_pixels",
              "image_max_pixels", "temperature", "top_p", "max_new_tokens", "seed",
              "attn_implementation")
@@ -446,11 +423,11 @@ def plan_tasks(args, benchmarks, processor):
     for name, (records, records_hash) in benchmarks.items():
         for frames in dict.fromkeys(args.frames):
             configuration = shared | {"frames": frames, "records_sha256": records_hash}
-            stems = {order: f"{name}_{frames}_{order}" for order in ORDERS}
-            rows = {order: read_rows(args.output, stem, configuration)
-                    for order, stem in stems.items()}
-            tasks.append(Task(stems[args.order], frames, records, configuration,
-                              rows[args.order], rows["ordered"]))
+            rows = {order: read_rows(args.output, f"{name}_{frames}_{order}", configuration)
+                    for order in ORDERS}[args.order]  # all orders: they are compared
+            todo = [record for record in records
+                    if "output" not in rows.get(str(record["problem_id"]), {})]
+            tasks.append(Task(f"{name}_{frames}_{args.order}", frames, records, configuration, todo))
     return tasks
 
 
@@ -461,23 +438,20 @@ def whole_lines(path):
 
 
 def read_rows(output, stem, configuration):
-    """The rows of all ranks and earlier runs, by problem_id as text. A medium that was skipped
-    is tried again by each run, so an answer replaces its row."""
+    """Rows of all ranks and runs, by problem_id as text; an answer wins over an earlier skip."""
     rows = {}
     for path in sorted(Path(output).glob(f"{stem}.rank*.jsonl")):
         try:
-            first, *others = map(json.loads, whole_lines(path).splitlines() or ["null"])
+            first, *others = map(json.loads, whole_lines(path).splitlines() or [b"{}"])
         except json.JSONDecodeError as error:
             raise InputError(f"{path} is damaged, remove it: {error}") from None
-        for key, value in configuration.items() if first else ():
-            if first["configuration"].get(key) != value:
-                raise InputError(
-                    f"{path} has rows with another {key} ({str(first['configuration'].get(key))[:60]}"
-                    f", not {str(value)[:60]}): name another --output, or remove the file")
+        for key, value in first.items():
+            if value != configuration[key]:
+                raise InputError(f"{path} has rows with another {key}: {str(value)[:60]!r}, not "
+                                 f"{str(configuration[key])[:60]!r}; name another --output")
         for row in others:
-            key = str(row["problem_id"])
-            if key not in rows or "reason" in rows[key]:
-                rows[key] = row
+            if "output" not in rows.get(str(row["problem_id"]), {}):
+                rows[str(row["problem_id"])] = row
     return rows
 
 
@@ -487,88 +461,73 @@ def open_rows(path, configuration):
     file = path.open("a", encoding="utf-8")
     file.truncate(len(kept))
     if not kept:
-        file.write(json.dumps({"configuration": configuration}) + "\n")
+        file.write(json.dumps(configuration) + "\n")
     return file
 
 
-def result_of(task, args):
-    """What the result file holds, computed from every row that --output has for the task."""
+def write_result(task, args):
+    """<stem>.json, complete or absent, from every row that --output has. Returns its content."""
     rows = read_rows(args.output, task.stem, task.configuration)
     graded = grade(task.records, rows, args.correct_threshold)
     if args.order != "ordered":
-        ordered = {row["problem_id"]: row["reward"]
-                   for row in grade(task.records, task.ordered, args.correct_threshold)}
+        stem = task.stem.removesuffix(args.order) + "ordered"
+        ordered = grade(task.records, read_rows(args.output, stem, task.configuration),
+                        args.correct_threshold)
+        accuracy = {str(row["problem_id"]): row["accuracy"] for row in ordered}
         for row in graded:
-            if row["problem_id"] in ordered:
-                row["drop"] = ordered[row["problem_id"]] - row["reward"]
-    skipped = [row for row in rows.values() if "reason" in row]
-    packages = ("torch", "transformers", "deepspeed", "qwen-vl-utils", "decord", "rouge-score",
-                "jiwer")
+            if str(row["problem_id"]) in accuracy:
+                row["drop"] = accuracy[str(row["problem_id"])] - row["accuracy"]
+    packages = ("torch", "transformers", "deepspeed", "qwen-vl-utils", "decord")
     commit = subprocess.run(["git", "rev-parse", "HEAD"], cwd=Path(__file__).parent,
                             capture_output=True, text=True).stdout.strip()
-    return {"result": task.stem, "scores": score(task.records, graded, args.seed),
-            "answered": len(graded), "records": len(task.records), "skipped": skipped,
-            "tokens": sum(row["tokens"] for row in graded),
-            "rank_seconds": sum(row.get("seconds", 0) for row in rows.values()),
-            "world_size": dist.get_world_size(), "arguments": vars(args),
-            "configuration": task.configuration, "git_commit": commit or None,
-            "versions": {name: version(name) for name in packages}, "rows": graded}
-
-
-def write_results(result, output):
-    """<stem>.json, complete or absent, and skipped.jsonl anew from all results in the folder."""
-    path = Path(output) / f"{result['result']}.json"
-    aside = path.with_suffix(".partial")
+    answers = [row for row in rows.values() if "output" in row]
+    result = {"scores": score(task.records, graded, args.seed),
+              "answered": len(graded), "records": len(task.records),
+              "tokens": sum(row["tokens"] for row in answers),
+              "rank_seconds": sum(row["seconds"] for row in answers),  # of generation
+              "skipped": [row for row in rows.values() if "reason" in row],
+              "arguments": vars(args), "configuration": task.configuration,
+              "world_size": dist.get_world_size(), "git_commit": commit or None,
+              "versions": {name: version(name) for name in packages}, "rows": graded}
+    aside = Path(args.output) / f"{task.stem}.partial"
     aside.write_text(json.dumps(result, indent=1), encoding="utf-8")
-    aside.replace(path)
-    lines = [json.dumps({"result": other["result"], **row})
-             for other in (json.loads(found.read_text(encoding="utf-8"))
-                           for found in sorted(Path(output).glob("*.json")))
-             for row in other["skipped"]]
-    (path.parent / "skipped.jsonl").write_text("".join(line + "\n" for line in lines))
+    aside.replace(Path(args.output) / f"{task.stem}.json")
+    return result
 
 
 # ------------------------------------------------------------------------------- the model
 
 @torch.inference_mode()
-def respond(model, samples, args):
+def respond(model, samples, seed):
     """Responses to B samples of Prompts, as ids up to the end token: [(ids, truncated), ...]."""
     config = model.generation_config
     pad_values = {"input_ids": config.pad_token_id, "attention_mask": 0, "mm_token_type_ids": 0}
     batch = pad_batch([sample["inputs"] for sample in samples], pad_values, "left")
-    batch = {key: value.to(model.device) for key, value in batch.items()}
-    length = batch["input_ids"].shape[1]
-    uniforms = torch.stack([
-        torch.rand(args.max_new_tokens, dtype=torch.float64,
-                   generator=record_generator(args.seed, sample["record"], TOKEN_STREAM))
-        for sample in samples]).to(model.device)  # (B, max_new_tokens)
-
-    def draw(ids, logits):  # generate's own sampling would tie a row's draws to its batch
-        chosen = nucleus_choice(logits, args.temperature, args.top_p,
-                                uniforms[:, ids.shape[1] - length])  # (B,)
-        return torch.full_like(logits, -torch.inf).scatter(1, chosen[:, None], 0.0)  # (B, V)
-
-    ids = model.generate(**batch, logits_processor=[draw] if args.temperature else [])
-    return [cut_at_end(row, set(config.eos_token_id)) for row in ids[:, length:].tolist()]
+    batch = {key: value.to(model.device) for key, value in batch.items()}  # ids (B, L)
+    # generate draws from torch's own generator: seeded for each batch, by its first record
+    torch.manual_seed(record_generator(seed, samples[0]["record"], TOKEN_STREAM).initial_seed())
+    ids = model.generate(**batch)[:, batch["input_ids"].shape[1]:]  # (B, response's L)
+    return [cut_at_end(row, config.eos_token_id) for row in ids.tolist()]
 
 
 def answer(model, processor, share, task, args):
-    """Answers a rank's share of the records; writes a row each, a batch at a time."""
-    rank = dist.get_rank()
+    """Answers a rank's share of the records and writes a row each, a batch at a time."""
     loader = DataLoader(Prompts(share, processor, task.frames, args), batch_size=args.batch_size,
                         collate_fn=list, num_workers=args.num_workers)
-    path = Path(args.output) / f"{task.stem}.rank{rank}.jsonl"
+    path, rank = Path(args.output) / f"{task.stem}.rank{dist.get_rank()}.jsonl", dist.get_rank()
     with open_rows(path, task.configuration) as file, \
+            open(path.parent / "skipped.jsonl", "a", encoding="utf-8") as skipped_file, \
             tqdm(total=len(share), desc=task.stem, disable=rank != 0) as bar:
         for samples in loader:
             started = time.perf_counter()
-            rows = [sample for sample in samples if "reason" in sample]
             good = [sample for sample in samples if "inputs" in sample]
-            responses = respond(model, good, args) if good else []
+            rows = [sample for sample in samples if "reason" in sample]
+            skipped_file.writelines(json.dumps({"result": task.stem, **row}) + "\n" for row in rows)
+            responses = respond(model, good, args.seed) if good else []
             seconds = (time.perf_counter() - started) / max(len(good), 1)
             for sample, (ids, truncated) in zip(good, responses):
-                rows.append({"problem_id": sample["record"]["problem_id"], "output":
-                             processor.tokenizer.decode(ids, skip_special_tokens=True),
+                output = processor.tokenizer.decode(ids, skip_special_tokens=True)
+                rows.append({"problem_id": sample["record"]["problem_id"], "output": output,
                              "tokens": len(ids), "truncated": truncated, "seconds": seconds})
             file.write("".join(json.dumps(row) + "\n" for row in rows))
             file.flush()
@@ -594,19 +553,16 @@ def main(args):
     # ---------------------------------------------------------------- answers, then scores
     model = None
     for task in tasks:
-        todo = [record for record in task.records
-                if "output" not in task.rows.get(str(record["problem_id"]), {})]
-        share = todo[rank::dist.get_world_size()]
+        share = task.todo[rank::dist.get_world_size()]
         if share:
             model = model or load_model(args, processor.tokenizer, device)
             answer(model, processor, share, task, args)
         dist.barrier(ranks)
         if rank == 0:
-            result = result_of(task, args)
-            write_results(result, args.output)
-            print("\n".join(table(task.stem, result["scores"])), flush=True)
-            if result["skipped"]:
-                print(f"{len(result['skipped'])} media were skipped: see skipped.jsonl")
+            result = write_result(task, args)
+            print("\n".join(table(task.stem, result["scores"])))
+            for row in result["skipped"]:
+                print(f"skipped: problem_id {row['problem_id']}: {row['reason']}")
 
 
 if __name__ == "__main__":

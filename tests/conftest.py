@@ -1,6 +1,62 @@
 """Tests import the scripts from the repository's top level and share one small toy."""
+import os
+import socket
+import subprocess
 import sys
 from pathlib import Path
 
+import pytest
+
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
+
+
+def run(*command, ranks=0, env=None, check=True, timeout=400):
+    """Runs one of the scripts as a user would: alone, or under DeepSpeed's launcher."""
+    if ranks:
+        with socket.socket() as probe:
+            probe.bind(("127.0.0.1", 0))
+            port = str(probe.getsockname()[1])
+        launcher = [sys.executable, "-m", "deepspeed.launcher.runner", "--num_gpus", str(ranks),
+                    "--master_port", port]
+    else:
+        launcher = [sys.executable]
+    result = subprocess.run([*launcher, *map(str, command)], cwd=ROOT, text=True, timeout=timeout,
+                            capture_output=True, env={**os.environ, **(env or {})})
+    if check:
+        assert result.returncode == 0, result.stdout[-4000:] + result.stderr[-4000:]
+    return result
+
+
+@pytest.fixture(scope="session")
+def toy(tmp_path_factory):
+    """A small toy: 48 cold-start, 32 training and 24 test questions, an untrained tiny model."""
+    out = tmp_path_factory.mktemp("toy") / "toy"
+    run("build_data.py", "toy", "--out", out, "--cot", 48, "--train", 32, "--test", 24)
+    return out
+
+
+@pytest.fixture(scope="session")
+def processor(toy):
+    from transformers import AutoProcessor
+    return AutoProcessor.from_pretrained(toy / "model")
+
+
+@pytest.fixture
+def model(toy):
+    """A fresh tiny model, eval mode, float32."""
+    from transformers import AutoModelForImageTextToText
+    return AutoModelForImageTextToText.from_pretrained(toy / "model").eval()
+
+
+@pytest.fixture(scope="session")
+def samples(toy, processor):
+    """{"video", "image"}: (record, encoded inputs) of the first of each in the training file."""
+    from build_data import encode, load_records, load_vision
+    limits = {"max_frames": 8, "min_frames": 4, "fps": 2, "min_pixels": 784, "max_pixels": 784}
+    found = {}
+    for record in load_records(toy / "train.json"):
+        if record["data_type"] not in found:
+            found[record["data_type"]] = (
+                record, encode(processor, record, load_vision(record, **limits)))
+    return found

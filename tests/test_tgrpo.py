@@ -1,0 +1,363 @@
+"""The algorithm against hand-computed numbers, the fast forms against the naive ones."""
+import math
+from types import SimpleNamespace
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+import tgrpo
+from build_data import pad_batch, seeded_generator
+
+RULES = SimpleNamespace(G=4, alpha=0.3, omega=0.2, l_min=10, l_max=20, correct_threshold=0.5,
+                        temporal_test="ge", temporal_to="reward", scale_advantages="std")
+CHOICE = {"problem_type": "multiple choice", "solution": "<answer>B</answer>",
+          "options": ["A. left", "B. right"], "problem_id": 1}
+RIGHT = "<think>so</think><answer>B</answer>"
+WRONG = "<think>so</think><answer>A</answer>"
+
+
+# ------------------------------------------------------------------ shuffling, Eq. 1 to 5
+
+def test_shuffling_permutes_whole_frames_and_is_never_the_identity():
+    frames = torch.arange(3 * 2 * 2 * 2).view(3, 2, 2, 2)
+    for seed in range(50):
+        shuffled = tgrpo.shuffle_frames(frames, seeded_generator(seed))
+        assert not torch.equal(shuffled, frames)
+        assert {tuple(f.flatten().tolist()) for f in shuffled} == \
+            {tuple(f.flatten().tolist()) for f in frames}
+
+
+def test_shuffling_reaches_every_other_order_and_leaves_one_frame_alone():
+    orders = {tuple(tgrpo.shuffle_frames(torch.arange(3), seeded_generator(seed)).tolist())
+              for seed in range(200)}
+    assert len(orders) == 5  # 3! without the identity
+    assert tgrpo.shuffle_frames(torch.arange(1), seeded_generator(0)).tolist() == [0]
+
+
+@pytest.mark.parametrize("correct, shuffled, test, expected", [
+    ([1, 1, 0, 0], [1, 0, 0, 0], "ge", 0.3),
+    ([1, 1, 0, 0], [1, 1], "ge", 0.0),
+    ([1, 1, 0, 0], [1, 0], "ge", 0.3),  # a tie passes Eq. 1 ...
+    ([1, 1, 0, 0], [1, 0], "gt", 0.0),  # ... and not the strict test
+    ([0, 0], [0], "ge", 0.3),
+])
+def test_temporal_reward_compares_shares_of_correct_responses(correct, shuffled, test, expected):
+    assert tgrpo.temporal_reward(correct, shuffled, 0.3, test) == expected
+
+
+def test_advantages_by_hand():
+    A = tgrpo.group_advantages(torch.tensor([1.0, 1.0, 2.0, 4.0]))
+    # mean 2, unbiased variance (1 + 1 + 0 + 4) / 3 = 2
+    expected = torch.tensor([-1.0, -1.0, 0.0, 2.0]) / (math.sqrt(2) + 1e-4)
+    assert torch.allclose(A, expected)
+    assert torch.equal(tgrpo.group_advantages(torch.tensor([1.0, 3.0]), "none"),
+                       torch.tensor([-1.0, 1.0]))
+
+
+@pytest.mark.parametrize("value", [0.0, 1.3, 2.2])
+@pytest.mark.parametrize("G", [1, 3, 8])
+def test_a_group_of_equal_rewards_has_zero_advantages(value, G):
+    assert tgrpo.group_advantages(torch.full((G,), value)).tolist() == [0.0] * G
+
+
+def test_with_two_valued_rewards_and_std_scaling_alpha_cancels():
+    def advantages(alpha):
+        correct = torch.tensor([1, 1, 1, 0, 0, 0, 0, 0]).double()
+        return tgrpo.group_advantages(1 + correct * (1 + alpha))
+    expected = torch.tensor([1.2074] * 3 + [-0.7244] * 5).double()
+    for alpha in (0.0, 0.1, 0.3, 1.0):
+        assert torch.allclose(advantages(alpha), expected, atol=3e-4)
+
+
+def test_rewards_of_a_group_by_part():
+    parts = tgrpo.group_rewards([RIGHT, WRONG, RIGHT, "B"], [WRONG, WRONG], [9, 15, 20, 15],
+                                CHOICE, RULES)
+    assert parts["accuracy"].tolist() == [1, 0, 1, 0]
+    assert parts["format"].tolist() == [1, 1, 1, 0]
+    assert torch.allclose(parts["temporal"], torch.tensor([0.3, 0, 0.3, 0]))
+    assert torch.allclose(parts["length"], torch.tensor([0, 0, 0.2, 0]))  # correct, 10 to 20 long
+    assert (parts["p"], parts["p_tilde"], parts["r_t"]) == (0.5, 0.0, 0.3)
+
+
+def test_no_temporal_reward_when_the_shuffled_group_does_better():
+    parts = tgrpo.group_rewards([RIGHT, WRONG], [RIGHT, RIGHT], [15, 15], CHOICE, RULES)
+    assert parts["temporal"].tolist() == [0, 0] and parts["r_t"] == 0
+
+
+def test_without_a_shuffled_group_temporal_quantities_are_absent():
+    parts = tgrpo.group_rewards([RIGHT], [], [15], CHOICE, RULES)
+    assert not {"temporal", "p_tilde", "r_t"} & set(parts)
+
+
+def test_continuous_rewards_are_correct_from_the_threshold_on():
+    record = {"problem_type": "regression", "solution": "<answer>10</answer>", "problem_id": 1}
+    text = "<think>so</think><answer>{}</answer>"
+    parts = tgrpo.group_rewards([text.format(5), text.format(4)], [text.format(0)], [1, 1],
+                                record, RULES)
+    assert torch.allclose(parts["accuracy"], torch.tensor([0.5, 0.4]))
+    assert torch.allclose(parts["temporal"], torch.tensor([0.3, 0.0]))
+
+
+# --------------------------------------------------------------------------- Eq. 4, masks
+
+def loss_inputs(n=3, L=5, seed=0):
+    generator = seeded_generator(seed)
+    logps = -torch.rand(n, L, generator=generator, dtype=torch.float64) * 3
+    mask = torch.tensor([[1, 1, 1, 1, 1], [1, 1, 0, 0, 0], [1, 1, 1, 0, 0]]).double()
+    return logps.requires_grad_(), mask, torch.tensor([1.5, -0.5, 0.25]).double()
+
+
+def test_on_policy_gradient_is_advantage_over_G_times_length():
+    logps, mask, A = loss_inputs()
+    tgrpo.tgrpo_loss(logps, logps.detach(), None, A, mask, 0.0, 0.2).backward()
+    expected = -A[:, None] / (3 * mask.sum(1, keepdim=True)) * mask
+    assert torch.allclose(logps.grad, expected)
+
+
+def test_gradient_equals_finite_differences():
+    logps, mask, A = loss_inputs()
+    old = logps.detach() + 0.1 * torch.randn(3, 5, generator=seeded_generator(1)).double()
+    ref = logps.detach() - 0.3
+    assert torch.autograd.gradcheck(
+        lambda x: tgrpo.tgrpo_loss(x, old, ref, A, mask, 0.04, 0.5), (logps,))
+
+
+@pytest.mark.parametrize("advantage, ratio, moves", [
+    (1.0, 1.5, False), (1.0, 0.5, True), (-1.0, 1.5, True), (-1.0, 0.5, False)])
+def test_the_clip_stops_a_step_that_has_gone_far_enough(advantage, ratio, moves):
+    logps = torch.zeros(1, 1, requires_grad=True)
+    old = -torch.log(torch.full((1, 1), ratio))
+    tgrpo.tgrpo_loss(logps, old, None, torch.tensor([advantage]), torch.ones(1, 1), 0.0,
+                     0.2).backward()
+    assert bool(logps.grad.abs().item() > 0) is moves
+
+
+def test_kl_term_by_hand():
+    logps, ref = torch.tensor([[math.log(0.5)]]), torch.tensor([[math.log(0.25)]])
+    # k3: r - log r - 1 with r = 0.25 / 0.5
+    kl = 0.5 + math.log(2) - 1
+    assert tgrpo.kl_k3(logps, ref).item() == pytest.approx(kl, abs=1e-6)
+    loss = tgrpo.tgrpo_loss(logps, logps, ref, torch.zeros(1), torch.ones(1, 1), 0.04, 0.2)
+    assert loss.item() == pytest.approx(0.04 * kl, abs=1e-7)
+
+
+def test_k3_is_an_unbiased_estimate_of_the_kl_divergence():
+    p, q = torch.tensor([0.2, 0.5, 0.3]).double(), torch.tensor([0.4, 0.4, 0.2]).double()
+    expectation = (p * tgrpo.kl_k3(p.log(), q.log())).sum()
+    assert expectation.item() == pytest.approx((p * (p / q).log()).sum().item(), abs=1e-12)
+
+
+def test_the_loss_ignores_what_stands_after_the_end_token():
+    logps, mask, A = loss_inputs()
+    other = torch.where(mask.bool(), logps.detach(), torch.tensor(-50.0).double())
+    args = (None, A, mask, 0.0, 0.2)
+    assert torch.equal(tgrpo.tgrpo_loss(logps, logps.detach(), *args),
+                       tgrpo.tgrpo_loss(other, logps.detach(), *args))
+
+
+def test_the_mask_ends_with_the_first_end_token_of_either_kind():
+    ids = torch.tensor([[5, 9, 9, 9], [8, 5, 9, 5], [5, 6, 7, 5], [5, 6, 7, 8]])
+    assert tgrpo.response_mask(ids, [9, 8]).tolist() == [
+        [1, 1, 0, 0], [1, 0, 0, 0], [1, 1, 1, 1], [1, 1, 1, 1]]
+
+
+# -------------------------------------------------------------------------------- rollout
+
+def sampling(processor, model, seed=0, **changes):
+    return {"max_new_tokens": 12, "temperature": 1.0, "top_p": 1.0,
+            "eos_ids": tgrpo.stop_tokens(model, processor.tokenizer),
+            "forbidden_ids": tgrpo.forbidden_tokens(model, processor.tokenizer),
+            "generator": seeded_generator(seed), **changes}
+
+
+def naive_logits(model, inputs, responses):
+    """Logits (n, L, V) of a plain forward over n full copies of prompt, pixels and response."""
+    n, L = responses.shape
+    P = inputs["input_ids"].shape[1]
+    batch = {key: torch.cat([value] * n) for key, value in inputs.items()}
+    batch["input_ids"] = torch.cat([batch["input_ids"], responses], 1)
+    batch["attention_mask"] = torch.ones_like(batch["input_ids"])
+    batch["mm_token_type_ids"] = F.pad(batch["mm_token_type_ids"], (0, L))
+    return model(**batch, use_cache=False).logits[:, P - 1:-1]
+
+
+def test_logits_along_the_cache_equal_a_full_forward(model, processor, samples):
+    """Recorded while decoding prompts of different length side by side, rows leaving early."""
+    prompts = [samples["video"][1], samples["image"][1]]
+    model.generation_config.eos_token_id = list(range(0, 488, 5))  # rows end often
+    recorded = []
+
+    def record(logits, temperature, top_p, generator):
+        recorded.append(logits.clone())
+        return sample(logits, temperature, top_p, generator)
+    sample, tgrpo.sample_tokens = tgrpo.sample_tokens, record
+    try:
+        options = sampling(processor, model)
+        groups = tgrpo.rollout(model, prompts, [[3], [2]], **options)
+    finally:
+        tgrpo.sample_tokens = sample
+    full = torch.cat([naive_logits(model, *pair) for pair in zip(prompts, groups)])
+    full[:, :, options["forbidden_ids"]] = -torch.inf
+    mask = torch.cat([tgrpo.response_mask(g, options["eos_ids"]) for g in groups]).bool()
+    assert len({int(n) for n in mask.sum(1)}) > 1, "no row left early: the test tests nothing"
+    for t, logits in enumerate(recorded):
+        assert torch.allclose(logits, full[mask[:, t], t], atol=1e-4), t
+
+
+def test_greedy_rollout_equals_generate(model, processor, samples):
+    options = sampling(processor, model, top_p=1e-6)  # a nucleus of one token
+    ids, = tgrpo.rollout(model, [samples["video"][1]], [[1]], **options)
+    expected = model.generate(**samples["video"][1], max_new_tokens=12, do_sample=False,
+                              suppress_tokens=options["forbidden_ids"])
+    expected = expected[:, samples["video"][1]["input_ids"].shape[1]:]
+    assert ids[0, :expected.shape[1]].tolist() == expected[0].tolist()
+
+
+def test_sampling_frequencies_match_the_softmax():
+    """Chi-squared over 5 tokens, 20,000 draws; the bound 23.5 is passed by chance once in 10,000
+    seeds (4 degrees of freedom), and the seed is fixed."""
+    logits = torch.tensor([[2.0, 1.0, 0.0, -1.0, 0.5]]).expand(20000, -1)
+    for temperature in (1.0, 0.5):
+        tokens = tgrpo.sample_tokens(logits, temperature, 1.0, seeded_generator(7))
+        observed = torch.bincount(tokens, minlength=5).double()
+        expected = torch.softmax(logits[0].double() / temperature, 0) * 20000
+        assert ((observed - expected) ** 2 / expected).sum() < 23.5
+
+
+def test_the_nucleus_is_the_smallest_set_that_reaches_top_p():
+    logits = torch.log(torch.tensor([[0.1, 0.5, 0.3, 0.1]])).expand(3000, -1)
+    draws = tgrpo.sample_tokens(logits, 1.0, 0.6, seeded_generator(0))
+    assert set(draws.tolist()) == {1, 2}
+    share = (draws == 1).double().mean().item()
+    assert abs(share - 0.5 / 0.8) < 0.045  # five standard errors
+
+
+def test_vision_tokens_are_never_sampled_and_nothing_follows_the_end(model, processor, samples):
+    options = sampling(processor, model, max_new_tokens=40)
+    with torch.no_grad():  # a policy that would emit visual placeholders nearly always
+        vectors = model.get_output_embeddings().weight
+        vectors[options["forbidden_ids"]] = 4 * vectors.abs().max()
+    groups = tgrpo.rollout(model, [samples["video"][1]], [[16]], **options)
+    assert not torch.isin(groups[0], torch.tensor(options["forbidden_ids"])).any()
+    mask = tgrpo.response_mask(groups[0], options["eos_ids"])
+    after = groups[0][mask == 0]
+    assert (after == options["eos_ids"][0]).all()
+
+
+def test_ordered_and_shuffled_inputs_differ_only_in_frame_order(toy, processor):
+    from build_data import load_records
+    args = tgrpo.parse_args(["--model", "m", "--data", "d", "--output", "o", "--min_pixels=784",
+                             "--max_pixels=784", "--image_min_pixels=784", "--max_frames=8"])
+    questions = tgrpo.Questions(load_records(toy / "train.json"), processor, args)
+    sample = next(s for s in map(questions.__getitem__, range(32)) if "shuffled" in s)
+    ordered, shuffled = sample["ordered"], sample["shuffled"]
+    for key in ordered:
+        assert torch.equal(ordered[key], shuffled[key]) == (key != "pixel_values_videos"), key
+    assert sorted(sample["frame_order"]) == list(range(8)) != sample["frame_order"]
+
+    def frames(inputs):  # (patches, C x 2 frames x 14 x 14) -> (T, the frame's values)
+        patches = inputs["pixel_values_videos"].view(4, 4, 3, 2, 14 * 14)
+        return patches.permute(0, 3, 1, 2, 4).reshape(8, -1)
+    assert torch.equal(frames(shuffled), frames(ordered)[sample["frame_order"]])
+
+
+def test_the_rows_of_a_video_s_two_orders_follow_their_own_frames(model, processor, samples):
+    video = samples["video"][1]
+    other = video | {"pixel_values_videos": video["pixel_values_videos"].flip(0)}
+    both = pad_batch([video, other], {}, "left")
+    options = sampling(processor, model, top_p=1e-6)
+    pair = tgrpo.rollout(model, [both], [[1, 1]], **options)
+    alone = [tgrpo.rollout(model, [inputs], [[1]], **options)[0] for inputs in (video, other)]
+    for a, b in zip(pair, alone):
+        L = min(a.shape[1], b.shape[1])
+        assert torch.equal(a[:, :L], b[:, :L])
+
+
+# ----------------------------------------------------------- prefix-shared log-probs, gradients
+
+@pytest.fixture
+def group(model, processor, samples, request):
+    """A group of five sampled responses, of different length, to the named medium."""
+    inputs = samples[request.param][1]
+    model.generation_config.eos_token_id = list(range(0, 488, 9))
+    options = sampling(processor, model, seed=3)
+    responses, = tgrpo.rollout(model, [inputs], [[5]], **options)
+    mask = tgrpo.response_mask(responses, options["eos_ids"])
+    assert mask.sum(1).unique().numel() > 1
+    return inputs, responses, mask
+
+
+both_media = pytest.mark.parametrize("group", ["video", "image"], indirect=True)
+
+
+@both_media
+@pytest.mark.parametrize("chunk_size", [1, 2, 5])
+def test_prefix_shared_logps_equal_naive_ones(model, group, chunk_size):
+    inputs, responses, mask = group
+    shared = tgrpo.group_logps(model, inputs, responses, chunk_size)
+    with torch.no_grad():
+        naive = naive_logits(model, inputs, responses).log_softmax(-1)
+    naive = naive.gather(-1, responses[..., None])[..., 0]
+    assert torch.allclose(shared * mask, naive * mask, atol=1e-5)
+
+
+class PlainEngine:
+    """What backward_group asks of DeepSpeed's engine, for one process."""
+
+    def __init__(self, module):
+        self.module = module
+
+    def __call__(self, **inputs):
+        return self.module(**inputs)
+
+    def backward(self, loss):
+        loss.backward()
+
+    def set_gradient_accumulation_boundary(self, last):
+        pass
+
+
+@both_media
+@pytest.mark.parametrize("chunk_size", [1, 2, 5])
+def test_prefix_shared_gradients_equal_naive_ones(model, group, chunk_size):
+    inputs, responses, mask = group
+    A = torch.linspace(-1, 1.5, 5)
+    ref = tgrpo.group_logps(model, inputs, responses, 5) - 0.1
+
+    def loss(rows, logps, entropy=None):
+        return tgrpo.tgrpo_loss(logps, logps.detach(), ref[rows], A[rows], mask[rows], 0.04,
+                                0.2) * len(rows) / 5
+    tgrpo.backward_group(PlainEngine(model), inputs, responses, loss, chunk_size, 1.0, last=True)
+    shared = {name: p.grad.clone() for name, p in model.named_parameters()}
+    model.zero_grad()
+    logps = tgrpo.token_logps(naive_logits(model, inputs, responses), responses, 1.0)[0]
+    loss(torch.arange(5), logps).backward()
+    scale = max(p.grad.abs().max() for p in model.parameters())
+    assert scale > 0
+    for name, p in model.named_parameters():
+        assert (shared[name] - p.grad).norm() <= 1e-4 * p.grad.norm() + 1e-7 * scale, name
+
+
+def test_temperature_divides_the_logits():
+    logits, ids = torch.tensor([[[2.0, 0.0]]]), torch.tensor([[0]])
+    assert tgrpo.token_logps(logits, ids, 0.5)[0].item() == pytest.approx(
+        math.log(math.exp(4) / (math.exp(4) + 1)), abs=1e-5)
+    assert tgrpo.token_logps(torch.zeros(1, 1, 4), ids, 1.0)[1].item() == pytest.approx(
+        math.log(4), abs=1e-6)
+
+
+# -------------------------------------------------------------------- schedule, data order
+
+def test_every_record_comes_once_an_epoch_in_an_order_that_changes():
+    first, second = ([tgrpo.record_index(epoch * 10 + i, 10, 0) for i in range(10)]
+                     for epoch in (0, 1))
+    assert sorted(first) == sorted(second) == list(range(10)) and first != second
+
+
+@pytest.mark.parametrize("schedule, expected", [
+    ("constant", [0.5, 1, 1, 1]), ("linear", [0.5, 1, 1, 0.75]),
+    ("cosine", [0.5, 1, 1, (1 + math.cos(math.pi / 4)) / 2])])
+def test_learning_rate_by_hand(schedule, expected):
+    args = SimpleNamespace(learning_rate=1.0, warmup_steps=2, max_steps=6, lr_schedule=schedule)
+    assert [tgrpo.learning_rate(step, args) for step in range(4)] == pytest.approx(expected)
