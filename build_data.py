@@ -288,7 +288,7 @@ TOY_VOCABULARY = 480  # tokens, before the special ones
 # The mixture of each file, in percent. "agree": the block's colour names its direction, always
 # so in the cold start; "conflict": it names another one. Half and half in train and test.
 TOY_MIX = {
-    "cot": {"direction_agree": 36, "describe": 22, "first": 12, "end": 10, "count": 7, "word": 6,
+    "cot": {"direction_agree": 34, "describe": 20, "first": 12, "end": 12, "count": 7, "word": 8,
             "colour": 7},
     "train": {"direction_agree": 26, "direction_conflict": 26, "describe": 12, "first": 12,
               "end": 8, "count": 6, "word": 4, "colour": 6},
@@ -390,7 +390,7 @@ def toy_image(rng, kind, colour):
     from PIL import ImageDraw, ImageFont
     word = str(rng.choice(TOY_WORDS))
     image = Image.fromarray(frames[0].clip(0, 255).astype(np.uint8))
-    ImageDraw.Draw(image).text((rng.integers(1, 6), rng.integers(4, 12)), word, fill="white",
+    ImageDraw.Draw(image).text((rng.integers(1, 4), rng.integers(6, 9)), word, fill="white",
                                font=ImageFont.load_default(size=12))
     return (np.asarray(image)[None], "OCR", "What is written in the picture?", [], word,
             f"look: it says {word}")
@@ -496,7 +496,6 @@ def toy_args_files(out):
 --max_pixels={PATCH**2}
 --image_min_pixels={PATCH**2}
 --image_max_pixels={PATCH**2}
---max_frames={TOY_FRAMES}
 """
     return {"sft.args": f"""\
 # the cold start: python sft.py @{out}/sft.args
@@ -504,7 +503,8 @@ def toy_args_files(out):
 --data={out}/cot.json
 --output={out}/sft
 {common}\
---num_train_epochs=8
+--num_train_epochs=6
+--max_frames={TOY_FRAMES}
 --per_rank_batch_size=32
 --gradient_accumulation_steps=1
 --learning_rate=2e-3
@@ -518,6 +518,7 @@ def toy_args_files(out):
 --data={out}/train.json
 --output={out}/tgrpo
 {common}\
+--max_frames={TOY_FRAMES}
 --prompts_per_rank=12
 --max_steps=120
 --learning_rate=5e-4

@@ -39,7 +39,7 @@ import sys
 import time
 import warnings
 import zlib
-from collections import Counter
+from collections import Counter, defaultdict
 from datetime import timedelta
 from fractions import Fraction
 from importlib.metadata import version
@@ -244,9 +244,12 @@ def groups_of(record):
 
 def score(records, graded, seed):
     """Group -> {"answered", "records", each metric with rows: {"mean", "low", "high", "n"}}."""
-    scores = {}
+    members, scores = defaultdict(list), {}
+    for row in graded:
+        for group in groups_of(row):
+            members[group].append(row)
     for group, count in Counter(group for record in records for group in groups_of(record)).items():
-        rows = [row for row in graded if group in groups_of(row)]
+        rows = members[group]
         scores[group] = {"answered": len(rows), "records": count}
         for metric in METRICS:
             values = [float(row[metric]) for row in rows if metric in row]
@@ -427,7 +430,8 @@ def plan_tasks(args, benchmarks, processor):
                     for order in ORDERS}[args.order]  # all orders: they are compared
             todo = [record for record in records
                     if "output" not in rows.get(str(record["problem_id"]), {})]
-            tasks.append(Task(f"{name}_{frames}_{args.order}", frames, records, configuration, todo))
+            stem = f"{name}_{frames}_{args.order}"
+            tasks.append(Task(stem, frames, records, configuration, todo))
     return tasks
 
 
@@ -445,10 +449,10 @@ def read_rows(output, stem, configuration):
             first, *others = map(json.loads, whole_lines(path).splitlines() or [b"{}"])
         except json.JSONDecodeError as error:
             raise InputError(f"{path} is damaged, remove it: {error}") from None
-        for key, value in first.items():
-            if value != configuration[key]:
-                raise InputError(f"{path} has rows with another {key}: {str(value)[:60]!r}, not "
-                                 f"{str(configuration[key])[:60]!r}; name another --output")
+        for key, value in configuration.items() if first else ():
+            if first.get(key) != value:
+                raise InputError(f"{path} has rows with another {key}: {str(first.get(key))[:60]}, "
+                                 f"not {str(value)[:60]}; name another --output")
         for row in others:
             if "output" not in rows.get(str(row["problem_id"]), {}):
                 rows[str(row["problem_id"])] = row
@@ -514,9 +518,9 @@ def answer(model, processor, share, task, args):
     """Answers a rank's share of the records and writes a row each, a batch at a time."""
     loader = DataLoader(Prompts(share, processor, task.frames, args), batch_size=args.batch_size,
                         collate_fn=list, num_workers=args.num_workers)
-    path, rank = Path(args.output) / f"{task.stem}.rank{dist.get_rank()}.jsonl", dist.get_rank()
-    with open_rows(path, task.configuration) as file, \
-            open(path.parent / "skipped.jsonl", "a", encoding="utf-8") as skipped_file, \
+    rank, output = dist.get_rank(), Path(args.output)
+    with open_rows(output / f"{task.stem}.rank{rank}.jsonl", task.configuration) as file, \
+            open(output / "skipped.jsonl", "a", encoding="utf-8") as skipped_file, \
             tqdm(total=len(share), desc=task.stem, disable=rank != 0) as bar:
         for samples in loader:
             started = time.perf_counter()
@@ -526,8 +530,8 @@ def answer(model, processor, share, task, args):
             responses = respond(model, good, args.seed) if good else []
             seconds = (time.perf_counter() - started) / max(len(good), 1)
             for sample, (ids, truncated) in zip(good, responses):
-                output = processor.tokenizer.decode(ids, skip_special_tokens=True)
-                rows.append({"problem_id": sample["record"]["problem_id"], "output": output,
+                text = processor.tokenizer.decode(ids, skip_special_tokens=True)
+                rows.append({"problem_id": sample["record"]["problem_id"], "output": text,
                              "tokens": len(ids), "truncated": truncated, "seconds": seconds})
             file.write("".join(json.dumps(row) + "\n" for row in rows))
             file.flush()
@@ -561,8 +565,9 @@ def main(args):
         if rank == 0:
             result = write_result(task, args)
             print("\n".join(table(task.stem, result["scores"])))
-            for row in result["skipped"]:
-                print(f"skipped: problem_id {row['problem_id']}: {row['reason']}")
+            if result["skipped"]:
+                print(f"skipped {len(result['skipped'])}, named in {args.output}/skipped.jsonl; "
+                      f"the first: {result['skipped'][0]['reason']}")
 
 
 if __name__ == "__main__":

@@ -382,6 +382,10 @@ def backward_group(engine, inputs, responses, chunk_loss, chunk_size, temperatur
         logits = response_logits(engine, cache, inputs, next_position, chunk)  # (n, L, V)
         engine.backward(chunk_loss(rows, *token_logps(logits, chunk, temperature)))
     engine.set_gradient_accumulation_boundary(last)
+    if hasattr(engine.optimizer, "clear_backward_seen_flag"):
+        # ZeRO adds a backward to the ones before only when a forward came between; it would
+        # overwrite them here, where none does. The engine's own forward makes this same call.
+        engine.optimizer.clear_backward_seen_flag()
     # (d); the zero term lets every parameter take part in the last backward, as DeepSpeed expects
     engine.backward(sum((kv * leaf.grad).sum() for kv, leaf in zip(attached, leaves))
                     + 0.0 * output.logits.sum())

@@ -305,6 +305,8 @@ def test_prefix_shared_logps_equal_naive_ones(model, group, chunk_size):
 class PlainEngine:
     """What backward_group asks of DeepSpeed's engine, for one process."""
 
+    optimizer = None
+
     def __init__(self, module):
         self.module = module
 

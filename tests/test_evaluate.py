@@ -1,0 +1,455 @@
+"""Claims about evaluate.py, on a toy with an untrained model."""
+import json
+import os
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+import build_data
+import evaluate
+from build_data import InputError, Vision, load_records, write_video
+
+ROOT = Path(__file__).resolve().parents[1]
+SHARED = ROOT.parent / "shared" / "data"  # samples of released rows, where present
+PIXELS = [f"--{name}={28 * 28}" for name in
+          ("min_pixels", "max_pixels", "image_min_pixels", "image_max_pixels")]
+
+
+@pytest.fixture(scope="module", autouse=True)
+def environment_kept():
+    """Runs in this process set RANK and a port, which later tests' own runs must not inherit."""
+    before = dict(os.environ)
+    yield
+    os.environ.clear()
+    os.environ.update(before)
+
+
+@pytest.fixture(scope="module")
+def toy(tmp_path_factory):
+    """A small toy with 24 test questions, videos and images of all kinds of answer."""
+    out = tmp_path_factory.mktemp("evaluate") / "toy"
+    subprocess.run([sys.executable, ROOT / "build_data.py", "toy", "--out", out, "--cot", "60",
+                    "--train", "20", "--test", "24"], check=True, cwd=ROOT)
+    return out
+
+
+def flags(toy, output, *more, data=None):
+    """A short run over the toy's test questions, decoding in the process itself."""
+    return ["--model", str(toy / "model"), "--benchmark", f"toy={data or toy / 'test.json'}",
+            "--media_root", str(toy), "--output", str(output), "--frames", "8", *PIXELS,
+            "--num_workers", "0", "--max_new_tokens", "12", *map(str, more)]
+
+
+def run(toy, output, *more, data=None):
+    """Runs in this process; returns the rows by problem_id and the whole result."""
+    args = evaluate.parse_args(flags(toy, output, *more, data=data))
+    evaluate.main(args)
+    result = json.loads((Path(output) / f"toy_8_{args.order}.json").read_text())
+    return {row["problem_id"]: row for row in result["rows"]}, result
+
+
+@pytest.fixture(scope="module")
+def uninterrupted(toy, tmp_path_factory):
+    """Rows and result of one run from beginning to end, in one process."""
+    return run(toy, tmp_path_factory.mktemp("uninterrupted"), "--batch_size", 4)
+
+
+def launch(*command, **options):
+    """Starts a command that joins a process group of its own, not this process's."""
+    environment = {key: value for key, value in os.environ.items() if key not in (
+        "RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")}
+    return subprocess.Popen(list(map(str, command)), cwd=ROOT, env=environment, **options)
+
+
+def free_port():
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return str(probe.getsockname()[1])
+
+
+# ---------------------------------------------------------------------------------- scores
+
+@pytest.mark.parametrize("p, g, expected", [
+    (2, 2, 1.0),         # error 0 passes all ten thresholds
+    (1, 2, 0.1),         # error .5 passes theta = .5 alone, whose boundary it is
+    (3, 2, 0.1),
+    (9, 10, 0.9),        # .1 <= 1 - .9, which floats deny
+    (11, 10, 0.9),
+    (9.5, 10, 1.0),      # .05 <= 1 - .95, the last threshold
+    (1.05, 1.0, 1.0),    # in floats the error is .05000000000000004
+    (0.7, 1, 0.5),       # .3 passes .50, .55, .60, .65, .70
+    (0.49, 1, 0.0),
+    (-1, 2, 0.0),
+    (-1, -2, 0.1),
+    (0, 0, 1.0),         # g = 0: only 0 is right
+    (1e-9, 0, 0.0),
+    ("about 9 metres", "10", 0.9),
+    ("no idea", "10", 0.0),
+    ("3 or 4", "3", 0.0),
+    ("", "3", 0.0),
+])
+def test_mra_is_vsi_bench_s_on_and_off_the_boundaries(p, g, expected):
+    assert evaluate.mean_relative_accuracy(p, g) == expected
+
+
+def test_equal_values_have_an_interval_of_zero_width():
+    mean, low, high = evaluate.bootstrap_mean([0.25] * 40, [str(i % 7) for i in range(40)], 0)
+    assert mean == low == high == 0.25
+
+
+def test_one_medium_has_a_mean_and_no_interval():
+    assert evaluate.bootstrap_mean([0.0, 1.0], ["a", "a"], 0) == (0.5, None, None)
+
+
+def test_the_interval_of_a_share_is_the_binomial_one():
+    # 400 media, half of them right: 1.96 * sqrt(.5 * .5 / 400) = .049
+    mean, low, high = evaluate.bootstrap_mean([0.0, 1.0] * 200, [str(i) for i in range(400)], 0)
+    assert mean == 0.5 and low == pytest.approx(0.451, abs=0.006)
+    assert high == pytest.approx(0.549, abs=0.006)
+    assert (mean, low, high) == evaluate.bootstrap_mean(  # the same seed, the same interval
+        [0.0, 1.0] * 200, [str(i) for i in range(400)], 0)
+
+
+def test_questions_that_share_videos_widen_the_interval_as_much_as_they_repeat_each_other():
+    # ten equal questions on each of 40 videos carry the information of 40: sqrt(10) wider
+    values, question = np.repeat([0.0, 1.0], 200), np.arange(400)
+    _, low, high = evaluate.bootstrap_mean(values, question, 0)
+    _, low_shared, high_shared = evaluate.bootstrap_mean(values, question // 10, 0)
+    assert (high_shared - low_shared) / (high - low) == pytest.approx(10**0.5, rel=0.1)
+
+
+def test_the_interval_covers_the_truth_about_95_times_in_100():
+    # 300 samples of 40 videos with 1 to 5 questions and a difficulty of their own; the truth is .5.
+    # At a true coverage of .93 (percentile bootstrap, 40 clusters) fewer than 88 % or more than
+    # 98.5 % of 300 has a probability below 1e-3.
+    rng, covered = np.random.default_rng(1), 0
+    for sample in range(300):
+        media = np.repeat(np.arange(40), rng.integers(1, 6, size=40))
+        values = rng.random(len(media)) < rng.beta(1, 1, size=40)[media]
+        _, low, high = evaluate.bootstrap_mean(values.astype(float), media, sample)
+        covered += low <= 0.5 <= high
+    assert 0.88 < covered / 300 < 0.985
+
+
+def rows_for_scores():
+    """Two videos, three questions: one right, one 8 for 10, one wrong and cut off."""
+    choice = {"problem_type": "multiple choice", "options": ["A. x", "B. y"], "data_source": "s"}
+    records = [{"problem_id": 1, "path": "a", "solution": "<answer>A</answer>", **choice},
+               {"problem_id": 2, "path": "a", "problem_type": "regression", "data_source": "t",
+                "solution": "<answer>10</answer>"},
+               {"problem_id": "3", "path": "b", "solution": "<answer>A</answer>", **choice},
+               {"problem_id": 4, "path": "c", "solution": "<answer>A</answer>", **choice}]
+    rows = {"1": {"output": "<think>t</think><answer>A</answer>", "tokens": 6, "truncated": False},
+            "2": {"output": "<answer>8</answer>", "tokens": 4, "truncated": False},
+            "3": {"output": "<think>hm", "tokens": 8, "truncated": True},
+            "4": {"problem_id": 4, "path": "c", "reason": "c: broken"}}
+    return records, evaluate.grade(records, rows, threshold=0.5)
+
+
+def test_scores_are_those_computed_by_hand():
+    records, graded = rows_for_scores()
+    scores = evaluate.score(records, graded, seed=0)
+    whole = scores["all"]
+    assert (whole["answered"], whole["records"]) == (3, 4)
+    assert whole["accuracy"]["mean"] == pytest.approx((1 + 0.8 + 0) / 3)
+    assert whole["correct"]["mean"] == pytest.approx(2 / 3)
+    assert whole["mra"] == {"mean": 0.7, "low": None, "high": None, "n": 1}  # .2: .50 to .80
+    assert whole["format"]["mean"] == whole["truncated"]["mean"] == pytest.approx(1 / 3)
+    assert whole["tokens"]["mean"] == 6
+    assert "drop" not in whole and "mra" not in scores["problem_type: multiple choice"]
+    assert scores["data_source: s"]["accuracy"]["mean"] == 0.5
+    assert scores["data_source: s"]["records"] == 3
+
+
+def test_the_table_shows_coverage_and_interval_and_hides_no_group_silently():
+    records, graded = rows_for_scores()
+    lines = evaluate.table("toy", evaluate.score(records, graded, seed=0))
+    assert len({len(line) for line in lines}) == 1
+    assert "| all" in lines[2] and "| 3/4 " in lines[2] and "[" in lines[2]
+    many = [record | {"problem_id": i, "data_source": f"url {i}"} for i, record in
+            enumerate(records * 10)]
+    lines = evaluate.table("toy", evaluate.score(many, [], seed=0))
+    assert lines[-1] == "(40 data sources: in the file)" and "0/40" in lines[2]
+
+
+# -------------------------------------------------------------------------- order of frames
+
+def video(count=6):
+    frames = torch.arange(count, dtype=torch.uint8)[:, None, None, None].expand(count, 3, 28, 28)
+    return Vision(frames, {"fps": 2.0}, None)
+
+
+def first_values(vision):
+    return vision.frames[:, 0, 0, 0].tolist()
+
+
+def test_shuffled_frames_are_another_order_of_the_same_frames():
+    for seed in range(50):
+        generator = build_data.seeded_generator(seed)
+        shuffled = first_values(evaluate.reorder(video(2 + seed % 3), "shuffled", generator))
+        assert sorted(shuffled) == list(range(2 + seed % 3)) != shuffled
+
+
+def test_each_record_has_its_own_shuffle_whatever_else_is_evaluated():
+    def shuffled(problem_id, seed=0):
+        generator = evaluate.record_generator(seed, {"problem_id": problem_id}, 1)
+        return first_values(evaluate.reorder(video(16), "shuffled", generator))
+    assert shuffled(7) == shuffled(7) != shuffled(8) and shuffled(7) != shuffled(7, seed=1)
+
+
+def test_each_order_shows_what_it_says_and_keeps_size_and_timing():
+    expected = {"ordered": [0, 1, 2, 3, 4, 5], "reversed": [5, 4, 3, 2, 1, 0],
+                "single_frame": [3] * 6, "blind": [evaluate.GREY] * 6}
+    for order, values in expected.items():
+        vision = evaluate.reorder(video(), order, None)
+        assert first_values(vision) == values and vision.metadata == {"fps": 2.0}
+        assert vision.frames.shape == (6, 3, 28, 28) and vision.frames.dtype == torch.uint8
+
+
+def test_an_image_changes_in_blind_alone():
+    vision = Vision(None, {}, Image.new("RGB", (56, 28), "red"))
+    for order in ("ordered", "shuffled", "reversed", "single_frame"):
+        assert evaluate.reorder(vision, order, None) is vision
+    image = evaluate.reorder(vision, "blind", None).image
+    assert image.size == (56, 28) and image.getcolors() == [(56 * 28, (128, 128, 128))]
+
+
+def test_prompts_of_all_orders_differ_in_pixels_alone(toy):
+    records = load_records(toy / "test.json")
+    args = evaluate.parse_args(flags(toy, "unused"))
+    processor = evaluate.load_processor(args)
+    record = next(r for r in records if r["data_source"] == "toy/direction_agree")
+    encoded = {}
+    for args.order in evaluate.ORDERS:
+        encoded[args.order] = evaluate.Prompts([record], processor, 8, args)[0]["inputs"]
+    for order in evaluate.ORDERS[1:]:
+        for key, value in encoded["ordered"].items():
+            assert torch.equal(value, encoded[order][key]) == (key != "pixel_values_videos")
+
+
+# ------------------------------------------------------------------------------- generation
+
+def test_a_padded_batch_of_videos_and_images_is_answered_like_one_by_one(toy):
+    args = evaluate.parse_args(flags(toy, "unused", "--temperature", 0, "--max_new_tokens", 24))
+    processor = evaluate.load_processor(args)
+    model = evaluate.load_model(args, processor.tokenizer, torch.device("cpu"))
+    dataset = evaluate.Prompts(load_records(toy / "test.json"), processor, 8, args)
+    samples = [dataset[i] for i in range(12)]
+    assert len({sample["inputs"]["input_ids"].shape[1] for sample in samples}) > 1
+    assert {sample["record"]["data_type"] for sample in samples} == {"image", "video"}
+    together = evaluate.respond(model, samples, 0)
+    assert together == [evaluate.respond(model, [sample], 0)[0] for sample in samples]
+    assert len({tuple(ids) for ids, _ in together}) > 1  # not equal for a trivial reason
+
+
+def test_vision_tokens_are_not_sampled_and_draws_repeat_with_the_seed(toy):
+    args = evaluate.parse_args(flags(toy, "unused", "--temperature", 3, "--top_p", 1,
+                                     "--max_new_tokens", 40))
+    processor = evaluate.load_processor(args)
+    model = evaluate.load_model(args, processor.tokenizer, torch.device("cpu"))
+    assert model.generation_config.top_k == 0  # a default of 50 would cut the distribution
+    dataset = evaluate.Prompts(load_records(toy / "test.json"), processor, 8, args)
+    samples = [dataset[i] for i in range(8)]
+    first = evaluate.respond(model, samples, 0)
+    assert first == evaluate.respond(model, samples, 0) != evaluate.respond(model, samples, 1)
+    pads = processor.tokenizer.convert_tokens_to_ids(list(evaluate.FORBIDDEN_TOKENS))
+    assert len(pads) == 5 and not {token for ids, _ in first for token in ids} & set(pads)
+
+
+def test_a_response_ends_with_its_first_end_token():
+    assert evaluate.cut_at_end([4, 9, 8, 8], [8, 9]) == ([4, 9], False)
+    assert evaluate.cut_at_end([4, 5], [8, 9]) == ([4, 5], True)
+
+
+# -------------------------------------------------------------------------------- whole runs
+
+def test_the_result_holds_everything_needed_to_repeat_it(toy, uninterrupted):
+    rows, result = uninterrupted
+    assert list(rows) == [r["problem_id"] for r in json.loads((toy / "test.json").read_text())]
+    assert (result["answered"], result["records"], result["skipped"]) == (24, 24, [])
+    configuration = result["configuration"]
+    assert configuration["template"] == build_data.TEMPLATE and configuration["frames"] == 8
+    assert configuration["temperature"] == 0.01 and configuration["max_new_tokens"] == 12
+    assert configuration["max_pixels"] == 28 * 28 and len(configuration["model_sha256"]) == 64
+    assert result["arguments"]["model"] and result["versions"]["transformers"]
+    assert result["tokens"] == sum(row["tokens"] for row in rows.values())
+    assert {"output", "prediction", "accuracy", "correct", "truncated"} <= set(rows[0])
+
+
+def test_two_ranks_give_the_rows_of_one(toy, uninterrupted, tmp_path):
+    process = launch(Path(sys.executable).parent / "deepspeed", "--num_gpus", 2, "--master_port",
+                     free_port(), ROOT / "evaluate.py", *flags(toy, tmp_path, "--batch_size", 4))
+    assert process.wait(timeout=300) == 0
+    result = json.loads((tmp_path / "toy_8_ordered.json").read_text())
+    assert {row["problem_id"]: row for row in result["rows"]} == uninterrupted[0]
+    assert result["scores"] == uninterrupted[1]["scores"]
+    assert len(list(tmp_path.glob("*.rank*.jsonl"))) == 2
+
+
+def test_a_killed_run_goes_on_to_the_rows_of_an_uninterrupted_one(toy, uninterrupted, tmp_path):
+    process = launch(sys.executable, ROOT / "evaluate.py", *flags(toy, tmp_path, "--batch_size", 1))
+    path = tmp_path / "toy_8_ordered.rank0.jsonl"
+    while not (path.exists() and path.read_bytes().count(b"\n") > 4):
+        assert process.poll() is None, "the run ended before it could be killed"
+        time.sleep(0.002)
+    os.kill(process.pid, signal.SIGKILL)
+    process.wait()
+    kept = path.read_bytes()
+    assert 4 < kept.count(b"\n") < 25 and not (tmp_path / "toy_8_ordered.json").exists()
+    path.rename(tmp_path / "toy_8_ordered.rank3.jsonl")  # as if more ranks had run before
+    with (tmp_path / "toy_8_ordered.rank3.jsonl").open("ab") as file:
+        file.write(b'{"problem_id": 23, "outp')  # as if the kill had come while writing
+    rows, result = run(toy, tmp_path, "--batch_size", 4)
+    assert rows == uninterrupted[0] and result["scores"] == uninterrupted[1]["scores"]
+    assert b'"problem_id": 0,' not in path.read_bytes()  # what was kept was not answered again
+
+
+def test_a_torn_line_is_cut_off_before_the_next_row_is_written(tmp_path):
+    path = tmp_path / "rows.jsonl"
+    with evaluate.open_rows(path, {"seed": 0}) as file:
+        file.write('{"problem_id": 1}\n{"probl')
+    with evaluate.open_rows(path, {"seed": 0}) as file:
+        file.write('{"problem_id": 2}\n')
+    assert path.read_text() == '{"seed": 0}\n{"problem_id": 1}\n{"problem_id": 2}\n'
+
+
+def test_media_that_cannot_be_read_are_skipped_named_and_tried_again(toy, tmp_path, capsys):
+    root = tmp_path / "broken"
+    shutil.copytree(toy / "media", root / "media")
+    records = json.loads((toy / "test.json").read_text())
+    records = [record for record in records if record["data_type"] == "video"][:4]
+    ids = [record["problem_id"] for record in records]
+    (root / "test.json").write_text(json.dumps(records))
+    (root / records[0]["path"]).write_bytes(b"not a video")
+    (root / records[1]["path"]).unlink()
+    (root / records[2]["path"]).write_bytes(b"")
+    more = ("--media_root", root)
+    rows, result = run(toy, tmp_path / "out", *more, data=root / "test.json")
+    assert list(rows) == ids[3:]
+    assert (result["answered"], result["records"]) == (1, 4)
+    assert [row["problem_id"] for row in result["skipped"]] == ids[:3]
+    assert all(row["path"].removeprefix("./") in row["reason"] for row in result["skipped"])
+    named = [json.loads(line) for line in (tmp_path / "out/skipped.jsonl").read_text().splitlines()]
+    assert [row["problem_id"] for row in named] == ids[:3]
+    printed = capsys.readouterr().out
+    assert "| 1/4 " in printed and "skipped 3, named in" in printed
+
+    for record in records[:3]:
+        shutil.copy(toy / record["path"], root / record["path"])
+    rows, result = run(toy, tmp_path / "out", *more, data=root / "test.json")
+    assert len(rows) == result["answered"] == 4 and result["skipped"] == []
+
+
+def test_another_order_beside_ordered_gives_the_paired_drop(toy, tmp_path, capsys):
+    run(toy, tmp_path)
+    # the untrained model earns nothing: grade ordered answers as if even questions were right
+    path = tmp_path / "toy_8_ordered.rank0.jsonl"
+    first, *lines = map(json.loads, path.read_text().splitlines())
+    records = {r["problem_id"]: r for r in json.loads((toy / "test.json").read_text())}
+    lines = [row | {"output": records[row["problem_id"]]["solution"]}
+             for row in lines if row["problem_id"] % 2 == 0]
+    path.write_text("".join(json.dumps(row) + "\n" for row in [first, *lines]))
+    _, result = run(toy, tmp_path, "--order", "blind")
+    drop = result["scores"]["all"]["drop"]
+    ordered = {key: evaluate.accuracy_reward(records[key]["solution"], records[key])
+               for key in (row["problem_id"] for row in lines)}
+    assert drop["n"] == len(lines) == 12
+    expected = [ordered[row["problem_id"]] - row["accuracy"] for row in result["rows"]
+                if row["problem_id"] in ordered]
+    assert drop["mean"] == pytest.approx(sum(expected) / 12) and 0.5 < drop["mean"] <= 1
+    assert drop["low"] <= drop["mean"] <= drop["high"] and "drop" in capsys.readouterr().out
+
+
+def test_released_rows_of_mmvu_are_read_prompted_and_answered(toy, tmp_path):
+    source = SHARED / "eval_mmvu_30.json"
+    if not source.exists():
+        pytest.skip(f"no {source}")
+    rows = json.loads(source.read_text())[:6]
+    rng = np.random.default_rng(0)
+    for row in rows[:5]:  # the sixth video is missing
+        (tmp_path / row["path"]).parent.mkdir(parents=True, exist_ok=True)
+        write_video(tmp_path / row["path"], rng.integers(0, 255, (8, 28, 28, 3), np.uint8), 2)
+    (tmp_path / "mmvu.json").write_text(json.dumps(rows))
+    graded, result = run(toy, tmp_path / "out", "--media_root", tmp_path,
+                         data=tmp_path / "mmvu.json")
+    assert list(graded) == [row["problem_id"] for row in rows[:5]]
+    assert result["scores"]["all"]["answered"] == 5 and result["scores"]["all"]["records"] == 6
+    assert rows[5]["path"].removeprefix("./") in result["skipped"][0]["reason"]
+
+
+def test_the_toy_s_args_file_evaluates_the_toy(toy, tmp_path):
+    args = evaluate.parse_args([f"@{toy}/evaluate.args", "--model", str(toy / "model"),
+                                "--output", str(tmp_path)])
+    assert args.benchmark == [f"toy={toy}/test.json"] and args.frames == [8]
+    assert args.max_pixels == 28 * 28 and args.media_root == str(toy)
+
+
+# --------------------------------------------------------------------------------- bad input
+
+def test_the_defaults_are_the_papers():
+    args = evaluate.parse_args(["--model", "m", "--benchmark", "a=b", "--output", "o"])
+    assert args.frames == [16, 32, 64] and args.max_pixels == 256 * 28 * 28
+    assert (args.temperature, args.top_p, args.max_new_tokens) == (0.01, 0.001, 1024)
+
+
+@pytest.mark.parametrize("more, message", [
+    (["--benchmark", "test.json"], "is not NAME=FILE"),
+    (["--benchmark", "a/b=test.json"], "is not NAME=FILE"),
+    (["--benchmark", "toy=absent.json"], "absent.json"),
+    (["--frames", "2"], "--frames 2 is below --min_frames 4"),
+    (["--batch_size", "0"], "--batch_size is 0"),
+    (["--top_p", "0"], "--top_p 0.0"),
+    (["--model", "no/model/here"], "--model no/model/here has no usable processor"),
+])
+def test_bad_flags_end_in_one_sentence_before_the_model_is_loaded(
+        toy, tmp_path, monkeypatch, more, message):
+    monkeypatch.setattr(evaluate, "load_model", None)
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    with pytest.raises(InputError, match=message):
+        evaluate.main(evaluate.parse_args(flags(toy, tmp_path / "out", *more)))
+
+
+def test_a_repeated_problem_id_is_refused(toy, tmp_path):
+    records = json.loads((toy / "test.json").read_text())
+    (tmp_path / "twice.json").write_text(json.dumps(records + records[3:4]))
+    with pytest.raises(InputError, match="2 records have the problem_id 3"):
+        run(toy, tmp_path / "out", data=tmp_path / "twice.json")
+
+
+def test_rows_of_another_configuration_are_refused_and_named(toy, tmp_path, monkeypatch):
+    model = tmp_path / "model"
+    shutil.copytree(toy / "model", model)
+    run(toy, tmp_path / "out", "--model", model)
+    monkeypatch.setattr(evaluate, "load_model", None)
+    with pytest.raises(InputError, match="rows with another max_new_tokens: 12, not 13"):
+        run(toy, tmp_path / "out", "--model", model, "--max_new_tokens", 13)
+    with pytest.raises(InputError, match="rows with another max_pixels"):
+        run(toy, tmp_path / "out", "--order", "blind", "--max_pixels", 4 * 28 * 28)
+    run(toy, tmp_path / "out", "--model", model)  # complete: no model is needed
+    weights = model / "model.safetensors"  # trained a little more, under the same name
+    data = bytearray(weights.read_bytes())
+    data[len(data) // 2:] = bytes(byte ^ 1 for byte in data[len(data) // 2:])
+    weights.write_bytes(data)
+    with pytest.raises(InputError, match="rows with another model_sha256"):
+        run(toy, tmp_path / "out", "--model", model)
+
+
+def test_an_unusable_input_costs_one_line_and_exit_status_1(toy, tmp_path):
+    bare = tmp_path / "bare"
+    bare.mkdir()
+    shutil.copy(toy / "model/config.json", bare)
+    process = launch(sys.executable, ROOT / "evaluate.py",
+                     *flags(toy, tmp_path / "out", "--model", bare), stderr=subprocess.PIPE,
+                     text=True)
+    _, errors = process.communicate(timeout=300)
+    assert process.returncode == 1 and "Traceback" not in errors
+    assert f"evaluate.py: --model {bare} has no usable processor" in errors.splitlines()[-1]
