@@ -1,4 +1,4 @@
-"""Run by test_ranks.py under DeepSpeed's launcher: saves the gradients of a prefix-shared update.
+"""Run by test_ranks.py under DeepSpeed's launcher: saves the gradients of prefix-shared updates.
 
 With one group a rank, rank 0 holds a video and rank 1 an image; with two, rank 0 runs the video
 first and rank 1 the image.
@@ -15,42 +15,8 @@ import conftest  # noqa: F401  puts the scripts on the path
 import tgrpo
 from build_data import encode, load_records, load_vision
 
-
-def main():
-    parser = argparse.ArgumentParser()
-    parser.add_argument("--toy")
-    parser.add_argument("--out")
-    parser.add_argument("--stage", type=int)
-    parser.add_argument("--chunk_size", type=int)
-    parser.add_argument("--groups", type=int)
-    parser.add_argument("--local_rank", type=int, default=0)
-    options = parser.parse_args()
-    toy, out = Path(options.toy), Path(options.out)
-    config_file = out / f"ds{options.stage}.json"
-    args = tgrpo.parse_args(["--model", str(toy / "model"), "--data", str(toy / "train.json"),
-                             "--output", str(out), "--deepspeed_config", str(config_file)])
-    rank, _ = tgrpo.setup_distributed()
-    if rank == 0:
-        config_file.write_text(json.dumps({"zero_optimization": {"stage": options.stage},
-                                           "zero_allow_untested_optimizer": True}))
-    dist.barrier()
-    config = tgrpo.read_deepspeed_config(args)
-    engine = tgrpo.start_engine(tgrpo.load_model(args, config), args, config)
-    engine.train()
-    processor = tgrpo.load_processor(args)
-    groups = list(cases(toy, processor))
-    mine = (groups if rank == 0 else groups[::-1])[:options.groups]
-    for i, (inputs, responses, mask, A) in enumerate(mine):
-
-        def loss(rows, logps, entropy):
-            return tgrpo.tgrpo_loss(logps, logps.detach(), None, A[rows], mask[rows], 0.0,
-                                    0.2) * len(rows) / len(A)
-        tgrpo.backward_group(engine, inputs, responses, loss, options.chunk_size, 1.0,
-                             last=i == len(mine) - 1)
-    gradients = {name: safe_get_full_grad(p).clone() for name, p in
-                 engine.module.named_parameters()}  # collective
-    if rank == 0:
-        torch.save(gradients, out / "gradients.pt")
+# (ZeRO stage, chunk size of five responses, groups a rank)
+SETTINGS = [(3, 2, 1), (3, 5, 1), (3, 5, 2), (2, 5, 1), (2, 2, 2), (1, 5, 2), (0, 5, 1)]
 
 
 def cases(toy, processor):
@@ -65,6 +31,46 @@ def cases(toy, processor):
         mask = (torch.arange(L) < lengths[:, None]).float()
         A = torch.randn(5, generator=generator)
         yield encode(processor, record, load_vision(record, **limits)), responses, mask, A
+
+
+def gradients(toy, out, groups, stage, chunk_size, count):
+    """Full averaged gradients of the first `count` groups, by parameter name."""
+    config_file = out / f"ds{stage}.json"
+    config_file.write_text(json.dumps({"zero_optimization": {"stage": stage},
+                                       "zero_allow_untested_optimizer": True}))
+    args = tgrpo.parse_args(["--model", str(toy / "model"), "--data", str(toy / "train.json"),
+                             "--output", str(out), "--deepspeed_config", str(config_file)])
+    config = tgrpo.read_deepspeed_config(args)
+    engine = tgrpo.start_engine(tgrpo.load_model(args, config), args, config)
+    engine.train()
+    for i, (inputs, responses, mask, A) in enumerate(groups[:count]):
+
+        def loss(rows, logps, entropy):
+            return tgrpo.tgrpo_loss(logps, logps.detach(), None, A[rows], mask[rows], 0.0,
+                                    0.2) * len(rows) / len(A)
+        tgrpo.backward_group(engine, inputs, responses, loss, chunk_size, 1.0,
+                             last=i == count - 1)
+    result = {name: safe_get_full_grad(p).clone() for name, p in  # collective
+              engine.module.named_parameters()}
+    engine.destroy()
+    return result
+
+
+def main():
+    parser = argparse.ArgumentParser()
+    parser.add_argument("--toy", type=Path)
+    parser.add_argument("--out", type=Path)
+    parser.add_argument("--local_rank", type=int, default=0)
+    options = parser.parse_args()
+    rank, _ = tgrpo.setup_distributed()
+    processor = tgrpo.AutoProcessor.from_pretrained(options.toy / "model")
+    groups = list(cases(options.toy, processor))
+    out = options.out / f"rank{rank}"
+    out.mkdir()
+    for setting in SETTINGS:
+        torch.save(gradients(options.toy, out, groups if rank == 0 else groups[::-1], *setting),
+                   out / f"{setting}.pt")
+    dist.barrier()
 
 
 if __name__ == "__main__":
