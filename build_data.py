@@ -13,9 +13,10 @@ import json
 import logging
 import os
 import re
-import shutil
+import subprocess
 import sys
 from collections import Counter
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -38,7 +39,8 @@ TEMPLATE = (
     "Provide your detailed reasoning between the <think> </think> tags, "
     "and then give your final answer between the <answer> </answer> tags."
 )
-NUMBER_SUFFIX = " Please provide the numerical value (e.g., 42 or 3.14) within the <answer> </answer> tags."
+NUMBER_SUFFIX = (" Please provide the numerical value (e.g., 42 or 3.14) "
+                 "within the <answer> </answer> tags.")
 ANSWER_SUFFIX = {
     "multiple choice": " Please provide only the single option letter (e.g., A, B, C, D, etc.) "
                        "within the <answer> </answer> tags.",
@@ -223,6 +225,25 @@ def encode(processor, record, vision: Vision, device=None) -> dict[str, torch.Te
     return {key: value.to(device) for key, value in inputs.items()}
 
 
+def image_as_video(processor, inputs) -> dict[str, torch.Tensor]:
+    """encode()'s inputs with an image turned into a video of one time step.
+
+    The model computes the same (the placeholder's id is overwritten by the visual features, and
+    positions agree), but a batch of images and videos then runs the vision tower once, as a
+    batch of videos does. Under ZeRO-3 ranks whose numbers of calls differ wait for ever.
+    """
+    if "image_grid_thw" not in inputs:
+        return inputs
+    inputs = dict(inputs)
+    ids, kinds = inputs["input_ids"], inputs["mm_token_type_ids"]  # (1, L)
+    inputs["input_ids"] = ids.masked_fill(ids == processor.image_token_id, processor.video_token_id)
+    inputs["mm_token_type_ids"] = kinds.masked_fill(kinds == 1, 2)
+    inputs["pixel_values_videos"] = inputs.pop("pixel_values")
+    inputs["video_grid_thw"] = inputs.pop("image_grid_thw")
+    inputs["second_per_grid_ts"] = torch.ones(1)  # of no consequence: there is one time step
+    return inputs
+
+
 def encode_blank(processor) -> dict[str, torch.Tensor]:
     """Inputs of a black picture and an empty question.
 
@@ -265,6 +286,18 @@ def read_args_line(line) -> list[str]:
     """One line of an @file: `--flag=value`, or nothing when blank or a # comment."""
     line = line.strip()
     return [] if not line or line.startswith("#") else [line]
+
+
+def provenance() -> dict:
+    """What a result owes to its software: package versions and this repository's commit."""
+    packages = ("torch", "transformers", "deepspeed", "qwen-vl-utils", "decord")
+    try:
+        commit = subprocess.run(["git", "rev-parse", "HEAD"], cwd=Path(__file__).parent,
+                                capture_output=True, text=True).stdout.strip()
+    except FileNotFoundError:  # no git on this machine
+        commit = ""
+    return {"versions": {package: version(package) for package in packages},
+            "git_commit": commit or None}
 
 
 def sampling_of(args, record) -> dict:
@@ -390,17 +423,20 @@ def toy_image(rng, kind, colour):
     from PIL import ImageDraw, ImageFont
     word = str(rng.choice(TOY_WORDS))
     image = Image.fromarray(frames[0].clip(0, 255).astype(np.uint8))
-    ImageDraw.Draw(image).text((rng.integers(1, 4), rng.integers(6, 9)), word, fill="white",
+    ImageDraw.Draw(image).text((3, 7), word, fill="white",
                                font=ImageFont.load_default(size=12))
     return (np.asarray(image)[None], "OCR", "What is written in the picture?", [], word,
             f"look: it says {word}")
 
 
 def write_video(path, frames, fps):
-    """Encodes (T, H, W, 3) uint8 frames as an H.264 mp4; one thread, so the bytes repeat."""
+    """Encodes (T, H, W, 3) uint8 frames as an H.264 mp4, the same bytes each time."""
     import av
+    # x264's slower presets gave other bytes from run to run for pictures as small as the toy's
+    options = {"crf": "10", "preset": "ultrafast"}
     with av.open(str(path), "w") as container:
-        stream = container.add_stream("libx264", rate=fps, options={"crf": "10", "threads": "1"})
+        stream = container.add_stream("libx264", rate=fps, options=options)
+        stream.codec_context.thread_count = 1
         stream.height, stream.width, stream.pix_fmt = frames.shape[1], frames.shape[2], "yuv420p"
         for frame in frames:
             container.mux(stream.encode(av.VideoFrame.from_ndarray(frame, format="rgb24")))
@@ -503,7 +539,7 @@ def toy_args_files(out):
 --data={out}/cot.json
 --output={out}/sft
 {common}\
---num_train_epochs=6
+--num_train_epochs=8
 --max_frames={TOY_FRAMES}
 --per_rank_batch_size=32
 --gradient_accumulation_steps=1

@@ -34,7 +34,6 @@ import json
 import os
 import re
 import socket
-import subprocess
 import sys
 import time
 import warnings
@@ -42,7 +41,6 @@ import zlib
 from collections import Counter, defaultdict
 from datetime import timedelta
 from fractions import Fraction
-from importlib.metadata import version
 from pathlib import Path
 from typing import NamedTuple
 
@@ -58,7 +56,8 @@ from tqdm import tqdm
 from transformers import AutoModelForImageTextToText, AutoProcessor, GenerationConfig
 
 from build_data import (ANSWER_SUFFIX, TEMPLATE, InputError, MediaError, encode, load_records,
-                        load_vision, pad_batch, read_args_line, sampling_of, seeded_generator)
+                        load_vision, pad_batch, provenance, read_args_line, sampling_of,
+                        seeded_generator)
 from rewards import accuracy_reward, extract_answer, format_reward, parse_number
 
 ORDERS = ("ordered", "shuffled", "reversed", "single_frame", "blind")
@@ -481,9 +480,6 @@ def write_result(task, args):
         for row in graded:
             if str(row["problem_id"]) in accuracy:
                 row["drop"] = accuracy[str(row["problem_id"])] - row["accuracy"]
-    packages = ("torch", "transformers", "deepspeed", "qwen-vl-utils", "decord")
-    commit = subprocess.run(["git", "rev-parse", "HEAD"], cwd=Path(__file__).parent,
-                            capture_output=True, text=True).stdout.strip()
     answers = [row for row in rows.values() if "output" in row]
     result = {"scores": score(task.records, graded, args.seed),
               "answered": len(graded), "records": len(task.records),
@@ -491,8 +487,7 @@ def write_result(task, args):
               "rank_seconds": sum(row["seconds"] for row in answers),  # of generation
               "skipped": [row for row in rows.values() if "reason" in row],
               "arguments": vars(args), "configuration": task.configuration,
-              "world_size": dist.get_world_size(), "git_commit": commit or None,
-              "versions": {name: version(name) for name in packages}, "rows": graded}
+              "world_size": dist.get_world_size(), **provenance(), "rows": graded}
     aside = Path(args.output) / f"{task.stem}.partial"
     aside.write_text(json.dumps(result, indent=1), encoding="utf-8")
     aside.replace(Path(args.output) / f"{task.stem}.json")

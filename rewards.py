@@ -32,7 +32,7 @@ from nltk.stem.porter import PorterStemmer  # the stemmer that rouge_score uses
 from rapidfuzz.distance import LCSseq  # jiwer's own engine
 from rouge_score.rouge_scorer import RougeScorer
 
-# ---- reading a response --------------------------------------------------------------------------
+# -------------------------------------------------------------------- reading a response
 
 # Qwen's end of turn and end of text (generation_config.json), and the end token of Llama's family
 END_TOKEN = re.compile(r"<\|im_end\|>|<\|endoftext\|>|</s>")
@@ -73,9 +73,9 @@ def format_reward(response):
     return 1.0 if once and FORMAT.fullmatch(response) else 0.0
 
 
-# ---- multiple choice -----------------------------------------------------------------------------
+# ----------------------------------------------------------------------- multiple choice
 
-OPTION = re.compile(r"\s*\(?([A-Za-z])[.):]\s*(.*)", re.DOTALL)  # "A. text", formats.md's form
+OPTION = re.compile(r"\s*\(?([A-Za-z])[.):]\s*(.*)", re.DOTALL)  # "A. text", as in the records
 CHOICE = re.compile(
     r"(?:(?:the|my|correct|final|best|right|answer|option|choice|is)\b[ :：]*)*"  # "The answer is"
     r"(?:[(\[{*_`$'\"‘“（]|\\boxed|\\text|\\mathrm)*"  # "**", "\boxed{"
@@ -142,7 +142,7 @@ def multiple_choice(predicted, truth, options=()):
     return 1.0 if letter and letter == choice_letter(truth, options) else 0.0
 
 
-# ---- numbers -------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------- numbers
 
 SUPERSCRIPTS = "⁰¹²³⁴⁵⁶⁷⁸⁹⁺⁻"
 SUPERSCRIPT_RUN = re.compile(f"[{SUPERSCRIPTS}]+")
@@ -231,7 +231,7 @@ def regression(predicted, truth):
     return max(0.0, 1.0 - abs(p - g) / abs(g))
 
 
-# ---- text ----------------------------------------------------------------------------------------
+# ---------------------------------------------------------------------------------- text
 
 # Han, kana: scripts without spaces, in which a character is the usual unit of ROUGE
 CHARACTER = r"\u3040-\u30ff\u3400-\u4dbf\u4e00-\u9fff\uf900-\ufaff"
@@ -288,7 +288,7 @@ def free_form(predicted, truth):
     return (scores["rouge1"].fmeasure + scores["rouge2"].fmeasure + rouge_l) / 3
 
 
-# ---- the rewards of a response -------------------------------------------------------------------
+# ------------------------------------------------------------- the rewards of a response
 
 GRADERS = {"multiple choice": multiple_choice, "numerical": numerical, "OCR": ocr,
            "free-form": free_form, "regression": regression}  # the released problem types

@@ -19,11 +19,9 @@ import math
 import os
 import shutil
 import socket
-import subprocess
 import sys
 import time
 import warnings
-from importlib.metadata import version
 from pathlib import Path
 
 import deepspeed
@@ -35,8 +33,9 @@ from torch.utils.data import DataLoader, Dataset
 from tqdm import tqdm
 from transformers import AutoModelForImageTextToText, AutoProcessor
 
-from build_data import (InputError, MediaError, encode, encode_blank, load_records, load_vision,
-                        pad_batch, read_args_line, sampling_of, seeded_generator)
+from build_data import (InputError, MediaError, encode, encode_blank, image_as_video, load_records,
+                        load_vision, pad_batch, provenance, read_args_line, sampling_of,
+                        seeded_generator)
 
 IGNORED = -100  # label of a token without loss, as in torch's cross entropy
 
@@ -148,7 +147,7 @@ class Targets(Dataset):
 
 def sft_example(processor, record, vision, end_id):
     """encode()'s inputs, lengthened by the target, with `labels` (1, L)."""
-    inputs = encode(processor, record, vision)
+    inputs = image_as_video(processor, encode(processor, record, vision))
     target = f"{record['process']}\n{record['solution']}"
     response = processor.tokenizer(target, add_special_tokens=False).input_ids + [end_id]
     inputs["input_ids"], inputs["labels"] = sft_labels(
@@ -255,12 +254,8 @@ def open_log(args, name, first_step):
             if json.loads(line).get("step", 0) <= first_step:
                 lines.append(line)
     if name == "metrics" and not lines:
-        packages = ("torch", "transformers", "deepspeed", "qwen-vl-utils", "decord")
-        commit = subprocess.run(["git", "rev-parse", "HEAD"], cwd=Path(__file__).parent,
-                                capture_output=True, text=True).stdout.strip()
         lines = [json.dumps({"arguments": vars(args), "world_size": dist.get_world_size(),
-                             "versions": {package: version(package) for package in packages},
-                             "git_commit": commit or None})]
+                             **provenance()})]
     aside = path.with_suffix(".partial")
     aside.write_text("".join(line + "\n" for line in lines), encoding="utf-8")
     aside.replace(path)
@@ -350,7 +345,7 @@ def main(args):
         prefetch_factor=4 if args.num_workers else None))
     pad_values = {"input_ids": tokenizer.pad_token_id, "attention_mask": 0,
                   "mm_token_type_ids": 0, "labels": IGNORED}
-    blank = encode_blank(processor)
+    blank = image_as_video(processor, encode_blank(processor))
     blank["labels"] = torch.full_like(blank["input_ids"], IGNORED)  # (1, L): no loss
     logs = {name: open_log(args, name, first_step)
             for name in ("metrics", "skipped")} if rank == 0 else {}

@@ -25,11 +25,9 @@ import math
 import os
 import shutil
 import socket
-import subprocess
 import sys
 import time
 import warnings
-from importlib.metadata import version
 from pathlib import Path
 
 import deepspeed
@@ -42,7 +40,7 @@ from tqdm import tqdm
 from transformers import AutoModelForImageTextToText, AutoProcessor, DynamicCache
 
 from build_data import (InputError, MediaError, encode, encode_blank, load_records, load_vision,
-                        pad_batch, read_args_line, sampling_of, seeded_generator)
+                        pad_batch, provenance, read_args_line, sampling_of, seeded_generator)
 from rewards import accuracy_reward, format_reward, length_reward
 
 STD_EPSILON = 1e-4  # added to the standard deviation in Eq. 3, as in the released code
@@ -516,12 +514,8 @@ def open_log(args, name, first_step):
             if json.loads(line).get("step", 0) <= first_step:
                 lines.append(line)
     if name == "metrics" and not lines:
-        packages = ("torch", "transformers", "deepspeed", "qwen-vl-utils", "decord")
-        commit = subprocess.run(["git", "rev-parse", "HEAD"], cwd=Path(__file__).parent,
-                                capture_output=True, text=True).stdout.strip()
         lines = [json.dumps({"arguments": vars(args), "world_size": dist.get_world_size(),
-                             "versions": {package: version(package) for package in packages},
-                             "git_commit": commit or None})]
+                             **provenance()})]
     aside = path.with_suffix(".partial")
     aside.write_text("".join(line + "\n" for line in lines), encoding="utf-8")
     aside.replace(path)
@@ -702,7 +696,8 @@ def note_policy(metrics, logps, old_logps, ref_logps, entropy, mask, advantages,
     note(metrics, "policy/clip_rate", clipped[inside].tolist())
     if ref_logps is not None:
         note(metrics, "policy/kl", kl_k3(logps, ref_logps)[inside].tolist())
-    metrics["policy/ratio_max"] = max(metrics.get("policy/ratio_max", 0), ratio[inside].max().item())
+    largest = max(metrics.get("policy/ratio_max", 0.0), ratio[inside].max().item())
+    metrics["policy/ratio_max"] = largest
 
 
 def note_sample(metrics, sample):
@@ -750,8 +745,8 @@ def report(args, engine, logs, step, metrics, samples, skipped, clock, bar):
     """Merges the ranks' metrics and writes the step's lines; collective."""
     rollouts = [rollout_row(sample) for sample in samples] \
         if step % args.rollout_steps == 0 else []
-    for name, seconds in zip(("data", "rollout", "update"), (b - a for a, b in zip(clock, clock[1:]))):
-        note(metrics, f"time/{name}", [seconds])
+    for name, start, end in zip(("data", "rollout", "update"), clock, clock[1:]):
+        note(metrics, f"time/{name}", [end - start])
     note(metrics, "time/step", [time.perf_counter() - clock[0]])
     gathered = gather_objects((metrics, rollouts, skipped))
     if not logs:

@@ -1,0 +1,277 @@
+"""Records, prompt, frames and inputs; the toy."""
+import filecmp
+import json
+import os
+import shutil
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+import build_data
+from build_data import (InputError, MediaError, build_messages, encode, load_records, load_vision,
+                        pad_batch)
+from conftest import ROOT, run
+
+LIMITS = {"max_frames": 8, "min_frames": 4, "fps": 2, "min_pixels": 784, "max_pixels": 784}
+RECORD = {"problem_id": 7, "problem": "What moves?", "data_type": "video",
+          "problem_type": "multiple choice", "options": ["A. a cat", "B. a dog"],
+          "solution": "<answer>B</answer>", "path": "./clip.mp4", "data_source": "x"}
+
+
+def write(folder, *records, name="data.json"):
+    path = folder / name
+    path.write_text(json.dumps(list(records)), encoding="utf-8")
+    return path
+
+
+def clip(path, count=8, height=28, width=28, fps=2):
+    """A clip whose frame t is a flat grey of 20 t, so that frames can be told apart."""
+    frames = np.stack([np.full((height, width, 3), 20 * t % 256, np.uint8) for t in range(count)])
+    build_data.write_video(path, frames, fps)
+    return path
+
+
+def record_of(path, data_type="video", **fields):
+    return {**RECORD, "data_type": data_type, "path": path.name, "media_path": str(path),
+            "media_root": str(path.parent), **fields}
+
+
+# ------------------------------------------------------------------------------- records
+
+def test_json_and_jsonl_hold_the_same_records(tmp_path):
+    other = RECORD | {"problem_id": 8}
+    lines = tmp_path / "data.jsonl"
+    lines.write_text(json.dumps(RECORD) + "\n\n" + json.dumps(other) + "\n")
+    assert load_records(write(tmp_path, RECORD, other)) == load_records(lines)
+    assert load_records(lines)[0]["media_path"] == str(tmp_path / "clip.mp4")
+
+
+@pytest.mark.parametrize("change, field", [
+    ({"problem": None}, "problem"), ({"solution": "B"}, "solution"),
+    ({"solution": "<answer> </answer>"}, "solution"), ({"problem_type": "essay"}, "problem_type"),
+    ({"data_type": "audio"}, "data_type"), ({"options": []}, "options"),
+    ({"options": None}, "options"), ({"options": "A"}, "options"), ({"path": 3}, "path"),
+    ({"path": "../clip.mp4"}, "path"), ({"path": "/etc/passwd"}, "path")])
+def test_a_bad_record_is_named_by_file_problem_id_and_field(tmp_path, change, field):
+    path = write(tmp_path, RECORD, RECORD | {"problem_id": 41} | change)
+    with pytest.raises(InputError) as error:
+        load_records(path)
+    assert all(word in str(error.value) for word in (str(path), "41", f"field {field}"))
+
+
+@pytest.mark.parametrize("text", ["", "[]", "[1]", "{", '{"a": 1}\n{', "[{}]"])
+def test_a_file_without_records_is_an_input_error(tmp_path, text):
+    path = tmp_path / "data.json"
+    path.write_text(text)
+    with pytest.raises(InputError):
+        load_records(path)
+    with pytest.raises(InputError, match="absent.json"):
+        load_records(tmp_path / "absent.json")
+
+
+def test_the_released_evaluation_rows_load():
+    data = ROOT.parent / "shared" / "data"
+    if not data.exists():
+        pytest.skip("the sample rows are not on this machine")
+    for name in ("eval_mmvu_30.json", "eval_videommmu_30.json"):
+        records = load_records(data / name)
+        assert len(records) == 30 and all(build_messages(record) for record in records)
+
+
+# -------------------------------------------------------------------------------- prompt
+
+def test_the_prompt_is_the_released_one_to_the_letter():
+    text = build_messages(RECORD | {"media_path": "/m/clip.mp4"})[0]["content"][1]["text"]
+    assert text == (
+        "What moves?Options:\nA. a cat\nB. a dog\n\nPlease think about this question as if you "
+        "were a human pondering deeply. Engage in an internal dialogue using expressions such as "
+        "'let me think', 'wait', 'Hmm', 'oh, I see', 'let's break it down', etc, or other natural "
+        "language thought expressions It's encouraged to include self-reflection or verification "
+        "in the reasoning process. Provide your detailed reasoning between the <think> </think> "
+        "tags, and then give your final answer between the <answer> </answer> tags. Please provide "
+        "only the single option letter (e.g., A, B, C, D, etc.) within the <answer> </answer> "
+        "tags.")
+
+
+@pytest.mark.parametrize("problem_type, ending", [
+    ("numerical", " Please provide the numerical value (e.g., 42 or 3.14) within the <answer> "
+                  "</answer> tags."),
+    ("regression", " Please provide the numerical value (e.g., 42 or 3.14) within the <answer> "
+                   "</answer> tags."),
+    ("OCR", " Please transcribe text from the image/video clearly and provide your text answer "
+            "within the <answer> </answer> tags."),
+    ("free-form", " Please provide your text answer within the <answer> </answer> tags.")])
+def test_other_problem_types_have_no_options_and_their_own_suffix(problem_type, ending):
+    record = RECORD | {"problem_type": problem_type, "media_path": "/m/clip.mp4"}
+    text = build_messages(record)[0]["content"][1]["text"]
+    assert text.startswith("What moves?\nPlease think") and text.endswith(" tags." + ending)
+
+
+def test_braces_in_a_question_are_text():
+    record = RECORD | {"problem": "Is {x} in {0}?", "media_path": "/m/clip.mp4"}
+    assert "Is {x} in {0}?" in build_messages(record)[0]["content"][1]["text"]
+
+
+# --------------------------------------------------------------------------------- media
+
+def test_frames_come_in_order_evenly_spread(tmp_path):
+    vision = load_vision(record_of(clip(tmp_path / "a.mp4", count=8)), **LIMITS)
+    levels = vision.frames.float().mean((1, 2, 3))
+    assert vision.frames.shape == (8, 3, 28, 28)
+    assert torch.allclose(levels, 20.0 * torch.arange(8), atol=4)
+
+
+@pytest.mark.parametrize("count, fps, expected", [(40, 4, 8), (6, 2, 6), (5, 2, 4), (80, 2, 8)])
+def test_frame_counts_respect_fps_and_bounds_and_are_even(tmp_path, count, fps, expected):
+    vision = load_vision(record_of(clip(tmp_path / "a.mp4", count=count, fps=fps)), **LIMITS)
+    assert len(vision.frames) == expected
+
+
+@pytest.mark.parametrize("height, width", [(64, 96), (240, 320), (30, 400)])
+def test_pixels_stay_within_their_bounds(tmp_path, height, width):
+    limits = LIMITS | {"min_pixels": 4 * 784, "max_pixels": 16 * 784}
+    frames = load_vision(record_of(clip(tmp_path / "a.mp4", 8, height, width)), **limits).frames
+    assert frames.shape[2] % 28 == 0 == frames.shape[3] % 28
+    assert 4 * 784 <= frames.shape[2] * frames.shape[3] <= 16 * 784
+
+
+def broken_files(folder):
+    clip(folder / "good.mp4")
+    data = (folder / "good.mp4").read_bytes()
+    (folder / "cut.mp4").write_bytes(data[:len(data) // 2])
+    (folder / "empty.mp4").write_bytes(b"")
+    (folder / "text.mp4").write_text("not a video")
+    clip(folder / "one.mp4", count=1)
+    (folder / "empty.png").write_bytes(b"")
+    (folder / "text.png").write_text("not a picture")
+    Image.new("RGB", (900, 3)).save(folder / "thin.png")
+    return ["cut.mp4", "empty.mp4", "text.mp4", "one.mp4", "absent.mp4", "empty.png", "text.png",
+            "thin.png", "absent.png"]
+
+
+def test_a_broken_medium_is_a_media_error_that_names_file_and_reason(tmp_path):
+    for name in broken_files(tmp_path):
+        data_type = "image" if name.endswith("png") else "video"
+        with pytest.raises(MediaError) as error:
+            load_vision(record_of(tmp_path / name, data_type), **LIMITS)
+        message = str(error.value)
+        assert message.startswith(str(tmp_path / name) + ": ") and "\n" not in message
+        assert "read_video" not in message and len(message) > len(str(tmp_path / name)) + 5
+
+
+def test_a_link_out_of_media_root_is_refused(tmp_path):
+    (tmp_path / "root").mkdir()
+    clip(tmp_path / "outside.mp4")
+    os.symlink(tmp_path / "outside.mp4", tmp_path / "root" / "link.mp4")
+    with pytest.raises(MediaError, match="media_root"):
+        load_vision(record_of(tmp_path / "root" / "link.mp4"), **LIMITS)
+
+
+def test_a_path_with_spaces_and_other_letters_is_read(tmp_path):
+    vision = load_vision(record_of(clip(tmp_path / "ein schöner 视频.mp4")), **LIMITS)
+    assert len(vision.frames) == 8
+
+
+# -------------------------------------------------------------------------------- inputs
+
+def test_inputs_carry_the_real_timing(tmp_path, processor):
+    """Half the frame rate doubles the time between grid steps: it reaches the model."""
+    for fps, seconds in ((2, 1.0), (1, 2.0)):
+        record = record_of(clip(tmp_path / f"{fps}.mp4", count=8, fps=fps))
+        inputs = encode(processor, record, load_vision(record, **LIMITS | {"fps": fps}))
+        assert inputs["second_per_grid_ts"].tolist() == [seconds]
+
+
+def test_visual_tokens_are_marked_and_counted(samples, processor):
+    for medium, token, kind in (("video", "<|video_pad|>", 2), ("image", "<|image_pad|>", 1)):
+        inputs = samples[medium][1]
+        pads = inputs["input_ids"] == processor.tokenizer.convert_tokens_to_ids(token)
+        assert torch.equal(pads, inputs["mm_token_type_ids"] == kind)
+        assert pads.sum() == inputs[f"{medium}_grid_thw"].prod() // 4
+
+
+def test_pixel_values_are_the_frames_normalised_and_nothing_else(tmp_path, processor):
+    record = record_of(clip(tmp_path / "a.mp4"))
+    vision = load_vision(record, **LIMITS)
+    pixels = encode(processor, record, vision)["pixel_values_videos"]  # (16, 3 x 2 x 14 x 14)
+    mean = torch.tensor(processor.video_processor.image_mean)
+    std = torch.tensor(processor.video_processor.image_std)
+    normal = (vision.frames / 255 - mean[:, None, None]) / std[:, None, None]  # (T, C, H, W)
+    first = pixels[0].view(3, 2, 14, 14)  # the upper left patch of the first two frames
+    assert torch.allclose(first, normal[:2, :, :14, :14].transpose(0, 1), atol=1e-5)
+
+
+def test_an_image_as_a_video_of_one_step_is_the_same_to_the_model(model, processor, samples):
+    inputs = samples["image"][1]
+    with torch.no_grad():
+        assert torch.equal(model(**inputs).logits,
+                           model(**build_data.image_as_video(processor, inputs)).logits)
+
+
+def test_padding_does_not_change_a_record_s_logits(model, processor, samples):
+    pads = {"input_ids": processor.tokenizer.pad_token_id, "attention_mask": 0,
+            "mm_token_type_ids": 0}
+    pair = [samples["video"][1], samples["image"][1]]
+    with torch.no_grad():
+        batch = model(**pad_batch(pair, pads, "left")).logits
+        for row, inputs in zip(batch, pair):
+            alone = model(**inputs).logits[0]
+            assert torch.allclose(row[-len(alone):], alone, atol=1e-5)
+
+
+# ----------------------------------------------------------------------------------- toy
+
+def test_the_toy_repeats_for_a_seed_and_differs_for_another(tmp_path):
+    for name, seed in (("a", 3), ("b", 3), ("c", 4)):
+        run("build_data.py", "toy", "--out", tmp_path / name, "--cot", 12, "--train", 4,
+            "--test", 4, "--seed", seed)
+    files = [path.relative_to(tmp_path / "a") for path in (tmp_path / "a").rglob("*")
+             if path.suffix in (".mp4", ".png", ".json", ".safetensors")]
+    assert len(files) > 25
+    assert filecmp.cmpfiles(tmp_path / "a", tmp_path / "b", files, shallow=False)[1:] == ([], [])
+    assert filecmp.cmpfiles(tmp_path / "a", tmp_path / "c", files, shallow=False)[1]
+
+
+def test_the_toy_holds_every_problem_type_and_both_media(toy):
+    records = [record for split in ("cot", "train", "test")
+               for record in load_records(toy / f"{split}.json")]
+    assert {record["problem_type"] for record in records} == set(build_data.PROBLEM_TYPES)
+    assert {record["data_type"] for record in records} == {"image", "video"}
+    sources = {record["data_source"] for record in load_records(toy / "cot.json")}
+    assert "toy/direction_conflict" not in sources  # the shortcut always works in the cold start
+
+
+def test_the_toy_is_never_written_over(toy):
+    result = run("build_data.py", "toy", "--out", toy, check=False)
+    assert result.returncode == 1 and "Traceback" not in result.stderr
+    assert "not empty" in result.stderr
+
+
+def test_toy_clips_show_what_their_records_say(toy):
+    """The answer is recomputed from the decoded pixels: where the block is in each frame."""
+    checked = 0
+    for record in load_records(toy / "train.json"):
+        if not record["data_source"].startswith("toy/direction"):
+            continue
+        frames = load_vision(record, **LIMITS).frames.float()  # (T, C, H, W)
+        bright = frames.amax(1) - frames.amin(1) > 100  # (T, H, W): the block is colourful
+        ys, xs = ([grid[mask].float().mean() for mask in bright] for grid in
+                  torch.meshgrid(torch.arange(28), torch.arange(28), indexing="ij"))
+        dx, dy = xs[-1] - xs[0], ys[-1] - ys[0]
+        moved = ("right" if dx > 0 else "left") if abs(dx) > abs(dy) else \
+            ("down" if dy > 0 else "up")
+        letter = record["solution"].removeprefix("<answer>")[0]
+        assert f"{letter}. {moved}" in record["options"]
+        checked += 1
+    assert checked > 5
+
+
+def test_importing_a_script_does_nothing(tmp_path):
+    for script in ("build_data", "rewards", "sft", "tgrpo", "evaluate"):
+        shutil.copy(ROOT / f"{script}.py", tmp_path)
+    before = sorted(os.listdir(tmp_path))
+    code = "import sys; sys.dont_write_bytecode = True; import sft, tgrpo, evaluate"
+    run("-c", f"import os; os.chdir({str(tmp_path)!r}); {code}")
+    assert sorted(os.listdir(tmp_path)) == before

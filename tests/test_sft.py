@@ -1,0 +1,134 @@
+"""Cold start: labels, loss, and runs that are started, killed and resumed as a user would."""
+import json
+import math
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+import sft
+from build_data import load_records, load_vision, pad_batch
+from conftest import run
+from test_build_data import LIMITS
+
+SMALL = ["--min_pixels=784", "--max_pixels=784", "--image_min_pixels=784", "--max_frames=8",
+         "--learning_rate=1e-3", "--num_workers=1"]
+
+
+@pytest.fixture(scope="module")
+def examples(toy, processor):
+    """[(record, example)] of the first video and the first image of the cold-start file."""
+    found = {}
+    for record in load_records(toy / "cot.json"):
+        if record["data_type"] not in found:
+            vision = load_vision(record, **LIMITS)
+            end = processor.tokenizer.eos_token_id
+            found[record["data_type"]] = record, sft.sft_example(processor, record, vision, end)
+    return list(found.values())
+
+
+def test_labels_decode_to_the_assistant_s_text_and_its_end_token(examples, processor):
+    for record, example in examples:
+        labelled = example["labels"][example["labels"] != sft.IGNORED]
+        assert processor.tokenizer.decode(labelled) == \
+            f"{record['process']}\n{record['solution']}<|im_end|>"
+        n = len(labelled)  # and they are the last tokens, each its own label
+        assert torch.equal(example["input_ids"][0, -n:], labelled)
+        assert not (example["labels"][0, :-n] != sft.IGNORED).any()
+        assert {value.shape for key, value in example.items()
+                if key in ("attention_mask", "mm_token_type_ids", "labels")} == \
+            {example["input_ids"].shape}
+
+
+def test_prompt_and_target_are_what_the_chat_template_makes_of_both(examples, processor):
+    """Tokenizing prompt and target apart gives the ids of the whole conversation."""
+    for record, example in examples:
+        ids = example["input_ids"][0].tolist()
+        assert processor.tokenizer(processor.tokenizer.decode(ids)).input_ids == ids
+
+
+def test_the_loss_is_the_sum_over_labelled_tokens_by_hand():
+    logits = torch.zeros(1, 4, 8)  # uniform over 8 tokens
+    labels = torch.tensor([[sft.IGNORED, sft.IGNORED, 3, 5]])
+    assert sft.target_loss(logits, labels).item() == pytest.approx(2 * math.log(8))
+
+
+def test_the_loss_of_a_padded_batch_is_the_sum_of_its_rows(model, processor, examples):
+    pads = {"input_ids": processor.tokenizer.pad_token_id, "attention_mask": 0,
+            "mm_token_type_ids": 0, "labels": sft.IGNORED}
+
+    def loss(rows):
+        batch = pad_batch(rows, pads, "right")
+        labels = batch.pop("labels")
+        with torch.no_grad():
+            return sft.target_loss(model(**batch).logits, labels).item()
+    rows = [example for _, example in examples]
+    assert len({row["input_ids"].shape[1] for row in rows}) > 1
+    assert loss(rows) == pytest.approx(sum(loss([row]) for row in rows), rel=1e-5)
+
+
+def metrics(output):
+    return [json.loads(line) for line in (output / "metrics.jsonl").read_text().splitlines()]
+
+
+def without_times(rows):
+    return [{key: value for key, value in row.items() if not key.startswith("time/")}
+            for row in rows[1:]]
+
+
+def weights(folder):
+    from safetensors.torch import load_file
+    return load_file(folder / "model.safetensors")
+
+
+def test_the_split_into_micro_batches_and_ranks_changes_nothing(toy, tmp_path):
+    """One rank x 8 records, one rank x 2 x 4 accumulated, two ranks x 4: the same losses."""
+    losses = {}
+    for name, batch, accumulation, ranks in (("a", 8, 1, 0), ("b", 2, 4, 0), ("c", 4, 1, 2)):
+        run("sft.py", "--model", toy / "model", "--data", toy / "cot.json", "--output",
+            tmp_path / name, "--per_rank_batch_size", batch, "--gradient_accumulation_steps",
+            accumulation, "--num_train_epochs", 0.5, *SMALL, ranks=ranks)
+        losses[name] = [row["optim/loss"] for row in metrics(tmp_path / name)[1:]]
+    assert len(losses["a"]) == 3 and losses["a"][-1] < losses["a"][0]
+    assert losses["b"] == pytest.approx(losses["a"], rel=1e-4)
+    assert losses["c"] == pytest.approx(losses["a"], rel=1e-4)
+
+
+def test_a_run_continued_from_its_checkpoint_equals_an_uninterrupted_one(toy, tmp_path):
+    base = ["sft.py", "--model", toy / "model", "--data", toy / "cot.json", "--num_train_epochs",
+            1, "--per_rank_batch_size", 4, "--save_steps", 2, *SMALL]
+    run(*base, "--output", tmp_path / "whole")
+    run(*base, "--output", tmp_path / "cut")
+    whole = metrics(tmp_path / "whole")
+    # as a kill between steps 4 and 5 leaves it: later files gone, a torn last line
+    for step in (6,):
+        run("-c", f"import shutil; shutil.rmtree({str(tmp_path / 'cut' / f'checkpoint-{step}')!r})")
+    (tmp_path / "cut" / "model.safetensors").unlink()
+    lines = (tmp_path / "cut" / "metrics.jsonl").read_text().splitlines()[:6]
+    (tmp_path / "cut" / "metrics.jsonl").write_text("\n".join(lines) + '\n{"step": 6, "opt')
+    run(*base, "--output", tmp_path / "cut", "--resume")
+    assert without_times(metrics(tmp_path / "cut")) == without_times(whole)
+    a, b = weights(tmp_path / "whole"), weights(tmp_path / "cut")
+    assert a.keys() == b.keys() and all(torch.equal(a[name], b[name]) for name in a)
+    assert not all(torch.equal(a[name], value) for name, value in weights(toy / "model").items())
+
+
+def test_the_final_folder_is_a_hugging_face_model(toy, tmp_path):
+    from transformers import AutoModelForImageTextToText, AutoProcessor
+    run("sft.py", "--model", toy / "model", "--data", toy / "cot.json", "--output", tmp_path,
+        "--per_rank_batch_size", 8, "--num_train_epochs", 0.5, "--gradient_checkpointing", *SMALL,
+        ranks=2)
+    trained = AutoModelForImageTextToText.from_pretrained(tmp_path).state_dict()
+    start = AutoModelForImageTextToText.from_pretrained(toy / "model").state_dict()
+    assert trained.keys() == start.keys()
+    assert all(not torch.equal(trained[name], start[name]) for name in trained)
+    assert AutoProcessor.from_pretrained(tmp_path).chat_template
+    assert F.cosine_similarity(trained["lm_head.weight"].flatten(),
+                               start["lm_head.weight"].flatten(), dim=0) > 0.9
+
+
+def test_records_without_process_are_refused(toy, tmp_path):
+    result = run("sft.py", "--model", toy / "model", "--data", toy / "train.json", "--output",
+                 tmp_path, check=False)
+    assert result.returncode == 1 and "Traceback" not in result.stderr
+    assert "process" in result.stderr.splitlines()[-1]
