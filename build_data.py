@@ -317,7 +317,7 @@ TOY_DIRECTIONS = {"left": (-1, 0), "right": (1, 0), "up": (0, -1), "down": (0, 1
 TOY_OPPOSITE = {"left": "right", "right": "left", "up": "down", "down": "up"}
 TOY_WORDS = ("cat", "dog", "sun", "map", "key", "cup", "hat", "box")
 TOY_BLOCK, TOY_NOISE, TOY_DARK = 8, 6.0, 50  # block side, noise std, brightest background
-TOY_VOCABULARY = 480  # tokens, before the special ones
+TOY_VOCABULARY = 800  # tokens, before the special ones: every word of the toy is one
 # The mixture of each file, in percent. "agree": the block's colour names its direction, always
 # so in the cold start; "conflict": it names another one. Half and half in train and test.
 TOY_MIX = {
