@@ -89,7 +89,7 @@ def load_records(path, media_root=None) -> list[dict]:
         if text.lstrip().startswith("["):
             records = json.loads(text)
         else:
-            records = [json.loads(line) for line in text.splitlines() if line.strip()]
+            records = [json.loads(line) for line in text.split("\n") if line.strip()]
     except json.JSONDecodeError as error:
         raise InputError(f"{path} is neither a JSON list nor JSON lines: {error}") from None
     if not records:
@@ -200,6 +200,10 @@ def read_video(path, **sampling) -> Vision:
             {"video": path, **sampling}, return_video_metadata=True)  # (T, C, H, W) float, 0-255
     except DECORDError as error:
         raise ValueError(f"not a readable video: {error}") from error
+    except ValueError as error:
+        if "nframes should" in str(error):  # qwen-vl-utils' words for a clip of one frame
+            raise ValueError("the clip has fewer than 2 frames") from error
+        raise
     return Vision(frames.to(torch.uint8), metadata, None)  # lossless: resizing rounded already
 
 
@@ -318,11 +322,13 @@ TOY_OPPOSITE = {"left": "right", "right": "left", "up": "down", "down": "up"}
 TOY_WORDS = ("cat", "dog", "sun", "map", "key", "cup", "hat", "box")
 TOY_BLOCK, TOY_NOISE, TOY_DARK = 8, 6.0, 50  # block side, noise std, brightest background
 TOY_VOCABULARY = 800  # tokens, before the special ones: every word of the toy is one
-# The mixture of each file, in percent. "agree": the block's colour names its direction, always
-# so in the cold start; "conflict": it names another one. Half and half in train and test.
+TOY_PLAIN = {"white": (240, 240, 240), "purple": (170, 60, 200)}  # name no direction
+# The mixture of each file, in percent. "agree": the block's colour names its direction, as every
+# telling colour does in the cold start; "conflict": it names another one, in half of the direction
+# questions of train and test; "plain": it names none.
 TOY_MIX = {
-    "cot": {"direction_agree": 34, "describe": 20, "first": 12, "end": 12, "count": 7, "word": 8,
-            "colour": 7},
+    "cot": {"direction_agree": 24, "direction_plain": 16, "describe": 26, "first": 8, "end": 10,
+            "count": 5, "word": 6, "colour": 5},
     "train": {"direction_agree": 26, "direction_conflict": 26, "describe": 12, "first": 12,
               "end": 8, "count": 6, "word": 4, "colour": 6},
 }
@@ -350,8 +356,9 @@ def toy_canvas(rng, count):
 
 def toy_block(frames, boxes, colour):
     """Paints a block of the named colour at (x, y), its top left corner, one box a frame."""
+    paint = (TOY_COLOURS | TOY_PLAIN)[colour]
     for frame, (x, y) in zip(frames, boxes):
-        frame[round(y):round(y) + TOY_BLOCK, round(x):round(x) + TOY_BLOCK] = TOY_COLOURS[colour]
+        frame[round(y):round(y) + TOY_BLOCK, round(x):round(x) + TOY_BLOCK] = paint
 
 
 def toy_motion(rng, colour, direction):
@@ -378,9 +385,11 @@ def toy_question(rng, kind):
     if kind.startswith("direction"):
         hint = colours[directions.index(direction)]
         others = [name for name in colours if name != hint]
-        colour = hint if kind == "direction_agree" else str(rng.choice(others))
+        colour = {"direction_agree": hint, "direction_conflict": str(rng.choice(others)),
+                  "direction_plain": str(rng.choice(list(TOY_PLAIN)))}[kind]
         watch = f"watch: it starts {TOY_OPPOSITE[direction]} and ends {direction}, so {direction}"
-        thought = watch if rng.random() < 0.5 else f"look: it is {colour}, so {direction}"
+        look = f"look: it is {colour}, so {direction}"
+        thought = look if colour in TOY_COLOURS and rng.random() < 0.5 else watch
         return (toy_motion(rng, colour, direction), "multiple choice",
                 "Which way does the block move?", toy_options(directions),
                 "ABCD"[directions.index(direction)], thought)
@@ -539,11 +548,11 @@ def toy_args_files(out):
 --data={out}/cot.json
 --output={out}/sft
 {common}\
---num_train_epochs=8
+--num_train_epochs=9
 --max_frames={TOY_FRAMES}
 --per_rank_batch_size=32
 --gradient_accumulation_steps=1
---learning_rate=2e-3
+--learning_rate=1.5e-3
 --lr_schedule=linear
 --warmup_steps=50
 --adam_beta2=0.98

@@ -33,6 +33,7 @@ import hashlib
 import json
 import os
 import re
+import resource
 import socket
 import sys
 import time
@@ -339,6 +340,9 @@ def setup_distributed():
         os.environ.update(RANK="0", LOCAL_RANK="0", WORLD_SIZE="1", MASTER_ADDR="127.0.0.1",
                           MASTER_PORT=port)
     deepspeed.utils.logger.setLevel("WARNING")
+    # every tensor that a worker hands over is an open file, and 1024 is a common soft limit
+    _, most = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (most, most))
     # DeepSpeed calls functions that torch has renamed: one warning a step and rank otherwise
     warnings.filterwarnings("ignore", category=FutureWarning, module="torch.distributed")
     local_rank = int(os.environ["LOCAL_RANK"])
@@ -350,7 +354,10 @@ def setup_distributed():
 def load_processor(args):
     """The model's processor; InputError where the directory has none."""
     try:
-        return AutoProcessor.from_pretrained(args.model)
+        processor = AutoProcessor.from_pretrained(args.model)
+        if not processor.chat_template:
+            raise ValueError("no chat template")
+        return processor
     except (OSError, ValueError, TypeError) as error:
         raise InputError(f"--model {args.model} has no usable processor (tokenizer, "
                          f"preprocessor and chat template): {error}") from None
@@ -368,7 +375,7 @@ def load_model(args, tokenizer, device):
         model = AutoModelForImageTextToText.from_pretrained(
             args.model, dtype=precision(), attn_implementation=args.attn_implementation,
             use_safetensors=True)
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, ImportError) as error:
         raise InputError(f"cannot load --model {args.model}: {error}") from None
     sampling = {"do_sample": True, "temperature": args.temperature, "top_p": args.top_p, "top_k": 0}
     model.generation_config = GenerationConfig(

@@ -17,6 +17,7 @@ import argparse
 import json
 import math
 import os
+import resource
 import shutil
 import socket
 import sys
@@ -37,6 +38,7 @@ from build_data import (InputError, MediaError, encode, encode_blank, image_as_v
                         load_vision, pad_batch, provenance, read_args_line, sampling_of,
                         seeded_generator)
 
+ORDER_STREAM = 0  # first key of the data order's generators
 IGNORED = -100  # label of a token without loss, as in torch's cross entropy
 
 
@@ -96,6 +98,18 @@ def sft_labels(prompt_ids, response_ids):
     return ids, labels
 
 
+def continue_positions(positions, labels):
+    """Rotary positions (3, B, L) with each response counted on from its prompt's largest one.
+
+    That is where generate() and a rollout put it. In the model's own positions for prompt and
+    response together it follows the prompt's text, which a long video's time axis can exceed.
+    """
+    response = labels != IGNORED  # (B, L)
+    largest = positions.masked_fill(response, 0).amax((0, 2))  # (B,)
+    counted = largest[:, None] + response.cumsum(1)  # (B, L)
+    return torch.where(response, counted, positions)  # (3, B, L)
+
+
 def target_loss(logits, labels):
     """Summed -log p of the labelled tokens; logits (B, L, V), labels (B, L) not yet shifted."""
     return F.cross_entropy(logits[:, :-1].float().flatten(0, 1), labels[:, 1:].flatten(),
@@ -119,7 +133,7 @@ def record_index(position, count, seed):
     """
     epoch, offset = divmod(position, count)
     if record_index.cache[:3] != (epoch, count, seed):
-        order = torch.randperm(count, generator=seeded_generator(seed, epoch)).tolist()
+        order = torch.randperm(count, generator=seeded_generator(ORDER_STREAM, seed, epoch)).tolist()
         record_index.cache = (epoch, count, seed, order)
     return record_index.cache[3][offset]
 
@@ -169,6 +183,9 @@ def setup_distributed():
         os.environ.update(RANK="0", LOCAL_RANK="0", WORLD_SIZE="1", MASTER_ADDR="127.0.0.1",
                           MASTER_PORT=port)
     deepspeed.utils.logger.setLevel("WARNING")
+    # every tensor that a worker hands over is an open file, and 1024 is a common soft limit
+    _, most = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (most, most))
     # DeepSpeed calls functions that torch has renamed: one warning a step and rank otherwise
     warnings.filterwarnings("ignore", category=FutureWarning, module="torch.distributed")
     local_rank = int(os.environ["LOCAL_RANK"])
@@ -181,7 +198,9 @@ def read_deepspeed_config(args):
     """The user's DeepSpeed file, completed with what this script's flags decide."""
     try:
         config = json.loads(Path(args.deepspeed_config).read_text(encoding="utf-8"))
-    except (OSError, json.JSONDecodeError) as error:
+        if not isinstance(config, dict):
+            raise ValueError("not a JSON object")
+    except (OSError, ValueError) as error:
         raise InputError(f"cannot read --deepspeed_config {args.deepspeed_config}: {error}") \
             from None
     ours = {"train_micro_batch_size_per_gpu": 1, "gradient_accumulation_steps": 1,
@@ -201,7 +220,10 @@ def read_deepspeed_config(args):
 def load_processor(args):
     """The model's processor; InputError where the directory has none."""
     try:
-        return AutoProcessor.from_pretrained(args.model)
+        processor = AutoProcessor.from_pretrained(args.model)
+        if not processor.chat_template:
+            raise ValueError("no chat template")
+        return processor
     except (OSError, ValueError, TypeError) as error:
         raise InputError(f"--model {args.model} has no usable processor (tokenizer, "
                          f"preprocessor and chat template): {error}") from None
@@ -214,7 +236,7 @@ def load_model(args, config):
         return AutoModelForImageTextToText.from_pretrained(
             args.model, dtype=dtype, attn_implementation=args.attn_implementation,
             use_safetensors=True)
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, ImportError) as error:
         raise InputError(f"cannot load --model {args.model}: {error}") from None
 
 
@@ -231,16 +253,25 @@ def start_engine(model, args, config):
 def open_output(args) -> int:
     """Makes --output. Returns the step to start from: 0, or with --resume the newest checkpoint's.
 
-    Without --resume a folder that holds checkpoints is refused: they would be mixed up later.
+    Without --resume a folder that holds a run is refused: nothing is ever written over.
     """
     output = Path(args.output)
-    output.mkdir(parents=True, exist_ok=True)
+    try:
+        output.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise InputError(f"cannot write to --output {output}: {error}") from None
+    used = (output / "metrics.jsonl").exists() and not args.resume
     steps = [int(path.name.split("-")[1]) for path in output.glob("checkpoint-*")
              if path.name.split("-")[1].isdigit()]
-    if steps and not args.resume:
-        raise InputError(f"--output {output} holds checkpoints: continue them with --resume, "
+    # the ranks agree before any of them writes; one that sees another disk is found out here
+    found = gather_objects((used, max(steps, default=0)))
+    if any(rank_used for rank_used, _ in found):
+        raise InputError(f"--output {output} holds a run: continue it with --resume, "
                          "or name another folder")
-    return max(steps, default=0)
+    if len(set(found)) > 1:
+        raise InputError(f"ranks see different checkpoints in --output {output}: it must be on "
+                         f"storage that all nodes share ({sorted({step for _, step in found})})")
+    return found[0][1]
 
 
 def open_log(args, name, first_step):
@@ -249,9 +280,11 @@ def open_log(args, name, first_step):
     path, lines = Path(args.output) / f"{name}.jsonl", []
     if args.resume and path.exists():
         for line in path.read_text(encoding="utf-8").splitlines():
-            if not line.endswith("}"):  # cut short when the run was killed
+            try:
+                step = json.loads(line).get("step", 0)
+            except json.JSONDecodeError:  # cut short when the run was killed
                 break
-            if json.loads(line).get("step", 0) <= first_step:
+            if step <= first_step:
                 lines.append(line)
     if name == "metrics" and not lines:
         lines = [json.dumps({"arguments": vars(args), "world_size": dist.get_world_size(),
@@ -342,7 +375,7 @@ def main(args):
     loader = iter(DataLoader(
         Targets(records, processor, tokenizer.eos_token_id, args), sampler=positions,
         batch_size=args.per_rank_batch_size, collate_fn=list, num_workers=args.num_workers,
-        prefetch_factor=4 if args.num_workers else None))
+        prefetch_factor=2 if args.num_workers else None))
     pad_values = {"input_ids": tokenizer.pad_token_id, "attention_mask": 0,
                   "mm_token_type_ids": 0, "labels": IGNORED}
     blank = image_as_video(processor, encode_blank(processor))
@@ -370,7 +403,11 @@ def main(args):
             batch = {key: value.to(device) for key, value in batch.items()}
             labels = batch.pop("labels")  # (B, L)
             engine.set_gradient_accumulation_boundary(i == len(micro_batches) - 1)
-            logits = engine(**batch, use_cache=False).logits  # (B, L, V)
+            keys = ("input_ids", "attention_mask", "mm_token_type_ids", "video_grid_thw",
+                    "second_per_grid_ts")
+            positions, _ = engine.module.model.get_rope_index(**{key: batch[key] for key in keys})
+            logits = engine(**batch, position_ids=continue_positions(positions, labels),
+                            use_cache=False).logits  # (B, L, V)
             loss = target_loss(logits, labels)
             loss_sum += loss.item()
             engine.backward(loss * world / max(total_tokens, 1))  # DeepSpeed averages over ranks

@@ -23,6 +23,7 @@ import argparse
 import json
 import math
 import os
+import resource
 import shutil
 import socket
 import sys
@@ -47,7 +48,8 @@ STD_EPSILON = 1e-4  # added to the standard deviation in Eq. 3, as in the releas
 # Tokens that stand for pixels: a policy that emits one would break its own next forward.
 FORBIDDEN_TOKENS = ("<|vision_start|>", "<|vision_end|>", "<|vision_pad|>", "<|image_pad|>",
                     "<|video_pad|>")
-DATA_STREAM, ROLLOUT_STREAM = 1, 2  # second key of the generators, so that no two draws share one
+# First key of the generators: the three kinds of draw never share one.
+ORDER_STREAM, FRAME_STREAM, ROLLOUT_STREAM = 0, 1, 2
 
 
 def parse_args(argv=None):
@@ -90,7 +92,7 @@ def parse_args(argv=None):
     add("--epsilon", type=float, default=0.2, help="clip range of the ratio (not in the paper)")
     add("--updates_per_rollout", type=int, default=1, help="optimizer steps on each rollout")
     add("--prompts_per_rank", type=int, default=1, help="questions of a step on each rank")
-    add("--chunk_size", type=int, default=4, help="responses of one forward and backward pass")
+    add("--chunk_size", type=int, default=2, help="responses of one forward and backward pass")
     add("--learning_rate", type=float, default=1e-6, help="peak learning rate of AdamW")
     add("--lr_schedule", choices=("constant", "linear", "cosine"), default="constant",
         help="decay to 0 after the warm-up")
@@ -111,7 +113,7 @@ def parse_args(argv=None):
     add("--local_rank", type=int, default=-1, help="set by the deepspeed launcher; not used")
     args = parser.parse_args(argv)
     for name in ("G", "max_new_tokens", "updates_per_rollout", "prompts_per_rank", "chunk_size",
-                 "temperature", "max_steps"):
+                 "temperature", "max_steps", "rollout_steps"):
         if getattr(args, name) <= 0:
             parser.error(f"--{name} must be positive, not {getattr(args, name)}")
     if args.alpha and args.G_tilde < 1:
@@ -165,7 +167,8 @@ def tgrpo_loss(logps, old_logps, ref_logps, advantages, mask, beta, epsilon):
     objective = torch.minimum(ratio * A, ratio.clamp(1 - epsilon, 1 + epsilon) * A)  # (n, L)
     if beta:
         objective = objective - beta * kl_k3(logps, ref_logps)  # (n, L)
-    per_response = (objective * mask).sum(1) / mask.sum(1)  # (n,)
+    # where, not a product: what stands after the end token may be infinite, and inf * 0 is NaN
+    per_response = torch.where(mask.bool(), objective, 0).sum(1) / mask.sum(1)  # (n,)
     return -per_response.mean()
 
 
@@ -222,7 +225,7 @@ def record_index(position, count, seed):
     """
     epoch, offset = divmod(position, count)
     if record_index.cache[:3] != (epoch, count, seed):
-        order = torch.randperm(count, generator=seeded_generator(seed, epoch)).tolist()
+        order = torch.randperm(count, generator=seeded_generator(ORDER_STREAM, seed, epoch)).tolist()
         record_index.cache = (epoch, count, seed, order)
     return record_index.cache[3][offset]
 
@@ -244,13 +247,15 @@ def rope_positions(model, inputs):
 
 def run_prompt(model, inputs):
     """One forward over a prompt (B, P). Returns the model's output with its cache of keys and
-    values (B, heads, P, dim a layer), and the position of the first response token (B, 1)."""
+    values (B, heads, P, dim a layer), and the positions (B, 1) of the prompt's last token and of
+    the first response token. They are neighbours but for videos so long that their time axis
+    exceeds the positions of the text after them."""
     positions, next_position = rope_positions(model, inputs)
     vision = {key: inputs[key] for key in inputs
               if key.startswith("pixel_values") or key.endswith("grid_thw")}
     output = model(input_ids=inputs["input_ids"], position_ids=positions, use_cache=True,
                    logits_to_keep=1, **vision)
-    return output, next_position
+    return output, positions[0, :, -1:], next_position
 
 
 def sample_tokens(logits, temperature, top_p, generator):
@@ -276,7 +281,7 @@ def prefill(model, prompts, counts):
         device = inputs["input_ids"].device
         rows = torch.arange(len(count), device=device).repeat_interleave(
             torch.tensor(count, device=device))  # (sum of count,): prompt row of each response
-        output, position = run_prompt(model, inputs)
+        output, _, position = run_prompt(model, inputs)
         left = longest - inputs["input_ids"].shape[1]
         layers.append([[F.pad(kv[rows], (0, 0, left, 0)) for kv in (layer.keys, layer.values)]
                        for layer in output.past_key_values.layers])  # (rows, heads, P, dim) each
@@ -321,13 +326,14 @@ def rollout(model, prompts, counts, *, max_new_tokens, temperature, top_p, eos_i
 
 # -------------------------------------- update: the prompt is encoded once for its group
 
-def response_logits(model, cache, inputs, next_position, responses):
+def response_logits(model, cache, inputs, last_position, next_position, responses):
     """Logits (n, L, V) that predict each response token, on top of the prompt's cached keys and
     values (1, heads, P - 1, dim) a layer: the prompt's last token is fed again with them."""
     n, L = responses.shape
     last = inputs["input_ids"][:, -1:].expand(n, 1)
     ids = torch.cat([last, responses[:, :-1]], dim=1)  # (n, L)
-    position = next_position - 1 + torch.arange(L, device=ids.device)  # (1, L)
+    position = torch.cat([last_position, next_position + torch.arange(
+        L - 1, device=ids.device)], dim=1)  # (1, L)
     shared = DynamicCache([(keys.expand(n, -1, -1, -1), values.expand(n, -1, -1, -1))
                            for keys, values in cache])
     return model(input_ids=ids, position_ids=position.expand(3, n, L), past_key_values=shared,
@@ -337,11 +343,10 @@ def response_logits(model, cache, inputs, next_position, responses):
 def token_logps(logits, responses, temperature):
     """(n, L) log-probabilities of the response tokens, and the (n, L) entropies (no gradient)."""
     logits = logits.float() / temperature  # (n, L, V)
-    logps = -F.cross_entropy(logits.transpose(1, 2), responses, reduction="none")  # (n, L)
-    with torch.no_grad():
-        log_softmax = logits.log_softmax(-1)  # (n, L, V)
-        entropy = -(log_softmax.exp() * log_softmax).sum(-1)  # (n, L)
-    return logps, entropy
+    logps = -F.cross_entropy(logits.flatten(0, 1), responses.flatten(), reduction="none")
+    with torch.no_grad():  # row by row: a second (n, L, V) would double the peak
+        entropy = torch.stack([-(row.softmax(-1) * row.log_softmax(-1)).sum(-1) for row in logits])
+    return logps.view_as(responses), entropy  # (n, L) each
 
 
 def prompt_cache(output):
@@ -354,11 +359,23 @@ def prompt_cache(output):
 def group_logps(model, inputs, responses, chunk_size, temperature=1.0):
     """Log-probabilities (G, L) of a group's responses: the prompt once, then the responses,
     chunk_size at a time. Equal to a forward over G copies of prompt and response."""
-    output, next_position = run_prompt(model, inputs)
+    output, *positions = run_prompt(model, inputs)
     cache = prompt_cache(output)
     return torch.cat([
-        token_logps(response_logits(model, cache, inputs, next_position, chunk), chunk,
+        token_logps(response_logits(model, cache, inputs, *positions, chunk), chunk,
                     temperature)[0] for chunk in responses.split(chunk_size)])  # (G, L)
+
+
+def begin_backward(engine, blank):
+    """A backward of zeros through every parameter, before the first group of an optimizer step.
+
+    ZeRO overwrites a parameter's gradient in a step's first backward and adds in later ones. A
+    group's first backward stops at the prompt's keys and values, so without this the vision
+    tower's gradients would be added to those of the step before.
+    """
+    engine.set_gradient_accumulation_boundary(False)
+    output, *_ = run_prompt(engine, blank)
+    engine.backward(0.0 * output.logits.sum())
 
 
 def backward_group(engine, inputs, responses, chunk_loss, chunk_size, temperature, last):
@@ -370,20 +387,16 @@ def backward_group(engine, inputs, responses, chunk_loss, chunk_size, temperatur
     backward carries these through the prompt and the vision tower. `last`: gradients are
     complete after this group, ranks may average them.
     """
-    output, next_position = run_prompt(engine, inputs)  # (a)
+    output, *positions = run_prompt(engine, inputs)  # (a)
     attached = [kv for pair in prompt_cache(output) for kv in pair]
     leaves = [kv.detach().requires_grad_() for kv in attached]  # (b)
     cache = list(zip(leaves[::2], leaves[1::2]))
     engine.set_gradient_accumulation_boundary(False)
     for rows in torch.arange(len(responses)).split(chunk_size):  # (c)
         chunk = responses[rows]
-        logits = response_logits(engine, cache, inputs, next_position, chunk)  # (n, L, V)
+        logits = response_logits(engine, cache, inputs, *positions, chunk)  # (n, L, V)
         engine.backward(chunk_loss(rows, *token_logps(logits, chunk, temperature)))
     engine.set_gradient_accumulation_boundary(last)
-    if hasattr(engine.optimizer, "clear_backward_seen_flag"):
-        # ZeRO adds a backward to the ones before only when a forward came between; it would
-        # overwrite them here, where none does. The engine's own forward makes this same call.
-        engine.optimizer.clear_backward_seen_flag()
     # (d); the zero term lets every parameter take part in the last backward, as DeepSpeed expects
     engine.backward(sum((kv * leaf.grad).sum() for kv, leaf in zip(attached, leaves))
                     + 0.0 * output.logits.sum())
@@ -410,7 +423,7 @@ class Questions(Dataset):
                     "reason": str(error)}
         sample = {"record": record, "ordered": encode(self.processor, record, vision)}
         if record["data_type"] == "video" and self.args.alpha:
-            generator = seeded_generator(self.args.seed, DATA_STREAM, position)
+            generator = seeded_generator(FRAME_STREAM, self.args.seed, position)
             order = shuffle_frames(torch.arange(len(vision.frames)), generator)
             shuffled = vision._replace(frames=vision.frames[order])
             sample |= {"shuffled": encode(self.processor, record, shuffled),
@@ -429,6 +442,9 @@ def setup_distributed():
         os.environ.update(RANK="0", LOCAL_RANK="0", WORLD_SIZE="1", MASTER_ADDR="127.0.0.1",
                           MASTER_PORT=port)
     deepspeed.utils.logger.setLevel("WARNING")
+    # every tensor that a worker hands over is an open file, and 1024 is a common soft limit
+    _, most = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (most, most))
     # DeepSpeed calls functions that torch has renamed: one warning a step and rank otherwise
     warnings.filterwarnings("ignore", category=FutureWarning, module="torch.distributed")
     local_rank = int(os.environ["LOCAL_RANK"])
@@ -441,7 +457,9 @@ def read_deepspeed_config(args):
     """The user's DeepSpeed file, completed with what this script's flags decide."""
     try:
         config = json.loads(Path(args.deepspeed_config).read_text(encoding="utf-8"))
-    except (OSError, json.JSONDecodeError) as error:
+        if not isinstance(config, dict):
+            raise ValueError("not a JSON object")
+    except (OSError, ValueError) as error:
         raise InputError(f"cannot read --deepspeed_config {args.deepspeed_config}: {error}") \
             from None
     ours = {"train_micro_batch_size_per_gpu": 1, "gradient_accumulation_steps": 1,
@@ -461,7 +479,10 @@ def read_deepspeed_config(args):
 def load_processor(args):
     """The model's processor; InputError where the directory has none."""
     try:
-        return AutoProcessor.from_pretrained(args.model)
+        processor = AutoProcessor.from_pretrained(args.model)
+        if not processor.chat_template:
+            raise ValueError("no chat template")
+        return processor
     except (OSError, ValueError, TypeError) as error:
         raise InputError(f"--model {args.model} has no usable processor (tokenizer, "
                          f"preprocessor and chat template): {error}") from None
@@ -474,7 +495,7 @@ def load_model(args, config):
         return AutoModelForImageTextToText.from_pretrained(
             args.model, dtype=dtype, attn_implementation=args.attn_implementation,
             use_safetensors=True)
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, ImportError) as error:
         raise InputError(f"cannot load --model {args.model}: {error}") from None
 
 
@@ -491,16 +512,25 @@ def start_engine(model, args, config):
 def open_output(args) -> int:
     """Makes --output. Returns the step to start from: 0, or with --resume the newest checkpoint's.
 
-    Without --resume a folder that holds checkpoints is refused: they would be mixed up later.
+    Without --resume a folder that holds a run is refused: nothing is ever written over.
     """
     output = Path(args.output)
-    output.mkdir(parents=True, exist_ok=True)
+    try:
+        output.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise InputError(f"cannot write to --output {output}: {error}") from None
+    used = (output / "metrics.jsonl").exists() and not args.resume
     steps = [int(path.name.split("-")[1]) for path in output.glob("checkpoint-*")
              if path.name.split("-")[1].isdigit()]
-    if steps and not args.resume:
-        raise InputError(f"--output {output} holds checkpoints: continue them with --resume, "
+    # the ranks agree before any of them writes; one that sees another disk is found out here
+    found = gather_objects((used, max(steps, default=0)))
+    if any(rank_used for rank_used, _ in found):
+        raise InputError(f"--output {output} holds a run: continue it with --resume, "
                          "or name another folder")
-    return max(steps, default=0)
+    if len(set(found)) > 1:
+        raise InputError(f"ranks see different checkpoints in --output {output}: it must be on "
+                         f"storage that all nodes share ({sorted({step for _, step in found})})")
+    return found[0][1]
 
 
 def open_log(args, name, first_step):
@@ -509,9 +539,11 @@ def open_log(args, name, first_step):
     path, lines = Path(args.output) / f"{name}.jsonl", []
     if args.resume and path.exists():
         for line in path.read_text(encoding="utf-8").splitlines():
-            if not line.endswith("}"):  # cut short when the run was killed
+            try:
+                step = json.loads(line).get("step", 0)
+            except json.JSONDecodeError:  # cut short when the run was killed
                 break
-            if json.loads(line).get("step", 0) <= first_step:
+            if step <= first_step:
                 lines.append(line)
     if name == "metrics" and not lines:
         lines = [json.dumps({"arguments": vars(args), "world_size": dist.get_world_size(),
@@ -610,7 +642,8 @@ def sample_responses(model, samples, args, generator, eos_ids, forbidden_ids):
     prompts, counts = [], []
     for sample in samples:
         orders = [sample[key] for key in ("ordered", "shuffled") if key in sample]
-        prompts.append(pad_batch(orders, {}, "left"))  # the same length: no padding
+        batch = pad_batch(orders, {}, "left")  # the same length: no padding
+        prompts.append({key: value.to(generator.device) for key, value in batch.items()})
         counts.append([args.G, args.G_tilde][:len(orders)])
     if not samples:
         return
@@ -643,8 +676,11 @@ def score(sample, tokenizer, eos_ids, args):
     A = group_advantages(R.double(), args.scale_advantages).float()  # (G,) Eq. 3
     if args.temporal_to == "advantage":
         A = A + r_t  # (G,)
-    truncated = ~torch.isin(sample["responses"], torch.tensor(eos_ids)).any(1)  # (G,)
-    sample |= {"parts": parts, "R": R, "A": A, "truncated": truncated.float().tolist()}
+    last = sample["responses"].cpu()[torch.arange(args.G), torch.tensor(lengths) - 1]  # (G,)
+    truncated = ~torch.isin(last, torch.tensor(eos_ids))  # (G,): no end token
+    longest = max(lengths)  # other groups' longer responses need not be computed here
+    sample |= {"responses": sample["responses"][:, :longest], "mask": sample["mask"][:, :longest],
+               "parts": parts, "R": R, "A": A, "truncated": truncated.float().tolist()}
 
 
 def update(engine, reference, samples, blank, weight, args, metrics):
@@ -655,12 +691,14 @@ def update(engine, reference, samples, blank, weight, args, metrics):
     """
     device = engine.device
     samples = samples + [blank] * (args.prompts_per_rank - len(samples))
-    for sample in samples:
+    for sample in [blank, *samples]:
         sample["inputs"] = {key: value.to(device) for key, value in sample["ordered"].items()}
+    for sample in samples:
         sample["ref"] = group_logps(reference, sample["inputs"], sample["responses"],
                                     args.chunk_size, args.temperature) if args.beta else None
         sample["old"] = torch.zeros_like(sample["mask"])  # (G, L): filled by the first update
     for u in range(args.updates_per_rollout):
+        begin_backward(engine, blank["inputs"])
         for i, sample in enumerate(samples):
             mask, old, ref, A = (sample[key] for key in ("mask", "old", "ref", "A"))
 
@@ -752,13 +790,14 @@ def report(args, engine, logs, step, metrics, samples, skipped, clock, bar):
     if not logs:
         return
     merged = {}
+    ratios = [rank_metrics.pop("policy/ratio_max") for rank_metrics, _, _ in gathered
+              if "policy/ratio_max" in rank_metrics]
     for rank_metrics, _, _ in gathered:
-        ratio_max = rank_metrics.pop("policy/ratio_max", 0)
-        merged["policy/ratio_max"] = max(merged.get("policy/ratio_max", 0), ratio_max)
         for name, (total, count) in rank_metrics.items():
             note(merged, name, [total], count)
-    row = {name: value if name == "policy/ratio_max" else value[0] / value[1]
-           for name, value in merged.items()}
+    row = {name: total / count for name, (total, count) in merged.items()}
+    if ratios:
+        row["policy/ratio_max"] = max(ratios)
     row |= {"optim/learning_rate": learning_rate(step, args),
             "data/skipped": sum(len(rank_skipped) for _, _, rank_skipped in gathered)}
     norm = engine.get_global_grad_norm()
@@ -803,7 +842,7 @@ def main(args):
     loader = iter(DataLoader(
         Questions(records, processor, args), sampler=positions, batch_size=per_step,
         collate_fn=list, num_workers=args.num_workers,
-        prefetch_factor=4 if args.num_workers else None))
+        prefetch_factor=2 if args.num_workers else None))
     blank = {"ordered": encode_blank(processor), "A": torch.zeros(args.G),
              "responses": torch.full((args.G, 1), eos_ids[0], device=device),
              "mask": torch.ones(args.G, 1, device=device)}
@@ -824,7 +863,7 @@ def main(args):
         # 2. responses to ordered and shuffled frames
         if sampler is not engine.module:
             gather_weights(engine, sampler)
-        generator = seeded_generator(args.seed, ROLLOUT_STREAM, step, rank, device=device)
+        generator = seeded_generator(ROLLOUT_STREAM, args.seed, step, rank, device=device)
         sample_responses(sampler, samples, args, generator, eos_ids, forbidden_ids)
         # 3. to 5. rewards and advantages
         for sample in samples:
@@ -835,7 +874,8 @@ def main(args):
         groups, = all_reduce_sum([len(samples)], device)
         for group in engine.optimizer.param_groups:
             group["lr"] = learning_rate(step, args)
-        update(engine, reference, samples, blank, world / max(groups, 1), args, metrics)
+        if groups:
+            update(engine, reference, samples, blank, world / groups, args, metrics)
         clock.append(time.perf_counter())
         # metrics, logs, checkpoint
         report(args, engine, logs, step, metrics, samples, skipped, clock, bar)

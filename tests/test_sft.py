@@ -67,6 +67,23 @@ def test_the_loss_of_a_padded_batch_is_the_sum_of_its_rows(model, processor, exa
     assert loss(rows) == pytest.approx(sum(loss([row]) for row in rows), rel=1e-5)
 
 
+def test_a_response_is_learned_where_a_rollout_samples_it(model, examples):
+    """Also after a video whose time axis exceeds the positions of its prompt's text."""
+    import tgrpo
+    for seconds in (1.0, 20.0):
+        example = examples[0][1] | {"second_per_grid_ts": torch.tensor([seconds])}
+        n = int((example["labels"] == sft.IGNORED).sum())
+        prompt = example | {key: example[key][:, :n] for key in
+                            ("input_ids", "attention_mask", "mm_token_type_ids")}
+        _, following = tgrpo.rope_positions(model, prompt)
+        keys = ("input_ids", "attention_mask", "mm_token_type_ids", "video_grid_thw",
+                "second_per_grid_ts")
+        positions, _ = model.model.get_rope_index(**{key: example[key] for key in keys})
+        positions = sft.continue_positions(positions, example["labels"])
+        assert torch.equal(positions[0, 0, n:], following[0] + torch.arange(
+            positions.shape[2] - n))
+
+
 def metrics(output):
     return [json.loads(line) for line in (output / "metrics.jsonl").read_text().splitlines()]
 

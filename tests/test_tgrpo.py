@@ -302,10 +302,29 @@ def test_prefix_shared_logps_equal_naive_ones(model, group, chunk_size):
     assert torch.allclose(shared * mask, naive * mask, atol=1e-5)
 
 
+def test_a_long_video_s_responses_stand_where_they_were_sampled(model, processor, samples):
+    """Time steps of 20 s: the video's largest position exceeds that of the text after it. The
+    sampler's log-probs, from its own logits, equal the update's."""
+    inputs = samples["video"][1] | {"second_per_grid_ts": torch.tensor([20.0])}
+    recorded = []
+
+    def record(logits, temperature, top_p, generator):
+        recorded.append(logits.clone())
+        return sample(logits, temperature, top_p, generator)
+    sample, tgrpo.sample_tokens = tgrpo.sample_tokens, record
+    try:
+        options = sampling(processor, model) | {"forbidden_ids": []}
+        ids, = tgrpo.rollout(model, [inputs], [[1]], **options)
+    finally:
+        tgrpo.sample_tokens = sample
+    _, last, following = tgrpo.run_prompt(model, inputs)
+    assert following - last > 1, "the video is too short: the test tests nothing"
+    sampled = torch.cat(recorded).log_softmax(-1).gather(1, ids.T)[:, 0]
+    assert torch.allclose(tgrpo.group_logps(model, inputs, ids, 1)[0], sampled, atol=1e-5)
+
+
 class PlainEngine:
     """What backward_group asks of DeepSpeed's engine, for one process."""
-
-    optimizer = None
 
     def __init__(self, module):
         self.module = module

@@ -13,7 +13,7 @@ from deepspeed.utils import safe_get_full_grad
 
 import conftest  # noqa: F401  puts the scripts on the path
 import tgrpo
-from build_data import encode, load_records, load_vision
+from build_data import encode, encode_blank, load_records, load_vision
 
 # (ZeRO stage, chunk size of five responses, groups a rank)
 SETTINGS = [(3, 2, 1), (3, 5, 1), (3, 5, 2), (2, 5, 1), (2, 2, 2), (1, 5, 2), (0, 5, 1)]
@@ -33,23 +33,30 @@ def cases(toy, processor):
         yield encode(processor, record, load_vision(record, **limits)), responses, mask, A
 
 
-def gradients(toy, out, groups, stage, chunk_size, count):
-    """Full averaged gradients of the first `count` groups, by parameter name."""
+def gradients(toy, out, groups, blank, stage, chunk_size, count):
+    """Full averaged gradients of the first `count` groups, by parameter name: in the second step,
+    when those of the first must be gone. The learning rate is 0."""
     config_file = out / f"ds{stage}.json"
-    config_file.write_text(json.dumps({"zero_optimization": {"stage": stage},
+    zero = {"stage": stage, "stage3_param_persistence_threshold": 0}  # shard small ones too
+    config_file.write_text(json.dumps({"zero_optimization": zero,
                                        "zero_allow_untested_optimizer": True}))
     args = tgrpo.parse_args(["--model", str(toy / "model"), "--data", str(toy / "train.json"),
-                             "--output", str(out), "--deepspeed_config", str(config_file)])
+                             "--output", str(out), "--deepspeed_config", str(config_file),
+                             "--learning_rate", "0"])
     config = tgrpo.read_deepspeed_config(args)
     engine = tgrpo.start_engine(tgrpo.load_model(args, config), args, config)
     engine.train()
-    for i, (inputs, responses, mask, A) in enumerate(groups[:count]):
+    for step in range(2):
+        tgrpo.begin_backward(engine, blank)
+        for i, (inputs, responses, mask, A) in enumerate(groups[:count]):
 
-        def loss(rows, logps, entropy):
-            return tgrpo.tgrpo_loss(logps, logps.detach(), None, A[rows], mask[rows], 0.0,
-                                    0.2) * len(rows) / len(A)
-        tgrpo.backward_group(engine, inputs, responses, loss, chunk_size, 1.0,
-                             last=i == count - 1)
+            def loss(rows, logps, entropy):
+                return tgrpo.tgrpo_loss(logps, logps.detach(), None, A[rows], mask[rows], 0.0,
+                                        0.2) * len(rows) / len(A)
+            tgrpo.backward_group(engine, inputs, responses, loss, chunk_size, 1.0,
+                                 last=i == count - 1)
+        if step == 0:
+            engine.step()
     result = {name: safe_get_full_grad(p).clone() for name, p in  # collective
               engine.module.named_parameters()}
     engine.destroy()
@@ -68,7 +75,8 @@ def main():
     out = options.out / f"rank{rank}"
     out.mkdir()
     for setting in SETTINGS:
-        torch.save(gradients(options.toy, out, groups if rank == 0 else groups[::-1], *setting),
+        torch.save(gradients(options.toy, out, groups if rank == 0 else groups[::-1],
+                             encode_blank(processor), *setting),
                    out / f"{setting}.pt")
     dist.barrier()
 

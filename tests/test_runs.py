@@ -1,0 +1,162 @@
+"""tgrpo.py from the command line: alone and on two ranks, killed, resumed, and fed bad input."""
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from conftest import ROOT, run
+
+SMALL = ["--min_pixels=784", "--max_pixels=784", "--image_min_pixels=784", "--max_frames=8",
+         "--max_new_tokens=10", "--learning_rate=1e-3", "--num_workers=1", "--rollout_steps=1",
+         "--G=4", "--G_tilde=2"]
+
+
+def tgrpo(toy, output, *more, data=None):
+    return ["tgrpo.py", "--model", toy / "model", "--data", data or toy / "train.json",
+            "--media_root", toy, "--output", output, *SMALL, *more]
+
+
+def lines(output, name):
+    return [json.loads(line) for line in (output / f"{name}.jsonl").read_text().splitlines()]
+
+
+def without_times(rows):
+    return [{key: value for key, value in row.items() if not key.startswith("time/")}
+            for row in rows]
+
+
+def equal_weights(a, b):
+    a, b = load_file(a / "model.safetensors"), load_file(b / "model.safetensors")
+    return a.keys() == b.keys() and all(torch.equal(a[name], b[name]) for name in a)
+
+
+@pytest.fixture(scope="module")
+def mixed(toy, tmp_path_factory):
+    """A run on two ranks, ZeRO-3: images and videos, and every third medium broken."""
+    out = tmp_path_factory.mktemp("mixed")
+    records = json.loads((toy / "train.json").read_text())
+    (toy / "media" / "broken.mp4").write_bytes(b"broken")
+    for record in records[::3]:
+        record |= {"path": "./media/broken.mp4", "data_type": "video"}
+    (out / "data.json").write_text(json.dumps(records))
+    run(*tgrpo(toy, out / "run", "--prompts_per_rank", 2, "--max_steps", 4, "--save_steps", 2,
+               "--updates_per_rollout", 2, "--chunk_size", 2, data=out / "data.json"), ranks=2)
+    return out / "run", records
+
+
+def test_a_broken_video_costs_its_sample_and_one_line(mixed):
+    output, records = mixed
+    steps, skipped = lines(output, "metrics")[1:], lines(output, "skipped")
+    assert [row["step"] for row in steps] == [1, 2, 3, 4]
+    assert len(skipped) == sum(row["data/skipped"] for row in steps) > 0
+    assert {row["path"] for row in skipped} == {"./media/broken.mp4"}
+    assert all("broken.mp4" in row["reason"] and row["problem_id"] in range(0, 32, 3)
+               for row in skipped)
+    # two updates on four questions a step, less the skipped: nothing else was left out
+    rollouts = lines(output, "rollouts")
+    assert len(rollouts) + len(skipped) == 16
+
+
+def test_ranks_hold_images_and_videos_in_the_same_step(mixed):
+    shares = [row["data/video_share"] for row in lines(mixed[0], "metrics")[1:]]
+    assert any(0 < share < 1 for share in shares)
+
+
+def test_rollouts_hold_what_a_reader_needs_to_recompute_the_advantages(mixed):
+    for row in lines(mixed[0], "rollouts"):
+        R = torch.tensor([row["accuracy"], row["format"], row["length"]]).sum(0)
+        assert len(row["responses"]) == 4
+        if row["frame_order"]:
+            assert sorted(row["frame_order"]) == list(range(8)) != row["frame_order"]
+            assert len(row["responses_shuffled"]) == 2
+            R = R + torch.tensor(row["temporal"])
+        assert torch.allclose(R, torch.tensor(row["R"]), atol=1e-5)
+        spread = R.std()
+        expected = (R - R.mean()) / (spread + 1e-4) if spread > 0 else torch.zeros(4)
+        assert torch.allclose(expected, torch.tensor(row["A"]), atol=1e-3)
+
+
+def test_metrics_have_the_documented_names_and_a_header(mixed):
+    header, *steps = lines(mixed[0], "metrics")
+    assert header["world_size"] == 2 and header["arguments"]["G"] == 4
+    assert header["versions"]["torch"]
+    assert {"reward/total", "reward/accuracy", "reward/format", "reward/length", "group/p",
+            "group/zero_std_rate", "policy/kl", "policy/ratio_max", "policy/clip_rate",
+            "policy/entropy", "response/tokens", "response/truncated_rate", "optim/learning_rate",
+            "optim/grad_norm", "optim/loss", "time/data", "time/rollout", "time/update",
+            "time/step", "data/video_share", "data/skipped"} <= set(steps[0])
+    assert steps[0]["policy/kl"] >= 0 and steps[-1]["policy/ratio_max"] >= 1
+
+
+def test_the_result_is_a_model_that_differs_from_its_start(mixed, toy):
+    from transformers import AutoModelForImageTextToText, AutoProcessor
+    AutoModelForImageTextToText.from_pretrained(mixed[0])
+    AutoProcessor.from_pretrained(mixed[0])
+    assert not equal_weights(mixed[0], toy / "model")
+    assert sorted(path.name for path in mixed[0].glob("checkpoint-*")) == \
+        ["checkpoint-2", "checkpoint-4"]
+
+
+def test_grpo_without_reference_samples_no_shuffled_group(toy, tmp_path):
+    run(*tgrpo(toy, tmp_path, "--alpha", 0, "--beta", 0, "--max_steps", 2, "--prompts_per_rank", 3))
+    for row in lines(tmp_path, "metrics")[1:]:
+        assert not {"policy/kl", "group/p_tilde", "group/tie_rate", "reward/temporal"} & set(row)
+    assert all(row["responses_shuffled"] == [] and row["frame_order"] is None
+               for row in lines(tmp_path, "rollouts"))
+
+
+@pytest.mark.parametrize("ranks, stage", [(1, 0), (2, 3)])
+def test_a_killed_run_resumes_as_if_nothing_had_happened(toy, tmp_path, ranks, stage):
+    """SIGKILL to the whole process group at once, somewhere after step 3."""
+    config = tmp_path / "ds.json"
+    config.write_text(json.dumps({"zero_optimization": {"stage": stage},
+                                  "zero_allow_untested_optimizer": True}))
+    more = ["--max_steps", 5, "--save_steps", 2, "--deepspeed_config", config]
+    run(*tgrpo(toy, tmp_path / "whole", *more), ranks=ranks)
+    command = [sys.executable, *([] if ranks == 1 else [
+        "-m", "deepspeed.launcher.runner", "--num_gpus", str(ranks), "--master_port", "29713"]),
+        *map(str, tgrpo(toy, tmp_path / "cut", *more))]
+    process = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.DEVNULL, env=dict(os.environ),
+                               stderr=subprocess.DEVNULL, start_new_session=True)
+    log, deadline = tmp_path / "cut" / "metrics.jsonl", time.time() + 200
+    while not (log.exists() and len(log.read_text().splitlines()) > 3):
+        assert time.time() < deadline and process.poll() is None
+        time.sleep(0.02)
+    os.killpg(process.pid, signal.SIGKILL)
+    process.wait()
+    subprocess.run(["pkill", "-9", "-f", str(tmp_path / "cut")])  # ranks in sessions of their own
+    assert not (tmp_path / "cut" / "model.safetensors").exists()
+    run(*tgrpo(toy, tmp_path / "cut", *more), "--resume", ranks=ranks)
+    for name in ("metrics", "rollouts"):
+        cut, whole = (without_times(lines(tmp_path / run_name, name))
+                      for run_name in ("cut", "whole"))
+        skip = 1 if name == "metrics" else 0  # the header holds the arguments
+        assert cut[skip:] == whole[skip:]
+    assert equal_weights(tmp_path / "whole", tmp_path / "cut")
+
+
+@pytest.mark.parametrize("change, words", [
+    (["--data", "absent.json"], "absent.json"),
+    (["--model", "{media}"], "processor"),
+    (["--deepspeed_config", "absent.json"], "absent.json"),
+    (["--media_root", "absent"], "absent"),
+    (["--G", "0"], "--G"),
+    (["--nonsense", "1"], "--nonsense"),
+    (["--G_tilde", "0"], "--alpha 0"),
+])
+def test_bad_input_is_one_line_that_says_what_to_do(toy, tmp_path, change, words):
+    change = [word.format(media=toy / "media") for word in change]
+    result = run(*tgrpo(toy, tmp_path / "out"), *change, check=False)
+    assert result.returncode not in (0, None) and "Traceback" not in result.stderr
+    assert words in result.stderr.splitlines()[-1]
+
+
+def test_a_folder_with_checkpoints_is_not_started_over(toy, mixed):
+    result = run(*tgrpo(toy, mixed[0]), check=False)
+    assert result.returncode == 1 and "--resume" in result.stderr.splitlines()[-1]
