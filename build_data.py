@@ -571,18 +571,18 @@ def toy_args_files(out):
 --warmup_steps=10
 --adam_beta2=0.99
 --max_grad_norm=1
---max_new_tokens=48
+--max_new_tokens=40
 --chunk_size=8
-# responses are about 30 tokens long, so the window of the length reward is too
---l_min=24
---l_max=36
+# responses are about 20 tokens long, so the window of the length reward is too
+--l_min=16
+--l_max=24
 --save_steps=40
 """, "evaluate.args": f"""\
 # before: python evaluate.py @{out}/evaluate.args --model {out}/sft --output {out}/eval_sft
 --benchmark=toy={out}/test.json
 --frames={TOY_FRAMES}
 {common}\
---max_new_tokens=48
+--max_new_tokens=40
 --batch_size=64
 """}
 

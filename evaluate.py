@@ -110,7 +110,8 @@ def parse_args(argv=None):
     add("--temperature", type=float, default=0.01, help="sampling temperature; 0: greedy")
     add("--top_p", type=float, default=0.001, help="nucleus sampling; 1: off")
     add("--max_new_tokens", type=int, default=1024, help="most tokens of a response")
-    add("--correct_threshold", type=float, default=0.5, help="accuracy reward that is correct")
+    add("--correct_threshold", type=float, default=0.5,
+        help="accuracy reward from which a response is correct")
     # the machine
     add("--batch_size", type=int, default=8, help="records answered together on a rank")
     add("--attn_implementation", default="sdpa", help="sdpa, eager or flash_attention_2")

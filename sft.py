@@ -133,7 +133,8 @@ def record_index(position, count, seed):
     """
     epoch, offset = divmod(position, count)
     if record_index.cache[:3] != (epoch, count, seed):
-        order = torch.randperm(count, generator=seeded_generator(ORDER_STREAM, seed, epoch)).tolist()
+        generator = seeded_generator(ORDER_STREAM, seed, epoch)
+        order = torch.randperm(count, generator=generator).tolist()
         record_index.cache = (epoch, count, seed, order)
     return record_index.cache[3][offset]
 

@@ -81,7 +81,8 @@ def parse_args(argv=None):
     add("--omega", type=float, default=0.2, help="length reward (Eq. 5)")
     add("--l_min", type=int, default=320, help="fewest tokens that earn the length reward")
     add("--l_max", type=int, default=512, help="most tokens that earn the length reward")
-    add("--correct_threshold", type=float, default=0.5, help="accuracy from which o_i is correct")
+    add("--correct_threshold", type=float, default=0.5,
+        help="accuracy reward from which a response is correct")
     add("--temporal_test", choices=("ge", "gt"), default="ge", help="p >= p_tilde (Eq. 1), or >")
     add("--temporal_to", choices=("reward", "advantage"), default="reward",
         help="add r_t to the reward (Eq. 2) or to the advantage (the paper's remark)")
@@ -225,7 +226,8 @@ def record_index(position, count, seed):
     """
     epoch, offset = divmod(position, count)
     if record_index.cache[:3] != (epoch, count, seed):
-        order = torch.randperm(count, generator=seeded_generator(ORDER_STREAM, seed, epoch)).tolist()
+        generator = seeded_generator(ORDER_STREAM, seed, epoch)
+        order = torch.randperm(count, generator=generator).tolist()
         record_index.cache = (epoch, count, seed, order)
     return record_index.cache[3][offset]
 
@@ -656,7 +658,7 @@ def sample_responses(model, samples, args, generator, eos_ids, forbidden_ids):
             sample["responses_shuffled"] = next(groups)
 
 
-def score(sample, tokenizer, eos_ids, args):
+def grade_group(sample, tokenizer, eos_ids, args):
     """Steps 3 to 5 for one question: adds mask (G, L), texts, rewards by part, R and A (G,)."""
     def decode(ids):
         mask = response_mask(ids, eos_ids)  # (n, L)
@@ -867,7 +869,7 @@ def main(args):
         sample_responses(sampler, samples, args, generator, eos_ids, forbidden_ids)
         # 3. to 5. rewards and advantages
         for sample in samples:
-            score(sample, tokenizer, eos_ids, args)
+            grade_group(sample, tokenizer, eos_ids, args)
             note_sample(metrics, sample)
         clock.append(time.perf_counter())
         # 6. clipped update; every group counts the same, on whichever rank it is
