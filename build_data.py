@@ -329,10 +329,11 @@ TOY_PLAIN = {"white": (240, 240, 240), "purple": (170, 60, 200)}  # name no dire
 TOY_MIX = {
     "cot": {"direction_agree": 24, "direction_plain": 16, "describe": 26, "first": 8, "end": 10,
             "count": 5, "word": 6, "colour": 5},
-    "train": {"direction_agree": 26, "direction_conflict": 26, "describe": 12, "first": 12,
-              "end": 8, "count": 6, "word": 4, "colour": 6},
+    "train": {"direction_agree": 36, "direction_conflict": 36, "describe": 6, "first": 8, "end": 6,
+              "count": 3, "word": 2, "colour": 3},
+    "test": {"direction_agree": 26, "direction_conflict": 26, "describe": 12, "first": 12,
+             "end": 8, "count": 6, "word": 4, "colour": 6},
 }
-TOY_MIX["test"] = TOY_MIX["train"]
 # Qwen2.5's own special tokens, those that the model or the chat template uses.
 TOY_SPECIAL = ("<|endoftext|>", "<|im_start|>", "<|im_end|>", "<|vision_start|>", "<|vision_end|>",
                "<|vision_pad|>", "<|image_pad|>", "<|video_pad|>")
@@ -542,12 +543,16 @@ def toy_args_files(out):
 --image_min_pixels={PATCH**2}
 --image_max_pixels={PATCH**2}
 """
-    return {"sft.args": f"""\
+    return {"ds_zero0.json": """\
+{"zero_optimization": {"stage": 0}, "bf16": {"enabled": "auto"}}
+""", "sft.args": f"""\
 # the cold start: python sft.py @{out}/sft.args
 --model={out}/model
 --data={out}/cot.json
 --output={out}/sft
 {common}\
+# one process has nothing to shard; on two, add --deepspeed_config ds_zero3.json
+--deepspeed_config={out}/ds_zero0.json
 --num_train_epochs=9
 --max_frames={TOY_FRAMES}
 --per_rank_batch_size=32
@@ -564,9 +569,11 @@ def toy_args_files(out):
 --output={out}/tgrpo
 {common}\
 --max_frames={TOY_FRAMES}
+# one process has nothing to shard; on two, add --deepspeed_config ds_zero3.json
+--deepspeed_config={out}/ds_zero0.json
 --prompts_per_rank=12
---max_steps=120
---learning_rate=5e-4
+--max_steps=200
+--learning_rate=4e-4
 --lr_schedule=linear
 --warmup_steps=10
 --adam_beta2=0.99
@@ -576,7 +583,7 @@ def toy_args_files(out):
 # responses are about 20 tokens long, so the window of the length reward is too
 --l_min=16
 --l_max=24
---save_steps=40
+--save_steps=100
 """, "evaluate.args": f"""\
 # before: python evaluate.py @{out}/evaluate.args --model {out}/sft --output {out}/eval_sft
 --benchmark=toy={out}/test.json
