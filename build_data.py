@@ -11,6 +11,7 @@ Shapes: T frames, C channels, H x W pixels, L tokens, B records.
 import argparse
 import json
 import logging
+import math
 import os
 import re
 import subprocess
@@ -302,6 +303,17 @@ def provenance() -> dict:
         commit = ""
     return {"versions": {package: version(package) for package in packages},
             "git_commit": commit or None}
+
+
+def check_limits(args):
+    """InputError for flags of frames and pixels that no medium could meet."""
+    for low, high in (("min_frames", "max_frames"), ("min_pixels", "max_pixels"),
+                      ("image_min_pixels", "image_max_pixels")):
+        if not 0 < getattr(args, low) <= getattr(args, high, math.inf):
+            raise InputError(f"--{low} {getattr(args, low)} must be positive and not above "
+                             f"--{high} {getattr(args, high)}")
+    if args.fps <= 0:
+        raise InputError(f"--fps {args.fps} must be positive")
 
 
 def sampling_of(args, record) -> dict:

@@ -56,8 +56,8 @@ from torch.utils.data import DataLoader, Dataset
 from tqdm import tqdm
 from transformers import AutoModelForImageTextToText, AutoProcessor, GenerationConfig
 
-from build_data import (ANSWER_SUFFIX, TEMPLATE, InputError, MediaError, encode, load_records,
-                        load_vision, pad_batch, provenance, read_args_line, sampling_of,
+from build_data import (ANSWER_SUFFIX, TEMPLATE, InputError, MediaError, check_limits, encode,
+                        load_records, load_vision, pad_batch, provenance, read_args_line, sampling_of,
                         seeded_generator)
 from rewards import accuracy_reward, extract_answer, format_reward, parse_number
 
@@ -123,6 +123,7 @@ def parse_args(argv=None):
 
 def check_flags(args):
     """Raises InputError for values that no run can work with."""
+    check_limits(args)
     for flag in ("max_new_tokens", "batch_size", "min_frames"):
         if getattr(args, flag) < 1:
             raise InputError(f"--{flag} is {getattr(args, flag)}: it must be at least 1")

@@ -34,8 +34,8 @@ from torch.utils.data import DataLoader, Dataset
 from tqdm import tqdm
 from transformers import AutoModelForImageTextToText, AutoProcessor
 
-from build_data import (InputError, MediaError, encode, encode_blank, image_as_video, load_records,
-                        load_vision, pad_batch, provenance, read_args_line, sampling_of,
+from build_data import (InputError, MediaError, check_limits, encode, encode_blank,
+                        image_as_video, load_records, load_vision, pad_batch, provenance, read_args_line, sampling_of,
                         seeded_generator)
 
 ORDER_STREAM = 0  # first key of the data order's generators
@@ -349,6 +349,7 @@ def gather_objects(value) -> list:
 
 def main(args):
     # ------------------------------------------------------------- records, model, engine
+    check_limits(args)
     records = load_records(args.data, args.media_root)
     without = [record["problem_id"] for record in records if not record.get("process")]
     if without:

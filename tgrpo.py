@@ -40,8 +40,8 @@ from torch.utils.data import DataLoader, Dataset
 from tqdm import tqdm
 from transformers import AutoModelForImageTextToText, AutoProcessor, DynamicCache
 
-from build_data import (InputError, MediaError, encode, encode_blank, load_records, load_vision,
-                        pad_batch, provenance, read_args_line, sampling_of, seeded_generator)
+from build_data import (InputError, MediaError, check_limits, encode, encode_blank, load_records,
+                        load_vision, pad_batch, provenance, read_args_line, sampling_of, seeded_generator)
 from rewards import accuracy_reward, format_reward, length_reward
 
 STD_EPSILON = 1e-4  # added to the standard deviation in Eq. 3, as in the released code
@@ -819,6 +819,7 @@ def report(args, engine, logs, step, metrics, samples, skipped, clock, bar):
 
 def main(args):
     # ------------------------------------------------------------- records, models, engine
+    check_limits(args)
     records = load_records(args.data, args.media_root)
     config = read_deepspeed_config(args)
     processor = load_processor(args)
@@ -885,6 +886,7 @@ def main(args):
             save_checkpoint(engine, args, step + 1)
     bar.close()
     save_model(engine, processor, args.output)
+
 
 if __name__ == "__main__":
     try:

@@ -147,6 +147,7 @@ def test_a_killed_run_resumes_as_if_nothing_had_happened(toy, tmp_path, ranks, s
     (["--deepspeed_config", "absent.json"], "absent.json"),
     (["--media_root", "absent"], "absent"),
     (["--G", "0"], "--G"),
+    (["--min_pixels", "1000"], "--min_pixels 1000"),
     (["--nonsense", "1"], "--nonsense"),
     (["--G_tilde", "0"], "--alpha 0"),
 ])
