@@ -57,8 +57,8 @@ from tqdm import tqdm
 from transformers import AutoModelForImageTextToText, AutoProcessor, GenerationConfig
 
 from build_data import (ANSWER_SUFFIX, TEMPLATE, InputError, MediaError, check_limits, encode,
-                        load_records, load_vision, pad_batch, provenance, read_args_line, sampling_of,
-                        seeded_generator)
+                        load_records, load_vision, pad_batch, provenance, read_args_line,
+                        sampling_of, seeded_generator)
 from rewards import accuracy_reward, extract_answer, format_reward, parse_number
 
 ORDERS = ("ordered", "shuffled", "reversed", "single_frame", "blind")

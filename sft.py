@@ -34,9 +34,9 @@ from torch.utils.data import DataLoader, Dataset
 from tqdm import tqdm
 from transformers import AutoModelForImageTextToText, AutoProcessor
 
-from build_data import (InputError, MediaError, check_limits, encode, encode_blank,
-                        image_as_video, load_records, load_vision, pad_batch, provenance, read_args_line, sampling_of,
-                        seeded_generator)
+from build_data import (InputError, MediaError, check_limits, encode, encode_blank, image_as_video,
+                        load_records, load_vision, pad_batch, provenance, read_args_line,
+                        sampling_of, seeded_generator)
 
 ORDER_STREAM = 0  # first key of the data order's generators
 IGNORED = -100  # label of a token without loss, as in torch's cross entropy

@@ -41,7 +41,8 @@ from tqdm import tqdm
 from transformers import AutoModelForImageTextToText, AutoProcessor, DynamicCache
 
 from build_data import (InputError, MediaError, check_limits, encode, encode_blank, load_records,
-                        load_vision, pad_batch, provenance, read_args_line, sampling_of, seeded_generator)
+                        load_vision, pad_batch, provenance, read_args_line, sampling_of,
+                        seeded_generator)
 from rewards import accuracy_reward, format_reward, length_reward
 
 STD_EPSILON = 1e-4  # added to the standard deviation in Eq. 3, as in the released code
