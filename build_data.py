@@ -329,18 +329,18 @@ def sampling_of(args, record) -> dict:
 TOY_SIDE, TOY_FRAMES, TOY_FPS = 28, 8, 2  # pixels, frames a clip, frames a second
 TOY_COLOURS = {"red": (230, 40, 40), "green": (40, 210, 60), "blue": (60, 80, 240),
                "yellow": (230, 220, 50)}
-TOY_DIRECTIONS = {"left": (-1, 0), "right": (1, 0), "up": (0, -1), "down": (0, 1)}  # (dx, dy)
-TOY_OPPOSITE = {"left": "right", "right": "left", "up": "down", "down": "up"}
+TOY_OPPOSITE = {"left": "right", "right": "left"}
 TOY_WORDS = ("cat", "dog", "sun", "map", "key", "cup", "hat", "box")
 TOY_BLOCK, TOY_NOISE, TOY_DARK = 8, 6.0, 50  # block side, noise std, brightest background
+TOY_LOOK = 0.7  # share of the cold start's thoughts that use a telling colour, not the motion
 TOY_VOCABULARY = 800  # tokens, before the special ones: every word of the toy is one
 TOY_PLAIN = {"white": (240, 240, 240), "purple": (170, 60, 200)}  # name no direction
 # The mixture of each file, in percent. "agree": the block's colour names its direction, as every
 # telling colour does in the cold start; "conflict": it names another one, in half of the direction
 # questions of train and test; "plain": it names none.
 TOY_MIX = {
-    "cot": {"direction_agree": 24, "direction_plain": 16, "describe": 26, "first": 8, "end": 10,
-            "count": 5, "word": 6, "colour": 5},
+    "cot": {"direction_agree": 30, "direction_plain": 10, "describe": 26, "first": 8, "end": 9,
+            "count": 5, "word": 7, "colour": 5},
     "train": {"direction_agree": 36, "direction_conflict": 36, "describe": 6, "first": 8, "end": 6,
               "count": 3, "word": 2, "colour": 3},
     "test": {"direction_agree": 26, "direction_conflict": 26, "describe": 12, "first": 12,
@@ -375,14 +375,12 @@ def toy_block(frames, boxes, colour):
 
 
 def toy_motion(rng, colour, direction):
-    """(T, H, W, 3) frames of a block that crosses the picture."""
-    dx, dy = TOY_DIRECTIONS[direction]
+    """(T, H, W, 3) frames of a block that crosses the picture to the left or right."""
     span = TOY_SIDE - TOY_BLOCK
-    along = np.linspace(rng.uniform(0, span / 5), span - rng.uniform(0, span / 5), TOY_FRAMES)
-    across = rng.uniform(0, span)
-    track = along if dx + dy > 0 else span - along
+    x = np.linspace(rng.uniform(0, span / 5), span - rng.uniform(0, span / 5), TOY_FRAMES)
+    x, y = x if direction == "right" else span - x, rng.uniform(0, span)
     frames = toy_canvas(rng, TOY_FRAMES)
-    toy_block(frames, [(v, across) if dx else (across, v) for v in track], colour)
+    toy_block(frames, [(v, y) for v in x], colour)
     return frames
 
 
@@ -393,16 +391,17 @@ def toy_options(names):
 
 def toy_question(rng, kind):
     """One question: (frames (T, H, W, 3), problem_type, problem, options, answer, thought)."""
-    colours, directions = list(TOY_COLOURS), list(TOY_DIRECTIONS)
+    colours, directions = list(TOY_COLOURS), list(TOY_OPPOSITE)
     colour, direction = str(rng.choice(colours)), str(rng.choice(directions))
     if kind.startswith("direction"):
-        hint = colours[directions.index(direction)]
-        others = [name for name in colours if name != hint]
-        colour = {"direction_agree": hint, "direction_conflict": str(rng.choice(others)),
+        hints = colours[directions.index(direction)::len(directions)]  # name this direction
+        others = [name for name in colours if name not in hints]
+        colour = {"direction_agree": str(rng.choice(hints)),
+                  "direction_conflict": str(rng.choice(others)),
                   "direction_plain": str(rng.choice(list(TOY_PLAIN)))}[kind]
         watch = f"watch: it starts {TOY_OPPOSITE[direction]} and ends {direction}, so {direction}"
         look = f"look: it is {colour}, so {direction}"
-        thought = look if colour in TOY_COLOURS and rng.random() < 0.5 else watch
+        thought = look if colour in TOY_COLOURS and rng.random() < TOY_LOOK else watch
         return (toy_motion(rng, colour, direction), "multiple choice",
                 "Which way does the block move?", toy_options(directions),
                 "ABCD"[directions.index(direction)], thought)
@@ -584,7 +583,7 @@ def toy_args_files(out):
 # one process has nothing to shard; on two, add --deepspeed_config ds_zero3.json
 --deepspeed_config={out}/ds_zero0.json
 --prompts_per_rank=12
---max_steps=200
+--max_steps=150
 --learning_rate=4e-4
 --lr_schedule=linear
 --warmup_steps=10
@@ -595,7 +594,7 @@ def toy_args_files(out):
 # responses are about 20 tokens long, so the window of the length reward is too
 --l_min=16
 --l_max=24
---save_steps=100
+--save_steps=50
 """, "evaluate.args": f"""\
 # before: python evaluate.py @{out}/evaluate.args --model {out}/sft --output {out}/eval_sft
 --benchmark=toy={out}/test.json
