@@ -171,6 +171,18 @@ def sampling(processor, model, seed=0, **changes):
             "generator": seeded_generator(seed), **changes}
 
 
+@pytest.fixture
+def recorded(monkeypatch):
+    """The logits that a rollout samples from, one entry a decoding step."""
+    entries, sample = [], tgrpo.sample_tokens
+
+    def record(logits, *options):
+        entries.append(logits.clone())
+        return sample(logits, *options)
+    monkeypatch.setattr(tgrpo, "sample_tokens", record)
+    return entries
+
+
 def naive_logits(model, inputs, responses):
     """Logits (n, L, V) of a plain forward over n full copies of prompt, pixels and response."""
     n, L = responses.shape
@@ -182,21 +194,12 @@ def naive_logits(model, inputs, responses):
     return model(**batch, use_cache=False).logits[:, P - 1:-1]
 
 
-def test_logits_along_the_cache_equal_a_full_forward(model, processor, samples):
+def test_logits_along_the_cache_equal_a_full_forward(model, processor, samples, recorded):
     """Recorded while decoding prompts of different length side by side, rows leaving early."""
     prompts = [samples["video"][1], samples["image"][1]]
     model.generation_config.eos_token_id = list(range(0, 488, 5))  # rows end often
-    recorded = []
-
-    def record(logits, temperature, top_p, generator):
-        recorded.append(logits.clone())
-        return sample(logits, temperature, top_p, generator)
-    sample, tgrpo.sample_tokens = tgrpo.sample_tokens, record
-    try:
-        options = sampling(processor, model)
-        groups = tgrpo.rollout(model, prompts, [[3], [2]], **options)
-    finally:
-        tgrpo.sample_tokens = sample
+    options = sampling(processor, model)
+    groups = tgrpo.rollout(model, prompts, [[3], [2]], **options)
     full = torch.cat([naive_logits(model, *pair) for pair in zip(prompts, groups)])
     full[:, :, options["forbidden_ids"]] = -torch.inf
     mask = torch.cat([tgrpo.response_mask(g, options["eos_ids"]) for g in groups]).bool()
@@ -302,21 +305,13 @@ def test_prefix_shared_logps_equal_naive_ones(model, group, chunk_size):
     assert torch.allclose(shared * mask, naive * mask, atol=1e-5)
 
 
-def test_a_long_video_s_responses_stand_where_they_were_sampled(model, processor, samples):
+def test_a_long_video_s_responses_stand_where_they_were_sampled(
+        model, processor, samples, recorded):
     """Time steps of 20 s: the video's largest position exceeds that of the text after it. The
     sampler's log-probs, from its own logits, equal the update's."""
     inputs = samples["video"][1] | {"second_per_grid_ts": torch.tensor([20.0])}
-    recorded = []
-
-    def record(logits, temperature, top_p, generator):
-        recorded.append(logits.clone())
-        return sample(logits, temperature, top_p, generator)
-    sample, tgrpo.sample_tokens = tgrpo.sample_tokens, record
-    try:
-        options = sampling(processor, model) | {"forbidden_ids": []}
-        ids, = tgrpo.rollout(model, [inputs], [[1]], **options)
-    finally:
-        tgrpo.sample_tokens = sample
+    options = sampling(processor, model) | {"forbidden_ids": []}
+    ids, = tgrpo.rollout(model, [inputs], [[1]], **options)
     _, last, following = tgrpo.run_prompt(model, inputs)
     assert following - last > 1, "the video is too short: the test tests nothing"
     sampled = torch.cat(recorded).log_softmax(-1).gather(1, ids.T)[:, 0]
