@@ -12,10 +12,14 @@ import argparse
 import json
 import logging
 import math
+import multiprocessing
 import os
 import re
+import resource
+import signal
 import subprocess
 import sys
+import traceback
 from collections import Counter
 from importlib.metadata import version
 from pathlib import Path
@@ -56,6 +60,8 @@ ANSWER_SUFFIX = {
 # What the readers of images and videos raise on a file that they cannot use.
 MEDIA_FAULTS = (OSError, ValueError, AssertionError, RuntimeError, SyntaxError, EOFError,
                 Image.DecompressionBombError)
+# Bytes that decoding one medium may take; 64 frames of 3840 x 2160 pixels, as floats, fit.
+DECODE_MEMORY = 16 * 2**30
 
 
 class InputError(ValueError):
@@ -177,6 +183,75 @@ def load_vision(record, *, max_frames, min_frames, fps, min_pixels, max_pixels) 
             raise
         reason = str(error).strip().splitlines()
         raise MediaError(f"{path}: {reason[0] if reason else type(error).__name__}") from error
+
+
+def load_vision_isolated(record, timeout, **limits) -> Vision:
+    """load_vision in another process: a decoder that crashes, hangs for `timeout` seconds or
+    asks for more than DECODE_MEMORY costs this one record, as a MediaError."""
+    path, decoder = record["media_path"], load_vision_isolated.decoder
+    if decoder is None or decoder.owner != os.getpid():  # a forked worker starts its own
+        decoder = load_vision_isolated.decoder = Decoder()
+    try:
+        decoder.pipe.send((record, timeout, limits))
+        if not decoder.pipe.poll(timeout):
+            os.kill(decoder.pid, signal.SIGKILL)  # not waited for: it may hang in the kernel
+            load_vision_isolated.decoder = None  # the next record gets a new one
+            raise MediaError(f"{path}: decoding took more than {timeout:g} seconds")
+        answer = decoder.pipe.recv()
+    except (EOFError, ConnectionError):
+        load_vision_isolated.decoder = None
+        status = os.waitstatus_to_exitcode(os.waitpid(decoder.pid, 0)[1])
+        raise MediaError(f"{path}: its decoder died (exit status {status})") from None
+    if isinstance(answer, str):
+        raise MediaError(answer)
+    frames, metadata, image = answer
+    return Vision(None if frames is None else torch.from_numpy(frames), metadata, image)
+
+
+load_vision_isolated.decoder = None  # started by the first call in a process
+
+
+class Decoder:
+    """A child process that runs load_vision on what comes through its pipe, until that closes.
+
+    Forked by hand: PyTorch's data workers are not allowed to start multiprocessing's processes.
+    """
+
+    def __init__(self):
+        self.owner = os.getpid()
+        self.pipe, pipe = multiprocessing.Pipe()
+        self.pid = os.fork()
+        if self.pid == 0:
+            self.pipe.close()
+            try:
+                self.serve(pipe)
+            except BaseException:  # nothing may return into the parent's code from here
+                traceback.print_exc()
+            os._exit(1)
+        pipe.close()
+
+    def serve(self, pipe):
+        torch.set_num_threads(1)  # the parent's threads did not come along
+        signal.signal(signal.SIGTERM, signal.SIG_IGN)  # the parent decides when to stop
+        signal.signal(signal.SIGINT, signal.SIG_IGN)
+        mapped = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
+        resource.setrlimit(resource.RLIMIT_AS, (mapped + DECODE_MEMORY, resource.RLIM_INFINITY))
+        while True:
+            try:
+                record, timeout, limits = pipe.recv()
+            except (EOFError, ConnectionError):
+                os._exit(0)
+            signal.alarm(math.ceil(timeout) + 1)  # if the parent is no longer there to stop it
+            try:
+                vision = load_vision(record, **limits)
+                frames = None if vision.frames is None else vision.frames.numpy()
+                answer = (frames, vision.metadata, vision.image)
+            except MediaError as error:
+                answer = str(error)
+            except MemoryError:
+                answer = f"{record['media_path']}: decoding takes more than {DECODE_MEMORY} bytes"
+            signal.alarm(0)
+            pipe.send(answer)
 
 
 def read_image(path, min_pixels, max_pixels) -> Image.Image:

@@ -35,7 +35,7 @@ from tqdm import tqdm
 from transformers import AutoModelForImageTextToText, AutoProcessor
 
 from build_data import (InputError, MediaError, check_limits, encode, encode_blank, image_as_video,
-                        load_records, load_vision, pad_batch, provenance, read_args_line,
+                        load_records, load_vision_isolated, pad_batch, provenance, read_args_line,
                         sampling_of, seeded_generator)
 
 ORDER_STREAM = 0  # first key of the data order's generators
@@ -78,6 +78,7 @@ def parse_args(argv=None):
     add("--deepspeed_config", default=str(Path(__file__).parent / "ds_zero3.json"),
         help="DeepSpeed's JSON file: ZeRO stage, offload, precision, monitors")
     add("--num_workers", type=int, default=2, help="processes that decode media ahead of need")
+    add("--decode_timeout", type=float, default=120, help="seconds until a medium is given up")
     add("--save_steps", type=int, default=500, help="steps between checkpoints; 0: none")
     add("--resume", action="store_true", help="continue from the newest checkpoint in --output")
     add("--seed", type=int, default=0, help="seed of every random draw")
@@ -153,7 +154,8 @@ class Targets(Dataset):
     def __getitem__(self, position):
         record = self.records[record_index(position, len(self.records), self.args.seed)]
         try:
-            vision = load_vision(record, **sampling_of(self.args, record))
+            vision = load_vision_isolated(record, self.args.decode_timeout,
+                                          **sampling_of(self.args, record))
         except MediaError as error:
             return {"problem_id": record["problem_id"], "path": record["path"],
                     "reason": str(error)}
