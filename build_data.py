@@ -257,8 +257,13 @@ class Decoder:
 def read_image(path, min_pixels, max_pixels) -> Image.Image:
     """The image as qwen-vl-utils resizes it, RGB."""
     from qwen_vl_utils import vision_process
-    element = {"image": path, "min_pixels": min_pixels, "max_pixels": max_pixels}
-    return vision_process.fetch_image(element)
+    with Image.open(path) as image:
+        if image.mode.startswith("I"):  # 16 bits, of which the conversion would keep the low 8
+            image = Image.fromarray((np.asarray(image) // 257).clip(0, 255).astype(np.uint8))
+        elif image.mode == "F":
+            raise ValueError("pixels are floating-point numbers: save it with 8 bits a channel")
+        return vision_process.fetch_image(
+            {"image": image, "min_pixels": min_pixels, "max_pixels": max_pixels})
 
 
 def read_video(path, **sampling) -> Vision:
