@@ -9,6 +9,7 @@ Second half, a command:
 Shapes: T frames, C channels, H x W pixels, L tokens, B records.
 """
 import argparse
+import hashlib
 import json
 import logging
 import math
@@ -209,6 +210,50 @@ def load_vision_isolated(record, timeout, **limits) -> Vision:
 
 
 load_vision_isolated.decoder = None  # started by the first call in a process
+
+
+def load_vision_of(record, args) -> Vision:
+    """What a training stage's workers load: within the flags' limits, isolated, and with
+    --frame_cache from there when the same frames of the same file were decoded before."""
+    limits = sampling_of(args, record)
+    if not args.frame_cache or record["data_type"] == "image":
+        return load_vision_isolated(record, args.decode_timeout, **limits)
+    try:
+        status = os.stat(record["media_path"])
+    except OSError as error:
+        raise MediaError(f"{record['media_path']}: {error.strerror}") from None
+    key = json.dumps([record["media_path"], status.st_size, status.st_mtime_ns, limits,
+                      {field: record[field] for field in CLIP_FIELDS if field in record}])
+    path = Path(args.frame_cache, hashlib.sha256(key.encode()).hexdigest() + ".npz")
+    try:
+        with np.load(path, allow_pickle=False) as kept:
+            return Vision(torch.from_numpy(kept["frames"]), json.loads(str(kept["metadata"])), None)
+    except FileNotFoundError:
+        vision = load_vision_isolated(record, args.decode_timeout, **limits)
+    keep_frames(path, vision, args.frame_cache_gb * 1e9)
+    return vision
+
+
+def keep_frames(path, vision, limit):
+    """Adds a video's frames to the cache, whole or not at all, unless it holds `limit` bytes.
+
+    Nothing is ever removed: when every epoch visits all videos, a full cache that stays as it is
+    serves a share of them, one that drops the oldest would serve none.
+    """
+    path.parent.mkdir(parents=True, exist_ok=True)
+    if keep_frames.uses % 64 == 0:  # other processes write too: count the files now and then
+        keep_frames.size = sum(entry.stat().st_size for entry in os.scandir(path.parent))
+    keep_frames.uses += 1
+    if keep_frames.size + vision.frames.numel() > limit:
+        return
+    aside = path.with_suffix(f".{os.getpid()}.partial")
+    with open(aside, "wb") as file:
+        np.savez(file, frames=vision.frames.numpy(), metadata=json.dumps(vision.metadata))
+    aside.replace(path)
+    keep_frames.size += vision.frames.numel()
+
+
+keep_frames.uses = keep_frames.size = 0  # calls, and bytes in the cache, as this process knows
 
 
 class Decoder:
