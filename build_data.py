@@ -31,6 +31,9 @@ from PIL import Image
 
 PROBLEM_TYPES = ("multiple choice", "numerical", "OCR", "free-form", "regression")
 REQUIRED_FIELDS = ("problem_id", "problem", "data_type", "problem_type", "solution", "path")
+# Optional: the seconds that a question is about; the rate of a video kept as a folder of frames
+CLIP_FIELDS = ("video_start", "video_end", "video_fps")
+FRAME_SUFFIXES = (".jpg", ".jpeg", ".png")  # in such a folder
 PATCH = 28  # pixels: one visual token covers 28 x 28 (two merged 14 x 14 patches a side)
 
 # The paper's Figure 11 in the wording of its release, letter for letter: a model trained
@@ -170,13 +173,13 @@ def load_vision(record, *, max_frames, min_frames, fps, min_pixels, max_pixels) 
     if not os.path.realpath(path).startswith(os.path.realpath(record["media_root"]) + os.sep):
         raise MediaError(f"{path}: a link that leaves media_root")
     try:
-        if os.path.getsize(path) == 0:
+        if not os.path.isdir(path) and os.path.getsize(path) == 0:
             raise MediaError(f"{path}: the file is empty (0 bytes)")
         if record["data_type"] == "image":
             return Vision(None, {}, read_image(path, min_pixels, max_pixels))
         sampling = {"fps": fps, "min_frames": min_frames, "max_frames": max_frames,
                     "min_pixels": min_pixels, "max_pixels": max_pixels}
-        clip = {key: record[key] for key in ("video_start", "video_end") if key in record}
+        clip = {key: record[key] for key in CLIP_FIELDS if key in record}
         return read_video(path, **sampling, **clip)
     except MEDIA_FAULTS as error:
         if isinstance(error, MediaError):
@@ -267,7 +270,7 @@ def read_image(path, min_pixels, max_pixels) -> Image.Image:
 
 
 def read_video(path, **sampling) -> Vision:
-    """The video's frames as qwen-vl-utils samples and resizes them, decoded by decord."""
+    """The frames as qwen-vl-utils samples and resizes them, decoded by decord; or a folder's."""
     os.environ.setdefault("FORCE_QWENVL_VIDEO_READER", "decord")
     from decord import DECORDError
     from qwen_vl_utils import vision_process
@@ -275,6 +278,8 @@ def read_video(path, **sampling) -> Vision:
     def reraise(element):
         raise  # qwen-vl-utils calls its fallback inside the `except` of the real reader's error
     vision_process.VIDEO_READER_BACKENDS["torchvision"] = reraise
+    vision_process.VIDEO_READER_BACKENDS["decord"] = (
+        read_folder if os.path.isdir(path) else vision_process._read_video_decord)
     vision_process.logger.setLevel(logging.ERROR)  # its warnings announce that same fallback
     try:
         frames, metadata = vision_process.fetch_video(
@@ -286,6 +291,26 @@ def read_video(path, **sampling) -> Vision:
             raise ValueError("the clip has fewer than 2 frames") from error
         raise
     return Vision(frames.to(torch.uint8), metadata, None)  # lossless: resizing rounded already
+
+
+def read_folder(element):
+    """qwen-vl-utils' reader for a folder of frames, in the order of their names.
+
+    In the place of its reader of files, so that both are sampled and resized by the same rules.
+    Returns frames (T, C, H, W), their metadata and the sampled rate.
+    """
+    from qwen_vl_utils import vision_process
+    paths = sorted(path for path in Path(element["video"]).iterdir()
+                   if path.suffix.lower() in FRAME_SUFFIXES)
+    fps = element.get("video_fps")
+    if not paths or not fps:
+        raise ValueError("a folder needs frames (.jpg, .png) and the record's field video_fps")
+    start, end, count = vision_process.calculate_video_frame_range(element, len(paths), fps)
+    drawn = vision_process.smart_nframes(element, total_frames=count, video_fps=fps)
+    indices = torch.linspace(start, end, drawn).round().long().tolist()  # T of them
+    frames = np.stack([Image.open(paths[i]).convert("RGB") for i in indices])  # (T, H, W, C)
+    metadata = {"fps": fps, "frames_indices": indices, "total_num_frames": count}
+    return torch.from_numpy(frames).permute(0, 3, 1, 2), metadata, drawn / count * fps
 
 
 def encode(processor, record, vision: Vision, device=None) -> dict[str, torch.Tensor]:
