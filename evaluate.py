@@ -10,10 +10,10 @@
 A benchmark of BENCHMARKS is read from the released eval_*.json or from its own release (the file,
 or the folder it was downloaded to); under another name, a file of records. Scores:
 
-    score      what the benchmark itself counts; "overall" rows combine it as the benchmark does
+    score      what the benchmark counts, MRA for VSI-Bench's numbers; rows "mean of ..." combine it
     accuracy   mean accuracy reward; regression counts with its graded reward, not with its MRA
     correct    share of accuracy rewards >= --correct_threshold
-    mra        mean relative accuracy as VSI-Bench defines it; mra_released: as the paper's code does
+    mra        mean relative accuracy as VSI-Bench defines it; mra_released: as the paper's code
     format     share of well-formed responses;  truncated: share cut off at --max_new_tokens
     tokens     mean length of a response, end token included
     reflections  phrases a response that reconsider ("wait", "let me check"): counted, not judged
@@ -146,9 +146,9 @@ def parse_args(argv=None):
     parser.convert_arg_line_to_args = read_args_line
     add = parser.add_argument
     # what to do
-    add("--benchmark", nargs="+", metavar="NAME=PATH",
+    add("--benchmark", nargs="+", metavar="NAME=FILE",
         help="questions and the name of their results; vsibench, videommmu, mmvu, mvbench, "
-             "tempcompass and videomme also as released: PATH a file or the release's folder")
+             "tempcompass and videomme also as released: FILE may be the release's folder")
     add("--judge", nargs="+", metavar="RESULT", help="result files: does --model find temporal "
         "reasoning in their responses")
     add("--diff", nargs=2, metavar=("A", "B"), help="two result files: what changed from A to B")
@@ -364,7 +364,8 @@ def tempcompass(content, path):
     for i, row in enumerate(rows):
         question, answer = row["question"], row["answer"]
         if task == "yes_no":
-            question, answer = f"{question}\nA. yes\nB. no", {"yes": "A. yes", "no": "B. no"}[answer]
+            question += "\nA. yes\nB. no"
+            answer = {"yes": "A. yes", "no": "B. no"}[answer]
         lines = question.split("\n")
         marks = [TEMPCOMPASS_OPTION.fullmatch(line) for line in lines]
         texts = {mark[1]: mark[2] for mark in marks if mark}  # label -> text
@@ -374,6 +375,9 @@ def tempcompass(content, path):
                         task=task, dimension=row["dim"])
 
 
+YOUTUBE_ID = re.compile(r"(?:v=|/)([\w-]{11})(?:[?&].*)?$")
+
+
 def videomme(content, path):
     """{"video_id": "001", "videoID": "fFjv93ACGo8", "duration": "short", "domain": "Knowledge",
     "sub_category": "Astronomy", "question_id": "001-1", "task_type": "Counting", "question":
@@ -381,7 +385,7 @@ def videomme(content, path):
     may also be nested: [{"video_id": ..., "questions": [{"question_id": ...}, ...]}, ...]."""
     for video in content:
         for row in ({**video, **question} for question in video.get("questions", [video])):
-            name = row.get("videoID") or re.search(r"(?:v=|/)([\w-]{11})(?:[?&].*)?$", row["url"])[1]
+            name = row.get("videoID") or YOUTUBE_ID.search(row["url"])[1]
             yield as_record(row["question_id"], row["question"], row["options"], row["answer"],
                             f"data/{name}.mp4",
                             **{key: row[key] for key in ("duration", "domain", "task_type")})
@@ -426,13 +430,13 @@ class Benchmark(NamedTuple):
     overalls: dict[str, Overall]  # the first that the records' groups allow is Table 1's
 
 
-PLAIN = {"accuracy": Overall(by_grade)}
+PLAIN = {"all": Overall(by_grade)}
 BENCHMARKS = {
     "vsibench": Benchmark("VSI-Bench", 5130, ("test.jsonl", "test-*.parquet"), vsibench, {
-        "mean of accuracy and MRA": Overall(by_released_mra, "problem_type"),  # the paper's
-        "mean of tasks": Overall(by_mra, "task")}),                            # the benchmark's
+        "mean of types (the paper's)": Overall(by_released_mra, "problem_type"),
+        "mean of tasks": Overall(by_mra, "task")}),  # the benchmark's own
     "videommmu": Benchmark("VideoMMMU", 900, ("*.json", "*/*.json", "*/*.parquet"), videommmu, {
-        "accuracy": Overall(by_containment)}),
+        "all": Overall(by_containment)}),
     "mmvu": Benchmark("MMVU (mc)", 625, ("validation.json",), mmvu, PLAIN),
     "mvbench": Benchmark("MVBench", 4000, ("json/*.json",), mvbench, {
         "mean of tasks": Overall(by_grade, "task"), **PLAIN}),
@@ -652,15 +656,15 @@ def measure(rows, metrics, overall, ordered, seed):
 def score(records, graded, seed, overalls=PLAIN, ordered=()):
     """Group -> {"answered", "records", each metric with rows: {"mean", "low", "high", "n"}}.
 
-    Groups are "all", each "<kind>: <name>" of groups_of and "overall: <name>" of the overalls.
+    Groups are "all", each "<kind>: <name>" of groups_of and each of the overalls that averages
+    over groups.
     """
     overalls = usable(overalls, records)
     headline, *_ = overalls.values()
     ordered = {str(row["problem_id"]): row for row in ordered}
-    scores = {f"overall: {name}": {
-        "answered": len(graded), "records": len(records),
-        **measure(graded, ("score", "drop"), overall, ordered, seed)}
-        for name, overall in overalls.items()}
+    scores = {name: {"answered": len(graded), "records": len(records),
+                     **measure(graded, ("score", "drop"), overall, ordered, seed)}
+              for name, overall in overalls.items() if overall.by}
 
     def labels(record):
         return ["all", *(f"{kind}: {name}" for kind, name in groups_of(record).items())]
@@ -696,13 +700,15 @@ def markdown(head, rows):
 
 
 def table(stem, scores):
-    """The scores of one result as the lines of a Markdown table; overall first, then all."""
+    """The scores of one result as the lines of a Markdown table."""
     shown = [metric for metric in METRICS
              if metric in scores["all"] and metric not in IN_FILE_ONLY]
+    if all(row.get("score") == row.get("accuracy") for row in scores.values()):
+        shown = [metric for metric in shown if metric != "score"]
     kinds = Counter(group.partition(":")[0] for group in scores)
     hidden = [kind for kind, count in kinds.items() if count > GROUPS_SHOWN]
     groups = sorted((group for group in scores if group.partition(":")[0] not in hidden),
-                    key=lambda group: (not group.startswith("overall"), group != "all", group))
+                    key=lambda group: (not group.startswith("mean"), group != "all", group))
     rows = [[group, f"{scores[group]['answered']}/{scores[group]['records']}",
              *(cell(metric, scores[group].get(metric)) for metric in shown)] for group in groups]
     return markdown([stem, "answered", *shown], rows) + [
@@ -717,7 +723,7 @@ def summary(results, compare):
     ours = defaultdict(lambda: [""] * len(BENCHMARKS))
     for result in results:
         name, whole = result["benchmark"], BENCHMARKS[result["benchmark"]].size
-        row = result["scores"][f"overall: {result['overall']}"]
+        row = result["scores"][result["overall"]]
         model = f"{result['arguments']['model']}" + (
             "" if result["order"] == "ordered" else f" ({result['order']})")
         text = cell("score", row.get("score"))
@@ -830,7 +836,7 @@ def read_benchmarks(args):
     for text in args.benchmark:
         name, _, path = text.partition("=")
         if not re.fullmatch(r"[\w.-]+", name) or not path:
-            raise InputError(f"--benchmark {text!r} is not NAME=PATH with a name of letters, "
+            raise InputError(f"--benchmark {text!r} is not NAME=FILE with a name of letters, "
                              "digits, '_', '.' and '-'")
         if name in benchmarks:
             raise InputError(f"--benchmark has two files named {name}")
