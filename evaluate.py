@@ -85,7 +85,7 @@ METRICS = ("score", "accuracy", "correct", "mra", "mra_released", "format", "tru
 IN_FILE_ONLY = ("correct", "mra_released")  # metrics that the printed tables leave out
 PLAIN_NUMBERS = ("tokens", "reflections")  # all other metrics are printed in percent
 GROUPS_SHOWN = 30  # a kind of group with more members than this is in the result file only
-WINDOW = 4  # batches of decoded samples among which similar lengths are looked for
+WINDOW = 2  # batches of decoded samples among which similar lengths are looked for
 # Phrases of second thoughts; "wait" as a plain verb is counted too.
 REFLECTION = re.compile(r"\b(?:wait|hmm+|on second thought|let(?:'s| me| us) (?:re-?|double[- ])?"
                         r"(?:check|verify|consider|examine|read))\b", re.IGNORECASE)
@@ -105,9 +105,6 @@ CONNECT_TIMEOUT = 10.0  # seconds
 REPEATED = {408, 409, 425, 429}  # HTTP: not now; as any status from 500. Others will not change
 HOPELESS = {401, 403, 404}  # HTTP: no request of this run can succeed
 ERROR_SHOWN = 300  # characters of what a server says about an error
-
-REFUSED = r"(?:assist|help with|(?:see|view|access|watch|open) (?:the|this|any) (?:video|image))"
-
 # This project's own wording: the paper's (Figure 12) is not in its text.
 JUDGE_QUESTION = """\
 Below is a question about a video. Does answering it need temporal reasoning: comparing different \
@@ -393,32 +390,13 @@ def videomme(content, path):
 
 # -------------------------------------------------------- the benchmarks: scores and table
 
-def by_grade(row):
-    """The accuracy reward."""
-    return row["accuracy"]
-
-
-def by_mra(row):
-    """VSI-Bench: accuracy of choices, MRA of numbers."""
-    return row.get("mra", row["accuracy"])
-
-
-def by_released_mra(row):
-    """The paper on VSI-Bench: accuracy of choices, its code's MRA of numbers."""
-    return row.get("mra_released", row["accuracy"])
-
-
-def by_containment(row):
-    """VideoMMMU: as graded, but a text counts when the prediction contains the answer."""
-    if row["problem_type"] != "free-form":
-        return row["accuracy"]
-    return float(extract_answer(row["solution"]).lower() in row["prediction"].lower())
-
-
 class Overall(NamedTuple):
-    """One number for a benchmark: the mean of `score`, in groups `by` first where that is named."""
-    score: Callable[[dict], float]
+    """One number for a benchmark: a mean over rows, in groups `by` first where that is named."""
+    metric: str  # what counts in rows that have it; in others the accuracy reward does
     by: str = ""
+
+    def score(self, row):
+        return row.get(self.metric, row["accuracy"])
 
 
 class Benchmark(NamedTuple):
@@ -430,16 +408,16 @@ class Benchmark(NamedTuple):
     overalls: dict[str, Overall]  # the first that the records' groups allow is Table 1's
 
 
-PLAIN = {"all": Overall(by_grade)}
+PLAIN = {"all": Overall("accuracy")}
 BENCHMARKS = {
     "vsibench": Benchmark("VSI-Bench", 5130, ("test.jsonl", "test-*.parquet"), vsibench, {
-        "mean of types (the paper's)": Overall(by_released_mra, "problem_type"),
-        "mean of tasks": Overall(by_mra, "task")}),  # the benchmark's own
+        "mean of types (the paper's)": Overall("mra_released", "problem_type"),
+        "mean of tasks": Overall("mra", "task")}),  # the benchmark's own
     "videommmu": Benchmark("VideoMMMU", 900, ("*.json", "*/*.json", "*/*.parquet"), videommmu, {
-        "all": Overall(by_containment)}),
+        "all": Overall("contains")}),
     "mmvu": Benchmark("MMVU (mc)", 625, ("validation.json",), mmvu, PLAIN),
     "mvbench": Benchmark("MVBench", 4000, ("json/*.json",), mvbench, {
-        "mean of tasks": Overall(by_grade, "task"), **PLAIN}),
+        "mean of tasks": Overall("accuracy", "task"), **PLAIN}),
     "tempcompass": Benchmark("TempCompass", 7540, ("questions/*.json", "*/*.parquet"), tempcompass,
                              PLAIN),
     "videomme": Benchmark("VideoMME (wo sub)", 2700, ("*.json", "*.jsonl", "videomme/*.parquet"),
@@ -612,8 +590,10 @@ def grade(records, rows, threshold):
             "prediction": prediction, "accuracy": accuracy, "correct": accuracy >= threshold,
             "format": form, "reward": accuracy + form,
             "reflections": len(REFLECTION.findall(output))})
+        truth = extract_answer(record["solution"])
+        if record["problem_type"] == "free-form":  # how VideoMMMU grades a text
+            graded[-1]["contains"] = float(truth.lower() in prediction.lower())
         if record["problem_type"] == "regression":
-            truth = extract_answer(record["solution"])
             graded[-1]["mra"] = mean_relative_accuracy(prediction, truth)
             graded[-1]["mra_released"] = released_relative_accuracy(prediction, truth)
     return graded
@@ -675,7 +655,7 @@ def score(records, graded, seed, overalls=PLAIN, ordered=()):
     for label, count in Counter(label for record in records for label in labels(record)).items():
         rows = members[label]
         scores[label] = {"answered": len(rows), "records": count,
-                         **measure(rows, METRICS, Overall(headline.score), ordered, seed)}
+                         **measure(rows, METRICS, Overall(headline.metric), ordered, seed)}
     return scores
 
 
@@ -699,20 +679,25 @@ def markdown(head, rows):
             for row in rows]
 
 
+def shown_groups(scores):
+    """The groups to print, the benchmark's means first; and a line for each kind left out."""
+    kinds = Counter(group.partition(":")[0] for group in scores)
+    hidden = [kind for kind, count in kinds.items() if count > GROUPS_SHOWN]
+    groups = sorted((group for group in scores if group.partition(":")[0] not in hidden),
+                    key=lambda group: (not group.startswith("mean"), group != "all", group))
+    return groups, [f"({kinds[kind]} groups by {kind}: not shown)" for kind in hidden]
+
+
 def table(stem, scores):
     """The scores of one result as the lines of a Markdown table."""
     shown = [metric for metric in METRICS
              if metric in scores["all"] and metric not in IN_FILE_ONLY]
     if all(row.get("score") == row.get("accuracy") for row in scores.values()):
         shown = [metric for metric in shown if metric != "score"]
-    kinds = Counter(group.partition(":")[0] for group in scores)
-    hidden = [kind for kind, count in kinds.items() if count > GROUPS_SHOWN]
-    groups = sorted((group for group in scores if group.partition(":")[0] not in hidden),
-                    key=lambda group: (not group.startswith("mean"), group != "all", group))
+    groups, hidden = shown_groups(scores)
     rows = [[group, f"{scores[group]['answered']}/{scores[group]['records']}",
              *(cell(metric, scores[group].get(metric)) for metric in shown)] for group in groups]
-    return markdown([stem, "answered", *shown], rows) + [
-        f"({kinds[kind]} groups by {kind}: in the file)" for kind in hidden]
+    return markdown([stem, "answered", *shown], rows) + hidden
 
 
 def summary(results, compare):
@@ -741,32 +726,30 @@ def summary(results, compare):
 
 def difference(a, b):
     """What changed from result a to result b, as lines: paired scores, then changed questions."""
-    lines = [f"{key} differs: {str(a['configuration'].get(key))[:60]} | {str(value)[:60]}"
-             for key, value in b["configuration"].items() if a["configuration"].get(key) != value]
     before = {str(row["problem_id"]): row for row in a["rows"]}
     after = {str(row["problem_id"]): row for row in b["rows"]}
-    shared = [key for key in before if key in after]
-    if not shared:
+    old, new = ([rows[key] for key in before if key in after] for rows in (before, after))
+    if not old:
         raise InputError("the two results have no question in common")
+    lines = [f"{key} differs: {str(a['configuration'].get(key))[:60]} | {str(value)[:60]}"
+             for key, value in b["configuration"].items() if a["configuration"].get(key) != value]
     overalls = BENCHMARKS[a["benchmark"]].overalls if a["benchmark"] in BENCHMARKS else PLAIN
-    rows = [before[key] for key in shared]
-    # a's rows against b's: their "drop" is b - a
-    scores = score(rows, rows, a["arguments"]["seed"], overalls, [after[key] for key in shared])
-    names = ("A", "B", "B - A")
-    there = score([after[key] for key in shared], [after[key] for key in shared],
-                  a["arguments"]["seed"], overalls)
-    lines += markdown(["group", "questions", *names], [
-        [group, str(row["answered"]), cell("score", row["score"]),
-         cell("score", there.get(group, {}).get("score")), cell("drop", row["drop"])]
-        for group, row in sorted(scores.items())])
-    for key in shared:
-        old, new = before[key], after[key]
-        if old["accuracy"] != new["accuracy"]:
-            lines.append(f"{key}: {old['accuracy']:.2f} -> {new['accuracy']:.2f}, answer "
-                         f"{old['prediction'][:40]!r} -> {new['prediction'][:40]!r}, truth "
-                         f"{extract_answer(old['solution'])[:40]!r}: {old['problem'][:80]!r}")
-    only = [len(before) - len(shared), len(after) - len(shared)]
-    return lines + [f"{len(shared)} questions compared; {only[0]} only in A, {only[1]} only in B"]
+    # with b's rows as the ordered ones, the "drop" of a's rows is b - a
+    seed = a["arguments"]["seed"]
+    scores, there = score(old, old, seed, overalls, new), score(new, new, seed, overalls)
+    groups, hidden = shown_groups(scores)
+    lines += markdown(["group", "questions", "A", "B", "B - A"], [
+        [group, str(scores[group]["answered"]), cell("score", scores[group]["score"]),
+         cell("score", there.get(group, {}).get("score")), cell("drop", scores[group]["drop"])]
+        for group in groups]) + hidden
+    for first, second in zip(old, new):
+        if first["accuracy"] != second["accuracy"]:
+            lines.append(f"{first['problem_id']}: {first['accuracy']:.2f} -> "
+                         f"{second['accuracy']:.2f}, answer {first['prediction'][:40]!r} -> "
+                         f"{second['prediction'][:40]!r}, truth "
+                         f"{extract_answer(first['solution'])[:40]!r}: {first['problem'][:80]!r}")
+    return lines + [f"{len(old)} questions compared; {len(before) - len(old)} only in A, "
+                    f"{len(after) - len(old)} only in B"]
 
 
 def verdict(text):
@@ -1002,7 +985,7 @@ def records_hash(records):
     return hashlib.sha256(json.dumps(asked, sort_keys=True).encode()).hexdigest()
 
 
-def configuration_of(args, processor):
+def shared_configuration(args, processor):
     """What answers depend on, beside records and frames: rows made with another are refused."""
     flags = ("min_frames", "fps", "min_pixels", "max_pixels", "image_min_pixels",
              "image_max_pixels", "temperature", "top_p", "max_new_tokens", "seed")
@@ -1066,7 +1049,7 @@ def open_rows(path, configuration):
     return file
 
 
-def write_whole(path, content):
+def write_json(path, content):
     """Writes a JSON file, complete or not at all."""
     aside = Path(f"{path}.partial")
     aside.write_text(json.dumps(content, indent=1), encoding="utf-8")
@@ -1096,7 +1079,7 @@ def write_result(task, args):
               "world_size": dist.get_world_size(),
               "written": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
               **provenance(), "rows": graded}
-    write_whole(Path(args.output) / f"{task.stem}.json", result)
+    write_json(Path(args.output) / f"{task.stem}.json", result)
     return result
 
 
@@ -1272,7 +1255,8 @@ def by_length(samples, size):
 
 def ask_here(model, processor, share, write, args):
     """Answers a rank's share of the records on this machine, a batch at a time."""
-    ahead = args.batch_size if args.num_workers else None
+    # the next window is decoded while this one is answered
+    ahead = -(-WINDOW * args.batch_size // args.num_workers) if args.num_workers else None
     loader = DataLoader(Prompts(share, processor, args), batch_size=None,
                         num_workers=args.num_workers, prefetch_factor=ahead)
     for samples in by_length(loader, args.batch_size):
@@ -1344,7 +1328,7 @@ def verdicts(stem, prompt, rows, shared, engine, ranks, args):
 
 def judge(path, shared, engine, ranks, args):
     """Figure 6 for a result file: the share of responses with temporal reasoning, among the
-    questions that need it. Returns lines; leaves <stem>.judge.json."""
+    questions that need it. Returns a line; leaves <stem>.judge.json."""
     result, stem = read_result(path), Path(path).stem
     needs = verdicts(f"{stem}.questions", JUDGE_QUESTION, result["rows"], shared, engine, ranks,
                      args)
@@ -1352,21 +1336,21 @@ def judge(path, shared, engine, ranks, args):
     uses = verdicts(f"{stem}.responses", JUDGE_RESPONSE, rows, shared, engine, ranks, args)
     rows = [row for row in rows if str(row["problem_id"]) in uses]
     if not rows:
-        return [f"{stem}: of {len(needs)} questions judged, none needs temporal reasoning"]
+        return f"{stem}: of {len(needs)} questions judged, none needs temporal reasoning"
     values = [float(uses[str(row["problem_id"])]) for row in rows]
     interval = bootstrap_mean(values, [row["path"] for row in rows], args.seed)
     share = dict(zip(("mean", "low", "high"), interval)) | {"n": len(rows)}
     if dist.get_rank() == 0:
-        write_whole(Path(args.output) / f"{stem}.judge.json", {
+        write_json(Path(args.output) / f"{stem}.judge.json", {
             "temporal_reasoning": share, "questions": len(result["rows"]), "judged": len(needs),
             "needs": sum(needs.values()), "judge": args.model, "configuration": shared,
             "prompts": [JUDGE_QUESTION, JUDGE_RESPONSE], **provenance(),
             "rows": [{"problem_id": row["problem_id"], "needs": needs[str(row["problem_id"])],
                       "uses": uses.get(str(row["problem_id"]))}
                      for row in result["rows"] if str(row["problem_id"]) in needs]})
-    return [f"{stem}: temporal reasoning in {cell('temporal', share)} % of {len(rows)} responses "
+    return (f"{stem}: temporal reasoning in {cell('temporal', share)} % of {len(rows)} responses "
             f"to questions that need it ({sum(needs.values())} of {len(needs)} judged, "
-            f"{len(result['rows'])} answered)"]
+            f"{len(result['rows'])} answered)")
 
 
 # ---------------------------------------------------------------------------------- main
@@ -1385,7 +1369,7 @@ def main(args):
     for path in args.judge or ():
         read_result(path)
     processor = None if args.api_base else load_processor(args)
-    shared = configuration_of(args, processor)
+    shared = shared_configuration(args, processor)
     tasks = plan_tasks(args, benchmarks, shared)
     rank, device = setup_distributed()
     ranks = dist.new_group(backend="gloo", timeout=LONGEST_WAIT)
@@ -1394,8 +1378,9 @@ def main(args):
 
     # ------------------------------------------------------------------- verdicts of a judge
     for path in args.judge or ():
-        lines = judge(path, shared, engine, ranks, args)
-        print("\n".join(lines) if rank == 0 else "", end="\n" * (rank == 0))
+        line = judge(path, shared, engine, ranks, args)
+        if rank == 0:
+            print(line)
 
     # ---------------------------------------------------------------- answers, then scores
     for task in tasks:

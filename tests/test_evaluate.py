@@ -170,7 +170,7 @@ def test_the_table_shows_coverage_and_interval_and_hides_no_group_silently():
     many = [record | {"problem_id": i, "data_source": f"url {i}"} for i, record in
             enumerate(records * 10)]
     lines = evaluate.table("toy", evaluate.score(many, [], seed=0))
-    assert lines[-1] == "(40 groups by data_source: in the file)" and "0/40" in lines[2]
+    assert lines[-1] == "(40 groups by data_source: not shown)" and "0/40" in lines[2]
 
 
 # -------------------------------------------------------------------------- order of frames
