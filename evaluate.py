@@ -338,7 +338,8 @@ def mvbench(content, path):
         letter = chr(ord("A") + row["candidates"].index(row["answer"]))
         record = as_record(f"{task}/{i}", row["question"], row["candidates"], letter,
                            f"video/{MVBENCH_FOLDERS[task]}/{row['video']}", task=task)
-        record |= {f"video_{key}": float(row[key]) for key in ("start", "end") if key in row}
+        record |= {f"video_{key}": float(row[key]) for key in ("start", "end")
+                   if row.get(key) is not None}
         if task == "episodic_reasoning":
             record["video_fps"] = MVBENCH_FPS
         yield record
@@ -362,7 +363,7 @@ def tempcompass(content, path):
         question, answer = row["question"], row["answer"]
         if task == "yes_no":
             question += "\nA. yes\nB. no"
-            answer = {"yes": "A. yes", "no": "B. no"}[answer]
+            answer = {"yes": "A. yes", "no": "B. no"}[answer.lower()]
         lines = question.split("\n")
         marks = [TEMPCOMPASS_OPTION.fullmatch(line) for line in lines]
         texts = {mark[1]: mark[2] for mark in marks if mark}  # label -> text
@@ -709,7 +710,7 @@ def summary(results, compare):
     for result in results:
         name, whole = result["benchmark"], BENCHMARKS[result["benchmark"]].size
         row = result["scores"][result["overall"]]
-        model = f"{result['arguments']['model']}" + (
+        model = result["arguments"]["model"] + (
             "" if result["order"] == "ordered" else f" ({result['order']})")
         text = cell("score", row.get("score"))
         if result["answered"] < whole:

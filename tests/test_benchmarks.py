@@ -2,6 +2,7 @@
 import base64
 import io
 import json
+import sys
 import threading
 from collections import Counter
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
@@ -13,7 +14,7 @@ from PIL import Image
 
 import evaluate
 from build_data import InputError, MediaError, build_messages, load_vision, write_video
-from test_evaluate import SHARED, environment_kept, flags, run  # noqa: F401 (a fixture)
+from test_evaluate import SHARED, environment_kept, flags  # noqa: F401 (a fixture)
 
 LIMITS = {"max_frames": 8, "min_frames": 4, "fps": 2, "min_pixels": 784, "max_pixels": 784}
 
@@ -223,7 +224,7 @@ def test_what_is_no_release_is_refused_by_name(tmp_path, monkeypatch):
         read("videommmu", tmp_path / "other.json", tmp_path)
     with pytest.raises(InputError, match="has no questions/.*as TempCompass is released"):
         read("tempcompass", tmp_path, tmp_path)
-    monkeypatch.setitem(__import__("sys").modules, "pyarrow", None)  # as if it were not installed
+    monkeypatch.setitem(sys.modules, "pyarrow", None)  # as if it were not installed
     with pytest.raises(InputError, match="needs the package pyarrow"):
         read("videomme", tmp_path / "test.parquet", tmp_path)
 
@@ -238,7 +239,8 @@ def test_released_rows_are_grouped_by_what_they_name(name, kinds, most, tmp_path
         pytest.skip(f"no {source}")
     records = read(name, source, tmp_path, "--media_root", str(tmp_path))
     assert len(records) == 30 and all(list(r["groups"]) == kinds for r in records.values())
-    assert Counter(r["groups"]["discipline"] for r in records.values()).most_common(1)[0][0] == most
+    disciplines = Counter(record["groups"]["discipline"] for record in records.values())
+    assert disciplines.total() == 30 and disciplines.most_common(1)[0][0] == most
     if name == "videommmu":  # open questions are in adaptation alone
         assert {r["groups"]["track"] for r in records.values()
                 if r["problem_type"] == "numerical"} == {"adaptation"}
@@ -256,14 +258,15 @@ def test_videommmu_s_last_frame_the_quiz_is_always_shown(tmp_path):
     record, = read("videommmu", tmp_path / "one.json", tmp_path).values()
     for count in (8, 16, 32):
         shown = load_vision(record, **{**LIMITS, "max_frames": count}).frames
-        assert len(shown) == count and shown[-1].float().mean() > 200 > 50 > shown[-2].float().mean()
+        assert len(shown) == count
+        assert shown[-1].float().mean() > 200 and shown[-2].float().mean() < 50
 
 
 # ---------------------------------------------------------------------------------- scores
 
-def graded(name, task, problem_type, solution, answers, media="m"):
+def graded(task, problem_type, solution, answers):
     """Rows as they are graded, one for each answer, with a medium of its own."""
-    records = [{"problem_id": f"{task}{i}", "path": f"{media}{task}{i}", "problem": "Q?",
+    records = [{"problem_id": f"{task}{i}", "path": f"{task}{i}", "problem": "Q?",
                 "problem_type": problem_type, "groups": {"task": task},
                 "options": ["A. x", "B. y"] if problem_type == "multiple choice" else [],
                 "solution": f"<answer>{solution}</answer>"} for i in range(len(answers))]
@@ -273,10 +276,10 @@ def graded(name, task, problem_type, solution, answers, media="m"):
 
 
 def test_vsi_bench_s_two_overalls_are_those_computed_by_hand():
-    parts = [graded("vsibench", task, "multiple choice", "A", answers) for task, answers in (
+    parts = [graded(task, "multiple choice", "A", answers) for task, answers in (
         ("object_rel_direction_easy", "AAAA"), ("object_rel_direction_medium", "AB"),
         ("object_rel_direction_hard", "B"), ("route_planning", "AAAB"))]
-    parts.append(graded("vsibench", "object_counting", "regression", "2", ["2", "1"]))
+    parts.append(graded("object_counting", "regression", "2", ["2", "1"]))
     records, rows = (sum(both, []) for both in zip(*parts))
     scores = evaluate.score(records, rows, 0, evaluate.BENCHMARKS["vsibench"].overalls)
     # mra: 1 and .1 (the boundary counts); as released: 1 and 0
@@ -299,12 +302,13 @@ def test_the_released_mra_differs_where_it_meets_a_threshold(p, g, ours, release
 
 
 def test_a_benchmark_without_task_names_falls_back_to_the_plain_mean():
-    records, rows = graded("mvbench", "t", "multiple choice", "A", "AAB")
+    records, rows = graded("t", "multiple choice", "A", "AAB")
     for record in records + rows:
         record["groups"] = {}
     overalls = evaluate.usable(evaluate.BENCHMARKS["mvbench"].overalls, records)
     assert list(overalls) == ["all"]
-    assert evaluate.score(records, rows, 0, overalls)["all"]["score"]["mean"] == pytest.approx(2 / 3)
+    whole = evaluate.score(records, rows, 0, overalls)["all"]
+    assert whole["score"]["mean"] == pytest.approx(2 / 3)
 
 
 def test_the_interval_of_two_media_is_exact():
@@ -477,6 +481,33 @@ def test_a_server_that_misbehaves_costs_at_most_the_questions_it_refuses(
     assert result["answered"] == 5
     assert {json.dumps(body["messages"][0]["content"]) for body in server.bodies[asked:]} == {
         refused[0]}  # what was answered is not asked again
+
+
+def test_released_files_of_two_benchmarks_are_asked_and_graded_in_one_command(
+        tmp_path, server, capsys):
+    clip, truths, given = np.zeros((8, 28, 28, 3), np.uint8), {}, []
+    for name in ("mmvu", "videommmu"):
+        if not (SHARED / f"eval_{name}_30.json").exists():
+            pytest.skip(f"no {SHARED}/eval_{name}_30.json")
+        rows = json.loads((SHARED / f"eval_{name}_30.json").read_text())
+        put(tmp_path / f"eval_{name}.json", rows)
+        for row in rows:
+            (tmp_path / row["path"]).parent.mkdir(parents=True, exist_ok=True)
+            write_video(tmp_path / row["path"], clip, 2)
+        truths[name] = [row["solution"] for row in rows]
+        given.append(f"{name}={tmp_path}/eval_{name}.json")
+    server.reply = lambda content, attempt: (200, "<think>x</think>\n<answer>B</answer>")
+    evaluate.main(evaluate.parse_args(["--benchmark", *given, "--output", str(tmp_path / "out"),
+                                       "--frames", "8", "--num_workers", "0", *server.flags]))
+    for name, solutions in truths.items():
+        scores = json.loads((tmp_path / f"out/{name}_8_ordered.json").read_text())["scores"]
+        assert scores["all"]["answered"] == 30 == len(solutions)
+        right = sum(solution == "<answer>B</answer>" for solution in solutions)
+        assert 0 < right < 30 and scores["all"]["score"]["mean"] == pytest.approx(right / 30)
+    printed = capsys.readouterr().out.splitlines()
+    ours = next(line for line in printed if line.startswith("| served"))
+    cells = [text.strip() for text in ours.strip("|").split("|")]
+    assert cells[3].endswith(" 30/900") and cells[4].endswith(" 30/625") and cells[5] == ""
 
 
 def test_the_order_of_frames_reaches_the_server(toy, mmvu, tmp_path, server):
