@@ -754,12 +754,12 @@ def difference(a, b):
 
 
 def verdict(text):
-    """The judge's yes (True) or no (False); None for anything else.
+    """The judge's yes (True) or no (False), after its thoughts if it has any; else None.
 
-    >>> [verdict(text) for text in ("Yes.", "**no**", "It depends: yes and no")]
+    >>> [verdict(text) for text in ("<think>no?</think>Yes.", "**no**", "It depends: yes and no")]
     [True, False, None]
     """
-    words = set(re.findall(r"[a-z]+", text.lower())) & {"yes", "no"}
+    words = set(re.findall(r"[a-z]+", text.rpartition("</think>")[2].lower())) & {"yes", "no"}
     return words == {"yes"} if len(words) == 1 else None
 
 
@@ -1328,30 +1328,36 @@ def verdicts(stem, prompt, rows, shared, engine, ranks, args):
 
 
 def judge(path, shared, engine, ranks, args):
-    """Figure 6 for a result file: the share of responses with temporal reasoning, among the
-    questions that need it. Returns a line; leaves <stem>.judge.json."""
+    """The verdicts on a result file: [(medium, whether the response uses temporal reasoning)] of
+    the questions that need it. Leaves <stem>.judge.json; a question without verdict is in neither.
+    """
     result, stem = read_result(path), Path(path).stem
-    needs = verdicts(f"{stem}.questions", JUDGE_QUESTION, result["rows"], shared, engine, ranks,
-                     args)
-    rows = [row for row in result["rows"] if needs.get(str(row["problem_id"]))]
-    uses = verdicts(f"{stem}.responses", JUDGE_RESPONSE, rows, shared, engine, ranks, args)
-    rows = [row for row in rows if str(row["problem_id"]) in uses]
-    if not rows:
-        return f"{stem}: of {len(needs)} questions judged, none needs temporal reasoning"
-    values = [float(uses[str(row["problem_id"])]) for row in rows]
-    interval = bootstrap_mean(values, [row["path"] for row in rows], args.seed)
-    share = dict(zip(("mean", "low", "high"), interval)) | {"n": len(rows)}
+    rows = result["rows"]
+    needs = verdicts(f"{stem}.questions", JUDGE_QUESTION, rows, shared, engine, ranks, args)
+    needed = [row for row in rows if needs.get(str(row["problem_id"]))]
+    uses = verdicts(f"{stem}.responses", JUDGE_RESPONSE, needed, shared, engine, ranks, args)
+    pairs = [(row["path"], uses[str(row["problem_id"])]) for row in needed
+             if str(row["problem_id"]) in uses]
     if dist.get_rank() == 0:
+        print(f"{stem}: {len(rows)} questions answered, {len(needs)} judged, {len(needed)} need "
+              "temporal reasoning")
         write_json(Path(args.output) / f"{stem}.judge.json", {
-            "temporal_reasoning": share, "questions": len(result["rows"]), "judged": len(needs),
-            "needs": sum(needs.values()), "judge": args.model, "configuration": shared,
+            "questions": len(rows), "judged": len(needs), "needs": len(needed),
+            "uses": temporal_share(pairs, args.seed), "judge": args.model, "configuration": shared,
             "prompts": [JUDGE_QUESTION, JUDGE_RESPONSE], **provenance(),
             "rows": [{"problem_id": row["problem_id"], "needs": needs[str(row["problem_id"])],
                       "uses": uses.get(str(row["problem_id"]))}
-                     for row in result["rows"] if str(row["problem_id"]) in needs]})
-    return (f"{stem}: temporal reasoning in {cell('temporal', share)} % of {len(rows)} responses "
-            f"to questions that need it ({sum(needs.values())} of {len(needs)} judged, "
-            f"{len(result['rows'])} answered)")
+                     for row in rows if str(row["problem_id"]) in needs]})
+    return pairs
+
+
+def temporal_share(pairs, seed):
+    """Figure 6's number from judge's pairs: the share that uses it; None without any."""
+    if not pairs:
+        return None
+    media, uses = zip(*pairs)
+    interval = bootstrap_mean([float(use) for use in uses], media, seed)
+    return dict(zip(("mean", "low", "high"), interval)) | {"n": len(pairs)}
 
 
 # ---------------------------------------------------------------------------------- main
@@ -1378,10 +1384,10 @@ def main(args):
     engine = engine_of(args, processor, device)
 
     # ------------------------------------------------------------------- verdicts of a judge
-    for path in args.judge or ():
-        line = judge(path, shared, engine, ranks, args)
-        if rank == 0:
-            print(line)
+    pairs = [pair for path in args.judge or () for pair in judge(path, shared, engine, ranks, args)]
+    if args.judge and rank == 0:
+        print(f"temporal reasoning in {cell('uses', temporal_share(pairs, args.seed)) or '-'} % of "
+              f"{len(pairs)} responses to questions that need it")
 
     # ---------------------------------------------------------------- answers, then scores
     for task in tasks:

@@ -543,6 +543,7 @@ def test_the_judge_gives_the_share_of_temporal_responses_among_questions_that_ne
     assert "temporal reasoning in 66.7 [50.0, 100.0] % of 3 responses" in capsys.readouterr().out
     result = json.loads((tmp_path / "judged/toy_8_ordered.judge.json").read_text())
     assert (result["questions"], result["judged"], result["needs"]) == (4, 3, 3)
+    assert result["uses"]["mean"] == pytest.approx(2 / 3)
     assert [row["uses"] for row in result["rows"]] == [True, False, True]
     asked = len(server.bodies)
     assert asked == 7
@@ -556,6 +557,6 @@ def test_a_model_on_this_machine_can_judge(toy, tmp_path, capsys):
         "--judge", path, "--output", str(tmp_path / "judged"), "--model", str(toy / "model"),
         "--max_new_tokens", "2", "--num_workers", "0"]))
     # the toy's untrained model says neither yes nor no
-    assert "of 0 questions judged, none needs temporal reasoning" in capsys.readouterr().out
+    assert "4 questions answered, 0 judged, 0 need" in capsys.readouterr().out
     rows = (tmp_path / "judged/toy_8_ordered.questions.rank0.jsonl").read_text().splitlines()
     assert len(rows) == 5
