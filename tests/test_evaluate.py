@@ -248,6 +248,15 @@ def test_a_padded_batch_of_videos_and_images_is_answered_like_one_by_one(toy):
     assert len({tuple(ids) for ids, _ in together}) > 1  # not equal for a trivial reason
 
 
+def test_samples_of_like_length_are_batched_together_and_none_is_lost():
+    def sample(length):
+        return {"inputs": {"input_ids": torch.zeros(1, length)}} if length else {"reason": "broken"}
+    lengths = [9, 1, 8, 0, 7, 3]  # a window is WINDOW * 2 = 4 samples
+    batches = [[s["inputs"]["input_ids"].shape[1] if "inputs" in s else 0 for s in batch]
+               for batch in evaluate.by_length(map(sample, lengths), 2)]
+    assert evaluate.WINDOW == 2 and batches == [[0, 1], [8, 9], [3, 7]]
+
+
 def test_vision_tokens_are_not_sampled_and_draws_repeat_with_the_seed(toy):
     args = evaluate.parse_args(flags(toy, "unused", "--temperature", 3, "--top_p", 1,
                                      "--max_new_tokens", 40))
