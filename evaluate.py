@@ -16,7 +16,7 @@ or the folder it was downloaded to); under another name, a file of records. Scor
     mra        mean relative accuracy as VSI-Bench defines it; mra_released: as the paper's code
     format     share of well-formed responses;  truncated: share cut off at --max_new_tokens
     tokens     mean length of a response, end token included
-    reflections  phrases a response that reconsider ("wait", "let me check"): counted, not judged
+    reflections  phrases of second thoughts in a response ("wait", "let me check"): only counted
     drop       score with ordered frames minus this score, over records answered in both
 
 Each has a 95 % interval: bootstrap over media, since questions share videos. A medium that cannot
@@ -105,6 +105,7 @@ CONNECT_TIMEOUT = 10.0  # seconds
 REPEATED = {408, 409, 425, 429}  # HTTP: not now; as any status from 500. Others will not change
 HOPELESS = {401, 403, 404}  # HTTP: no request of this run can succeed
 ERROR_SHOWN = 300  # characters of what a server says about an error
+
 # This project's own wording: the paper's (Figure 12) is not in its text.
 JUDGE_QUESTION = """\
 Below is a question about a video. Does answering it need temporal reasoning: comparing different \
