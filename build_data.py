@@ -9,10 +9,13 @@ Second half, a command:
 Shapes: T frames, C channels, H x W pixels, L tokens, B records.
 """
 import argparse
+import base64
 import hashlib
+import io
 import json
 import logging
 import math
+import mimetypes
 import multiprocessing
 import os
 import re
@@ -25,6 +28,7 @@ from collections import Counter
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any, NamedTuple
+from urllib.parse import quote
 
 import numpy as np
 import torch
@@ -32,6 +36,10 @@ from PIL import Image
 
 PROBLEM_TYPES = ("multiple choice", "numerical", "OCR", "free-form", "regression")
 REQUIRED_FIELDS = ("problem_id", "problem", "data_type", "problem_type", "solution", "path")
+JPEG_QUALITY = 95  # of frames sent to a server; Pillow's highest sensible value
+# Optional: the seconds that a question is about; the rate of a video kept as a folder of frames
+CLIP_FIELDS = ("video_start", "video_end", "video_fps")
+FRAME_SUFFIXES = (".jpg", ".jpeg", ".png")  # in such a folder
 PATCH = 28  # pixels: one visual token covers 28 x 28 (two merged 14 x 14 patches a side)
 
 # The paper's Figure 11 in the wording of its release, letter for letter: a model trained
@@ -171,13 +179,13 @@ def load_vision(record, *, max_frames, min_frames, fps, min_pixels, max_pixels) 
     if not os.path.realpath(path).startswith(os.path.realpath(record["media_root"]) + os.sep):
         raise MediaError(f"{path}: a link that leaves media_root")
     try:
-        if os.path.getsize(path) == 0:
+        if not os.path.isdir(path) and os.path.getsize(path) == 0:
             raise MediaError(f"{path}: the file is empty (0 bytes)")
         if record["data_type"] == "image":
             return Vision(None, {}, read_image(path, min_pixels, max_pixels))
         sampling = {"fps": fps, "min_frames": min_frames, "max_frames": max_frames,
                     "min_pixels": min_pixels, "max_pixels": max_pixels}
-        clip = {key: record[key] for key in ("video_start", "video_end") if key in record}
+        clip = {key: record[key] for key in CLIP_FIELDS if key in record}
         return read_video(path, **sampling, **clip)
     except MEDIA_FAULTS as error:
         if isinstance(error, MediaError):
@@ -312,7 +320,7 @@ def read_image(path, min_pixels, max_pixels) -> Image.Image:
 
 
 def read_video(path, **sampling) -> Vision:
-    """The video's frames as qwen-vl-utils samples and resizes them, decoded by decord."""
+    """The frames as qwen-vl-utils samples and resizes them, decoded by decord; or a folder's."""
     os.environ.setdefault("FORCE_QWENVL_VIDEO_READER", "decord")
     from decord import DECORDError
     from qwen_vl_utils import vision_process
@@ -320,6 +328,8 @@ def read_video(path, **sampling) -> Vision:
     def reraise(element):
         raise  # qwen-vl-utils calls its fallback inside the `except` of the real reader's error
     vision_process.VIDEO_READER_BACKENDS["torchvision"] = reraise
+    vision_process.VIDEO_READER_BACKENDS["decord"] = (
+        read_folder if os.path.isdir(path) else vision_process._read_video_decord)
     vision_process.logger.setLevel(logging.ERROR)  # its warnings announce that same fallback
     try:
         frames, metadata = vision_process.fetch_video(
@@ -331,6 +341,26 @@ def read_video(path, **sampling) -> Vision:
             raise ValueError("the clip has fewer than 2 frames") from error
         raise
     return Vision(frames.to(torch.uint8), metadata, None)  # lossless: resizing rounded already
+
+
+def read_folder(element):
+    """qwen-vl-utils' reader for a folder of frames, in the order of their names.
+
+    In the place of its reader of files, so that both are sampled and resized by the same rules.
+    Returns frames (T, C, H, W), their metadata and the sampled rate.
+    """
+    from qwen_vl_utils import vision_process
+    paths = sorted(path for path in Path(element["video"]).iterdir()
+                   if path.suffix.lower() in FRAME_SUFFIXES)
+    fps = element.get("video_fps")
+    if not paths or not fps:
+        raise ValueError("a folder needs frames (.jpg, .png) and the record's field video_fps")
+    start, end, count = vision_process.calculate_video_frame_range(element, len(paths), fps)
+    drawn = vision_process.smart_nframes(element, total_frames=count, video_fps=fps)
+    indices = torch.linspace(start, end, drawn).round().long().tolist()  # T of them
+    frames = np.stack([Image.open(paths[i]).convert("RGB") for i in indices])  # (T, H, W, C)
+    metadata = {"fps": fps, "frames_indices": indices, "total_num_frames": count}
+    return torch.from_numpy(frames).permute(0, 3, 1, 2), metadata, drawn / count * fps
 
 
 def encode(processor, record, vision: Vision, device=None) -> dict[str, torch.Tensor]:
@@ -353,6 +383,44 @@ def encode(processor, record, vision: Vision, device=None) -> dict[str, torch.Te
     if "second_per_grid_ts" in inputs:
         inputs["second_per_grid_ts"] = torch.as_tensor(inputs["second_per_grid_ts"])
     return {key: value.to(device) for key, value in inputs.items()}
+
+
+def api_messages(record, vision: Vision, video_url="") -> list[dict]:
+    """build_messages for a server that speaks OpenAI's protocol: the same text and the pixels
+    that load_vision decoded, as data: URLs (an image as PNG, sampled frames as JPEG pictures).
+
+    Such a server takes the frames of a video for single pictures without timing. video_url lets
+    it sample the video itself: "data" sends the file; anything else is a prefix to which the
+    record's path is appended, for a server that can read it (file:///srv/data or http://...).
+    A clip within a file (video_start, video_end) always goes as frames.
+    """
+    *_, text = build_messages(record)[0]["content"]
+    part = record.keys() & {"video_start", "video_end"}
+    if vision.frames is None:
+        media = [("image_url", picture_url(vision.image, "PNG"))]
+    elif video_url and not part:
+        media = [("video_url", whole_url(record, video_url))]
+    else:
+        frames = vision.frames.permute(0, 2, 3, 1).numpy()  # (T, H, W, C)
+        media = [("image_url", picture_url(Image.fromarray(frame), "JPEG")) for frame in frames]
+    content = [{"type": kind, kind: {"url": url}} for kind, url in media]
+    return [{"role": "user", "content": [*content, text]}]
+
+
+def picture_url(image, kind) -> str:
+    """A picture as a data: URL; kind is PNG or JPEG."""
+    file = io.BytesIO()
+    image.save(file, kind, **({"quality": JPEG_QUALITY} if kind == "JPEG" else {}))
+    return f"data:image/{kind.lower()};base64,{base64.b64encode(file.getvalue()).decode()}"
+
+
+def whole_url(record, video_url) -> str:
+    """The URL of a record's whole video: its bytes for "data", else its path below video_url."""
+    if video_url != "data":
+        return f"{video_url.rstrip('/')}/{quote(os.path.normpath(record['path']))}"
+    kind = mimetypes.guess_type(record["path"])[0] or "video/mp4"
+    content = base64.b64encode(Path(record["media_path"]).read_bytes()).decode()
+    return f"data:{kind};base64,{content}"
 
 
 def image_as_video(processor, inputs) -> dict[str, torch.Tensor]:
