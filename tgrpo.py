@@ -36,7 +36,6 @@ import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 from deepspeed.accelerator import get_accelerator
-from torch.utils.checkpoint import checkpoint
 from torch.utils.data import DataLoader, Dataset
 from tqdm import tqdm
 from transformers import AttentionInterface, AutoModelForImageTextToText, AutoProcessor
@@ -440,22 +439,42 @@ def response_logits(model, cache, inputs, last_position, next_position, response
                  use_cache=True).logits  # (n, L, V)
 
 
-def token_logps(logits, responses, temperature):
-    """(n, L) log-probabilities of the response tokens, and the (n, L) entropies (no gradient).
+class TokenLogps(torch.autograd.Function):
+    """log softmax(logits / temperature) at the ids, and the entropy of each row.
 
-    In pieces of PIECE tokens, recomputed in the backward pass: at 150,000 tokens of vocabulary
-    the float32 copies of all logits would outweigh the model's activations.
+    By hand and in pieces of PIECE rows: at 150,000 tokens of vocabulary the float32 copies of
+    the logits that autograd would keep outweigh all activations of the model.
     """
-    def piece_logps(piece, ids):
-        piece = piece.float() / temperature  # (PIECE, V)
-        with torch.no_grad():
-            log_probs = piece.log_softmax(-1)
-            entropy = -(log_probs.exp() * log_probs).sum(-1)
-        return -F.cross_entropy(piece, ids, reduction="none"), entropy  # (PIECE,) each
 
-    pieces = [checkpoint(piece_logps, *piece, use_reentrant=False) for piece in zip(
-        logits.flatten(0, 1).split(PIECE), responses.flatten().split(PIECE))]
-    return tuple(torch.cat(part).view_as(responses) for part in zip(*pieces))  # (n, L) each
+    @staticmethod
+    def forward(ctx, logits, ids, temperature):  # (N, V), (N,)
+        logps, entropy = logits.new_empty(2, len(ids), dtype=torch.float32)  # (N,) each
+        for rows in torch.arange(len(ids), device=ids.device).split(PIECE):
+            log_probs = (logits[rows].float() / temperature).log_softmax(-1)  # (PIECE, V)
+            logps[rows] = log_probs.gather(1, ids[rows, None])[:, 0]
+            entropy[rows] = -(log_probs.exp() * log_probs).sum(-1)
+        ctx.save_for_backward(logits, ids)
+        ctx.temperature = temperature
+        ctx.mark_non_differentiable(entropy)
+        return logps, entropy
+
+    @staticmethod
+    def backward(ctx, gradient, _):
+        """d log p_i / d logit_j = (1[i = j] - p_j) / temperature."""
+        logits, ids = ctx.saved_tensors
+        gradient, result = gradient / ctx.temperature, torch.empty_like(logits)  # (N,), (N, V)
+        for rows in torch.arange(len(ids), device=ids.device).split(PIECE):
+            probs = (logits[rows].float() / ctx.temperature).softmax(-1)  # (PIECE, V)
+            probs *= -gradient[rows, None]
+            result[rows] = probs.scatter_add_(1, ids[rows, None], gradient[rows, None]).to(
+                result.dtype)
+        return result, None, None
+
+
+def token_logps(logits, responses, temperature):
+    """(n, L) log-probabilities of the response tokens, and the (n, L) entropies (no gradient)."""
+    parts = TokenLogps.apply(logits.flatten(0, 1), responses.flatten(), temperature)
+    return tuple(part.view_as(responses) for part in parts)  # (n, L) each
 
 
 def prompt_cache(output):

@@ -340,6 +340,23 @@ def test_temperature_divides_the_logits():
         math.log(4), abs=1e-6)
 
 
+@pytest.mark.parametrize("piece", [4, 100])
+def test_log_probs_by_hand_equal_autograd_s_in_value_and_gradient(monkeypatch, piece):
+    monkeypatch.setattr(tgrpo, "PIECE", piece)
+    generator = seeded_generator(0)
+    logits = (3 * torch.randn(2, 5, 7, generator=generator)).requires_grad_()
+    ids, weights = torch.randint(0, 7, (2, 5), generator=generator), torch.randn(2, 5)
+    logps, entropy = tgrpo.token_logps(logits, ids, 0.7)
+    ours, = torch.autograd.grad((logps * weights).sum(), logits)
+    expected = (logits / 0.7).log_softmax(-1)
+    theirs, = torch.autograd.grad((expected.gather(-1, ids[..., None])[..., 0] * weights).sum(),
+                                  logits)
+    assert torch.allclose(logps, expected.gather(-1, ids[..., None])[..., 0], atol=1e-6)
+    assert torch.allclose(entropy, torch.distributions.Categorical(logits=expected).entropy(),
+                          atol=1e-6)
+    assert torch.allclose(ours, theirs, atol=1e-6)
+
+
 # -------------------------------------------------------------------- schedule, data order
 
 def test_every_record_comes_once_an_epoch_in_an_order_that_changes():
