@@ -9,9 +9,12 @@ Second half, a command:
 Shapes: T frames, C channels, H x W pixels, L tokens, B records.
 """
 import argparse
+import base64
+import io
 import json
 import logging
 import math
+import mimetypes
 import multiprocessing
 import os
 import re
@@ -24,6 +27,7 @@ from collections import Counter
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any, NamedTuple
+from urllib.parse import quote
 
 import numpy as np
 import torch
@@ -31,6 +35,7 @@ from PIL import Image
 
 PROBLEM_TYPES = ("multiple choice", "numerical", "OCR", "free-form", "regression")
 REQUIRED_FIELDS = ("problem_id", "problem", "data_type", "problem_type", "solution", "path")
+JPEG_QUALITY = 95  # of frames sent to a server; Pillow's highest sensible value
 PATCH = 28  # pixels: one visual token covers 28 x 28 (two merged 14 x 14 patches a side)
 
 # The paper's Figure 11 in the wording of its release, letter for letter: a model trained
@@ -308,6 +313,44 @@ def encode(processor, record, vision: Vision, device=None) -> dict[str, torch.Te
     if "second_per_grid_ts" in inputs:
         inputs["second_per_grid_ts"] = torch.as_tensor(inputs["second_per_grid_ts"])
     return {key: value.to(device) for key, value in inputs.items()}
+
+
+def api_messages(record, vision: Vision, video_url="") -> list[dict]:
+    """build_messages for a server that speaks OpenAI's protocol: the same text and the pixels
+    that load_vision decoded, as data: URLs (an image as PNG, sampled frames as JPEG pictures).
+
+    Such a server takes the frames of a video for single pictures without timing. video_url lets
+    it sample the video itself: "data" sends the file; anything else is a prefix to which the
+    record's path is appended, for a server that can read it (file:///srv/data or http://...).
+    A clip within a file (video_start, video_end) always goes as frames.
+    """
+    *_, text = build_messages(record)[0]["content"]
+    part = record.keys() & {"video_start", "video_end"}
+    if vision.frames is None:
+        media = [("image_url", picture_url(vision.image, "PNG"))]
+    elif video_url and not part:
+        media = [("video_url", whole_url(record, video_url))]
+    else:
+        frames = vision.frames.permute(0, 2, 3, 1).numpy()  # (T, H, W, C)
+        media = [("image_url", picture_url(Image.fromarray(frame), "JPEG")) for frame in frames]
+    content = [{"type": kind, kind: {"url": url}} for kind, url in media]
+    return [{"role": "user", "content": [*content, text]}]
+
+
+def picture_url(image, kind) -> str:
+    """A picture as a data: URL; kind is PNG or JPEG."""
+    file = io.BytesIO()
+    image.save(file, kind, **({"quality": JPEG_QUALITY} if kind == "JPEG" else {}))
+    return f"data:image/{kind.lower()};base64,{base64.b64encode(file.getvalue()).decode()}"
+
+
+def whole_url(record, video_url) -> str:
+    """The URL of a record's whole video: its bytes for "data", else its path below video_url."""
+    if video_url != "data":
+        return f"{video_url.rstrip('/')}/{quote(os.path.normpath(record['path']))}"
+    kind = mimetypes.guess_type(record["path"])[0] or "video/mp4"
+    content = base64.b64encode(Path(record["media_path"]).read_bytes()).decode()
+    return f"data:{kind};base64,{content}"
 
 
 def image_as_video(processor, inputs) -> dict[str, torch.Tensor]:
