@@ -1161,9 +1161,9 @@ def wanted_type(answer, options, wanted):
     numbers = [kind for kind in ("numerical", "regression") if kind in wanted]
     if options:
         return "multiple choice" if "multiple choice" in wanted else None
-    if numbers and parse_number(answer) is not None and (
-            not texts or len(answer.split()) <= SHORT_ANSWER):
-        return numbers[0]
+    if numbers and (not texts or len(answer.split()) <= SHORT_ANSWER):
+        if parse_number(answer) is not None:
+            return numbers[0]
     return texts[0] if texts else None
 
 
@@ -1306,14 +1306,15 @@ def candidates_of(entry, root, benchmarks, seen, counts):
                 record, reason = make_record(found, entry, path.parent.name)
                 if record and record["path"] not in excluded:
                     excluded[record["path"]] = in_benchmark(record["path"], root, benchmarks)
+                key = question_key(record) if record else None
                 if record and excluded[record["path"]]:
                     reason = "medium of a benchmark"
-                elif record and question_key(record) in seen:
+                elif key in seen:
                     reason = "duplicate"
                 if reason:
                     counts[reason] += 1
                 else:
-                    seen.add(question_key(record))
+                    seen.add(key)
                     yield record
 
 
