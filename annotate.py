@@ -57,7 +57,7 @@ from deepspeed.accelerator import get_accelerator
 from torch.utils.data import DataLoader, Dataset
 from tqdm import tqdm
 from transformers import AutoModelForImageTextToText, AutoProcessor, GenerationConfig
-from transformers.integrations import HfDeepSpeedConfig
+from transformers.integrations.deepspeed import set_hf_deepspeed_config
 
 from build_data import (ANSWER_SUFFIX, TEMPLATE, InputError, MediaError, api_messages,
                         check_limits, encode, encode_blank, image_as_video, load_records,
@@ -350,6 +350,17 @@ def precision():
     return torch.float32 if get_accelerator().device_name() == "cpu" else torch.bfloat16
 
 
+class Sharding:
+    """What transformers asks to load, and run, a model in parts; its own HfDeepSpeedConfig needs
+    accelerate, and nothing else here does."""
+
+    def __init__(self, config):
+        self.config = config
+
+    def is_zero3(self):
+        return True
+
+
 def load_model(args, tokenizer, device):
     """The model, set to answer as the flags say: its own sampling defaults (a repetition penalty
     in Qwen2.5-VL's release) are put aside. With --deepspeed_config, this rank's part of it."""
@@ -364,7 +375,8 @@ def load_model(args, tokenizer, device):
             raise InputError(f"{args.deepspeed_config} has stage {stage}: only 3 shards weights")
         config["bf16"] = {"enabled": precision() == torch.bfloat16}
         config["train_micro_batch_size_per_gpu"] = 1  # asked for, of no consequence
-        sharding = HfDeepSpeedConfig(config)  # while it lives, transformers loads in parts
+        sharding = Sharding(config)
+        set_hf_deepspeed_config(sharding)
     try:
         model = AutoModelForImageTextToText.from_pretrained(
             args.model, dtype=precision(), attn_implementation=args.attn_implementation,
@@ -380,7 +392,7 @@ def load_model(args, tokenizer, device):
     if sharding is None:
         return model.to(device).eval()
     engine, *_ = deepspeed.initialize(model=model, config=config)
-    engine.module.sharding = sharding  # generate() looks for it, to keep the ranks in step
+    engine.module.sharding = sharding  # kept alive: generate() asks it whether ranks keep step
     return engine.module.eval()
 
 
