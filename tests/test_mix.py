@@ -7,7 +7,6 @@ import random
 import subprocess
 import sys
 from collections import Counter
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -297,7 +296,7 @@ def test_released_video_r1_records_come_through_unchanged(tmp_path):
 
 def test_real_evaluation_rows_convert(tmp_path):
     """Rows of the released MMVU file, where they are on this machine."""
-    path = Path(os.environ.get("VIDEO_R1_ROWS", "/work/shared/data")) / "eval_mmvu_30.json"
+    path = ROOT.parent / "shared" / "data" / "eval_mmvu_30.json"
     if not path.exists():
         pytest.skip("no released rows here")
     rows = json.loads(path.read_text())
