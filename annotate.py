@@ -113,10 +113,10 @@ def parse_args(argv=None):
     add("--max_pixels", type=int, default=128 * 28 * 28, help="most pixels of a video frame")
     add("--image_min_pixels", type=int, default=4 * 28 * 28, help="fewest pixels of an image")
     add("--image_max_pixels", type=int, default=512 * 28 * 28, help="most pixels of an image")
-    # responses
+    # responses; the released annotation had top_p 0.95 and 512 new tokens
     add("--samples", type=int, default=1, help="responses to a record; the best is kept")
     add("--temperature", type=float, default=1.0, help="sampling temperature; 0: greedy")
-    add("--top_p", type=float, default=0.95, help="nucleus sampling; 1: off (released: 0.95)")
+    add("--top_p", type=float, default=0.95, help="nucleus sampling; 1: off")
     add("--max_new_tokens", type=int, default=768, help="most tokens of a response")
     # the filter
     add("--min_accuracy", type=float, default=0.6, help="a response's reward must be above this")
@@ -134,11 +134,11 @@ def parse_args(argv=None):
     add("--concurrency", type=int, default=32, help="requests of a rank under way together")
     add("--video_url", default="", help="how videos reach the server: '' as sampled frames; data: "
                                         "as files; else a URL prefix that the server can read")
-    # the machine
+    # the machine; without --deepspeed_config every rank holds the whole model
     add("--batch_size", type=int, default=8, help="records answered together on a rank")
     add("--attn_implementation", default="sdpa", help="sdpa, eager or flash_attention_2")
-    add("--deepspeed_config", help="ZeRO-3 configuration that shards the model over the ranks; "
-                                   "default: every rank holds all of it")
+    add("--deepspeed_config",
+        help="DeepSpeed's JSON file: ZeRO stage, offload, precision, monitors")
     add("--num_workers", type=int, default=2, help="processes that decode media ahead of need")
     add("--decode_timeout", type=float, default=120, help="seconds until a medium is given up")
     add("--seed", type=int, default=0, help="seed of every random draw")

@@ -726,6 +726,19 @@ def toy_args_files(out):
 --l_min=16
 --l_max=24
 --save_steps=50
+""", "annotate.args": f"""\
+# its own chains of thought: python annotate.py @{out}/annotate.args; then train on them:
+# python sft.py @{out}/sft.args --model {out}/sft --data {out}/cot_own.json --output {out}/sft_own
+--model={out}/sft
+--data={out}/train.json
+--out={out}/cot_own.json
+{common}\
+--max_frames={TOY_FRAMES}
+--max_new_tokens=40
+--samples=4
+--batch_size=64
+# thoughts are about 40 characters long; the paper's filter is for essays
+--min_think=10
 """, "evaluate.args": f"""\
 # before: python evaluate.py @{out}/evaluate.args --model {out}/sft --output {out}/eval_sft
 --benchmark=toy={out}/test.json
@@ -897,7 +910,12 @@ def split_options(text):
     >>> split_options("Question: What is x? Choices: (A) 3 (B) 4")
     ('What is x?', ['3', '4'])
     """
-    text = HINT.sub("", text).strip() or text.strip()  # a question that is itself a hint stays
+    problem, options = marked_options(HINT.sub("", text).strip())
+    return (problem, options) if problem else marked_options(text.strip())  # it was no hint
+
+
+def marked_options(text):
+    """split_options, without a look for hints."""
     marks = list(OPTION_MARK.finditer(text))
     first = max((i for i, mark in enumerate(marks) if mark[1] == "A"), default=len(marks))
     run = []
@@ -923,7 +941,7 @@ def from_video_r1(row, folder):
     answer = re.fullmatch(r"\s*<answer>(.*)</answer>\s*", row["solution"], re.DOTALL)[1]
     more = {key: row[key] for key in ("process", "video_start", "video_end") if row.get(key)}
     yield draft(row["path"], row["problem"], answer, options, kind=row["problem_type"],
-                data_source=row.get("data_source"), **more)
+                source=row.get("data_source"), **more)
 
 
 def from_llava(row, folder):
@@ -934,7 +952,7 @@ def from_llava(row, folder):
     ...     {"from": "gpt", "value": "B. a dog"}]}
     >>> next(from_llava(row, None))  # doctest: +NORMALIZE_WHITESPACE
     {'medium': '1.png', 'problem': 'What moves?', 'answer': 'B. a dog',
-     'options': ['a cat', 'a dog'], 'data_source': None}
+     'options': ['a cat', 'a dog'], 'part': None}
     """
     medium = row.get("video") or row["image"]
     if isinstance(medium, list):
@@ -945,7 +963,7 @@ def from_llava(row, folder):
             raise ValueError("the turns are not human, gpt, human, gpt, ...")
         problem, options = split_options(re.sub(r"<(?:image|video)>", "", asked["value"]))
         yield draft(medium, problem, said["value"].strip(), options,
-                    data_source=row.get("data_source"))
+                    part=row.get("data_source"))
 
 
 @lru_cache(maxsize=1)
@@ -1171,7 +1189,8 @@ def make_record(found, entry, folder):
     """(record, None) of a converter's draft, or (None, the reason why it is dropped)."""
     problem, answer = found["problem"].strip(), found["answer"].strip()
     wanted = entry["problem_type"]
-    path = os.path.normpath(os.path.join(entry["media"].format(folder=folder), found["medium"]))
+    media = entry["media"].replace("{folder}", folder)
+    path = os.path.normpath(os.path.join(media, found["medium"]))
     options = [f"{letter(i)}. {option.strip()}" for i, option in enumerate(found["options"])]
     measure = MEASURE.findall(answer) if "regression" in wanted and not options else []
     if "kind" in found:  # the source says so itself
@@ -1188,7 +1207,7 @@ def make_record(found, entry, folder):
     answer, reason = verified(problem, answer, options, kind)
     if reason:
         return None, reason
-    source = "/".join(filter(None, (entry["source"], found.get("data_source"))))
+    source = found.get("source") or "/".join(filter(None, (entry["source"], found.get("part"))))
     more = {key: found[key] for key in ("video_start", "video_end", "process") if key in found}
     video = os.path.splitext(path)[1].lower() in VIDEO_SUFFIXES
     return {"problem": problem, "data_type": "video" if video else "image", "problem_type": kind,
@@ -1318,15 +1337,16 @@ def candidates_of(entry, root, benchmarks, seen, counts):
                     yield record
 
 
-def spread(records, count, per_medium, rng):
+def spread(records, count, per_medium, rng, taken=()):
     """`count` of the records, drawn at random: first one of each medium, then a second one of
-    each, and so on to per_medium; fewer where there are no more. Returns a list.
+    each, and so on to per_medium, of which `taken` ({path: count}) are used; fewer where there
+    are no more. Returns a list.
 
     Memory holds twice the count: a record that is not among the best so far never will be, since
     what comes later only improves the places before it.
     """
     def best(held):
-        ranked, of_medium = [], Counter()
+        ranked, of_medium = [], Counter(taken)
         for draw, number, record in sorted(held, key=lambda item: item[:2]):
             turn = of_medium[record["path"]]
             of_medium[record["path"]] += 1
@@ -1396,13 +1416,15 @@ def mix(args):
                          f"{', '.join(absent)}; correct the recipe, or build without them with "
                          "--skip_missing")
     benchmarks = benchmark_media(args.exclude, args.exclude_root)
-    lines, chosen, used, report = {"train": [], "val": []}, set(), Counter(), []
+    lines, report = {"train": [], "val": []}, []
+    chosen, taken, used = set(), Counter(), Counter()  # question keys; of each medium; letters
     for i, entry in enumerate(tqdm(recipe, desc="mix")):
         rng, counts = np.random.default_rng([args.seed, i]), Counter()
         offered = candidates_of(entry, root, benchmarks, set(chosen), counts)
-        records = spread(offered, entry["count"], args.per_medium, rng)
+        records = spread(offered, entry["count"], args.per_medium, rng, taken)
         for record in records:
             chosen.add(question_key(record))
+            taken[record["path"]] += 1
             balance_letters(record, used, rng)
             number = len(lines["train"]) + len(lines["val"])
             split = "val" if in_validation(record["path"], args) else "train"
@@ -1482,11 +1504,13 @@ class Media(torch.utils.data.Dataset):
         return {"clip": clip_of(record), "state": state, "reason": reason}
 
 
-def known_media(path) -> dict:
-    """{clip: state} of the media that earlier runs have decoded. Faulty ones are tried again."""
-    text = path.read_text(encoding="utf-8") if path.exists() else ""
-    rows = [json.loads(line) for line in text.split("\n")[:-1]]  # a kill may tear the last line
-    return {tuple(row["clip"]): row["state"] for row in rows if not row["reason"]}
+def known_media(path):
+    """({clip: state} of the media that earlier runs have decoded, the length of their log without
+    a line that a kill has torn). Faulty media are tried again."""
+    text = path.read_bytes() if path.exists() else b""
+    text = text[:text.rfind(b"\n") + 1]
+    rows = [json.loads(line) for line in text.splitlines()]
+    return {tuple(row["clip"]): row["state"] for row in rows if not row["reason"]}, len(text)
 
 
 def check(args):
@@ -1496,17 +1520,17 @@ def check(args):
     records = load_records(args.data, args.media_root)
     out = args.out or f"{args.data.removesuffix('.jsonl').removesuffix('.json')}_clean.json"
     log = Path(f"{out.removesuffix('.json')}.media.jsonl")
-    good = known_media(log)
+    good, length = known_media(log)
     clips = {clip_of(record): record for record in records}
     todo = [record for clip, record in clips.items()
             if clip not in good or good[clip] != state_of(record["media_path"])]
     reasons = {}
     loader = torch.utils.data.DataLoader(Media(todo, args), batch_size=None, in_order=False,
                                          num_workers=args.num_workers)
-    with open(log, "a+b") as file:
-        file.truncate(file.seek(0, 2) and log.read_bytes().rfind(b"\n") + 1)
+    with open(log, "a", encoding="utf-8") as file:
+        file.truncate(length)
         for row in tqdm(loader, desc="check", total=len(todo)):
-            file.write((json.dumps(row) + "\n").encode())
+            file.write(json.dumps(row) + "\n")
             file.flush()
             if row["reason"]:
                 reasons[tuple(row["clip"])] = row["reason"]
@@ -1616,7 +1640,7 @@ def add_mix_flags(parser):
     add("--media_root", help="folder of the recipe's annotations and media; default: the recipe's")
     add("--out", required=True, help="file of records to write; a report goes beside it")
     add("--val_share", type=float, default=0.0, help="share of media held out, in <out>_val.json")
-    add("--per_medium", type=int, default=20, help="most questions on one medium in an entry")
+    add("--per_medium", type=int, default=20, help="most questions on one medium")
     add("--exclude", nargs="*", default=[], help="evaluation files whose media must not be used")
     add("--exclude_root", help="folder of their media; default: each file's own")
     add("--skip_missing", action="store_true", help="do without entries that have no annotations")

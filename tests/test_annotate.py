@@ -404,7 +404,7 @@ def test_killed_in_the_middle_it_loses_no_answer_that_had_come(toy, right, tmp_p
 
 
 def test_a_model_on_this_machine_gives_each_record_its_samples(toy, tmp_path):
-    annotate_here("--model", toy / "model", "--data", toy / "train.json", *SMALL, "--samples", 2,
+    annotate_here(f"@{toy}/annotate.args", "--model", toy / "model", "--samples", 2,
                   "--max_new_tokens", 8, "--num_workers", 0, "--out", tmp_path / "cot.json")
     rows = list(map(json.loads, (tmp_path / "cot.rank0.jsonl").read_text().splitlines()))[1:]
     assert [row["problem_id"] for row in rows] == list(range(32))
