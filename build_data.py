@@ -871,6 +871,8 @@ def read_recipe(path) -> list[dict]:
                 raise InputError(f"{name}: {key} must be a {kind.__name__}, not {entry.get(key)!r}")
         if entry["format"] not in CONVERTERS:
             raise InputError(f"{name}: format {entry['format']!r} is none of {list(CONVERTERS)}")
+        if entry["count"] < 0:
+            raise InputError(f"{name}: count {entry['count']} is negative")
         if not entry["problem_type"] or not set(entry["problem_type"]) <= set(PROBLEM_TYPES):
             raise InputError(f"{name}: problem_type {entry['problem_type']} must be one or more "
                              f"of {PROBLEM_TYPES}")
@@ -1108,27 +1110,26 @@ def release_rows(path):
     it as "key"), or one row alone. A list is read in pieces: some releases are larger than memory.
     """
     try:
-        with open(path, encoding="utf-8", newline="") as file:
+        with open(path, encoding="utf-8-sig", newline="") as file:
             if path.suffix == ".csv":
                 yield from csv.DictReader(file)
             elif path.suffix == ".jsonl":
                 yield from (json.loads(line) for line in file if line.strip())
-            elif file.read(CHUNK).lstrip("\ufeff \n\r\t").startswith("["):
-                file.seek(0)
-                yield from list_items(file)
+            elif (text := file.read(CHUNK)).lstrip().startswith("["):
+                yield from list_items(file, text)
             else:
-                file.seek(0)
-                rows = json.load(file)
+                rows = json.loads(text + file.read())
+                if not isinstance(rows, dict):
+                    raise ValueError(f"it holds a {type(rows).__name__}, no rows")
                 keyed = all(isinstance(row, dict) for row in rows.values())
                 yield from ({**row, "key": key} for key, row in rows.items()) if keyed else [rows]
     except (OSError, ValueError, csv.Error) as error:
         raise InputError(f"cannot read the annotations {path}: {error}") from None
 
 
-def list_items(file):
-    """The items of a JSON list of objects, one at a time."""
-    decode, text, at = json.JSONDecoder().raw_decode, file.read(CHUNK), 0
-    at = text.index("[") + 1
+def list_items(file, text):
+    """The items of a JSON list of objects, one at a time; `text` is what has been read of it."""
+    decode, at = json.JSONDecoder().raw_decode, text.index("[") + 1
     while True:
         at = NEXT_ITEM.match(text, at).end()
         if text[at:at + 1] == "]":

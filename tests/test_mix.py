@@ -84,7 +84,8 @@ def test_the_recipe_command_writes_a_recipe_that_mix_reads(tmp_path):
 
 
 @pytest.mark.parametrize("change, words", [
-    ({"count": "5"}, "count must be a int, not '5'"), ({"format": "x"}, "format 'x' is none of"),
+    ({"count": "5"}, "count must be a int, not '5'"), ({"count": -1}, "count -1 is negative"),
+    ({"format": "x"}, "format 'x' is none of"),
     ({"problem_type": ["mc"]}, "problem_type ['mc'] must be one or more of"),
     ({"problem_type": []}, "problem_type [] must be one or more of"),
     ({"media": None}, "media must be a str, not None")])
@@ -321,9 +322,10 @@ def test_files_are_read_as_lists_objects_lines_or_tables(tmp_path, monkeypatch):
     assert list(release_rows(tmp_path / "c.json")) == [
         row | {"key": str(i)} for i, row in enumerate(rows)]
     assert list(release_rows(tmp_path / "d.json")) == []
-    write(tmp_path / "e.json", json.dumps(rows)[:-9])
-    with pytest.raises(InputError, match="cannot read the annotations .*e.json"):
-        list(release_rows(tmp_path / "e.json"))
+    for text in (json.dumps(rows)[:-9], "", "7", "{", "[", "[1, 2"):
+        write(tmp_path / "e.json", text)
+        with pytest.raises(InputError, match="cannot read the annotations .*e.json"):
+            list(release_rows(tmp_path / "e.json"))
 
 
 # ---------------------------------------------------------------------------- verification
