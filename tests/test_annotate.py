@@ -428,3 +428,42 @@ def test_a_model_in_parts_on_two_ranks_answers_like_a_whole_one(toy, tmp_path):
                  for line in path.read_text().splitlines()[1:]]
         return {row["problem_id"]: row["output"] for row in map(json.loads, lines)}
     assert len(rows("whole")) == 32 and rows("parts") == rows("whole")
+
+
+def test_a_server_and_this_machine_give_an_image_the_same_greedy_answer(toy, processor, tmp_path):
+    """The server builds its inputs with the processor alone, from what came over the wire. (Of a
+    video it is sent single pictures, so there the two differ by design.)"""
+    from PIL import Image
+    flags = ["--temperature", 0, "--max_new_tokens", 6, "--num_workers", 0, *SMALL]
+    records = [record for split in ("cot", "train", "test")
+               for record in json.loads((toy / f"{split}.json").read_text())
+               if record["data_type"] == "image"]
+    for i, record in enumerate(records):
+        record["problem_id"] = i
+    (tmp_path / "images.json").write_text(json.dumps(records))
+    data = ["--data", tmp_path / "images.json", "--media_root", toy, *flags]
+    annotate_here("--model", toy / "model", "--out", tmp_path / "here.json", *data)
+    args = parse_args(list(map(str, ["--model", toy / "model", "--out", "x.json", *data])))
+    model, lock = annotate.load_model(args, processor.tokenizer, "cpu"), threading.Lock()
+
+    def answer(body, number):
+        assert body["temperature"] == 0 and body["max_tokens"] == 6
+        picture, text = body["messages"][0]["content"]
+        image = Image.fromarray(pixels(picture)[1])
+        chat = [{"role": "user", "content": [{"type": "image"}, text]}]
+        prompt = processor.apply_chat_template(chat, add_generation_prompt=True)
+        inputs = processor(text=[prompt], images=[image], return_tensors="pt")
+        with lock:
+            ids = model.generate(**inputs)[0, inputs["input_ids"].shape[1]:].tolist()
+        ids, cut = annotate.cut_at_end(ids, model.generation_config.eos_token_id)
+        said = processor.tokenizer.decode(ids, skip_special_tokens=True)
+        return reply(said, finish="length" if cut else "stop")
+    with Server(answer) as server:
+        annotate_here("--model", "toy", "--api_base", server.base, "--out",
+                      tmp_path / "there.json", "--api_timeout", 60, *data)
+
+    def outputs(stem):
+        lines = (tmp_path / f"{stem}.rank0.jsonl").read_text().splitlines()[1:]
+        return {row["problem_id"]: (row["output"], row["truncated"])
+                for row in map(json.loads, lines)}
+    assert len(records) > 5 and outputs("there") == outputs("here")
