@@ -735,7 +735,7 @@ def toy_args_files(out):
 {common}\
 --max_frames={TOY_FRAMES}
 --max_new_tokens=40
---samples=4
+--samples=2
 --batch_size=64
 # thoughts are about 40 characters long; the paper's filter is for essays
 --min_think=10
