@@ -44,6 +44,9 @@ from tqdm import tqdm
 PROBLEM_TYPES = ("multiple choice", "numerical", "OCR", "free-form", "regression")
 REQUIRED_FIELDS = ("problem_id", "problem", "data_type", "problem_type", "solution", "path")
 JPEG_QUALITY = 95  # of frames sent to a server; Pillow's highest sensible value
+# Optional: the seconds that a question is about; the rate of a video kept as a folder of frames
+CLIP_FIELDS = ("video_start", "video_end", "video_fps")
+FRAME_SUFFIXES = (".jpg", ".jpeg", ".png")  # in such a folder
 PATCH = 28  # pixels: one visual token covers 28 x 28 (two merged 14 x 14 patches a side)
 
 # The paper's Figure 11 in the wording of its release, letter for letter: a model trained
@@ -183,13 +186,13 @@ def load_vision(record, *, max_frames, min_frames, fps, min_pixels, max_pixels) 
     if not os.path.realpath(path).startswith(os.path.realpath(record["media_root"]) + os.sep):
         raise MediaError(f"{path}: a link that leaves media_root")
     try:
-        if os.path.getsize(path) == 0:
+        if not os.path.isdir(path) and os.path.getsize(path) == 0:
             raise MediaError(f"{path}: the file is empty (0 bytes)")
         if record["data_type"] == "image":
             return Vision(None, {}, read_image(path, min_pixels, max_pixels))
         sampling = {"fps": fps, "min_frames": min_frames, "max_frames": max_frames,
                     "min_pixels": min_pixels, "max_pixels": max_pixels}
-        clip = {key: record[key] for key in ("video_start", "video_end") if key in record}
+        clip = {key: record[key] for key in CLIP_FIELDS if key in record}
         return read_video(path, **sampling, **clip)
     except MEDIA_FAULTS as error:
         if isinstance(error, MediaError):
@@ -222,6 +225,50 @@ def load_vision_isolated(record, timeout, **limits) -> Vision:
 
 
 load_vision_isolated.decoder = None  # started by the first call in a process
+
+
+def load_vision_of(record, args) -> Vision:
+    """What a training stage's workers load: within the flags' limits, isolated, and with
+    --frame_cache from there when the same frames of the same file were decoded before."""
+    limits = sampling_of(args, record)
+    if not args.frame_cache or record["data_type"] == "image":
+        return load_vision_isolated(record, args.decode_timeout, **limits)
+    try:
+        status = os.stat(record["media_path"])
+    except OSError as error:
+        raise MediaError(f"{record['media_path']}: {error.strerror}") from None
+    key = json.dumps([record["media_path"], status.st_size, status.st_mtime_ns, limits,
+                      {field: record[field] for field in CLIP_FIELDS if field in record}])
+    path = Path(args.frame_cache, hashlib.sha256(key.encode()).hexdigest() + ".npz")
+    try:
+        with np.load(path, allow_pickle=False) as kept:
+            return Vision(torch.from_numpy(kept["frames"]), json.loads(str(kept["metadata"])), None)
+    except FileNotFoundError:
+        vision = load_vision_isolated(record, args.decode_timeout, **limits)
+    keep_frames(path, vision, args.frame_cache_gb * 1e9)
+    return vision
+
+
+def keep_frames(path, vision, limit):
+    """Adds a video's frames to the cache, whole or not at all, unless it holds `limit` bytes.
+
+    Nothing is ever removed: when every epoch visits all videos, a full cache that stays as it is
+    serves a share of them, one that drops the oldest would serve none.
+    """
+    path.parent.mkdir(parents=True, exist_ok=True)
+    if keep_frames.uses % 64 == 0:  # other processes write too: count the files now and then
+        keep_frames.size = sum(entry.stat().st_size for entry in os.scandir(path.parent))
+    keep_frames.uses += 1
+    if keep_frames.size + vision.frames.numel() > limit:
+        return
+    aside = path.with_suffix(f".{os.getpid()}.partial")
+    with open(aside, "wb") as file:
+        np.savez(file, frames=vision.frames.numpy(), metadata=json.dumps(vision.metadata))
+    aside.replace(path)
+    keep_frames.size += vision.frames.numel()
+
+
+keep_frames.uses = keep_frames.size = 0  # calls, and bytes in the cache, as this process knows
 
 
 class Decoder:
@@ -280,7 +327,7 @@ def read_image(path, min_pixels, max_pixels) -> Image.Image:
 
 
 def read_video(path, **sampling) -> Vision:
-    """The video's frames as qwen-vl-utils samples and resizes them, decoded by decord."""
+    """The frames as qwen-vl-utils samples and resizes them, decoded by decord; or a folder's."""
     os.environ.setdefault("FORCE_QWENVL_VIDEO_READER", "decord")
     from decord import DECORDError
     from qwen_vl_utils import vision_process
@@ -288,6 +335,8 @@ def read_video(path, **sampling) -> Vision:
     def reraise(element):
         raise  # qwen-vl-utils calls its fallback inside the `except` of the real reader's error
     vision_process.VIDEO_READER_BACKENDS["torchvision"] = reraise
+    vision_process.VIDEO_READER_BACKENDS["decord"] = (
+        read_folder if os.path.isdir(path) else vision_process._read_video_decord)
     vision_process.logger.setLevel(logging.ERROR)  # its warnings announce that same fallback
     try:
         frames, metadata = vision_process.fetch_video(
@@ -299,6 +348,26 @@ def read_video(path, **sampling) -> Vision:
             raise ValueError("the clip has fewer than 2 frames") from error
         raise
     return Vision(frames.to(torch.uint8), metadata, None)  # lossless: resizing rounded already
+
+
+def read_folder(element):
+    """qwen-vl-utils' reader for a folder of frames, in the order of their names.
+
+    In the place of its reader of files, so that both are sampled and resized by the same rules.
+    Returns frames (T, C, H, W), their metadata and the sampled rate.
+    """
+    from qwen_vl_utils import vision_process
+    paths = sorted(path for path in Path(element["video"]).iterdir()
+                   if path.suffix.lower() in FRAME_SUFFIXES)
+    fps = element.get("video_fps")
+    if not paths or not fps:
+        raise ValueError("a folder needs frames (.jpg, .png) and the record's field video_fps")
+    start, end, count = vision_process.calculate_video_frame_range(element, len(paths), fps)
+    drawn = vision_process.smart_nframes(element, total_frames=count, video_fps=fps)
+    indices = torch.linspace(start, end, drawn).round().long().tolist()  # T of them
+    frames = np.stack([Image.open(paths[i]).convert("RGB") for i in indices])  # (T, H, W, C)
+    metadata = {"fps": fps, "frames_indices": indices, "total_num_frames": count}
+    return torch.from_numpy(frames).permute(0, 3, 1, 2), metadata, drawn / count * fps
 
 
 def encode(processor, record, vision: Vision, device=None) -> dict[str, torch.Tensor]:
@@ -330,10 +399,10 @@ def api_messages(record, vision: Vision, video_url="") -> list[dict]:
     Such a server takes the frames of a video for single pictures without timing. video_url lets
     it sample the video itself: "data" sends the file; anything else is a prefix to which the
     record's path is appended, for a server that can read it (file:///srv/data or http://...).
-    A clip within a file (video_start, video_end) always goes as frames.
+    A clip within a file, or a folder of frames (CLIP_FIELDS), always goes as frames.
     """
     *_, text = build_messages(record)[0]["content"]
-    part = record.keys() & {"video_start", "video_end"}
+    part = record.keys() & set(CLIP_FIELDS)
     if vision.frames is None:
         media = [("image_url", picture_url(vision.image, "PNG"))]
     elif video_url and not part:
@@ -941,9 +1010,10 @@ def from_video_r1(row, folder):
     """
     options = [re.sub(r"^\s*\(?[A-Z][.):]\s*", "", option) for option in row.get("options") or []]
     answer = re.fullmatch(r"\s*<answer>(.*)</answer>\s*", row["solution"], re.DOTALL)[1]
-    more = {key: row[key] for key in ("process", "video_start", "video_end") if row.get(key)}
+    more = {key: row[key] for key in ("process", *CLIP_FIELDS)
+            if row.get(key) not in (None, "")}  # a clip may start at 0
     yield draft(row["path"], row["problem"], answer, options, kind=row["problem_type"],
-                source=row.get("data_source"), **more)
+                source=row.get("data_source"), data_type=row.get("data_type"), **more)
 
 
 def from_llava(row, folder):
@@ -1209,9 +1279,10 @@ def make_record(found, entry, folder):
     if reason:
         return None, reason
     source = found.get("source") or "/".join(filter(None, (entry["source"], found.get("part"))))
-    more = {key: found[key] for key in ("video_start", "video_end", "process") if key in found}
+    more = {key: found[key] for key in (*CLIP_FIELDS, "process") if key in found}
     video = os.path.splitext(path)[1].lower() in VIDEO_SUFFIXES
-    return {"problem": problem, "data_type": "video" if video else "image", "problem_type": kind,
+    medium = found.get("data_type") or ("video" if video else "image")
+    return {"problem": problem, "data_type": medium, "problem_type": kind,
             "options": options if kind == "multiple choice" else [],
             "solution": f"<answer>{answer}</answer>", "path": f"./{path}",
             "data_source": source, **more}, None
@@ -1237,6 +1308,11 @@ def verified(problem, answer, options, kind):
     return answer, None
 
 
+def clip_of(record):
+    """What identifies a decoded medium: its path, and the part of it."""
+    return record["path"], *(record.get(field) for field in CLIP_FIELDS)
+
+
 def question_key(record) -> int:
     """Equal for questions on one medium that differ in case, marks, filler words, or the order of
     their options only.
@@ -1250,8 +1326,7 @@ def question_key(record) -> int:
     problem = OPENING.sub("", record["problem"].lower())
     words = [word for word in re.findall(r"\w+", problem) if word not in FILLER]
     options = sorted(option.partition(" ")[2].casefold() for option in record["options"])
-    clip = (record.get("video_start"), record.get("video_end"))
-    text = repr((record["path"], clip, words or record["problem"], options))
+    text = repr((clip_of(record), words or record["problem"], options))
     return int.from_bytes(hashlib.blake2b(text.encode(), digest_size=8).digest(), "big")
 
 
@@ -1470,11 +1545,6 @@ def markdown(rows) -> str:
 
 
 # ------------------------------------------------- check: can every medium be decoded?
-
-def clip_of(record):
-    """What identifies a decoded medium: its path, and the part of it."""
-    return record["path"], record.get("video_start"), record.get("video_end")
-
 
 def state_of(path):
     """A file's size and time of change; None where there is none."""

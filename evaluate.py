@@ -1,53 +1,67 @@
-"""Evaluation: answers to files of Video-R1 records, graded, with an interval on every number.
+"""Evaluation: the six benchmarks of the paper's Table 1, and any file of Video-R1 records.
 
     python evaluate.py @toy/evaluate.args --model toy/sft --output toy/eval_sft
     deepspeed evaluate.py --model Qwen/Qwen2.5-VL-7B-Instruct --output eval \
-        --benchmark mmvu=eval_mmvu.json vsibench=eval_vsibench.json --frames 16 32 64
+        --benchmark mmvu=eval_mmvu.json mvbench=MVBench/ --frames 16 32 64 --compare paper
+    python evaluate.py --diff eval_sft/mmvu_16_ordered.json eval_tgrpo/mmvu_16_ordered.json
+    python evaluate.py --judge eval/mmvu_16_ordered.json --output eval \
+        --model Qwen2.5-VL-72B-Instruct --api_base http://localhost:8000/v1
 
-Scores over all answered records, and over those of each problem type and data source:
+A benchmark of BENCHMARKS is read from the released eval_*.json or from its own release (the file,
+or the folder it was downloaded to); under another name, a file of records. Scores:
 
+    score      what the benchmark counts, MRA for VSI-Bench's numbers; rows "mean of ..." combine it
     accuracy   mean accuracy reward; regression counts with its graded reward, not with its MRA
     correct    share of accuracy rewards >= --correct_threshold
-    mra        mean relative accuracy as VSI-Bench defines it, regression only
+    mra        mean relative accuracy as VSI-Bench defines it; mra_released: as the paper's code
     format     share of well-formed responses;  truncated: share cut off at --max_new_tokens
     tokens     mean length of a response, end token included
-    drop       accuracy with ordered frames minus this accuracy, over records answered in both
+    reflections  phrases of second thoughts in a response ("wait", "let me check"): only counted
+    drop       score with ordered frames minus this score, over records answered in both
 
 Each has a 95 % interval: bootstrap over media, since questions share videos. A medium that cannot
 be read is skipped and named, never replaced; every score stands beside answered/records.
 
 --order tells what a score needs. shuffled, reversed: the order of frames; single_frame (the middle
 one, in every place): motion; blind (grey in every place): sight. Each keeps the prompt's text,
-length and timing: only pixels differ from `ordered`. Images change in blind alone.
+length and timing: only pixels differ from `ordered`. Images change in blind alone. --judge asks a
+large model which questions need temporal reasoning and which responses use it (Figure 6).
 
-Every rank holds the whole model and answers a share. --output (one folder for all ranks) gets
+Every rank holds the whole model and answers a share; with --api_base a server does. --output (one
+folder for all ranks) gets `<name>.records.json` (a benchmark's questions),
 `<name>_<frames>_<order>.rank<r>.jsonl` with a row for each answer, `<name>_<frames>_<order>.json`
 with scores, settings and graded rows, `skipped.jsonl`. The same command, with any number of ranks,
 resumes by problem_id; scores are computed from all rows, old and new.
 
 Shapes: B records of a batch, L tokens, T frames, C channels, H x W pixels, n rows, M media,
-R resamples.
+K cells, R resamples.
 """
 import argparse
 import hashlib
 import json
 import os
+import random
 import re
 import resource
 import socket
 import sys
+import threading
 import time
 import warnings
 import zlib
 from collections import Counter, defaultdict
+from concurrent.futures import FIRST_COMPLETED, ThreadPoolExecutor, wait
 from datetime import timedelta
+from email.utils import parsedate_to_datetime
 from fractions import Fraction
+from itertools import islice
 from pathlib import Path
-from typing import NamedTuple
+from typing import Callable, NamedTuple
 
 import deepspeed
 import huggingface_hub
 import numpy as np
+import requests
 import torch
 import torch.distributed as dist
 from deepspeed.accelerator import get_accelerator
@@ -56,9 +70,9 @@ from torch.utils.data import DataLoader, Dataset
 from tqdm import tqdm
 from transformers import AutoModelForImageTextToText, AutoProcessor, GenerationConfig
 
-from build_data import (ANSWER_SUFFIX, TEMPLATE, InputError, MediaError, check_limits, encode,
-                        load_records, load_vision, pad_batch, provenance, read_args_line,
-                        sampling_of, seeded_generator)
+from build_data import (ANSWER_SUFFIX, TEMPLATE, InputError, MediaError, api_messages,
+                        check_limits, encode, load_records, load_vision_isolated, pad_batch,
+                        provenance, read_args_line, sampling_of, seeded_generator)
 from rewards import accuracy_reward, extract_answer, format_reward, parse_number
 
 ORDERS = ("ordered", "shuffled", "reversed", "single_frame", "blind")
@@ -66,19 +80,58 @@ GREY = 128  # the middle of 0 to 255
 MRA_PERCENT = range(50, 100, 5)  # VSI-Bench's theta, .50, .55, ..., .95, in exact integers
 RESAMPLES = 1000  # of the bootstrap
 INTERVAL = (2.5, 97.5)  # percentiles that enclose 95 % of the resampled means
-METRICS = ("accuracy", "correct", "mra", "format", "truncated", "tokens", "drop")
-SOURCES_SHOWN = 20  # more data sources than this are in the result file only
+METRICS = ("score", "accuracy", "correct", "mra", "mra_released", "format", "truncated", "tokens",
+           "reflections", "drop")
+IN_FILE_ONLY = ("correct", "mra_released")  # metrics that the printed tables leave out
+PLAIN_NUMBERS = ("tokens", "reflections")  # all other metrics are printed in percent
+GROUPS_SHOWN = 30  # a kind of group with more members than this is in the result file only
+WINDOW = 2  # batches of decoded samples among which similar lengths are looked for
+# Phrases of second thoughts; "wait" as a plain verb is counted too.
+REFLECTION = re.compile(r"\b(?:wait|hmm+|on second thought|let(?:'s| me| us) (?:re-?|double[- ])?"
+                        r"(?:check|verify|consider|examine|read))\b", re.IGNORECASE)
 # Tokens that stand for pixels: a policy that emits one would break its own next forward.
 FORBIDDEN_TOKENS = ("<|vision_start|>", "<|vision_end|>", "<|vision_pad|>", "<|image_pad|>",
                     "<|video_pad|>")
 FRAME_STREAM, TOKEN_STREAM = 1, 2  # last key of the generators: no two draws share one
 HASHED_BLOCKS, BLOCK_BYTES = 64, 4096  # of each weight file: seconds for any size of model
 LONGEST_WAIT = timedelta(days=7)  # of the first rank to finish for the last one
+MOST_FAILURES = 20  # requests in a row without an answer, after which the server is given up
+
+# -- the server
+KEY_VARIABLE = "OPENAI_API_KEY"  # the only place a key is read from; it is never written
+FIRST_PAUSE, LONGEST_PAUSE = 1.0, 60.0  # seconds before a request is repeated; doubled each time
+LONGEST_RETRY_AFTER = 3600.0  # seconds that a server may ask to wait
+CONNECT_TIMEOUT = 10.0  # seconds
+REPEATED = {408, 409, 425, 429}  # HTTP: not now; as any status from 500. Others will not change
+HOPELESS = {401, 403, 404}  # HTTP: no request of this run can succeed
+ERROR_SHOWN = 300  # characters of what a server says about an error
+
+# This project's own wording: the paper's (Figure 12) is not in its text.
+JUDGE_QUESTION = """\
+Below is a question about a video. Does answering it need temporal reasoning: comparing different \
+moments of the video, such as the order of events, the direction or speed of a motion, a change, \
+a repeated action, or cause and effect? A question that one well-chosen frame answers does not.
+
+{question}
+
+Reply with one word: yes or no."""
+JUDGE_RESPONSE = """\
+Below are a question about a video and a response to it. Does the response use temporal \
+reasoning: does it describe different moments of the video and reach its answer by their order, \
+change or motion? Naming objects or describing one scene is not enough, and whether the answer is \
+right does not matter.
+
+{question}
+
+Response: {output}
+
+Reply with one word: yes or no."""
 
 
 class Task(NamedTuple):
-    """One result to make: a benchmark at one number of frames, in one order."""
+    """One result to make: a benchmark at one number of frames, in one order; or verdicts."""
     stem: str            # <name>_<frames>_<order>, how its files' names begin
+    name: str            # of the benchmark
     frames: int
     records: list[dict]
     configuration: dict  # what the answers depend on: rows made with another one are refused
@@ -90,12 +143,18 @@ def parse_args(argv=None):
                                      fromfile_prefix_chars="@")
     parser.convert_arg_line_to_args = read_args_line
     add = parser.add_argument
+    # what to do
+    add("--benchmark", nargs="+", metavar="NAME=FILE",
+        help="questions and the name of their results; vsibench, videommmu, mmvu, mvbench, "
+             "tempcompass and videomme also as released: FILE may be the release's folder")
+    add("--judge", nargs="+", metavar="RESULT", help="result files: does --model find temporal "
+        "reasoning in their responses")
+    add("--diff", nargs=2, metavar=("A", "B"), help="two result files: what changed from A to B")
+    add("--compare", choices=("paper",), help="print the paper's Table 1 beside these results")
     # data and model
-    add("--model", required=True, help="Hugging Face directory or name of the model to evaluate")
-    add("--benchmark", required=True, nargs="+", metavar="NAME=FILE",
-        help="records to answer, .json or .jsonl, and the name of their results")
+    add("--model", help="Hugging Face directory or name of the model to evaluate, or to judge with")
     add("--media_root", help="folder that the records' paths are relative to; default: the data's")
-    add("--output", required=True, help="folder for rows and results; completed if it has some")
+    add("--output", help="folder for rows and results; completed if it has some")
     # frames and pixels
     add("--frames", type=int, nargs="+", default=[16, 32, 64],
         help="most frames of a video; one result for each number")
@@ -112,8 +171,15 @@ def parse_args(argv=None):
     add("--max_new_tokens", type=int, default=1024, help="most tokens of a response")
     add("--correct_threshold", type=float, default=0.5,
         help="accuracy reward from which a response is correct")
+    # a server
+    add("--api_base", help="answer through this server, as in http://localhost:8000/v1; the key, "
+                           "if it wants one, is read from the environment: OPENAI_API_KEY")
+    add("--api_timeout", type=float, default=600, help="seconds that an answer may take")
+    add("--api_retries", type=int, default=6, help="times a failed request is repeated")
+    add("--concurrency", type=int, default=32, help="requests of a rank under way together")
     # the machine
     add("--batch_size", type=int, default=8, help="records answered together on a rank")
+    add("--decode_timeout", type=float, default=120, help="seconds until a medium is given up")
     add("--attn_implementation", default="sdpa", help="sdpa, eager or flash_attention_2")
     add("--num_workers", type=int, default=2, help="processes that decode media ahead of need")
     add("--seed", type=int, default=0, help="seed of every random draw")
@@ -124,7 +190,11 @@ def parse_args(argv=None):
 def check_flags(args):
     """Raises InputError for values that no run can work with."""
     check_limits(args)
-    for flag in ("max_new_tokens", "batch_size", "min_frames"):
+    wanted = ["output", "model"] + ["benchmark"] * (not args.judge)
+    missing = [flag for flag in wanted if not getattr(args, flag)]
+    if missing:
+        raise InputError(f"--{missing[0]} is needed (only --diff does without a model)")
+    for flag in ("max_new_tokens", "batch_size", "min_frames", "concurrency"):
         if getattr(args, flag) < 1:
             raise InputError(f"--{flag} is {getattr(args, flag)}: it must be at least 1")
     if args.temperature < 0 or not 0 < args.top_p <= 1:
@@ -132,6 +202,268 @@ def check_flags(args):
                          f"and --top_p {args.top_p} must be above 0 and at most 1")
     if min(args.frames) < args.min_frames:
         raise InputError(f"--frames {min(args.frames)} is below --min_frames {args.min_frames}")
+
+
+# ---------------------------------------------- the benchmarks: releases to records
+
+def as_record(problem_id, problem, options, answer, path, **groups):
+    """A question as a Video-R1 record; `answer` is a letter or, without options, a text.
+
+    >>> record = as_record("7", "Which?", ["up", "down"], "B", "a.mp4", task="moving_direction")
+    >>> record["options"], record["solution"], record["groups"]
+    (['A. up', 'B. down'], '<answer>B</answer>', {'task': 'moving_direction'})
+    """
+    letters = [chr(ord("A") + i) for i in range(len(options))]
+    if not all(option.startswith(f"{letter}.") for letter, option in zip(letters, options)):
+        options = [f"{letter}. {option}" for letter, option in zip(letters, options)]
+    if options and answer not in letters:
+        raise ValueError(f"question {problem_id}: the answer {answer!r} is none of {letters}")
+    kind = "free-form" if parse_number(answer) is None else "numerical"
+    return {"problem_id": problem_id, "problem": problem, "data_type": "video",
+            "problem_type": "multiple choice" if options else kind, "options": options,
+            "solution": f"<answer>{answer}</answer>", "path": path, "groups": groups}
+
+
+def part_of(path, names):
+    """Which of `names` a release's file is about: its own name or its folder's says so."""
+    for text in (path.stem, path.parent.name):
+        if text.lower() in names:
+            return text.lower()
+    raise ValueError(f"its name, or its folder's, is none of {', '.join(names)}")
+
+
+def vsibench(content, path):
+    """{"id": 0, "dataset": "scannet", "scene_name": "scene0568_00", "question_type":
+    "object_counting", "question": "How many chairs?", "ground_truth": "4", "options": null}
+    -> regression over scannet/scene0568_00.mp4; with options, multiple choice."""
+    for row in content:
+        record = as_record(str(row["id"]), row["question"], row["options"] or [],
+                           str(row["ground_truth"]), f"{row['dataset']}/{row['scene_name']}.mp4",
+                           task=row["question_type"], dataset=row["dataset"])
+        if not row["options"]:
+            record["problem_type"] = "regression"
+        yield record
+
+
+VIDEOMMMU_TRACKS = ("adaptation", "comprehension", "perception")  # as the released file has them
+VIDEOMMMU_SUBJECTS = {  # discipline, which is a media folder's name -> its subjects
+    "Art": "Art Art_Theory Design Music",
+    "Business": "Accounting Economics Finance Manage Marketing",
+    "Engineering": "Agriculture Architecture_and_Engineering Computer_Science Electronics "
+                   "Energy_and_Power Materials Mechanical_Engineering",
+    "Humanities": "History Literature Psychology Sociology",
+    "Medicine": "Basic_Medical_Science Clinical_Medicine Diagnostics_and_Laboratory_Medicine "
+                "Pharmacy Public_Health",
+    "Science": "Biology Chemistry Geography Math Physics",
+}
+VIDEOMMMU_BEFORE = (  # the benchmark's own words; the quiz is an image, the video's last frame
+    "You should watch and learn the video content. Then apply what you learned to answer the "
+    "following multi-choice question. The image for this question is at the end of the video.\n")
+VIDEOMMMU_AFTER = "\nPlease ignore the Quiz question in last frame of the video."
+
+
+def videommmu_groups(video_id):
+    """{"subject", "discipline"} of "dev_Biology_3"."""
+    subject = "_".join(video_id.split("_")[1:-1])
+    disciplines = [key for key, names in VIDEOMMMU_SUBJECTS.items() if subject in names.split()]
+    if not disciplines:
+        raise ValueError(f"{video_id} names no subject of VideoMMMU")
+    return {"subject": subject, "discipline": disciplines[0]}
+
+
+def videommmu(content, path):
+    """adaptation.json {"0": {"id": "dev_Biology_3", "question": "Which?", "options": ["up",
+    "down"], "answer": "B", ...}} -> Science/dev_Biology_3.mp4 with the track's instruction."""
+    track = part_of(path, VIDEOMMMU_TRACKS)
+    for i, row in enumerate(content.values() if isinstance(content, dict) else content):
+        options = row["options"] or []
+        problem = (VIDEOMMMU_BEFORE + row["question"] if track == "adaptation"
+                   else row["question"] + VIDEOMMMU_AFTER)
+        groups = videommmu_groups(row["id"])
+        yield as_record(f"{track}/{i}", problem, options, str(row["answer"]),
+                        f"{groups['discipline']}/{row['id']}.mp4", track=track, **groups)
+
+
+MMVU_SUBJECTS = {  # the benchmark's four disciplines and 27 subjects
+    "Engineering": "Biomedical_Engineering Civil_Engineering Computer_Science "
+                   "Electrical_Engineering Electronics_and_Communication Materials_Science "
+                   "Mechanical_Engineering",
+    "Healthcare": "Basic_Medicine Clinical_Medicine Dentistry Pharmacy Preventive_Medicine",
+    "Humanities and Social Science": "Art Economics History Law Literature Management",
+    "Science": "Astronomy Biology Chemistry Electromagnetism Geography Mechanics Modern_Physics "
+               "Neurobiology Thermodynamics",
+}
+
+
+def mmvu_groups(path):
+    """{"subject", and "discipline" where it is known} of videos/Art/0.mp4."""
+    subject = Path(path).parent.name
+    return {"subject": subject} | {"discipline": key for key, names in MMVU_SUBJECTS.items()
+                                   if subject in names.split()}
+
+
+def mmvu(content, path):
+    """{"id": "validation_1", "video": "https://.../videos/Chemistry/0.mp4", "question_type":
+    "multiple-choice", "question": "How many?", "choices": {"A": "10.0", ...}, "answer": "A"}
+    -> videos/Chemistry/0.mp4. Open-ended questions are left out, as in the paper."""
+    for row in content:
+        if row["question_type"] == "multiple-choice":
+            video = "videos/" + row["video"].partition("/videos/")[2]
+            options = [f"{key}. {text}" for key, text in sorted(row["choices"].items()) if text]
+            yield as_record(row["id"], row["question"], options, row["answer"], video,
+                            **mmvu_groups(video))
+
+
+MVBENCH_FPS = 3  # of the task that is released as folders of frames
+MVBENCH_FOLDERS = {  # task -> media folder
+    "action_antonym": "ssv2_video", "action_count": "perception/videos",
+    "action_localization": "sta/sta_video", "action_prediction": "star/Charades_v1_480",
+    "action_sequence": "star/Charades_v1_480", "character_order": "perception/videos",
+    "counterfactual_inference": "clevrer/video_validation", "egocentric_navigation": "vlnqa",
+    "episodic_reasoning": "tvqa/frames_fps3_hq", "fine_grained_pose": "nturgbd",
+    "fine_grained_action": "Moments_in_Time_Raw/videos",
+    "moving_attribute": "clevrer/video_validation", "moving_count": "clevrer/video_validation",
+    "moving_direction": "clevrer/video_validation", "object_existence": "clevrer/video_validation",
+    "object_interaction": "star/Charades_v1_480", "object_shuffle": "perception/videos",
+    "scene_transition": "scene_qa/video", "state_change": "perception/videos",
+    "unexpected_action": "FunQA_test/test",
+}
+
+
+def mvbench(content, path):
+    """json/action_sequence.json [{"video": "ZS9XR.mp4", "question": "What first?", "candidates":
+    ["up", "down"], "answer": "down", "start": 11.1, "end": 19.6}]
+    -> video/star/Charades_v1_480/ZS9XR.mp4, video_start 11.1, video_end 19.6, answer B."""
+    task = part_of(path, MVBENCH_FOLDERS)
+    for i, row in enumerate(content):
+        letter = chr(ord("A") + row["candidates"].index(row["answer"]))
+        record = as_record(f"{task}/{i}", row["question"], row["candidates"], letter,
+                           f"video/{MVBENCH_FOLDERS[task]}/{row['video']}", task=task)
+        record |= {f"video_{key}": float(row[key]) for key in ("start", "end")
+                   if row.get(key) is not None}
+        if task == "episodic_reasoning":
+            record["video_fps"] = MVBENCH_FPS
+        yield record
+
+
+TEMPCOMPASS_TASKS = ("multi-choice", "yes_no", "caption_matching", "captioning")
+TEMPCOMPASS_OPTION = re.compile(  # "A. up", "Option 2: it moves", "Information A: {...}"
+    r"(?:(?:Caption|Option|Sentence|Information) )?([A-Z]|\d)[.:]\s*(.+)")
+
+
+def tempcompass(content, path):
+    """questions/caption_matching.json {"12": {"order": [{"question": "Which?\\nOption 1: up\\n
+    Option 2: down", "answer": "Option 2: down"}]}} -> videos/12.mp4, options up and down, answer
+    B. All four tasks are multiple choice, as in the paper: yes_no of "yes" and "no", captioning
+    of the pieces of information that it offers. Rows with video_id and dim are read too."""
+    task = part_of(path, TEMPCOMPASS_TASKS)
+    rows = content if isinstance(content, list) else [
+        {"video_id": video, "dim": dim, **row} for video, dims in content.items()
+        for dim, questions in dims.items() for row in questions]
+    for i, row in enumerate(rows):
+        question, answer = row["question"], row["answer"]
+        if task == "yes_no":
+            question += "\nA. yes\nB. no"
+            answer = {"yes": "A. yes", "no": "B. no"}[answer.lower()]
+        lines = question.split("\n")
+        marks = [TEMPCOMPASS_OPTION.fullmatch(line) for line in lines]
+        texts = {mark[1]: mark[2] for mark in marks if mark}  # label -> text
+        label = TEMPCOMPASS_OPTION.fullmatch(answer)[1]
+        yield as_record(f"{task}/{i}", lines[0], list(texts.values()),
+                        chr(ord("A") + list(texts).index(label)), f"videos/{row['video_id']}.mp4",
+                        task=task, dimension=row["dim"])
+
+
+YOUTUBE_ID = re.compile(r"(?:v=|/)([\w-]{11})(?:[?&].*)?$")
+
+
+def videomme(content, path):
+    """{"video_id": "001", "videoID": "fFjv93ACGo8", "duration": "short", "domain": "Knowledge",
+    "sub_category": "Astronomy", "question_id": "001-1", "task_type": "Counting", "question":
+    "How many?", "options": ["A. 1", "B. 2"], "answer": "B"} -> data/fFjv93ACGo8.mp4. The questions
+    may also be nested: [{"video_id": ..., "questions": [{"question_id": ...}, ...]}, ...]."""
+    for video in content:
+        for row in ({**video, **question} for question in video.get("questions", [video])):
+            name = row.get("videoID") or YOUTUBE_ID.search(row["url"])[1]
+            yield as_record(row["question_id"], row["question"], row["options"], row["answer"],
+                            f"data/{name}.mp4",
+                            **{key: row[key] for key in ("duration", "domain", "task_type")})
+
+
+# -------------------------------------------------------- the benchmarks: scores and table
+
+class Overall(NamedTuple):
+    """One number for a benchmark: a mean over rows, in groups `by` first where that is named."""
+    metric: str  # what counts in rows that have it; in others the accuracy reward does
+    by: str = ""
+
+    def score(self, row):
+        return row.get(self.metric, row["accuracy"])
+
+
+class Benchmark(NamedTuple):
+    """One column of the paper's Table 1."""
+    title: str
+    size: int                     # questions that the paper counts
+    files: tuple[str, ...]        # where its release keeps them: patterns below its folder
+    convert: Callable
+    overalls: dict[str, Overall]  # the first that the records' groups allow is Table 1's
+
+
+PLAIN = {"all": Overall("accuracy")}
+BENCHMARKS = {
+    "vsibench": Benchmark("VSI-Bench", 5130, ("test.jsonl", "test-*.parquet"), vsibench, {
+        "mean of types (the paper's)": Overall("mra_released", "problem_type"),
+        "mean of tasks": Overall("mra", "task")}),  # the benchmark's own
+    "videommmu": Benchmark("VideoMMMU", 900, ("*.json", "*/*.json", "*/*.parquet"), videommmu, {
+        "all": Overall("contains")}),
+    "mmvu": Benchmark("MMVU (mc)", 625, ("validation.json",), mmvu, PLAIN),
+    "mvbench": Benchmark("MVBench", 4000, ("json/*.json",), mvbench, {
+        "mean of tasks": Overall("accuracy", "task"), **PLAIN}),
+    "tempcompass": Benchmark("TempCompass", 7540, ("questions/*.json", "*/*.parquet"), tempcompass,
+                             PLAIN),
+    "videomme": Benchmark("VideoMME (wo sub)", 2700, ("*.json", "*.jsonl", "videomme/*.parquet"),
+                          videomme, PLAIN),
+}
+LEVELS = re.compile("_(easy|medium|hard)$")  # VSI-Bench makes one task of these first
+VSIBENCH_TASKS = re.compile(
+    r"object_rel_direction_(easy|medium|hard)|object_(rel_distance|abs_distance|counting|"
+    r"size_estimation)|room_size_estimation|route_planning|obj_appearance_order")
+
+PAPER = (  # Table 1 of arXiv 2503.21776: model, frames, then the columns of BENCHMARKS
+    ("GPT-4o", "-", 34.0, 61.2, 75.4, None, None, 71.9),
+    ("LLaMA-VID", "-", None, None, None, 41.9, 45.6, None),
+    ("VideoLLaMA2", "-", None, None, 44.8, 54.6, None, 47.9),
+    ("LongVA-7B", "-", 29.2, 23.9, None, None, 56.9, 52.6),
+    ("VILA-1.5-8B", "-", 28.9, 20.8, None, None, 58.8, None),
+    ("VILA-1.5-40B", "-", 31.2, 34.0, None, None, None, 60.1),
+    ("Video-UTR-7B", "-", None, None, None, 58.8, 59.7, 52.6),
+    ("LLaVA-OneVision-7B", "-", 32.4, 33.8, 49.2, 56.7, None, 58.2),
+    ("Kangaroo-8B", "-", None, None, None, 61.1, 62.5, 56.0),
+    ("Qwen2.5-VL-7B (CoT)", 16, 27.7, 47.8, 59.2, 57.4, 72.2, 53.1),
+    ("Qwen2.5-VL-7B-SFT", 16, 31.8, 47.4, 61.3, 59.4, 69.2, 52.8),
+    ("Qwen2.5-VL-7B (CoT)", 32, 30.1, 48.1, 60.0, 59.0, 72.6, 56.6),
+    ("Qwen2.5-VL-7B-SFT", 32, 33.3, 49.4, 63.5, 60.5, 69.9, 55.4),
+    ("Qwen2.5-VL-7B (CoT)", 64, 31.4, 50.4, 60.0, 59.2, 72.9, 59.6),
+    ("Qwen2.5-VL-7B-SFT", 64, 34.8, 49.4, 61.6, 60.6, 70.0, 58.8),
+    ("Video-R1-7B", 16, 34.6, 49.8, 64.2, 62.7, 72.6, 57.4),
+    ("Video-R1-7B", 32, 35.8, 52.3, 63.8, 63.9, 73.2, 59.3),
+    ("Video-R1-7B", 64, 37.1, 52.4, 63.8, 64.8, 73.2, 61.4),
+)
+
+
+def released_groups(name, row):
+    """The groups of a row of the released eval_*.json, from what its fields tell."""
+    task = str(row.get("original_question_type", "")).lower().replace(" ", "_")
+    if name == "mmvu":
+        return mmvu_groups(row["path"])
+    if name == "videommmu":  # three tracks of 300 that follow one another, read off its rows
+        return {"track": VIDEOMMMU_TRACKS[min(int(row["problem_id"]) // 300, 2)],
+                **videommmu_groups(Path(row["path"]).stem)}
+    if name == "vsibench" and VSIBENCH_TASKS.fullmatch(task) or (
+            name == "mvbench" and task in MVBENCH_FOLDERS):
+        return {"task": task}
+    return {}
 
 
 # -------------------------------------------------------------------------- pure functions
@@ -157,25 +489,50 @@ def mean_relative_accuracy(predicted, truth) -> float:
     return sum(100 * error <= 100 - theta for theta in MRA_PERCENT) / len(MRA_PERCENT)
 
 
-def bootstrap_mean(values, media, seed):
+def released_relative_accuracy(predicted, truth) -> float:
+    """MRA as the paper's released code counts it: a strict <, in float32, with 1e-8 added to g.
+
+    >>> released_relative_accuracy("1", "2"), mean_relative_accuracy("1", "2")
+    (0.0, 0.1)
+    """
+    p, g = parse_number(predicted), parse_number(truth)
+    if p is None or g is None:
+        return 0.0
+    p, g, theta = torch.tensor(p), torch.tensor(g), torch.arange(0.5, 0.975, 0.05)  # float32
+    return round(((p - g).abs() / (g.abs() + 1e-8) < 1 - theta).double().mean().item(), 1)
+
+
+def bootstrap_mean(values, media, seed, cells=None):
     """(mean, low, high): the mean of n values and its 95 % bootstrap interval over media.
 
-    values[i] belongs to the medium named media[i]. A resample draws M media with replacement,
-    each with all its values: sum of their sums / sum of their counts. One medium alone says
-    nothing about others: its low and high are None. With few media, or equal values, the
-    interval is too narrow.
+    values[i] belongs to the medium named media[i]. With cells[i], the name of a group, the mean is
+    that of the groups' means (names that differ in LEVELS alone share one vote). A resample draws
+    M media with replacement, each with all its values. One medium alone says nothing about others:
+    its low and high are None. With few media, or equal values, the interval is too narrow.
 
     >>> bootstrap_mean([1.0, 1.0, 1.0], ["a", "a", "b"], seed=0)
     (1.0, 1.0, 1.0)
+    >>> bootstrap_mean([1.0, 1.0, 0.0], ["a", "a", "a"], seed=0, cells=["s", "s", "t"])
+    (0.5, None, None)
     """
+    names, cell = np.unique(cells or [""] * len(values), return_inverse=True)  # (K,), (n,)
     _, medium = np.unique(media, return_inverse=True)  # (n,)
-    sums, counts = np.bincount(medium, weights=values), np.bincount(medium)  # (M,) each
-    mean = float(sums.sum() / counts.sum())
+    sums, counts = np.zeros((2, medium.max() + 1, len(names)))  # (M, K) each
+    np.add.at(sums, (medium, cell), values)
+    np.add.at(counts, (medium, cell), 1)
+    votes = Counter(LEVELS.sub("", name) for name in names)
+    weights = np.array([1 / votes[LEVELS.sub("", name)] for name in names])  # (K,)
+
+    def statistic(sums, counts):  # (..., K) each -> (...)
+        present = weights * (counts > 0)  # a resample may leave a cell empty
+        return (sums / np.maximum(counts, 1) * present).sum(-1) / present.sum(-1)
+
+    mean = float(statistic(sums.sum(0), counts.sum(0)))
     if len(sums) == 1:
         return mean, None, None
-    drawn = np.random.default_rng(seed).integers(len(sums), size=(RESAMPLES, len(sums)))  # (R, M)
-    means = sums[drawn].sum(axis=1) / counts[drawn].sum(axis=1)  # (R,)
-    low, high = np.percentile(means, INTERVAL)
+    chances = np.full(len(sums), 1 / len(sums))
+    drawn = np.random.default_rng(seed).multinomial(len(sums), chances, RESAMPLES)  # (R, M)
+    low, high = np.percentile(statistic(drawn @ sums, drawn @ counts), INTERVAL)
     return mean, float(low), float(high)
 
 
@@ -186,7 +543,7 @@ def shuffle_frames(frames, generator):
     order = torch.arange(len(frames))
     while torch.equal(order, torch.arange(len(frames))):
         order = torch.randperm(len(frames), generator=generator)
-    return frames[order]  # (T, C, H, W)
+    return frames[order]
 
 
 def reorder(vision, order, generator):
@@ -227,67 +584,239 @@ def grade(records, rows, threshold):
         if "output" not in row:
             continue
         output, accuracy = row["output"], accuracy_reward(row["output"], record)
-        keys = ("problem_id", "data_source", "problem_type", "path")
-        graded.append({key: record.get(key) for key in keys} | {
-            "output": output, "prediction": extract_answer(output), "accuracy": accuracy,
-            "correct": accuracy >= threshold, "format": format_reward(output),
-            "tokens": row["tokens"], "truncated": row["truncated"]})
+        prediction, form = extract_answer(output), format_reward(output)
+        keys = ("problem_id", "data_source", "problem_type", "path", "problem", "options",
+                "solution", "groups", "output", "tokens", "truncated", "size", "prompt_tokens")
+        both = record | row
+        graded.append({key: both[key] for key in keys if key in both} | {
+            "prediction": prediction, "accuracy": accuracy, "correct": accuracy >= threshold,
+            "format": form, "reward": accuracy + form,
+            "reflections": len(REFLECTION.findall(output))})
+        truth = extract_answer(record["solution"])
+        if record["problem_type"] == "free-form":  # how VideoMMMU grades a text
+            graded[-1]["contains"] = float(truth.lower() in prediction.lower())
         if record["problem_type"] == "regression":
-            graded[-1]["mra"] = mean_relative_accuracy(
-                extract_answer(output), extract_answer(record["solution"]))
+            graded[-1]["mra"] = mean_relative_accuracy(prediction, truth)
+            graded[-1]["mra_released"] = released_relative_accuracy(prediction, truth)
     return graded
 
 
 def groups_of(record):
-    """The groups that a record, or its graded row, is scored in."""
-    return ["all", f"problem_type: {record['problem_type']}",
-            f"data_source: {record.get('data_source')}"]
+    """The groups that a record, or its graded row, is scored in: {kind: name}."""
+    return {"problem_type": record["problem_type"], **record.get("groups", {
+        "data_source": str(record.get("data_source"))})}
 
 
-def score(records, graded, seed):
-    """Group -> {"answered", "records", each metric with rows: {"mean", "low", "high", "n"}}."""
-    members, scores = defaultdict(list), {}
+def usable(overalls, records):
+    """The overalls whose groups every record names; the first is the benchmark's headline."""
+    return {name: overall for name, overall in overalls.items()
+            if not overall.by or all(overall.by in groups_of(record) for record in records)}
+
+
+def measure(rows, metrics, overall, ordered, seed):
+    """{metric: {"mean", "low", "high", "n"}} over the rows that have the metric.
+
+    `ordered` has the rows of the ordered frames by problem_id as text: they make the drop.
+    """
+    found = {}
+    for metric in metrics:
+        pairs = [(row, row[metric]) for row in rows if metric in row]
+        if metric == "score":
+            pairs = [(row, overall.score(row)) for row in rows]
+        elif metric == "drop":
+            earlier = ((row, ordered.get(str(row["problem_id"]))) for row in rows)
+            pairs = [(row, overall.score(before) - overall.score(row))
+                     for row, before in earlier if before]
+        if pairs:
+            cells = [groups_of(row)[overall.by] for row, _ in pairs] if overall.by else None
+            interval = bootstrap_mean([float(value) for _, value in pairs],
+                                      [row["path"] for row, _ in pairs], seed, cells)
+            found[metric] = dict(zip(("mean", "low", "high"), interval)) | {"n": len(pairs)}
+    return found
+
+
+def score(records, graded, seed, overalls=PLAIN, ordered=()):
+    """Group -> {"answered", "records", each metric with rows: {"mean", "low", "high", "n"}}.
+
+    Groups are "all", each "<kind>: <name>" of groups_of and each of the overalls that averages
+    over groups.
+    """
+    overalls = usable(overalls, records)
+    headline, *_ = overalls.values()
+    ordered = {str(row["problem_id"]): row for row in ordered}
+    scores = {name: {"answered": len(graded), "records": len(records),
+                     **measure(graded, ("score", "drop"), overall, ordered, seed)}
+              for name, overall in overalls.items() if overall.by}
+
+    def labels(record):
+        return ["all", *(f"{kind}: {name}" for kind, name in groups_of(record).items())]
+    members = defaultdict(list)
     for row in graded:
-        for group in groups_of(row):
-            members[group].append(row)
-    for group, count in Counter(group for record in records for group in groups_of(record)).items():
-        rows = members[group]
-        scores[group] = {"answered": len(rows), "records": count}
-        for metric in METRICS:
-            values = [float(row[metric]) for row in rows if metric in row]
-            media = [row["path"] for row in rows if metric in row]
-            if values:
-                interval = zip(("mean", "low", "high"), bootstrap_mean(values, media, seed))
-                scores[group][metric] = {**dict(interval), "n": len(values)}
+        for label in labels(row):
+            members[label].append(row)
+    for label, count in Counter(label for record in records for label in labels(record)).items():
+        rows = members[label]
+        scores[label] = {"answered": len(rows), "records": count,
+                         **measure(rows, METRICS, Overall(headline.metric), ordered, seed)}
     return scores
 
 
-def table(stem, scores):
-    """The scores of one result as the lines of a Markdown table; all but tokens in percent."""
-    def cell(metric, value):
-        unit = 1 if metric == "tokens" else 100
-        if not value or value["low"] is None:
-            return f"{value['mean'] * unit:.1f}" if value else ""
-        return "{:.1f} [{:.1f}, {:.1f}]".format(*(value[k] * unit for k in ("mean", "low", "high")))
+# ------------------------------------------------------------------------------ tables
 
-    shown = [metric for metric in METRICS if metric in scores["all"]]
-    sources = [group for group in scores if group.startswith("data_source")]
-    hidden = sources if len(sources) > SOURCES_SHOWN else []
-    lines = [[stem, "answered", *shown], []]
-    for group in sorted(set(scores) - set(hidden), key=lambda group: (group != "all", group)):
-        row = scores[group]
-        lines.append([group, f"{row['answered']}/{row['records']}",
-                      *(cell(metric, row.get(metric)) for metric in shown)])
-    widths = [max(map(len, column)) for column in zip(*filter(None, lines))]
-    lines[1] = ["-" * width for width in widths]
-    return ["| " + " | ".join(cell.ljust(width) for cell, width in zip(line, widths)) + " |"
-            for line in lines] + [f"({len(hidden)} data sources: in the file)"] * bool(hidden)
+def cell(metric, value):
+    """A measured metric as text, "62.5 [60.1, 64.9]"; all but PLAIN_NUMBERS in percent."""
+    if not value:
+        return ""
+    unit = 1 if metric in PLAIN_NUMBERS else 100
+    shown = [f"{value[key] * unit:.1f}" for key in ("mean", "low", "high")
+             if value[key] is not None]
+    return shown[0] if len(shown) == 1 else f"{shown[0]} [{shown[1]}, {shown[2]}]"
+
+
+def markdown(head, rows):
+    """The lines of a Markdown table whose columns have one width each."""
+    widths = [max(map(len, column)) for column in zip(head, *rows)]
+    rows = [head, ["-" * width for width in widths], *rows]
+    return ["| " + " | ".join(text.ljust(width) for text, width in zip(row, widths)) + " |"
+            for row in rows]
+
+
+def shown_groups(scores):
+    """The groups to print, the benchmark's means first; and a line for each kind left out."""
+    kinds = Counter(group.partition(":")[0] for group in scores)
+    hidden = [kind for kind, count in kinds.items() if count > GROUPS_SHOWN]
+    groups = sorted((group for group in scores if group.partition(":")[0] not in hidden),
+                    key=lambda group: (not group.startswith("mean"), group != "all", group))
+    return groups, [f"({kinds[kind]} groups by {kind}: not shown)" for kind in hidden]
+
+
+def table(stem, scores):
+    """The scores of one result as the lines of a Markdown table."""
+    shown = [metric for metric in METRICS
+             if metric in scores["all"] and metric not in IN_FILE_ONLY]
+    if all(row.get("score") == row.get("accuracy") for row in scores.values()):
+        shown = [metric for metric in shown if metric != "score"]
+    groups, hidden = shown_groups(scores)
+    rows = [[group, f"{scores[group]['answered']}/{scores[group]['records']}",
+             *(cell(metric, scores[group].get(metric)) for metric in shown)] for group in groups]
+    return markdown([stem, "answered", *shown], rows) + hidden
+
+
+def summary(results, compare):
+    """The results in the layout of the paper's Table 1, as lines; with the paper's own rows.
+
+    A cell without n/N stands for a whole benchmark answered.
+    """
+    ours = defaultdict(lambda: [""] * len(BENCHMARKS))
+    for result in results:
+        name, whole = result["benchmark"], BENCHMARKS[result["benchmark"]].size
+        row = result["scores"][result["overall"]]
+        model = result["arguments"]["model"] + (
+            "" if result["order"] == "ordered" else f" ({result['order']})")
+        text = cell("score", row.get("score"))
+        if result["answered"] < whole:
+            text += f" {result['answered']}/{whole}"
+        if "drop" in row:
+            text += f", drop {cell('drop', row['drop'])}"
+        ours[model, result["frames"]][list(BENCHMARKS).index(name)] = text.strip()
+    rows = [[model, str(frames), *cells] for (model, frames), cells in sorted(ours.items())]
+    if compare:
+        rows += [[f"{model}, paper", str(frames), *("-" if x is None else str(x) for x in cells)]
+                 for model, frames, *cells in PAPER]
+    return markdown(["Models", "Frames", *(b.title for b in BENCHMARKS.values())], rows)
+
+
+def difference(a, b):
+    """What changed from result a to result b, as lines: paired scores, then changed questions."""
+    before = {str(row["problem_id"]): row for row in a["rows"]}
+    after = {str(row["problem_id"]): row for row in b["rows"]}
+    old, new = ([rows[key] for key in before if key in after] for rows in (before, after))
+    if not old:
+        raise InputError("the two results have no question in common")
+    lines = [f"{key} differs: {str(a['configuration'].get(key))[:60]} | {str(value)[:60]}"
+             for key, value in b["configuration"].items() if a["configuration"].get(key) != value]
+    overalls = BENCHMARKS[a["benchmark"]].overalls if a["benchmark"] in BENCHMARKS else PLAIN
+    # with b's rows as the ordered ones, the "drop" of a's rows is b - a
+    seed = a["arguments"]["seed"]
+    scores, there = score(old, old, seed, overalls, new), score(new, new, seed, overalls)
+    groups, hidden = shown_groups(scores)
+    lines += markdown(["group", "questions", "A", "B", "B - A"], [
+        [group, str(scores[group]["answered"]), cell("score", scores[group]["score"]),
+         cell("score", there.get(group, {}).get("score")), cell("drop", scores[group]["drop"])]
+        for group in groups]) + hidden
+    for first, second in zip(old, new):
+        if first["accuracy"] != second["accuracy"]:
+            lines.append(f"{first['problem_id']}: {first['accuracy']:.2f} -> "
+                         f"{second['accuracy']:.2f}, answer {first['prediction'][:40]!r} -> "
+                         f"{second['prediction'][:40]!r}, truth "
+                         f"{extract_answer(first['solution'])[:40]!r}: {first['problem'][:80]!r}")
+    return lines + [f"{len(old)} questions compared; {len(before) - len(old)} only in A, "
+                    f"{len(after) - len(old)} only in B"]
+
+
+def verdict(text):
+    """The judge's yes (True) or no (False), after its thoughts if it has any; else None.
+
+    >>> [verdict(text) for text in ("<think>no?</think>Yes.", "**no**", "It depends: yes and no")]
+    [True, False, None]
+    """
+    words = set(re.findall(r"[a-z]+", text.rpartition("</think>")[2].lower())) & {"yes", "no"}
+    return words == {"yes"} if len(words) == 1 else None
 
 
 # --------------------------------------------------------------------------------- data
 
+def read_file(path):
+    """The content of a .json, .jsonl or .parquet file."""
+    if path.suffix == ".parquet":
+        try:
+            from pyarrow import parquet
+        except ImportError:
+            raise InputError(f"{path} needs the package pyarrow (pip install pyarrow); releases "
+                             "as JSON need nothing") from None
+        return parquet.read_table(path).to_pylist()
+    try:
+        text = path.read_text(encoding="utf-8")
+        if path.suffix == ".jsonl":
+            return [json.loads(line) for line in text.split("\n") if line.strip()]
+        return json.loads(text)
+    except (OSError, ValueError) as error:
+        raise InputError(f"cannot read {path}: {error}") from None
+
+
+def read_benchmark(name, path, args):
+    """The records of a benchmark: a released eval_*.json, or its own release, which is converted
+    and left as records in --output. Each gains the groups that it is scored in."""
+    path, benchmark = Path(path), BENCHMARKS[name]
+    files = [path]
+    if path.is_dir():  # its patterns are alternatives
+        found = (sorted(path.glob(pattern)) for pattern in benchmark.files)
+        files = next(filter(None, found), [])
+    if not files:
+        raise InputError(f"{path} has no {' or '.join(benchmark.files)}, as {benchmark.title} "
+                         "is released")
+    root = args.media_root or (path if path.is_dir() else path.parent)
+    records = []
+    for file in files:
+        content = read_file(file)
+        try:
+            if isinstance(content, list) and "problem_type" in content[0]:
+                return [record | {"groups": released_groups(name, record)}
+                        for record in load_records(file, root)]
+            records += benchmark.convert(content, file)
+        except (KeyError, TypeError, ValueError, AttributeError, IndexError) as error:
+            if isinstance(error, InputError):
+                raise
+            raise InputError(f"{file} is not as {benchmark.title} is released: {error!r}") from None
+    whole = Path(args.output) / f"{name}.records.json"
+    aside = whole.with_suffix(f".{os.getpid()}.partial")  # every rank writes the same
+    aside.write_text(json.dumps(records, indent=1), encoding="utf-8")
+    aside.replace(whole)
+    return load_records(whole, root)
+
+
 def read_benchmarks(args):
-    """--benchmark as {name: (records, hash of the file)}; InputError for what cannot be used."""
+    """--benchmark as {name: records}; InputError for what cannot be used."""
     benchmarks = {}
     for text in args.benchmark:
         name, _, path = text.partition("=")
@@ -296,11 +825,15 @@ def read_benchmarks(args):
                              "digits, '_', '.' and '-'")
         if name in benchmarks:
             raise InputError(f"--benchmark has two files named {name}")
-        records = load_records(path, args.media_root)
+        records = (read_benchmark(name, path, args) if name in BENCHMARKS
+                   else load_records(path, args.media_root))
         problem_id, count = Counter(str(r["problem_id"]) for r in records).most_common(1)[0]
         if count > 1:
             raise InputError(f"{path}: {count} records have the problem_id {problem_id}")
-        benchmarks[name] = (records, hashlib.sha256(Path(path).read_bytes()).hexdigest())
+        if not any(os.path.exists(record["media_path"]) for record in records):
+            raise InputError(f"{path}: none of its media is there, the first would be "
+                             f"{records[0]['media_path']}; give their folder as --media_root")
+        benchmarks[name] = records
     return benchmarks
 
 
@@ -309,26 +842,50 @@ def record_generator(seed, record, stream):
     return seeded_generator(seed, zlib.crc32(str(record["problem_id"]).encode()), stream)
 
 
-class Prompts(Dataset):
-    """index -> record and encoded inputs, or the MediaError; runs in worker processes."""
+def record_seed(seed, record):
+    """A seed of the record's own: its draws depend on no batch, no rank and no restart."""
+    return record_generator(seed, record, TOKEN_STREAM).initial_seed() % 2**31
 
-    def __init__(self, records, processor, frames, args):
+
+def skip_row(record, error):
+    """The row of a record without responses; it is asked again when the command is repeated."""
+    return {"problem_id": record["problem_id"], "path": record["path"], "reason": str(error)}
+
+
+class Prompts(Dataset):
+    """index -> record with its encoded inputs, or with the messages that a server gets (without a
+    processor), or the MediaError; runs in worker processes."""
+
+    def __init__(self, records, processor, args):
         self.records, self.processor, self.args = records, processor, args
-        self.sampling_args = argparse.Namespace(**vars(args), max_frames=frames)
 
     def __len__(self):
         return len(self.records)
 
     def __getitem__(self, index):
         record = self.records[index]
+        if "judge_prompt" in record:
+            return {"record": record, "size": [], **self.text_alone(record["judge_prompt"])}
         try:
-            vision = load_vision(record, **sampling_of(self.sampling_args, record))
+            vision = load_vision_isolated(record, self.args.decode_timeout,
+                                          **sampling_of(self.args, record))
         except MediaError as error:
-            return {"problem_id": record["problem_id"], "path": record["path"],
-                    "reason": str(error)}
+            return skip_row(record, error)
         generator = record_generator(self.args.seed, record, FRAME_STREAM)
         vision = reorder(vision, self.args.order, generator)
-        return {"record": record, "inputs": encode(self.processor, record, vision)}
+        frames = vision.frames  # (T, C, H, W)
+        size = [1, *vision.image.size[::-1]] if frames is None else [*frames[:, 0].shape]
+        if self.processor is None:
+            return {"record": record, "size": size, "messages": api_messages(record, vision)}
+        return {"record": record, "size": size, "inputs": encode(self.processor, record, vision)}
+
+    def text_alone(self, text):
+        """What a judge gets: a question without a medium."""
+        messages = [{"role": "user", "content": [{"type": "text", "text": text}]}]
+        if self.processor is None:
+            return {"messages": messages}
+        prompt = self.processor.apply_chat_template(messages, add_generation_prompt=True)
+        return {"inputs": dict(self.processor(text=[prompt], return_tensors="pt"))}
 
 
 # --------------------------------------------------------- start-up, the same in each stage
@@ -422,24 +979,41 @@ def model_hash(model):
     return digest.hexdigest()
 
 
-def plan_tasks(args, benchmarks, processor):
-    """The tasks of a run. InputError where --output has rows of another configuration."""
+def records_hash(records):
+    """A hash of what is asked; where the media lie does not matter."""
+    place = ("media_path", "media_root")
+    asked = [{key: value for key, value in record.items() if key not in place}
+             for record in records]
+    return hashlib.sha256(json.dumps(asked, sort_keys=True).encode()).hexdigest()
+
+
+def shared_configuration(args, processor):
+    """What answers depend on, beside records and frames: rows made with another are refused."""
     flags = ("min_frames", "fps", "min_pixels", "max_pixels", "image_min_pixels",
-             "image_max_pixels", "temperature", "top_p", "max_new_tokens", "seed",
-             "attn_implementation")
-    shared = {flag: getattr(args, flag) for flag in flags} | {
-        "model_sha256": model_hash(args.model), "dtype": str(precision()), "template": TEMPLATE,
-        "answer_suffix": ANSWER_SUFFIX, "chat_template": processor.chat_template}
+             "image_max_pixels", "temperature", "top_p", "max_new_tokens", "seed")
+    engine = {"engine": "api", "model": args.model} if args.api_base else {
+        "engine": "transformers", "model_sha256": model_hash(args.model),
+        "dtype": str(precision()), "attn_implementation": args.attn_implementation,
+        "chat_template": processor.chat_template}
+    return {flag: getattr(args, flag) for flag in flags} | engine | {
+        "template": TEMPLATE, "answer_suffix": ANSWER_SUFFIX}
+
+
+def unanswered(records, rows):
+    """The records that `rows` has no answer to."""
+    return [r for r in records if "output" not in rows.get(str(r["problem_id"]), {})]
+
+
+def plan_tasks(args, benchmarks, shared):
+    """The tasks of a run. InputError where --output has rows of another configuration."""
     tasks = []
-    for name, (records, records_hash) in benchmarks.items():
+    for name, records in benchmarks.items():
         for frames in dict.fromkeys(args.frames):
-            configuration = shared | {"frames": frames, "records_sha256": records_hash}
+            configuration = shared | {"frames": frames, "records_sha256": records_hash(records)}
             rows = {order: read_rows(args.output, f"{name}_{frames}_{order}", configuration)
                     for order in ORDERS}[args.order]  # all orders: they are compared
-            todo = [record for record in records
-                    if "output" not in rows.get(str(record["problem_id"]), {})]
-            stem = f"{name}_{frames}_{args.order}"
-            tasks.append(Task(stem, frames, records, configuration, todo))
+            tasks.append(Task(f"{name}_{frames}_{args.order}", name, frames, records,
+                              configuration, unanswered(records, rows)))
     return tasks
 
 
@@ -477,30 +1051,185 @@ def open_rows(path, configuration):
     return file
 
 
+def write_json(path, content):
+    """Writes a JSON file, complete or not at all."""
+    aside = Path(f"{path}.partial")
+    aside.write_text(json.dumps(content, indent=1), encoding="utf-8")
+    aside.replace(path)
+
+
 def write_result(task, args):
     """<stem>.json, complete or absent, from every row that --output has. Returns its content."""
     rows = read_rows(args.output, task.stem, task.configuration)
-    graded = grade(task.records, rows, args.correct_threshold)
+    graded, ordered = grade(task.records, rows, args.correct_threshold), []
     if args.order != "ordered":
         stem = task.stem.removesuffix(args.order) + "ordered"
         ordered = grade(task.records, read_rows(args.output, stem, task.configuration),
                         args.correct_threshold)
-        accuracy = {str(row["problem_id"]): row["accuracy"] for row in ordered}
-        for row in graded:
-            if str(row["problem_id"]) in accuracy:
-                row["drop"] = accuracy[str(row["problem_id"])] - row["accuracy"]
+    overalls = BENCHMARKS[task.name].overalls if task.name in BENCHMARKS else PLAIN
     answers = [row for row in rows.values() if "output" in row]
-    result = {"scores": score(task.records, graded, args.seed),
+    whole = json.dumps(task.configuration, sort_keys=True).encode()
+    result = {"benchmark": task.name, "frames": task.frames, "order": args.order,
+              "overall": next(iter(usable(overalls, task.records))),
+              "scores": score(task.records, graded, args.seed, overalls, ordered),
               "answered": len(graded), "records": len(task.records),
               "tokens": sum(row["tokens"] for row in answers),
               "rank_seconds": sum(row["seconds"] for row in answers),  # of generation
               "skipped": [row for row in rows.values() if "reason" in row],
               "arguments": vars(args), "configuration": task.configuration,
-              "world_size": dist.get_world_size(), **provenance(), "rows": graded}
-    aside = Path(args.output) / f"{task.stem}.partial"
-    aside.write_text(json.dumps(result, indent=1), encoding="utf-8")
-    aside.replace(Path(args.output) / f"{task.stem}.json")
+              "configuration_sha256": hashlib.sha256(whole).hexdigest(),
+              "world_size": dist.get_world_size(),
+              "written": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
+              **provenance(), "rows": graded}
+    write_json(Path(args.output) / f"{task.stem}.json", result)
     return result
+
+
+def read_result(path):
+    """A result file of write_result."""
+    result = read_file(Path(path))
+    if not isinstance(result, dict) or "configuration" not in result:
+        raise InputError(f"{path} is not a result: <name>_<frames>_<order>.json of an --output")
+    return result
+
+
+def print_result(task, result, args):
+    """The result's table and, beside it, what is missing from it."""
+    print("\n".join(table(task.stem, result["scores"])))
+    size = BENCHMARKS[task.name].size if task.name in BENCHMARKS else result["records"]
+    if result["records"] != size:
+        print(f"{task.name}: {result['records']} of the {size} questions that the paper counts")
+    if result["skipped"]:
+        print(f"skipped {len(result['skipped'])}, named in {args.output}/skipped.jsonl; "
+              f"the first: {result['skipped'][0]['reason']}")
+
+
+# ----------------------------------------------- a server's answers, as in annotate.py
+
+class ApiError(RuntimeError):
+    """The server gave no usable answer to one request, for the reason given."""
+
+
+def api_session(concurrency):
+    """HTTP connections that `concurrency` threads can share; they carry the key, if any."""
+    def authorise(request):
+        if os.environ.get(KEY_VARIABLE):
+            request.headers["Authorization"] = f"Bearer {os.environ[KEY_VARIABLE]}"
+        return request
+
+    session = requests.Session()
+    session.auth = authorise  # not a header of the session, over which ~/.netrc would win
+    for scheme in ("http://", "https://"):
+        session.mount(scheme, requests.adapters.HTTPAdapter(pool_maxsize=concurrency))
+    return session
+
+
+def ask_api(session, args, messages, n, seed):
+    """n answers to a conversation: [(text, finish_reason, completion tokens), ...].
+
+    finish_reason is "stop", or "length" where max_new_tokens cut the answer off. Of several
+    answers to one request a server tells only the sum of tokens: each gets the mean. Raises
+    ApiError when a request fails args.api_retries times more, InputError when all would fail.
+    """
+    answers = []
+    while len(answers) < n:  # some servers answer once, whatever n is
+        body = {"model": args.model, "messages": messages, "n": n - len(answers),
+                "temperature": args.temperature, "top_p": args.top_p,
+                "max_tokens": args.max_new_tokens, "seed": seed + len(answers)}
+        answers += post_api(session, args, body)
+    return answers[:n]
+
+
+def post_api(session, args, body):
+    """The answers to one request, which is repeated while the server fails to give any."""
+    url = args.api_base.rstrip("/") + "/chat/completions"
+    for attempt in range(args.api_retries + 1):
+        # seeded by nothing: the point is that clients do not come back at the same moment
+        pause = min(LONGEST_PAUSE, FIRST_PAUSE * 2**attempt) * random.uniform(0.5, 1)
+        try:
+            reply = session.post(url, json=body, timeout=(CONNECT_TIMEOUT, args.api_timeout))
+            if reply.status_code == 200:
+                return read_choices(reply.json())
+            reason = f"HTTP {reply.status_code}: {reply.text[:ERROR_SHOWN]}"
+            pause = max(pause, retry_after(reply.headers.get("Retry-After", "")))
+        except (requests.RequestException, KeyError, TypeError, ValueError) as error:
+            reply, reason = None, f"{type(error).__name__}: {str(error)[:ERROR_SHOWN]}"
+        if os.environ.get(KEY_VARIABLE):  # a server may quote it
+            reason = reason.replace(os.environ[KEY_VARIABLE], f"<{KEY_VARIABLE}>")
+        if reply is not None and reply.status_code in HOPELESS:
+            raise InputError(f"{url} refuses model {args.model}: {reason} "
+                             f"(the key is read from the environment variable {KEY_VARIABLE})")
+        if reply is not None and reply.status_code < 500 and reply.status_code not in REPEATED:
+            raise ApiError(f"{url}: {reason}")
+        if attempt < args.api_retries:
+            time.sleep(pause)
+    raise ApiError(f"{url}: {args.api_retries + 1} attempts failed, the last: {reason}")
+
+
+def read_choices(reply):
+    """The answers in a server's reply; KeyError, TypeError or ValueError where it has none.
+
+    >>> read_choices({"choices": [{"message": {"content": "Hi"}, "finish_reason": "stop"}],
+    ...               "usage": {"completion_tokens": 2}})
+    [('Hi', 'stop', 2)]
+    """
+    choices = reply["choices"]
+    if not choices:
+        raise ValueError("the reply has no choices")
+    tokens = round(reply["usage"]["completion_tokens"] / len(choices))
+    # content is null where the answer was cut off before it began
+    return [(choice["message"]["content"] or "", choice["finish_reason"], tokens)
+            for choice in choices]
+
+
+def retry_after(text):
+    """Seconds that a Retry-After header asks for, as a number or a date; 0 for anything else."""
+    try:
+        seconds = (float(text) if re.fullmatch(r"\d+(\.\d+)?", text) else
+                   parsedate_to_datetime(text).timestamp() - time.time())
+    except ValueError:
+        return 0.0
+    return min(max(seconds, 0.0), LONGEST_RETRY_AFTER)
+
+
+def ask_one(session, sample, args):
+    """The row of a record's response, or of the reason why there is none."""
+    record, started = sample["record"], time.perf_counter()
+    try:
+        (text, finish, tokens), = ask_api(session, args, sample["messages"], 1,
+                                          record_seed(args.seed, record))
+    except ApiError as error:
+        return skip_row(record, error)
+    return {"problem_id": record["problem_id"], "output": text, "tokens": tokens,
+            "truncated": finish == "length", "seconds": time.perf_counter() - started,
+            "size": sample["size"]}
+
+
+def ask_server(share, write, args):
+    """Asks for a rank's share of the records, args.concurrency requests at a time."""
+    loader = DataLoader(Prompts(share, None, args), batch_size=None, num_workers=args.num_workers)
+    session, running, failed = api_session(args.concurrency), set(), 0
+
+    def work(sample):  # in a thread: the row is on disk before anything else can go wrong
+        row = sample if "reason" in sample else ask_one(session, sample, args)
+        write([row])
+        return None if "output" in row or "reason" in sample else row["reason"]
+
+    def settle(least):
+        """Waits until fewer than `least` requests run; stops the run when the server is gone."""
+        nonlocal running, failed
+        while len(running) >= least:
+            done, running = wait(running, return_when=FIRST_COMPLETED)
+            for reason in (future.result() for future in done):
+                failed = failed + 1 if reason else 0
+                if failed >= MOST_FAILURES:
+                    raise InputError(f"{failed} requests in a row failed, the last: {reason}")
+
+    with ThreadPoolExecutor(args.concurrency) as pool:
+        for sample in loader:
+            running.add(pool.submit(work, sample))
+            settle(args.concurrency)
+        settle(1)
 
 
 # ------------------------------------------------------------------------------- the model
@@ -518,60 +1247,159 @@ def respond(model, samples, seed):
     return [cut_at_end(row, config.eos_token_id) for row in ids.tolist()]
 
 
-def answer(model, processor, share, task, args):
-    """Answers a rank's share of the records and writes a row each, a batch at a time."""
-    loader = DataLoader(Prompts(share, processor, task.frames, args), batch_size=args.batch_size,
-                        collate_fn=list, num_workers=args.num_workers)
+def by_length(samples, size):
+    """Lists of up to `size` samples, out of each WINDOW * size neighbours those of like length."""
+    samples = iter(samples)
+    while window := list(islice(samples, WINDOW * size)):
+        window.sort(key=lambda s: s["inputs"]["input_ids"].shape[1] if "inputs" in s else 0)
+        yield from (window[i:i + size] for i in range(0, len(window), size))
+
+
+def ask_here(model, processor, share, write, args):
+    """Answers a rank's share of the records on this machine, a batch at a time."""
+    # the next window is decoded while this one is answered
+    ahead = -(-WINDOW * args.batch_size // args.num_workers) if args.num_workers else None
+    loader = DataLoader(Prompts(share, processor, args), batch_size=None,
+                        num_workers=args.num_workers, prefetch_factor=ahead)
+    for samples in by_length(loader, args.batch_size):
+        started = time.perf_counter()
+        good = [sample for sample in samples if "inputs" in sample]
+        rows = [sample for sample in samples if "reason" in sample]
+        responses = respond(model, good, args.seed) if good else []
+        seconds = (time.perf_counter() - started) / max(len(good), 1)
+        for sample, (ids, truncated) in zip(good, responses):
+            text = processor.tokenizer.decode(ids, skip_special_tokens=True)
+            rows.append({"problem_id": sample["record"]["problem_id"], "output": text,
+                         "tokens": len(ids), "truncated": truncated, "seconds": seconds,
+                         "size": sample["size"],
+                         "prompt_tokens": sample["inputs"]["input_ids"].shape[1]})
+        write(rows)
+
+
+def engine_of(args, processor, device):
+    """What answers: (share, write, args) -> None, through a server or on this machine."""
+    if args.api_base:
+        return ask_server
+    models = []  # loaded when there is something to answer
+
+    def engine(share, write, task_args):
+        if not models:
+            models.append(load_model(args, processor.tokenizer, device))
+        ask_here(models[0], processor, share, write, task_args)
+    return engine
+
+
+def complete(task, engine, ranks, args):
+    """Answers what a task lacks, each rank a share; returns when the last rank is done."""
     rank, output = dist.get_rank(), Path(args.output)
-    with open_rows(output / f"{task.stem}.rank{rank}.jsonl", task.configuration) as file, \
-            open(output / "skipped.jsonl", "a", encoding="utf-8") as skipped_file, \
-            tqdm(total=len(share), desc=task.stem, disable=rank != 0) as bar:
-        for samples in loader:
-            started = time.perf_counter()
-            good = [sample for sample in samples if "inputs" in sample]
-            rows = [sample for sample in samples if "reason" in sample]
-            skipped_file.writelines(json.dumps({"result": task.stem, **row}) + "\n" for row in rows)
-            responses = respond(model, good, args.seed) if good else []
-            seconds = (time.perf_counter() - started) / max(len(good), 1)
-            for sample, (ids, truncated) in zip(good, responses):
-                text = processor.tokenizer.decode(ids, skip_special_tokens=True)
-                rows.append({"problem_id": sample["record"]["problem_id"], "output": text,
-                             "tokens": len(ids), "truncated": truncated, "seconds": seconds})
-            file.write("".join(json.dumps(row) + "\n" for row in rows))
-            file.flush()
-            bar.update(len(samples))
+    share, lock = task.todo[rank::dist.get_world_size()], threading.Lock()
+    if share:
+        with open_rows(output / f"{task.stem}.rank{rank}.jsonl", task.configuration) as file, \
+                open(output / "skipped.jsonl", "a", encoding="utf-8") as skipped, \
+                tqdm(total=len(share), desc=task.stem, disable=rank != 0) as bar:
+            def write(rows):
+                with lock:
+                    file.write("".join(json.dumps(row) + "\n" for row in rows))
+                    file.flush()
+                    skipped.writelines(json.dumps({"result": task.stem, **row}) + "\n"
+                                       for row in rows if "reason" in row)
+                    bar.update(len(rows))
+            engine(share, write, argparse.Namespace(**vars(args), max_frames=task.frames))
+    dist.barrier(ranks)
+
+
+# ------------------------------------------------------------------------------- the judge
+
+def verdicts(stem, prompt, rows, shared, engine, ranks, args):
+    """{problem_id as text: True or False} by the judge, for the rows of a result it decides on."""
+    records = []
+    for row in rows:
+        question = "\n".join([row["problem"], *(row.get("options") or [])])
+        records.append({"problem_id": row["problem_id"], "path": row["path"],
+                        "judge_prompt": prompt.format_map({"question": question,
+                                                           "output": row["output"]})})
+    configuration = shared | {"records_sha256": records_hash(records)}
+    done = read_rows(args.output, stem, configuration)
+    dist.barrier(ranks)  # all ranks have read the rows before one adds to them
+    task = Task(stem, "judge", 0, records, configuration, unanswered(records, done))
+    complete(task, engine, ranks, args)
+    found = {key: verdict(row["output"]) for key, row in
+             read_rows(args.output, stem, configuration).items() if "output" in row}
+    return {key: value for key, value in found.items() if value is not None}
+
+
+def judge(path, shared, engine, ranks, args):
+    """The verdicts on a result file: [(medium, whether the response uses temporal reasoning)] of
+    the questions that need it. Leaves <stem>.judge.json; a question without verdict is in neither.
+    """
+    result, stem = read_result(path), Path(path).stem
+    rows = result["rows"]
+    needs = verdicts(f"{stem}.questions", JUDGE_QUESTION, rows, shared, engine, ranks, args)
+    needed = [row for row in rows if needs.get(str(row["problem_id"]))]
+    uses = verdicts(f"{stem}.responses", JUDGE_RESPONSE, needed, shared, engine, ranks, args)
+    pairs = [(row["path"], uses[str(row["problem_id"])]) for row in needed
+             if str(row["problem_id"]) in uses]
+    if dist.get_rank() == 0:
+        print(f"{stem}: {len(rows)} questions answered, {len(needs)} judged, {len(needed)} need "
+              "temporal reasoning")
+        write_json(Path(args.output) / f"{stem}.judge.json", {
+            "questions": len(rows), "judged": len(needs), "needs": len(needed),
+            "uses": temporal_share(pairs, args.seed), "judge": args.model, "configuration": shared,
+            "prompts": [JUDGE_QUESTION, JUDGE_RESPONSE], **provenance(),
+            "rows": [{"problem_id": row["problem_id"], "needs": needs[str(row["problem_id"])],
+                      "uses": uses.get(str(row["problem_id"]))}
+                     for row in rows if str(row["problem_id"]) in needs]})
+    return pairs
+
+
+def temporal_share(pairs, seed):
+    """Figure 6's number from judge's pairs: the share that uses it; None without any."""
+    if not pairs:
+        return None
+    media, uses = zip(*pairs)
+    interval = bootstrap_mean([float(use) for use in uses], media, seed)
+    return dict(zip(("mean", "low", "high"), interval)) | {"n": len(pairs)}
 
 
 # ---------------------------------------------------------------------------------- main
 
 def main(args):
+    if args.diff:
+        print("\n".join(difference(*map(read_result, args.diff))))
+        return
     # --------------------------------------------- inputs, checked before a model is loaded
     check_flags(args)
-    benchmarks = read_benchmarks(args)
-    processor = load_processor(args)
     try:
         Path(args.output).mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise InputError(f"cannot write to --output {args.output}: {error}") from None
-    tasks = plan_tasks(args, benchmarks, processor)
+    benchmarks = {} if args.judge else read_benchmarks(args)
+    for path in args.judge or ():
+        read_result(path)
+    processor = None if args.api_base else load_processor(args)
+    shared = shared_configuration(args, processor)
+    tasks = plan_tasks(args, benchmarks, shared)
     rank, device = setup_distributed()
     ranks = dist.new_group(backend="gloo", timeout=LONGEST_WAIT)
     dist.barrier(ranks)  # all ranks have read the rows before one adds to them
+    engine = engine_of(args, processor, device)
+
+    # ------------------------------------------------------------------- verdicts of a judge
+    pairs = [pair for path in args.judge or () for pair in judge(path, shared, engine, ranks, args)]
+    if args.judge and rank == 0:
+        print(f"temporal reasoning in {cell('uses', temporal_share(pairs, args.seed)) or '-'} % of "
+              f"{len(pairs)} responses to questions that need it")
 
     # ---------------------------------------------------------------- answers, then scores
-    model = None
     for task in tasks:
-        share = task.todo[rank::dist.get_world_size()]
-        if share:
-            model = model or load_model(args, processor.tokenizer, device)
-            answer(model, processor, share, task, args)
-        dist.barrier(ranks)
+        complete(task, engine, ranks, args)
         if rank == 0:
-            result = write_result(task, args)
-            print("\n".join(table(task.stem, result["scores"])))
-            if result["skipped"]:
-                print(f"skipped {len(result['skipped'])}, named in {args.output}/skipped.jsonl; "
-                      f"the first: {result['skipped'][0]['reason']}")
+            print_result(task, write_result(task, args), args)
+    if rank == 0 and not args.judge:
+        files = [path for name in BENCHMARKS for order in ("ordered", args.order)
+                 for path in Path(args.output).glob(f"{name}_*_{order}.json")]
+        if files or args.compare:
+            print("\n".join(summary(map(read_result, dict.fromkeys(files)), args.compare)))
 
 
 if __name__ == "__main__":

@@ -35,8 +35,8 @@ from tqdm import tqdm
 from transformers import AutoModelForImageTextToText, AutoProcessor
 
 from build_data import (InputError, MediaError, check_limits, encode, encode_blank, image_as_video,
-                        load_records, load_vision_isolated, pad_batch, provenance, read_args_line,
-                        sampling_of, seeded_generator)
+                        load_records, load_vision_of, pad_batch, provenance, read_args_line,
+                        seeded_generator)
 
 ORDER_STREAM = 0  # first key of the data order's generators
 IGNORED = -100  # label of a token without loss, as in torch's cross entropy
@@ -79,6 +79,8 @@ def parse_args(argv=None):
         help="DeepSpeed's JSON file: ZeRO stage, offload, precision, monitors")
     add("--num_workers", type=int, default=2, help="processes that decode media ahead of need")
     add("--decode_timeout", type=float, default=120, help="seconds until a medium is given up")
+    add("--frame_cache", help="folder that keeps decoded frames for later epochs and runs")
+    add("--frame_cache_gb", type=float, default=200, help="gigabytes after which it keeps no more")
     add("--save_steps", type=int, default=500, help="steps between checkpoints; 0: none")
     add("--resume", action="store_true", help="continue from the newest checkpoint in --output")
     add("--seed", type=int, default=0, help="seed of every random draw")
@@ -154,8 +156,7 @@ class Targets(Dataset):
     def __getitem__(self, position):
         record = self.records[record_index(position, len(self.records), self.args.seed)]
         try:
-            vision = load_vision_isolated(record, self.args.decode_timeout,
-                                          **sampling_of(self.args, record))
+            vision = load_vision_of(record, self.args)
         except MediaError as error:
             return {"problem_id": record["problem_id"], "path": record["path"],
                     "reason": str(error)}
@@ -245,8 +246,9 @@ def load_model(args, config):
 
 def start_engine(model, args, config):
     """DeepSpeed's engine around the model, with torch's AdamW."""
-    optimizer = torch.optim.AdamW(model.parameters(), lr=args.learning_rate,
-                                  betas=(0.9, args.adam_beta2), weight_decay=args.weight_decay)
+    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad],
+                                  lr=args.learning_rate, betas=(0.9, args.adam_beta2),
+                                  weight_decay=args.weight_decay)
     engine, *_ = deepspeed.initialize(model=model, optimizer=optimizer, config=config)
     return engine
 
@@ -379,7 +381,7 @@ def main(args):
     loader = iter(DataLoader(
         Targets(records, processor, tokenizer.eos_token_id, args), sampler=positions,
         batch_size=args.per_rank_batch_size, collate_fn=list, num_workers=args.num_workers,
-        prefetch_factor=2 if args.num_workers else None))
+        prefetch_factor=2 if args.num_workers else None, pin_memory=device.type != "cpu"))
     pad_values = {"input_ids": tokenizer.pad_token_id, "attention_mask": 0,
                   "mm_token_type_ids": 0, "labels": IGNORED}
     blank = image_as_video(processor, encode_blank(processor))
@@ -404,7 +406,7 @@ def main(args):
 
         loss_sum = 0.0
         for i, batch in enumerate(micro_batches):
-            batch = {key: value.to(device) for key, value in batch.items()}
+            batch = {key: value.to(device, non_blocking=True) for key, value in batch.items()}
             labels = batch.pop("labels")  # (B, L)
             engine.set_gradient_accumulation_boundary(i == len(micro_batches) - 1)
             keys = ("input_ids", "attention_mask", "mm_token_type_ids", "video_grid_thw",

@@ -36,15 +36,19 @@ import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 from deepspeed.accelerator import get_accelerator
+from torch.utils.checkpoint import checkpoint
 from torch.utils.data import DataLoader, Dataset
 from tqdm import tqdm
-from transformers import AutoModelForImageTextToText, AutoProcessor, DynamicCache
+from transformers import AttentionInterface, AutoModelForImageTextToText, AutoProcessor
+from transformers.cache_utils import Cache, DynamicLayer
 
 from build_data import (InputError, MediaError, check_limits, encode, encode_blank, load_records,
-                        load_vision_isolated, pad_batch, provenance, read_args_line, sampling_of,
+                        load_vision_of, pad_batch, provenance, read_args_line,
                         seeded_generator)
 from rewards import accuracy_reward, format_reward, length_reward
 
+PIECE = 512  # tokens whose logits are turned into log-probabilities together
+BLOCK = 128  # tokens by which the buffers of a rollout's keys and values grow
 STD_EPSILON = 1e-4  # added to the standard deviation in Eq. 3, as in the released code
 # Tokens that stand for pixels: a policy that emits one would break its own next forward.
 FORBIDDEN_TOKENS = ("<|vision_start|>", "<|vision_end|>", "<|vision_pad|>", "<|image_pad|>",
@@ -94,7 +98,10 @@ def parse_args(argv=None):
     add("--epsilon", type=float, default=0.2, help="clip range of the ratio (not in the paper)")
     add("--updates_per_rollout", type=int, default=1, help="optimizer steps on each rollout")
     add("--prompts_per_rank", type=int, default=1, help="questions of a step on each rank")
-    add("--chunk_size", type=int, default=2, help="responses of one forward and backward pass")
+    add("--chunk_size", type=int, default=0,
+        help="responses of one forward and backward pass; 0: as many as fit --chunk_memory")
+    add("--chunk_memory", type=float, default=16, help="GiB for a chunk's activations (estimated)")
+    add("--freeze_vision", action="store_true", help="train the language model only")
     add("--learning_rate", type=float, default=1e-6, help="peak learning rate of AdamW")
     add("--lr_schedule", choices=("constant", "linear", "cosine"), default="constant",
         help="decay to 0 after the warm-up")
@@ -109,14 +116,16 @@ def parse_args(argv=None):
         help="DeepSpeed's JSON file: ZeRO stage, offload, precision, monitors")
     add("--num_workers", type=int, default=2, help="processes that decode media ahead of need")
     add("--decode_timeout", type=float, default=120, help="seconds until a medium is given up")
+    add("--frame_cache", help="folder that keeps decoded frames for later epochs and runs")
+    add("--frame_cache_gb", type=float, default=200, help="gigabytes after which it keeps no more")
     add("--rollout_steps", type=int, default=10, help="steps between entries of rollouts.jsonl")
     add("--save_steps", type=int, default=100, help="steps between checkpoints; 0: none")
     add("--resume", action="store_true", help="continue from the newest checkpoint in --output")
     add("--seed", type=int, default=0, help="seed of every random draw")
     add("--local_rank", type=int, default=-1, help="set by the deepspeed launcher; not used")
     args = parser.parse_args(argv)
-    for name in ("G", "max_new_tokens", "updates_per_rollout", "prompts_per_rank", "chunk_size",
-                 "temperature", "max_steps", "rollout_steps"):
+    for name in ("G", "max_new_tokens", "updates_per_rollout", "prompts_per_rank", "temperature",
+                 "max_steps", "rollout_steps"):
         if getattr(args, name) <= 0:
             parser.error(f"--{name} must be positive, not {getattr(args, name)}")
     if args.alpha and args.G_tilde < 1:
@@ -269,32 +278,110 @@ def sample_tokens(logits, temperature, top_p, generator):
         ranked, order = probs.sort(dim=-1, descending=True)  # (n, V)
         ranked[ranked.cumsum(-1) - ranked >= top_p] = 0  # the first token always stays
         probs = torch.zeros_like(probs).scatter(-1, order, ranked)  # (n, V)
-    return torch.multinomial(probs, 1, generator=generator)[:, 0]
+    # by the inverse of the distribution function: one random number a row, multinomial draws V
+    cumulative = probs.double().cumsum(-1)  # (n, V)
+    draws = torch.rand(len(probs), 1, dtype=torch.float64, generator=generator,
+                       device=probs.device) * cumulative[:, -1:]  # (n, 1)
+    return torch.searchsorted(cumulative, draws, right=True)[:, 0].clamp(max=probs.shape[1] - 1)
+
+
+class GrowingLayer(DynamicLayer):
+    """Keys and values of one layer in buffers with room for BLOCK more tokens: appending one
+    writes one, where concatenation would copy all that came before."""
+
+    def update(self, keys, values, *_, **__):
+        if not self.is_initialized:
+            self.lazy_initialization(keys, values)
+            self.buffers = [keys[:, :, :0], values[:, :, :0]]  # (n, h, 0, dim)
+        start = self.get_seq_length()
+        end = start + keys.shape[2]
+        if end > self.buffers[0].shape[2]:
+            self.buffers = [F.pad(buffer, (0, 0, 0, BLOCK)) for buffer in self.buffers]
+        for buffer, new in zip(self.buffers, (keys, values)):
+            buffer[:, :, start:end] = new
+        self.keys, self.values = (buffer[:, :, :end] for buffer in self.buffers)
+        return self.keys, self.values  # (n, h, t, dim)
+
+    def batch_select_indices(self, indices):
+        self.buffers = [buffer[indices] for buffer in self.buffers]
+        self.keys, self.values = (buffer[:, :, :self.keys.shape[2]] for buffer in self.buffers)
+
+
+class SharedPrompts:
+    """What decoding rows attend to of their prompts: each prompt's keys and values once, not
+    once a response. Row i stands in place `slots[i]` of S prompts x C places."""
+
+    def __init__(self, layers, mask, counts):
+        self.layers = layers  # [(keys, values)], (S, h, P, dim) each
+        self.padding = mask[:, None, None] == 0  # (S, 1, 1, P)
+        self.C = max(counts)
+        self.slots = torch.cat([s * self.C + torch.arange(count, device=mask.device)
+                                for s, count in enumerate(counts)])  # (n,)
+
+    def select(self, alive):
+        """Keeps the rows of the (n,) mask, and the prompts that still have one."""
+        prompts, kept = (self.slots[alive] // self.C).unique(return_inverse=True)
+        self.slots = kept * self.C + self.slots[alive] % self.C
+        if len(prompts) < len(self.padding):
+            self.padding = self.padding[prompts]
+            self.layers = [(keys[prompts], values[prompts]) for keys, values in self.layers]
+
+
+def attend(query, keys, values, padding=None):
+    """Softmax attention (..., q, dim), and the logarithm (..., q, 1) of its normaliser."""
+    scores = (query @ keys.transpose(-1, -2)).float()  # (..., q, k)
+    if padding is not None:
+        scores = scores.masked_fill_(padding, -torch.inf)
+    log_sum = scores.logsumexp(-1, keepdim=True)  # (..., q, 1)
+    return (scores - log_sum).exp().to(values.dtype) @ values, log_sum
+
+
+def shared_prompt_attention(module, query, keys, values, prompts, *, scaling, **_):
+    """Attention of n rows' next tokens (n, H, 1, dim) to their prompts and their own tokens.
+
+    The rows of a prompt are stacked as queries to one copy of its keys and values; the two
+    softmaxes are then joined by their normalisers. `prompts` comes where transformers passes the
+    attention mask. H query heads share h heads of keys, r = H / h each.
+    """
+    n, h, _, dim = keys.shape
+    query = (query * scaling).view(n, h, -1, dim)  # (n, h, r, dim)
+    S, r = len(prompts.padding), query.shape[2]
+    places = query.new_zeros(S * prompts.C, h, r, dim)
+    places[prompts.slots] = query
+    places = places.view(S, prompts.C, h, r, dim).transpose(1, 2).flatten(2, 3)  # (S, h, C r, dim)
+    seen, log_sum = (
+        x.unflatten(2, (prompts.C, r)).transpose(1, 2).flatten(0, 1)[prompts.slots]  # (n, h, r, .)
+        for x in attend(places, *prompts.layers[module.layer_idx], prompts.padding))
+    own, own_log_sum = attend(query, keys, values)  # (n, h, r, dim), (n, h, r, 1)
+    share = torch.sigmoid(log_sum - own_log_sum).to(own.dtype)  # of the prompt in both
+    return (share * seen + (1 - share) * own).reshape(n, 1, h * r, dim), None
+
+
+AttentionInterface.register("shared_prompt", shared_prompt_attention)
 
 
 def prefill(model, prompts, counts):
-    """Runs each prompt once and repeats what it left for its responses, N rows in all.
+    """Runs each prompt once, a video's two orders side by side: S prompt rows in all.
 
-    Prompts differ in length: keys and values are padded on the left to the longest.
-    Returns the cache, mask (N, P) of real tokens, logits (N, V) and position (N, 1) of the
-    first response token.
+    Prompts differ in length: keys and values are padded on the left to the longest. Returns the
+    SharedPrompts, and logits (N, V) and position (N, 1) of each row's first response token.
     """
     layers, masks, logits, positions = [], [], [], []
     longest = max(inputs["input_ids"].shape[1] for inputs in prompts)
     for inputs, count in zip(prompts, counts):
-        device = inputs["input_ids"].device
-        rows = torch.arange(len(count), device=device).repeat_interleave(
-            torch.tensor(count, device=device))  # (sum of count,): prompt row of each response
         output, _, position = run_prompt(model, inputs)
         left = longest - inputs["input_ids"].shape[1]
-        layers.append([[F.pad(kv[rows], (0, 0, left, 0)) for kv in (layer.keys, layer.values)]
-                       for layer in output.past_key_values.layers])  # (rows, heads, P, dim) each
-        masks.append(F.pad(inputs["attention_mask"][rows], (left, 0)))
+        layers.append([[F.pad(kv, (0, 0, left, 0)) for kv in (layer.keys, layer.values)]
+                       for layer in output.past_key_values.layers])  # (B, h, P, dim) each
+        masks.append(F.pad(inputs["attention_mask"], (left, 0)))  # (B, P)
+        rows = torch.arange(len(count), device=position.device).repeat_interleave(
+            torch.tensor(count, device=position.device))  # (sum of count,): prompt of each row
         logits.append(output.logits[rows, -1])
         positions.append(position[rows])
-    cache = DynamicCache([(torch.cat(keys), torch.cat(values)) for keys, values in
-                          (zip(*layer_of_prompts) for layer_of_prompts in zip(*layers))])
-    return cache, torch.cat(masks), torch.cat(logits), torch.cat(positions)
+    layers = [(torch.cat(keys), torch.cat(values)) for keys, values in
+              (zip(*layer_of_prompts) for layer_of_prompts in zip(*layers))]
+    shared = SharedPrompts(layers, torch.cat(masks), [n for count in counts for n in count])
+    return shared, torch.cat(logits), torch.cat(positions)
 
 
 @torch.no_grad()
@@ -303,11 +390,14 @@ def rollout(model, prompts, counts, *, max_new_tokens, temperature, top_p, eos_i
     """Samples counts[i][b] responses to row b of prompts[i], all of them in one decode batch.
 
     prompts: encoded inputs of B rows each (a video's two orders side by side: B = 2).
-    A row leaves the batch at its first end token. Makes no collective call, so that ranks
-    need not wait for each other's longest response.
+    A row leaves the batch at its first end token, a prompt with its last row. Makes no
+    collective call, so that ranks need not wait for each other's longest response.
     Returns one (count, L) tensor of ids for each prompt row; end tokens fill it up.
     """
-    cache, mask, logits, position = prefill(model, prompts, counts)
+    shared, logits, position = prefill(model, prompts, counts)
+    config = model.config.get_text_config()
+    usual, config._attn_implementation = config._attn_implementation, "shared_prompt"
+    cache = Cache(layers=[GrowingLayer() for _ in shared.layers])
     device, eos = logits.device, torch.tensor(eos_ids, device=logits.device)
     rows = torch.arange(len(logits), device=device)  # (n,): the rows that still decode
     ids = torch.full((len(logits), max_new_tokens), eos_ids[0], device=device)  # (N, L)
@@ -316,15 +406,19 @@ def rollout(model, prompts, counts, *, max_new_tokens, temperature, top_p, eos_i
         tokens = sample_tokens(logits, temperature, top_p, generator)  # (n,)
         ids[rows, t] = tokens
         alive = ~torch.isin(tokens, eos)  # (n,)
-        if not alive.any() or t + 1 == max_new_tokens:
+        left = int(alive.sum())
+        if left == 0 or t + 1 == max_new_tokens:
             break
-        if not alive.all():
-            rows, tokens, mask, position = rows[alive], tokens[alive], mask[alive], position[alive]
-            cache.batch_select_indices(alive.nonzero()[:, 0])
-        mask = F.pad(mask, (0, 1), value=1)  # (n, P + t + 1)
-        logits = model(input_ids=tokens[:, None], attention_mask=mask, past_key_values=cache,
+        if left < len(rows):
+            rows, tokens, position = rows[alive], tokens[alive], position[alive]
+            shared.select(alive)
+            if t:
+                cache.batch_select_indices(alive.nonzero()[:, 0])
+        logits = model(input_ids=tokens[:, None], past_key_values=cache, use_cache=True,
+                       attention_mask={"full_attention": shared},
                        position_ids=(position + t).expand(3, -1, -1),  # (3, n, 1)
-                       use_cache=True).logits[:, -1]  # (n, V)
+                       ).logits[:, -1]  # (n, V)
+    config._attn_implementation = usual
     return ids[:, :t + 1].split([n for count in counts for n in count])
 
 
@@ -338,19 +432,30 @@ def response_logits(model, cache, inputs, last_position, next_position, response
     ids = torch.cat([last, responses[:, :-1]], dim=1)  # (n, L)
     position = torch.cat([last_position, next_position + torch.arange(
         L - 1, device=ids.device)], dim=1)  # (1, L)
-    shared = DynamicCache([(keys.expand(n, -1, -1, -1), values.expand(n, -1, -1, -1))
-                           for keys, values in cache])
+    shared = Cache(layers=[DynamicLayer() for _ in cache])
+    for layer, (keys, values) in zip(shared.layers, cache):
+        layer.lazy_initialization(keys, values)
+        layer.keys, layer.values = (kv.expand(n, -1, -1, -1) for kv in (keys, values))
     return model(input_ids=ids, position_ids=position.expand(3, n, L), past_key_values=shared,
                  use_cache=True).logits  # (n, L, V)
 
 
 def token_logps(logits, responses, temperature):
-    """(n, L) log-probabilities of the response tokens, and the (n, L) entropies (no gradient)."""
-    logits = logits.float() / temperature  # (n, L, V)
-    logps = -F.cross_entropy(logits.flatten(0, 1), responses.flatten(), reduction="none")
-    with torch.no_grad():  # row by row: a second (n, L, V) would double the peak
-        entropy = torch.stack([-(row.softmax(-1) * row.log_softmax(-1)).sum(-1) for row in logits])
-    return logps.view_as(responses), entropy  # (n, L) each
+    """(n, L) log-probabilities of the response tokens, and the (n, L) entropies (no gradient).
+
+    In pieces of PIECE tokens, recomputed in the backward pass: at 150,000 tokens of vocabulary
+    the float32 copies of all logits would outweigh the model's activations.
+    """
+    def piece_logps(piece, ids):
+        piece = piece.float() / temperature  # (PIECE, V)
+        with torch.no_grad():
+            log_probs = piece.log_softmax(-1)
+            entropy = -(log_probs.exp() * log_probs).sum(-1)
+        return -F.cross_entropy(piece, ids, reduction="none"), entropy  # (PIECE,) each
+
+    pieces = [checkpoint(piece_logps, *piece, use_reentrant=False) for piece in zip(
+        logits.flatten(0, 1).split(PIECE), responses.flatten().split(PIECE))]
+    return tuple(torch.cat(part).view_as(responses) for part in zip(*pieces))  # (n, L) each
 
 
 def prompt_cache(output):
@@ -360,14 +465,37 @@ def prompt_cache(output):
 
 
 @torch.no_grad()
-def group_logps(model, inputs, responses, chunk_size, temperature=1.0):
-    """Log-probabilities (G, L) of a group's responses: the prompt once, then the responses,
-    chunk_size at a time. Equal to a forward over G copies of prompt and response."""
+def group_logps(model, inputs, responses, lengths, chunk_size, temperature=1.0):
+    """Log-probabilities (G, L) of a group's responses, up to their lengths (G,): the prompt once,
+    then the responses, chunk_size at a time. Equal to a forward over G copies of both."""
     output, *positions = run_prompt(model, inputs)
     cache = prompt_cache(output)
-    return torch.cat([
-        token_logps(response_logits(model, cache, inputs, *positions, chunk), chunk,
-                    temperature)[0] for chunk in responses.split(chunk_size)])  # (G, L)
+    logps = torch.zeros(responses.shape, device=responses.device)  # (G, L)
+    for rows, chunk in chunks_of(responses, lengths, chunk_size):
+        logits = response_logits(model, cache, inputs, *positions, chunk)  # (n, L, V)
+        logps[rows, :chunk.shape[1]] = token_logps(logits, chunk, temperature)[0]
+    return logps
+
+
+def chunks_of(responses, lengths, chunk_size):
+    """Yields (rows, responses[rows] cut to the longest of them), responses of similar length
+    together: little of a chunk is padding."""
+    for rows in lengths.argsort().split(chunk_size):
+        yield rows, responses[rows, :lengths[rows].max()]  # (n,), (n, L)
+
+
+def chunk_that_fits(model, args):
+    """How many responses of full length run at once within --chunk_memory.
+
+    Counts the values that a backward pass needs: in each layer about 12 of the hidden size and 5
+    of the MLP's a token, and the logits with their gradient. Depends on flags and model only:
+    ranks must make the same number of calls.
+    """
+    config = model.config.get_text_config()
+    values = 2 * config.vocab_size + config.num_hidden_layers * (
+        12 * config.hidden_size + 5 * config.intermediate_size)
+    response = args.max_new_tokens * values * model.dtype.itemsize  # bytes
+    return int(min(args.G, max(1, args.chunk_memory * 2**30 // response)))
 
 
 def begin_backward(engine, blank):
@@ -382,22 +510,22 @@ def begin_backward(engine, blank):
     engine.backward(0.0 * output.logits.sum())
 
 
-def backward_group(engine, inputs, responses, chunk_loss, chunk_size, temperature, last):
+def backward_group(engine, inputs, responses, lengths, chunk_loss, chunk_size, temperature,
+                   last):
     """Backward of a group's loss with one prompt and one chunk of responses in memory.
 
-    chunk_loss(rows, logps, entropy) -> scalar, for the chunk responses[rows]; the group's loss
-    is their sum. (a) The prompt runs once. (b) Its keys and values are cut off as leaves.
-    (c) Each chunk runs on them and goes backward; gradients collect in the leaves. (d) One
-    backward carries these through the prompt and the vision tower. `last`: gradients are
-    complete after this group, ranks may average them.
+    chunk_loss(rows, logps, entropy) -> scalar, for the chunk responses[rows] cut to its longest;
+    the group's loss is their sum. (a) The prompt runs once. (b) Its keys and values are cut off
+    as leaves. (c) Each chunk runs on them and goes backward; gradients collect in the leaves.
+    (d) One backward carries these through the prompt and the vision tower. `last`: gradients
+    are complete after this group, ranks may average them.
     """
     output, *positions = run_prompt(engine, inputs)  # (a)
     attached = [kv for pair in prompt_cache(output) for kv in pair]
     leaves = [kv.detach().requires_grad_() for kv in attached]  # (b)
     cache = list(zip(leaves[::2], leaves[1::2]))
     engine.set_gradient_accumulation_boundary(False)
-    for rows in torch.arange(len(responses)).split(chunk_size):  # (c)
-        chunk = responses[rows]
+    for rows, chunk in chunks_of(responses, lengths, chunk_size):  # (c)
         logits = response_logits(engine, cache, inputs, *positions, chunk)  # (n, L, V)
         engine.backward(chunk_loss(rows, *token_logps(logits, chunk, temperature)))
     engine.set_gradient_accumulation_boundary(last)
@@ -421,8 +549,7 @@ class Questions(Dataset):
     def __getitem__(self, position):
         record = self.records[record_index(position, len(self.records), self.args.seed)]
         try:
-            vision = load_vision_isolated(record, self.args.decode_timeout,
-                                          **sampling_of(self.args, record))
+            vision = load_vision_of(record, self.args)
         except MediaError as error:
             return {"problem_id": record["problem_id"], "path": record["path"],
                     "reason": str(error)}
@@ -506,8 +633,9 @@ def load_model(args, config):
 
 def start_engine(model, args, config):
     """DeepSpeed's engine around the model, with torch's AdamW."""
-    optimizer = torch.optim.AdamW(model.parameters(), lr=args.learning_rate,
-                                  betas=(0.9, args.adam_beta2), weight_decay=args.weight_decay)
+    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad],
+                                  lr=args.learning_rate, betas=(0.9, args.adam_beta2),
+                                  weight_decay=args.weight_decay)
     engine, *_ = deepspeed.initialize(model=model, optimizer=optimizer, config=config)
     return engine
 
@@ -648,7 +776,7 @@ def sample_responses(model, samples, args, generator, eos_ids, forbidden_ids):
     for sample in samples:
         orders = [sample[key] for key in ("ordered", "shuffled") if key in sample]
         batch = pad_batch(orders, {}, "left")  # the same length: no padding
-        prompts.append({key: value.to(generator.device) for key, value in batch.items()})
+        prompts.append(to_device(batch, generator.device))
         counts.append([args.G, args.G_tilde][:len(orders)])
     if not samples:
         return
@@ -694,34 +822,41 @@ def update(engine, reference, samples, blank, weight, args, metrics):
     Every rank makes prompts_per_rank times the same engine calls; where a question was skipped,
     a blank one of weight 0 stands in.
     """
-    device = engine.device
     samples = samples + [blank] * (args.prompts_per_rank - len(samples))
     for sample in [blank, *samples]:
-        sample["inputs"] = {key: value.to(device) for key, value in sample["ordered"].items()}
+        sample |= {"inputs": to_device(sample["ordered"], engine.device),
+                   "A": sample["A"].to(engine.device), "lengths": sample["mask"].sum(1).int()}
     for sample in samples:
-        sample["ref"] = group_logps(reference, sample["inputs"], sample["responses"],
-                                    args.chunk_size, args.temperature) if args.beta else None
+        group = [sample[key] for key in ("inputs", "responses", "lengths")]
+        sample["ref"] = group_logps(reference, *group, args.chunk_size, args.temperature) \
+            if args.beta else None  # (G, L)
         sample["old"] = torch.zeros_like(sample["mask"])  # (G, L): filled by the first update
     for u in range(args.updates_per_rollout):
         begin_backward(engine, blank["inputs"])
         for i, sample in enumerate(samples):
-            mask, old, ref, A = (sample[key] for key in ("mask", "old", "ref", "A"))
-
             def chunk_loss(rows, logps, entropy):
+                part = rows, slice(logps.shape[1])  # the chunk's share of the (G, L) tensors
                 if u == 0:
-                    old[rows] = logps.detach()  # (n, L): the policy that sampled is this one
-                chunk_ref = None if ref is None else ref[rows]  # (n, L)
-                loss = tgrpo_loss(logps, old[rows], chunk_ref, A[rows].to(device), mask[rows],
-                                  args.beta, args.epsilon) * len(rows) / args.G
-                if sample is not blank:
-                    note_policy(metrics, logps.detach(), old[rows], chunk_ref, entropy, mask[rows],
-                                A[rows].to(device), args.epsilon)
-                    note(metrics, "optim/loss", [loss.item()], count=len(rows) / args.G)
-                return loss * (0.0 if sample is blank else weight)
+                    sample["old"][part] = logps.detach()  # the policy that sampled is this one
+                old, mask, A = sample["old"][part], sample["mask"][part], sample["A"][rows]
+                ref = None if sample["ref"] is None else sample["ref"][part]
+                loss = tgrpo_loss(logps, old, ref, A, mask, args.beta, args.epsilon)
+                loss = loss * len(rows) / args.G
+                if sample is blank:
+                    return loss * 0.0
+                note_policy(metrics, logps.detach(), old, ref, entropy, mask, A, args.epsilon)
+                note(metrics, "optim/loss", [loss.item()], count=len(rows) / args.G)
+                return loss * weight
 
-            backward_group(engine, sample["inputs"], sample["responses"], chunk_loss,
-                           args.chunk_size, args.temperature, last=i == len(samples) - 1)
+            group = [sample[key] for key in ("inputs", "responses", "lengths")]
+            backward_group(engine, *group, chunk_loss, args.chunk_size, args.temperature,
+                           last=i == len(samples) - 1)
         engine.step()
+
+
+def to_device(inputs, device):
+    """Copies a dict of tensors; from the workers' pinned memory without waiting for it."""
+    return {key: value.to(device, non_blocking=True) for key, value in inputs.items()}
 
 
 def note(metrics, name, values, count=None):
@@ -831,6 +966,8 @@ def main(args):
     world = dist.get_world_size()
     first_step = open_output(args)
     model = load_model(args, config)
+    model.model.visual.requires_grad_(not args.freeze_vision)
+    args.chunk_size = args.chunk_size or chunk_that_fits(model, args)
     eos_ids, forbidden_ids = stop_tokens(model, tokenizer), forbidden_tokens(model, tokenizer)
     engine = start_engine(model, args, config)
     engine.train()
@@ -848,7 +985,7 @@ def main(args):
     loader = iter(DataLoader(
         Questions(records, processor, args), sampler=positions, batch_size=per_step,
         collate_fn=list, num_workers=args.num_workers,
-        prefetch_factor=2 if args.num_workers else None))
+        prefetch_factor=2 if args.num_workers else None, pin_memory=device.type != "cpu"))
     blank = {"ordered": encode_blank(processor), "A": torch.zeros(args.G),
              "responses": torch.full((args.G, 1), eos_ids[0], device=device),
              "mask": torch.ones(args.G, 1, device=device)}

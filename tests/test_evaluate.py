@@ -33,15 +33,6 @@ def environment_kept():
     os.environ.update(before)
 
 
-@pytest.fixture(scope="module")
-def toy(tmp_path_factory):
-    """A small toy with 24 test questions, videos and images of all kinds of answer."""
-    out = tmp_path_factory.mktemp("evaluate") / "toy"
-    subprocess.run([sys.executable, ROOT / "build_data.py", "toy", "--out", out, "--cot", "60",
-                    "--train", "20", "--test", "24"], check=True, cwd=ROOT)
-    return out
-
-
 def flags(toy, output, *more, data=None):
     """A short run over the toy's test questions, decoding in the process itself."""
     return ["--model", str(toy / "model"), "--benchmark", f"toy={data or toy / 'test.json'}",
@@ -175,10 +166,11 @@ def test_the_table_shows_coverage_and_interval_and_hides_no_group_silently():
     lines = evaluate.table("toy", evaluate.score(records, graded, seed=0))
     assert len({len(line) for line in lines}) == 1
     assert "| all" in lines[2] and "| 3/4 " in lines[2] and "[" in lines[2]
+    assert "score" not in lines[0]  # it is the accuracy here
     many = [record | {"problem_id": i, "data_source": f"url {i}"} for i, record in
             enumerate(records * 10)]
     lines = evaluate.table("toy", evaluate.score(many, [], seed=0))
-    assert lines[-1] == "(40 data sources: in the file)" and "0/40" in lines[2]
+    assert lines[-1] == "(40 groups by data_source: not shown)" and "0/40" in lines[2]
 
 
 # -------------------------------------------------------------------------- order of frames
@@ -226,11 +218,12 @@ def test_an_image_changes_in_blind_alone():
 def test_prompts_of_all_orders_differ_in_pixels_alone(toy):
     records = load_records(toy / "test.json")
     args = evaluate.parse_args(flags(toy, "unused"))
+    args.max_frames = 8
     processor = evaluate.load_processor(args)
     record = next(r for r in records if r["data_source"] == "toy/direction_agree")
     encoded = {}
     for args.order in evaluate.ORDERS:
-        encoded[args.order] = evaluate.Prompts([record], processor, 8, args)[0]["inputs"]
+        encoded[args.order] = evaluate.Prompts([record], processor, args)[0]["inputs"]
     for order in evaluate.ORDERS[1:]:
         for key, value in encoded["ordered"].items():
             assert torch.equal(value, encoded[order][key]) == (key != "pixel_values_videos")
@@ -245,7 +238,8 @@ def test_a_padded_batch_of_videos_and_images_is_answered_like_one_by_one(toy):
     with torch.no_grad():  # as initialised, it answers every question alike
         for parameter in model.model.parameters():
             parameter.mul_(2 if parameter.ndim > 1 else 1)
-    dataset = evaluate.Prompts(load_records(toy / "test.json"), processor, 8, args)
+    args.max_frames = 8
+    dataset = evaluate.Prompts(load_records(toy / "test.json"), processor, args)
     samples = [dataset[i] for i in range(12)]
     assert len({sample["inputs"]["input_ids"].shape[1] for sample in samples}) > 1
     assert {sample["record"]["data_type"] for sample in samples} == {"image", "video"}
@@ -254,13 +248,23 @@ def test_a_padded_batch_of_videos_and_images_is_answered_like_one_by_one(toy):
     assert len({tuple(ids) for ids, _ in together}) > 1  # not equal for a trivial reason
 
 
+def test_samples_of_like_length_are_batched_together_and_none_is_lost():
+    def sample(length):
+        return {"inputs": {"input_ids": torch.zeros(1, length)}} if length else {"reason": "broken"}
+    lengths = [9, 1, 8, 0, 7, 3]  # a window is WINDOW * 2 = 4 samples
+    batches = [[s["inputs"]["input_ids"].shape[1] if "inputs" in s else 0 for s in batch]
+               for batch in evaluate.by_length(map(sample, lengths), 2)]
+    assert evaluate.WINDOW == 2 and batches == [[0, 1], [8, 9], [3, 7]]
+
+
 def test_vision_tokens_are_not_sampled_and_draws_repeat_with_the_seed(toy):
     args = evaluate.parse_args(flags(toy, "unused", "--temperature", 3, "--top_p", 1,
                                      "--max_new_tokens", 40))
     processor = evaluate.load_processor(args)
     model = evaluate.load_model(args, processor.tokenizer, torch.device("cpu"))
     assert model.generation_config.top_k == 0  # a default of 50 would cut the distribution
-    dataset = evaluate.Prompts(load_records(toy / "test.json"), processor, 8, args)
+    args.max_frames = 8
+    dataset = evaluate.Prompts(load_records(toy / "test.json"), processor, args)
     samples = [dataset[i] for i in range(8)]
     first = evaluate.respond(model, samples, 0)
     assert first == evaluate.respond(model, samples, 0) != evaluate.respond(model, samples, 1)

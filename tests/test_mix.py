@@ -289,8 +289,8 @@ def test_released_video_r1_records_come_through_unchanged(tmp_path):
               "multiple choice", "options": ["A. all of these", "B. no"], "data_source": "STAR",
               "solution": "<answer>B</answer>", "path": "./STAR/7.mp4"}
     number = record | {"problem": "How many?", "problem_type": "regression", "options": [],
-                       "solution": "<answer>3.5</answer>"}
-    write(tmp_path / "a.json", [record, number])
+                       "solution": "<answer>3.5</answer>", "video_start": 0.0, "video_end": 2.0}
+    write(tmp_path / "a.json", [record | {"process": ""}, number])
     records, _ = mix(tmp_path, [entry("video_r1", "a.json")])
     ours = {"problem_id": 0}  # only the number is ours
     assert [r | ours for r in sorted(records, key=lambda r: r["problem"] == "How many?")] == [

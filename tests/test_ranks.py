@@ -3,8 +3,8 @@ import pytest
 import torch
 
 import tgrpo
+from bench import naive_logits
 from conftest import ROOT, run
-from test_tgrpo import naive_logits
 from two_ranks import SETTINGS, cases
 
 

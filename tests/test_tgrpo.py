@@ -4,9 +4,9 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-import torch.nn.functional as F
 
 import tgrpo
+from bench import PlainEngine, naive_logits
 from build_data import pad_batch, seeded_generator
 
 RULES = SimpleNamespace(G=4, alpha=0.3, omega=0.2, l_min=10, l_max=20, correct_threshold=0.5,
@@ -183,17 +183,6 @@ def recorded(monkeypatch):
     return entries
 
 
-def naive_logits(model, inputs, responses):
-    """Logits (n, L, V) of a plain forward over n full copies of prompt, pixels and response."""
-    n, L = responses.shape
-    P = inputs["input_ids"].shape[1]
-    batch = {key: torch.cat([value] * n) for key, value in inputs.items()}
-    batch["input_ids"] = torch.cat([batch["input_ids"], responses], 1)
-    batch["attention_mask"] = torch.ones_like(batch["input_ids"])
-    batch["mm_token_type_ids"] = F.pad(batch["mm_token_type_ids"], (0, L))
-    return model(**batch, use_cache=False).logits[:, P - 1:-1]
-
-
 def test_logits_along_the_cache_equal_a_full_forward(model, processor, samples, recorded):
     """Recorded while decoding prompts of different length side by side, rows leaving early."""
     prompts = [samples["video"][1], samples["image"][1]]
@@ -298,7 +287,7 @@ both_media = pytest.mark.parametrize("group", ["video", "image"], indirect=True)
 @pytest.mark.parametrize("chunk_size", [1, 2, 5])
 def test_prefix_shared_logps_equal_naive_ones(model, group, chunk_size):
     inputs, responses, mask = group
-    shared = tgrpo.group_logps(model, inputs, responses, chunk_size)
+    shared = tgrpo.group_logps(model, inputs, responses, mask.sum(1).int(), chunk_size)
     with torch.no_grad():
         naive = naive_logits(model, inputs, responses).log_softmax(-1)
     naive = naive.gather(-1, responses[..., None])[..., 0]
@@ -315,23 +304,8 @@ def test_a_long_video_s_responses_stand_where_they_were_sampled(
     _, last, following = tgrpo.run_prompt(model, inputs)
     assert following - last > 1, "the video is too short: the test tests nothing"
     sampled = torch.cat(recorded).log_softmax(-1).gather(1, ids.T)[:, 0]
-    assert torch.allclose(tgrpo.group_logps(model, inputs, ids, 1)[0], sampled, atol=1e-5)
-
-
-class PlainEngine:
-    """What backward_group asks of DeepSpeed's engine, for one process."""
-
-    def __init__(self, module):
-        self.module = module
-
-    def __call__(self, **inputs):
-        return self.module(**inputs)
-
-    def backward(self, loss):
-        loss.backward()
-
-    def set_gradient_accumulation_boundary(self, last):
-        pass
+    logps = tgrpo.group_logps(model, inputs, ids, torch.tensor([ids.shape[1]]), 1)
+    assert torch.allclose(logps[0], sampled, atol=1e-5)
 
 
 @both_media
@@ -339,12 +313,15 @@ class PlainEngine:
 def test_prefix_shared_gradients_equal_naive_ones(model, group, chunk_size):
     inputs, responses, mask = group
     A = torch.linspace(-1, 1.5, 5)
-    ref = tgrpo.group_logps(model, inputs, responses, 5) - 0.1
+    lengths = mask.sum(1).int()
+    ref = tgrpo.group_logps(model, inputs, responses, lengths, 5) - 0.1
 
     def loss(rows, logps, entropy=None):
-        return tgrpo.tgrpo_loss(logps, logps.detach(), ref[rows], A[rows], mask[rows], 0.04,
+        part = rows, slice(logps.shape[1])
+        return tgrpo.tgrpo_loss(logps, logps.detach(), ref[part], A[rows], mask[part], 0.04,
                                 0.2) * len(rows) / 5
-    tgrpo.backward_group(PlainEngine(model), inputs, responses, loss, chunk_size, 1.0, last=True)
+    tgrpo.backward_group(PlainEngine(model), inputs, responses, lengths, loss, chunk_size, 1.0,
+                         last=True)
     shared = {name: p.grad.clone() for name, p in model.named_parameters()}
     model.zero_grad()
     logps = tgrpo.token_logps(naive_logits(model, inputs, responses), responses, 1.0)[0]

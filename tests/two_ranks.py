@@ -51,10 +51,11 @@ def gradients(toy, out, groups, blank, stage, chunk_size, count):
         for i, (inputs, responses, mask, A) in enumerate(groups[:count]):
 
             def loss(rows, logps, entropy):
-                return tgrpo.tgrpo_loss(logps, logps.detach(), None, A[rows], mask[rows], 0.0,
+                part = mask[rows, :logps.shape[1]]
+                return tgrpo.tgrpo_loss(logps, logps.detach(), None, A[rows], part, 0.0,
                                         0.2) * len(rows) / len(A)
-            tgrpo.backward_group(engine, inputs, responses, loss, chunk_size, 1.0,
-                                 last=i == count - 1)
+            tgrpo.backward_group(engine, inputs, responses, mask.sum(1).int(), loss, chunk_size,
+                                 1.0, last=i == count - 1)
         if step == 0:
             engine.step()
     result = {name: safe_get_full_grad(p).clone() for name, p in  # collective
