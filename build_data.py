@@ -2,14 +2,19 @@
 
 First half, imported by every stage: the Video-R1 record, the prompt, the frames, the model's
 inputs. One copy of each, because an experiment is spoilt silently when two copies drift.
-Second half, a command:
+Second half, the commands:
 
     python build_data.py toy --out toy      clips, images, records, a tiny Qwen2.5-VL, args files
+    python build_data.py recipe --out data/recipe.json      Figure 2 of the paper, a list to edit
+    python build_data.py mix --recipe data/recipe.json --out data/train.json   records from releases
+    python build_data.py check --data data/train.json       decodes every medium, keeps the usable
+    python build_data.py stats --data data/train.json       the table of Figure 2
 
 Shapes: T frames, C channels, H x W pixels, L tokens, B records.
 """
 import argparse
 import base64
+import csv
 import hashlib
 import io
 import json
@@ -24,7 +29,8 @@ import signal
 import subprocess
 import sys
 import traceback
-from collections import Counter
+from collections import Counter, defaultdict
+from functools import lru_cache
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -33,6 +39,7 @@ from urllib.parse import quote
 import numpy as np
 import torch
 from PIL import Image
+from tqdm import tqdm
 
 PROBLEM_TYPES = ("multiple choice", "numerical", "OCR", "free-form", "regression")
 REQUIRED_FIELDS = ("problem_id", "problem", "data_type", "problem_type", "solution", "path")
@@ -392,10 +399,10 @@ def api_messages(record, vision: Vision, video_url="") -> list[dict]:
     Such a server takes the frames of a video for single pictures without timing. video_url lets
     it sample the video itself: "data" sends the file; anything else is a prefix to which the
     record's path is appended, for a server that can read it (file:///srv/data or http://...).
-    A clip within a file (video_start, video_end) always goes as frames.
+    A clip within a file, or a folder of frames (CLIP_FIELDS), always goes as frames.
     """
     *_, text = build_messages(record)[0]["content"]
-    part = record.keys() & {"video_start", "video_end"}
+    part = record.keys() & set(CLIP_FIELDS)
     if vision.frames is None:
         media = [("image_url", picture_url(vision.image, "PNG"))]
     elif video_url and not part:
@@ -517,7 +524,7 @@ def sampling_of(args, record) -> dict:
             "max_pixels": args.image_max_pixels if image else args.max_pixels}
 
 
-# ------------------------------------------------------------------- the command: the toy
+# ------------------------------------------------------------------------------ the toy
 
 TOY_SIDE, TOY_FRAMES, TOY_FPS = 28, 8, 2  # pixels, frames a clip, frames a second
 TOY_COLOURS = {"red": (230, 40, 40), "green": (40, 210, 60), "blue": (60, 80, 240),
@@ -788,6 +795,19 @@ def toy_args_files(out):
 --l_min=16
 --l_max=24
 --save_steps=50
+""", "annotate.args": f"""\
+# its own chains of thought: python annotate.py @{out}/annotate.args; then train on them:
+# python sft.py @{out}/sft.args --model {out}/sft --data {out}/cot_own.json --output {out}/sft_own
+--model={out}/sft
+--data={out}/train.json
+--out={out}/cot_own.json
+{common}\
+--max_frames={TOY_FRAMES}
+--max_new_tokens=40
+--samples=2
+--batch_size=64
+# thoughts are about 40 characters long; the paper's filter is for essays
+--min_think=10
 """, "evaluate.args": f"""\
 # before: python evaluate.py @{out}/evaluate.args --model {out}/sft --output {out}/eval_sft
 --benchmark=toy={out}/test.json
@@ -826,6 +846,840 @@ def build_toy(args):
     print(f"{out}/model: {parameters:,} parameters, {len(tokenizer)} tokens")
 
 
+# ------------------------------------------------------------- the recipe: Figure 2 as data
+
+# Figure 2 of the paper: category, source, problem types, questions; then the format of the
+# source's release and, within its folder (video: <source>/, images: <category>/<source>/),
+# the annotation files and the media. {folder} is the folder that the annotation file is in.
+FIGURE_2 = """\
+General (video) | LLaVA-Video-178K | mc | 73000 | llava | */*_mc_v0_1_qa_processed.json | {folder}
+General (video) | LLaVA-Video-178K | free | 10000 | llava | */*_oe_v0_1_qa_processed.json | {folder}
+General (video) | NeXT-QA | mc | 7500 | nextqa | train.csv | NExTVideo
+General (video) | PerceptionTest | mc | 6000 | perception_test | mc_question_train.json | videos
+General (video) | CLEVRER | mc | 8000 | clevrer | train.json | video_train
+General (video) | STAR | mc | 11500 | star | STAR_train.json | Charades_v1_480
+General (image) | A-OKVQA | mc | 4000 | a_okvqa | aokvqa_v1p0_train.json | train2017
+General (image) | IconQA | mc | 2000 | llava | *.json | .
+General (image) | ShareGPT4V | free | 2000 | llava | *.json | .
+General (image) | Visual7W | mc | 1000 | llava | *.json | .
+General (image) | ShareGPT4o | free | 6000 | llava | *.json | .
+Chart | FigureQA | mc | 4000 | llava | *.json | .
+Chart | DVQA | num | 2000 | llava | *.json | .
+Chart | PlotQA | num | 2000 | llava | *.json | .
+Chart | ChartQA | num | 1000 | chartqa | train/train_*.json | train/png
+Chart | MapQA | mc | 1000 | llava | *.json | .
+Chart | TabMWP | mc | 2000 | tabmwp | problems_train.json | tables
+Chart | TabMWP | num | 2000 | tabmwp | problems_train.json | tables
+Chart | Chart2Text | free | 2000 | llava | *.json | .
+Chart | RoBUT SQA | free | 2000 | llava | *.json | .
+Chart | VisualWebInstruct | free | 6000 | llava | *.json | .
+OCR | TextVQA | ocr | 2000 | llava | *.json | .
+OCR | HME100k | ocr | 4000 | llava | *.json | .
+OCR | ChromeWriting | ocr | 2000 | llava | *.json | .
+OCR | IAM | ocr | 2000 | llava | *.json | .
+OCR | Rendered Text | ocr | 4000 | llava | *.json | .
+OCR | TextCaps | ocr | 2000 | llava | *.json | .
+OCR | TextOCR | ocr | 2000 | llava | *.json | .
+Math | CLEVR-Math | num | 1000 | llava | *.json | .
+Math | GEOS | mc | 200 | llava | *.json | .
+Math | Geometry3K | mc | 2000 | geometry3k | train/*/data.json | train/{folder}
+Math | GeoQA+ | mc | 2000 | llava | *.json | .
+Math | UniGeo | mc | 2000 | llava | *.json | .
+Math | Multimath-300K | mc num | 27000 | llava | *.json | .
+Math | Super-CLEVR | num | 1300 | llava | *.json | .
+Knowledge | TQA | mc | 3000 | llava | *.json | .
+Knowledge | AI2D | mc | 4000 | llava | *.json | .
+Knowledge | ScienceQA | mc | 4000 | scienceqa | problems.json | images/train
+Knowledge | PMC-VQA | mc | 6000 | llava | *.json | .
+Knowledge | VQA-RAD | mc | 500 | llava | *.json | .
+Knowledge | GVLQA | mc | 4000 | llava | *.json | .
+Knowledge | ArxivQA | mc | 10000 | arxivqa | arxivqa.jsonl | .
+Knowledge | EXAMS-V | mc | 2000 | llava | *.json | .
+Knowledge | AI2D-gpt4v | free | 4000 | llava | *.json | .
+Spatial | OpenSpaces | reg mc free | 10000 | llava | *.json | .
+Spatial | SpaceLLaVA | reg mc free | 10000 | llava | *.json | .
+"""
+SHORT_TYPES = dict(zip(("mc", "num", "ocr", "free", "reg"), PROBLEM_TYPES))
+
+
+def default_recipe() -> list[dict]:
+    """Figure 2 as a recipe: a list of entries, each what is wanted of a source and where it is."""
+    recipe = []
+    for line in FIGURE_2.splitlines():
+        category, source, kinds, count, form, annotation, media = line.split(" | ")
+        folder = source if category == "General (video)" else f"{category.split()[0]}/{source}"
+        recipe.append({
+            "source": source, "category": category, "count": int(count), "format": form,
+            "problem_type": [SHORT_TYPES[kind] for kind in kinds.split()],
+            "annotation": f"{folder}/{annotation}", "media": os.path.normpath(f"{folder}/{media}")})
+    return recipe
+
+
+def write_recipe(args):
+    """Figure 2 as a file to edit."""
+    recipe = default_recipe()
+    text = "[\n" + ",\n".join(json.dumps(entry) for entry in recipe) + "\n]\n"
+    write_whole({args.out: [text]})
+    print(f"{args.out}: {len(recipe)} entries, {sum(e['count'] for e in recipe):,} questions")
+
+
+def read_recipe(path) -> list[dict]:
+    """The entries of a recipe file; InputError naming the entry and the key that is wrong."""
+    try:
+        recipe = json.loads(Path(path).read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise InputError(f"cannot read the recipe {path}: {error}") from None
+    if not isinstance(recipe, list) or not all(isinstance(entry, dict) for entry in recipe):
+        raise InputError(f"{path} is not a list of entries")
+    kinds = {"source": str, "category": str, "format": str, "annotation": str, "media": str,
+             "problem_type": list, "count": int}
+    for i, entry in enumerate(recipe):
+        name = f"{path}: entry {i} ({entry.get('source', 'no source')})"
+        for key, kind in kinds.items():
+            if not isinstance(entry.get(key), kind):
+                raise InputError(f"{name}: {key} must be a {kind.__name__}, not {entry.get(key)!r}")
+        if entry["format"] not in CONVERTERS:
+            raise InputError(f"{name}: format {entry['format']!r} is none of {list(CONVERTERS)}")
+        if entry["count"] < 0:
+            raise InputError(f"{name}: count {entry['count']} is negative")
+        if not entry["problem_type"] or not set(entry["problem_type"]) <= set(PROBLEM_TYPES):
+            raise InputError(f"{name}: problem_type {entry['problem_type']} must be one or more "
+                             f"of {PROBLEM_TYPES}")
+    return recipe
+
+
+# ------------------------------------------- the sources: one converter for each format
+# A converter takes a row of a release, and the folder its file is in, and yields drafts. To add
+# a source, write one and name it in CONVERTERS. What it raises on a malformed row costs that row.
+
+def draft(medium, problem, answer, options=(), **more):
+    """A question as its source has it: medium below the media folder, options without letters,
+    answer as a letter or a text; make_record makes a record of it, or says why not."""
+    return {"medium": medium, "problem": problem, "answer": str(answer),
+            "options": [str(option) for option in options], **more}
+
+
+def letter(index) -> str:
+    """The letter of an option: 0 is A."""
+    return chr(ord("A") + int(index))
+
+
+# An option's mark, "A.", "(A)" or "A:", at the start of a line or after a space
+OPTION_MARK = re.compile(r"(?:^|\s)\(?([A-Z])[.):]\s*")
+# How to answer, which our own prompt says: as a whole line or the last sentence of one
+HINT = re.compile(
+    r"(?im)(?:^|(?<=[.?!]))[ \t]*(?:(?:hint|reference ocr token):.*"
+    r"|(?:please )?(?:answer|respond|provide|select|choose|give)\b[^\n]*\b"
+    r"(?:letter|options?|choices|single word or phrase|short|directly|multiple-choice)\b[^\n]*)$")
+
+
+def split_options(text):
+    """A question and its options, found as a run of marks A, B, C, ... at its end.
+
+    >>> split_options("What moves?\\nA. a cat\\nB. a dog\\nAnswer with the option's letter.")
+    ('What moves?', ['a cat', 'a dog'])
+    >>> split_options("Question: What is x? Choices: (A) 3 (B) 4")
+    ('What is x?', ['3', '4'])
+    """
+    problem, options = marked_options(HINT.sub("", text).strip())
+    return (problem, options) if problem else marked_options(text.strip())  # it was no hint
+
+
+def marked_options(text):
+    """split_options, without a look for hints."""
+    marks = list(OPTION_MARK.finditer(text))
+    first = max((i for i, mark in enumerate(marks) if mark[1] == "A"), default=len(marks))
+    run = []
+    for mark in marks[first:]:
+        if mark[1] == letter(len(run)):  # another letter is part of an option's text
+            run.append(mark)
+    ends = [mark.start() for mark in run[1:]] + [len(text)]
+    options = [text[mark.end():end].strip() for mark, end in zip(run, ends)]
+    problem = text[:run[0].start()] if len(run) > 1 else text
+    problem = re.sub(r"(?i)\s*(?:options|choices)\s*:\s*$", "", problem.strip())
+    return re.sub(r"(?i)^question:\s*", "", problem), options if len(run) > 1 else []
+
+
+def from_video_r1(row, folder):
+    """Records in this project's own form, as in the released Video-R1-260k.json.
+
+    >>> row = {"problem": "What moves?", "problem_type": "multiple choice", "options": ["A. a cat",
+    ...        "B. a dog"], "solution": "<answer>B</answer>", "path": "./General/1.png"}
+    >>> next(from_video_r1(row, None))["options"]
+    ['a cat', 'a dog']
+    """
+    options = [re.sub(r"^\s*\(?[A-Z][.):]\s*", "", option) for option in row.get("options") or []]
+    answer = re.fullmatch(r"\s*<answer>(.*)</answer>\s*", row["solution"], re.DOTALL)[1]
+    more = {key: row[key] for key in ("process", *CLIP_FIELDS)
+            if row.get(key) not in (None, "")}  # a clip may start at 0
+    yield draft(row["path"], row["problem"], answer, options, kind=row["problem_type"],
+                source=row.get("data_source"), data_type=row.get("data_type"), **more)
+
+
+def from_llava(row, folder):
+    """Conversations, as LLaVA-Video-178K and most image sources have them: a draft a turn.
+
+    >>> row = {"image": "1.png", "conversations": [
+    ...     {"from": "human", "value": "<image>\\nWhat moves?\\nA. a cat\\nB. a dog"},
+    ...     {"from": "gpt", "value": "B. a dog"}]}
+    >>> next(from_llava(row, None))  # doctest: +NORMALIZE_WHITESPACE
+    {'medium': '1.png', 'problem': 'What moves?', 'answer': 'B. a dog',
+     'options': ['a cat', 'a dog'], 'part': None}
+    """
+    medium = row.get("video") or row["image"]
+    if isinstance(medium, list):
+        medium, = medium  # several pictures in one question are no record
+    turns = row["conversations"]
+    for asked, said in zip(turns[::2], turns[1::2], strict=True):
+        if (asked["from"], said["from"]) != ("human", "gpt"):
+            raise ValueError("the turns are not human, gpt, human, gpt, ...")
+        problem, options = split_options(re.sub(r"<(?:image|video)>", "", asked["value"]))
+        yield draft(medium, problem, said["value"].strip(), options,
+                    part=row.get("data_source"))
+
+
+@lru_cache(maxsize=1)
+def nextqa_paths(folder):
+    """NExT-QA's map from video names to their paths."""
+    path = folder / "map_vid_vidorID.json"
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise InputError(f"NExT-QA needs {path} beside its questions: {error}") from None
+
+
+def from_nextqa(row, folder):
+    """NExT-QA's CSV: {video: 2909445186, question: what moves, answer: 1, a0: cat, a1: dog, ...}
+    gives "what moves?" on 0101/2909445186.mp4, options cat, dog, ..., answer B.
+    """
+    question = row["question"].strip().removesuffix("?").rstrip() + "?"
+    yield draft(f"{nextqa_paths(folder)[row['video']]}.mp4", question, letter(row["answer"]),
+                [row[f"a{i}"] for i in range(5)])
+
+
+def from_perception_test(row, folder):
+    """PerceptionTest's multiple choice, by video.
+
+    >>> row = {"key": "video_7", "mc_question": [
+    ...     {"question": "What moves?", "options": ["cat", "dog", "hat"], "answer_id": 1}]}
+    >>> next(from_perception_test(row, None))["answer"]
+    'B'
+    """
+    for question in row["mc_question"]:
+        yield draft(f"{row['key']}.mp4", question["question"], letter(question["answer_id"]),
+                    question["options"])
+
+
+CLEVRER_WORDS = (("gray", "red", "blue", "green", "brown", "cyan", "purple", "yellow"),
+                 ("metal", "rubber"), ("cube", "sphere", "cylinder"), ("yes", "no"))
+
+
+def from_clevrer(row, folder):
+    """CLEVRER's questions, by video. Of those with choices the ones with one correct choice; a
+    word (descriptive) becomes a choice among CLEVRER's colours, materials, shapes or yes and no.
+
+    >>> row = {"scene_index": 1007, "video_filename": "video_01007.mp4", "questions": [
+    ...     {"question": "What is the shape of the red object?", "answer": "cube"}]}
+    >>> next(from_clevrer(row, None))  # doctest: +NORMALIZE_WHITESPACE
+    {'medium': 'video_01000-02000/video_01007.mp4', 'problem': 'What is the shape of the red
+     object?', 'answer': 'cube', 'options': ['cube', 'sphere', 'cylinder']}
+    """
+    start = row["scene_index"] // 1000 * 1000  # the release has a folder for each 1000 videos
+    medium = f"video_{start:05d}-{start + 1000:05d}/{row['video_filename']}"
+    for question in row["questions"]:
+        if "choices" in question:
+            choices = question["choices"]
+            right = [i for i, choice in enumerate(choices) if choice["answer"] == "correct"]
+            if len(right) == 1:
+                yield draft(medium, question["question"], letter(right[0]),
+                            [choice["choice"] for choice in choices])
+        else:
+            answer = str(question["answer"])
+            words = next((group for group in CLEVRER_WORDS if answer in group), ())
+            yield draft(medium, question["question"], answer, words)
+
+
+def from_star(row, folder):
+    """STAR: a question about a part of a Charades video.
+
+    >>> row = {"video_id": "6H78U", "start": 11.1, "end": 19.6, "question": "What moves?",
+    ...        "answer": "The dog.", "choices": [{"choice_id": 1, "choice": "The dog."},
+    ...                                          {"choice_id": 0, "choice": "The cat."}]}
+    >>> next(from_star(row, None))  # doctest: +NORMALIZE_WHITESPACE
+    {'medium': '6H78U.mp4', 'problem': 'What moves?', 'answer': 'B',
+     'options': ['The cat.', 'The dog.'], 'video_start': 11.1, 'video_end': 19.6}
+    """
+    choices = sorted(row["choices"], key=lambda choice: choice["choice_id"])
+    options = [choice["choice"] for choice in choices]
+    yield draft(f"{row['video_id']}.mp4", row["question"], letter(options.index(row["answer"])),
+                options, video_start=float(row["start"]), video_end=float(row["end"]))
+
+
+def from_scienceqa(row, folder):
+    """ScienceQA's training questions that have a picture.
+
+    >>> row = {"key": "7", "question": "Which is it?", "choices": ["cat", "dog"], "answer": 1,
+    ...        "hint": "Look.", "image": "image.png", "split": "train"}
+    >>> next(from_scienceqa(row, None))  # doctest: +NORMALIZE_WHITESPACE
+    {'medium': '7/image.png', 'problem': 'Look.\\nWhich is it?', 'answer': 'B',
+     'options': ['cat', 'dog']}
+    """
+    if row["image"] and row["split"] == "train":
+        problem = f"{row.get('hint') or ''}\n{row['question']}".strip()
+        yield draft(f"{row['key']}/{row['image']}", problem, letter(row["answer"]), row["choices"])
+
+
+def from_a_okvqa(row, folder):
+    """A-OKVQA: {image_id: 299207, question: What moves?, choices: [cat, dog, hat, car],
+    correct_choice_idx: 1} asks about COCO's 000000299207.jpg; the answer is B.
+    """
+    yield draft(f"{row['image_id']:012d}.jpg", row["question"],
+                letter(row["correct_choice_idx"]), row["choices"])
+
+
+def from_tabmwp(row, folder):
+    """TabMWP's problems about a picture of a table: a choice, or text that may be a number.
+
+    >>> row = {"key": "7", "question": "How much?", "choices": None, "answer": "3.5", "unit": "$"}
+    >>> next(from_tabmwp(row, None))["problem"]
+    'How much? (Unit: $)'
+    """
+    unit = f" (Unit: {row['unit']})" if row.get("unit") else ""
+    yield draft(f"{row['key']}.png", row["question"] + unit, row["answer"], row["choices"] or ())
+
+
+def from_geometry3k(row, folder):
+    """Geometry3K: {problem_text: Find x., choices: [1, 2, 3, 4], answer: B}, a file for each
+    problem, asks about the img_diagram.png beside it.
+    """
+    yield draft("img_diagram.png", row["problem_text"], row["answer"], row["choices"])
+
+
+def from_arxivqa(row, folder):
+    """ArxivQA: {image: images/1.jpg, question: What grows?, options: ["A) x", "B) y"],
+    label: "B)"}. Its labels come in many spellings; those that mean no option are dropped.
+    """
+    options = [re.sub(r"^\s*\(?[A-Z][.):]\s*", "", option) for option in row["options"]]
+    yield draft(row["image"], row["question"], row["label"].strip(), options)
+
+
+def from_chartqa(row, folder):
+    """ChartQA: {imgname: 1.png, query: How many percent?, label: 12%} asks for 12."""
+    yield draft(row["imgname"], row["query"], row["label"].strip().removesuffix("%"))
+
+
+CONVERTERS = {"video_r1": from_video_r1, "llava": from_llava, "nextqa": from_nextqa,
+              "perception_test": from_perception_test, "clevrer": from_clevrer,
+              "star": from_star, "scienceqa": from_scienceqa, "a_okvqa": from_a_okvqa,
+              "tabmwp": from_tabmwp, "geometry3k": from_geometry3k, "arxivqa": from_arxivqa,
+              "chartqa": from_chartqa}
+
+
+def release_rows(path):
+    """The rows of a .csv, a .jsonl, or a .json: a list, an object of rows by key (each row gets
+    it as "key"), or one row alone. A list is read in pieces: some releases are larger than memory.
+    """
+    try:
+        with open(path, encoding="utf-8-sig", newline="") as file:
+            if path.suffix == ".csv":
+                yield from csv.DictReader(file)
+            elif path.suffix == ".jsonl":
+                yield from (json.loads(line) for line in file if line.strip())
+            elif (text := file.read(CHUNK)).lstrip().startswith("["):
+                yield from list_items(file, text)
+            else:
+                rows = json.loads(text + file.read())
+                if not isinstance(rows, dict):
+                    raise ValueError(f"it holds a {type(rows).__name__}, no rows")
+                keyed = all(isinstance(row, dict) for row in rows.values())
+                yield from ({**row, "key": key} for key, row in rows.items()) if keyed else [rows]
+    except (OSError, ValueError, csv.Error) as error:
+        raise InputError(f"cannot read the annotations {path}: {error}") from None
+
+
+def list_items(file, text):
+    """The items of a JSON list of objects, one at a time; `text` is what has been read of it."""
+    decode, at = json.JSONDecoder().raw_decode, text.index("[") + 1
+    while True:
+        at = NEXT_ITEM.match(text, at).end()
+        if text[at:at + 1] == "]":
+            return
+        try:
+            item, at = decode(text, at)
+        except json.JSONDecodeError:  # the piece ends within the item
+            more = file.read(max(CHUNK, len(text) - at))
+            if not more:
+                raise
+            text, at = text[at:] + more, 0
+            continue
+        yield item
+
+
+# ----------------------------------------------- mix: from sources to a file of records
+
+CHUNK = 1 << 20  # characters of a JSON list that are read at once
+SLACK = 1000  # records more than twice the wanted, before the worst are let go
+NEXT_ITEM = re.compile(r"[\s,]*")
+# What a converter raises on a row that is not as its format has it
+MALFORMED = (KeyError, TypeError, IndexError, AttributeError, OverflowError, ValueError)
+MOST_OPTIONS = 26  # letters
+SHORT_ANSWER = 3  # words: "3.5 square meters" is a number, a sentence with a number is text
+MEASURE = re.compile(r"(?<![\w.])(\d+(?:\.\d+)?) ?(m|cm|mm|km|ft|meters?|metres?|centimeters?|"
+                     r"centimetres?|millimeters?|kilometers?|feet|foot|inch(?:es)?)\b")
+VIDEO_SUFFIXES = {".mp4", ".webm", ".avi", ".mkv", ".mov", ".m4v"}
+# An option that means something only where it stands, or beside the others
+POSITIONED = re.compile(
+    r"\b(?:all|none|both|neither|either|any|two) of (?:(?:the )?(?:above|options|choices|answers|"
+    r"others)|these|those|them)\b|\b(?:listed|mentioned|shown|given|as) (?:above|below)\b"
+    r"|\bthe (?:former|latter)\b|\b(?:option|choice|answer)s? \(?[A-Z0-9]\b"
+    r"|(?-i:\b[A-Z]\)? (?:and|or|&) \(?[A-Z]\b)|^\(?[A-Z]\)?\.?$"
+    r"|^(?:all|none|both|neither|either)\W*$", re.IGNORECASE)
+# Words, and openings, without which a question asks the same
+FILLER = frozenset("a an the is are was were be do does did this please".split())
+OPENING = re.compile(r"(?:in|from|based on|according to) (?:this|the) (?:video|image|picture|clip)")
+
+
+def wanted_type(answer, options, wanted):
+    """The problem type of a question, among those that an entry wants; None: none of them.
+
+    >>> wanted_type("3", [], ["multiple choice", "numerical"]), wanted_type("3", [], ["OCR"])
+    ('numerical', 'OCR')
+    """
+    from rewards import parse_number
+    texts = [kind for kind in ("OCR", "free-form") if kind in wanted]
+    numbers = [kind for kind in ("numerical", "regression") if kind in wanted]
+    if options:
+        return "multiple choice" if "multiple choice" in wanted else None
+    if numbers and (not texts or len(answer.split()) <= SHORT_ANSWER):
+        if parse_number(answer) is not None:
+            return numbers[0]
+    return texts[0] if texts else None
+
+
+def make_record(found, entry, folder):
+    """(record, None) of a converter's draft, or (None, the reason why it is dropped)."""
+    problem, answer = found["problem"].strip(), found["answer"].strip()
+    wanted = entry["problem_type"]
+    media = entry["media"].replace("{folder}", folder)
+    path = os.path.normpath(os.path.join(media, found["medium"]))
+    options = [f"{letter(i)}. {option.strip()}" for i, option in enumerate(found["options"])]
+    measure = MEASURE.findall(answer) if "regression" in wanted and not options else []
+    if "kind" in found:  # the source says so itself
+        kind = found["kind"] if found["kind"] in wanted else None
+    elif len(measure) == 1:  # the answer is a sentence; the model must know the unit
+        (answer, unit), = measure
+        problem, kind = f"{problem} (Unit: {unit})", "regression"
+    else:
+        kind = wanted_type(answer, options, wanted)
+    if path.startswith("..") or os.path.isabs(path):
+        return None, "path leaves the media folder"
+    if kind is None:
+        return None, "not of the wanted problem type"
+    answer, reason = verified(problem, answer, options, kind)
+    if reason:
+        return None, reason
+    source = found.get("source") or "/".join(filter(None, (entry["source"], found.get("part"))))
+    more = {key: found[key] for key in (*CLIP_FIELDS, "process") if key in found}
+    video = os.path.splitext(path)[1].lower() in VIDEO_SUFFIXES
+    medium = found.get("data_type") or ("video" if video else "image")
+    return {"problem": problem, "data_type": medium, "problem_type": kind,
+            "options": options if kind == "multiple choice" else [],
+            "solution": f"<answer>{answer}</answer>", "path": f"./{path}",
+            "data_source": source, **more}, None
+
+
+def verified(problem, answer, options, kind):
+    """(the answer as it is graded, None), or (None, what is wrong with the question)."""
+    from rewards import choice_letter, parse_number
+    if not problem:
+        return None, "no question"
+    if not answer:
+        return None, "no answer"
+    if kind == "multiple choice":
+        texts = [option.partition(" ")[2].casefold() for option in options]
+        if not 2 <= len(options) <= MOST_OPTIONS:
+            return None, "not 2 to 26 options"
+        if "" in texts or len(set(texts)) < len(texts):
+            return None, "options are empty or equal"
+        chosen = choice_letter(answer, options)
+        return (chosen, None) if chosen else (None, "answer is not one of the options")
+    if kind in ("numerical", "regression") and parse_number(answer) is None:
+        return None, "answer is not one number"
+    return answer, None
+
+
+def clip_of(record):
+    """What identifies a decoded medium: its path, and the part of it."""
+    return record["path"], *(record.get(field) for field in CLIP_FIELDS)
+
+
+def question_key(record) -> int:
+    """Equal for questions on one medium that differ in case, marks, filler words, or the order of
+    their options only.
+
+    >>> a = {"path": "1.mp4", "problem": "Is the car left of the tree?", "options": []}
+    >>> question_key(a) == question_key(a | {"problem": "In this video, is the CAR left of a tree"})
+    True
+    >>> question_key(a) == question_key(a | {"problem": "Is the tree left of the car?"})
+    False
+    """
+    problem = OPENING.sub("", record["problem"].lower())
+    words = [word for word in re.findall(r"\w+", problem) if word not in FILLER]
+    options = sorted(option.partition(" ")[2].casefold() for option in record["options"])
+    text = repr((clip_of(record), words or record["problem"], options))
+    return int.from_bytes(hashlib.blake2b(text.encode(), digest_size=8).digest(), "big")
+
+
+class Benchmarks(NamedTuple):
+    """The media of evaluation files, which no mixture may contain."""
+    tails: set[str]    # "folder/file.mp4", lower case
+    sizes: set[int]    # of the media files, so that few others need to be hashed
+    hashes: set[bytes]
+
+
+def tail(path) -> str:
+    """A path's last folder and file: CLEVRER and PerceptionTest share names of files alone.
+
+    >>> tail("./MVBench/perception/videos/Video_7.mp4")
+    'videos/video_7.mp4'
+    """
+    return "/".join(Path(path).parts[-2:]).lower()
+
+
+def content_hash(path) -> bytes:
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").digest()
+
+
+def benchmark_media(files, media_root) -> Benchmarks:
+    """The media of evaluation files; by path alone where the media are not there to be hashed."""
+    found, absent = Benchmarks(set(), set(), set()), 0
+    for file in files:
+        media = {record["media_path"] for record in load_records(file, media_root)}
+        for path in tqdm(sorted(media), desc=f"hash media of {file}", leave=False):
+            found.tails.add(tail(path))
+            if os.path.isfile(path):
+                found.sizes.add(os.path.getsize(path))
+                found.hashes.add(content_hash(path))
+            else:
+                absent += 1
+    if files:
+        print(f"excluded: {len(found.tails)} benchmark media by path, {len(found.hashes)} also by "
+              f"content, {absent} of them not found on this machine")
+    return found
+
+
+def in_benchmark(path, root, benchmarks) -> bool:
+    """Whether a benchmark has this medium, under this path or another one."""
+    if tail(path) in benchmarks.tails:
+        return True
+    full = os.path.join(root, path)
+    return (bool(benchmarks.sizes) and os.path.isfile(full)
+            and os.path.getsize(full) in benchmarks.sizes
+            and content_hash(full) in benchmarks.hashes)
+
+
+def annotation_files(entry, root):
+    """The files of an entry's annotation, which may hold *."""
+    return sorted(Path(root).glob(entry["annotation"]))
+
+
+def candidates_of(entry, root, benchmarks, seen, counts):
+    """The records that an entry's files offer, each once; counts what is dropped, by reason."""
+    convert, excluded = CONVERTERS[entry["format"]], {}  # medium -> whether a benchmark has it
+    for path in annotation_files(entry, root):
+        for row in tqdm(release_rows(path), desc=entry["source"], unit=" rows", leave=False):
+            counts["rows"] += 1
+            try:
+                drafts = list(convert(row, path.parent))
+            except InputError:  # a ValueError too, but not of this row alone
+                raise
+            except MALFORMED:
+                drafts = []
+                counts["malformed row"] += 1
+            for found in drafts:
+                record, reason = make_record(found, entry, path.parent.name)
+                if record and record["path"] not in excluded:
+                    excluded[record["path"]] = in_benchmark(record["path"], root, benchmarks)
+                key = question_key(record) if record else None
+                if record and excluded[record["path"]]:
+                    reason = "medium of a benchmark"
+                elif key in seen:
+                    reason = "duplicate"
+                if reason:
+                    counts[reason] += 1
+                else:
+                    seen.add(key)
+                    yield record
+
+
+def spread(records, count, per_medium, rng, taken=()):
+    """`count` of the records, drawn at random: first one of each medium, then a second one of
+    each, and so on to per_medium, of which `taken` ({path: count}) are used; fewer where there
+    are no more. Returns a list.
+
+    Memory holds twice the count: a record that is not among the best so far never will be, since
+    what comes later only improves the places before it.
+    """
+    def best(held):
+        ranked, of_medium = [], Counter(taken)
+        for draw, number, record in sorted(held, key=lambda item: item[:2]):
+            turn = of_medium[record["path"]]
+            of_medium[record["path"]] += 1
+            if turn < per_medium:
+                ranked.append((turn, draw, number, record))
+        ranked.sort(key=lambda item: item[:3])
+        return [item[1:] for item in ranked[:count]]
+
+    held = []
+    for number, record in enumerate(records):
+        held.append((rng.random(), number, record))
+        if len(held) > 2 * count + SLACK:
+            held = best(held)
+    return [record for *_, record in best(held)]
+
+
+def balance_letters(record, used, rng):
+    """Shuffles a record's options so that its answer gets the letter that `used`, a Counter of
+    (options, letter), has least of; not where an option refers to others or to a letter.
+
+    >>> record = {"problem": "?", "options": ["A. cat", "B. dog"], "solution": "<answer>A</answer>"}
+    >>> balance_letters(record, Counter({(2, "A"): 1}), np.random.default_rng(0))
+    >>> record["options"], record["solution"]
+    (['A. dog', 'B. cat'], '<answer>B</answer>')
+    """
+    texts = [option.partition(" ")[2] for option in record["options"]]
+    if not texts:
+        return
+    size, answer = len(texts), record["solution"][len("<answer>")]
+    # a thought may name the letter too
+    fixed = "process" in record or any(map(POSITIONED.search, [record["problem"], *texts]))
+    if not fixed:
+        right = texts.pop(ord(answer) - ord("A"))
+        counts = [used[size, letter(i)] for i in range(size)]
+        place = int(rng.choice([i for i in range(size) if counts[i] == min(counts)]))
+        texts = [texts[i] for i in rng.permutation(len(texts))]
+        texts.insert(place, right)
+        answer = letter(place)
+        record["options"] = [f"{letter(i)}. {text}" for i, text in enumerate(texts)]
+        record["solution"] = f"<answer>{answer}</answer>"
+    used[size, answer] += 1
+
+
+def write_whole(files):
+    """Writes text files, {path: pieces}: all of them complete, or none."""
+    for path, pieces in files.items():
+        with open(f"{path}.partial", "w", encoding="utf-8") as file:
+            file.writelines(pieces)
+    for path in files:
+        os.replace(f"{path}.partial", path)
+
+
+def json_list(lines):
+    """The pieces of a JSON list of already encoded items, one a line."""
+    yield "[\n"
+    for i, line in enumerate(lines):
+        yield (",\n" if i else "") + line
+    yield "\n]\n"
+
+
+def mix(args):
+    """Builds a mixture by a recipe: converts, cleans, samples and balances; writes it whole."""
+    recipe, root = read_recipe(args.recipe), args.media_root or Path(args.recipe).parent
+    absent = [entry["annotation"] for entry in recipe if not annotation_files(entry, root)]
+    if absent and not (args.skip_missing and len(absent) < len(recipe)):
+        raise InputError(f"{root} lacks {len(absent)} of {len(recipe)} annotation files: "
+                         f"{', '.join(absent)}; correct the recipe, or build without them with "
+                         "--skip_missing")
+    benchmarks = benchmark_media(args.exclude, args.exclude_root)
+    lines, report = {"train": [], "val": []}, []
+    chosen, taken, used = set(), Counter(), Counter()  # question keys; of each medium; letters
+    for i, entry in enumerate(tqdm(recipe, desc="mix")):
+        rng, counts = np.random.default_rng([args.seed, i]), Counter()
+        offered = candidates_of(entry, root, benchmarks, set(chosen), counts)
+        records = spread(offered, entry["count"], args.per_medium, rng, taken)
+        for record in records:
+            chosen.add(question_key(record))
+            taken[record["path"]] += 1
+            balance_letters(record, used, rng)
+            number = len(lines["train"]) + len(lines["val"])
+            split = "val" if in_validation(record["path"], args) else "train"
+            lines[split].append(json.dumps({"problem_id": number} | record, ensure_ascii=False))
+        report.append((entry, len(records), counts))
+    stem = args.out.removesuffix(".json")
+    files = {"train": args.out} | ({"val": f"{stem}_val.json"} if args.val_share else {})
+    for name in files:
+        order = np.random.default_rng([args.seed, len(recipe)]).permutation(len(lines[name]))
+        lines[name] = [lines[name][j] for j in order]
+    text = mix_report(report)
+    write_whole({path: json_list(lines[name]) for name, path in files.items()}
+                | {f"{stem}.report.md": [text]})
+    print(text)
+    for name, path in files.items():
+        print(f"{path}: {len(lines[name]):,} records")
+
+
+def in_validation(path, args) -> bool:
+    """Whether a medium, with all its questions, is held out."""
+    digest = hashlib.blake2b(f"{args.seed} {path}".encode(), digest_size=8).digest()
+    return int.from_bytes(digest, "big") / 2**64 < args.val_share
+
+
+def mix_report(report) -> str:
+    """A Markdown table: what each entry wanted, got, and lost for which reason."""
+    rows = [("source", "type", "wanted", "got", "short by", "rows", "dropped")]
+    for entry, got, counts in report:
+        dropped = "; ".join(f"{count} {reason}" for reason, count in counts.most_common()
+                            if reason != "rows")
+        rows.append((entry["source"], ", ".join(entry["problem_type"]), entry["count"], got,
+                     entry["count"] - got or "", counts["rows"], dropped))
+    rows.append(("all", "", sum(entry["count"] for entry, *_ in report),
+                 sum(got for _, got, _ in report), "", "", ""))
+    return markdown(rows)
+
+
+def markdown(rows) -> str:
+    """Rows of cells, the first the heading, as a Markdown table."""
+    heading, *others = (f"| {' | '.join(map(str, row))} |\n" for row in rows)
+    return heading + "|---" * len(rows[0]) + "|\n" + "".join(others)
+
+
+# ------------------------------------------------- check: can every medium be decoded?
+
+def state_of(path):
+    """A file's size and time of change; None where there is none."""
+    try:
+        status = os.stat(path)
+    except OSError:
+        return None
+    return [status.st_size, status.st_mtime_ns]
+
+
+class Media(torch.utils.data.Dataset):
+    """index -> what decoding a record's medium has shown; runs in worker processes."""
+
+    def __init__(self, records, args):
+        self.records, self.args = records, args
+
+    def __len__(self):
+        return len(self.records)
+
+    def __getitem__(self, index):
+        record, reason = self.records[index], None
+        state = state_of(record["media_path"])
+        try:
+            load_vision_isolated(record, self.args.decode_timeout, **sampling_of(self.args, record))
+        except MediaError as error:
+            path = record["media_path"]  # left out, so that equal reasons are counted together
+            reason = str(error).removeprefix(f"{path}: ").replace(path, "it")
+        return {"clip": clip_of(record), "state": state, "reason": reason}
+
+
+def known_media(path):
+    """({clip: state} of the media that earlier runs have decoded, the length of their log without
+    a line that a kill has torn). Faulty media are tried again."""
+    text = path.read_bytes() if path.exists() else b""
+    text = text[:text.rfind(b"\n") + 1]
+    rows = [json.loads(line) for line in text.splitlines()]
+    return {tuple(row["clip"]): row["state"] for row in rows if not row["reason"]}, len(text)
+
+
+def check(args):
+    """Decodes every medium of a file of records, as training will, and writes the records whose
+    medium can be used. The same command resumes; a file that has changed is decoded again."""
+    check_limits(args)
+    records = load_records(args.data, args.media_root)
+    out = args.out or f"{args.data.removesuffix('.jsonl').removesuffix('.json')}_clean.json"
+    log = Path(f"{out.removesuffix('.json')}.media.jsonl")
+    good, length = known_media(log)
+    clips = {clip_of(record): record for record in records}
+    todo = [record for clip, record in clips.items()
+            if clip not in good or good[clip] != state_of(record["media_path"])]
+    reasons = {}
+    loader = torch.utils.data.DataLoader(Media(todo, args), batch_size=None, in_order=False,
+                                         num_workers=args.num_workers)
+    with open(log, "a", encoding="utf-8") as file:
+        file.truncate(length)
+        for row in tqdm(loader, desc="check", total=len(todo)):
+            file.write(json.dumps(row) + "\n")
+            file.flush()
+            if row["reason"]:
+                reasons[tuple(row["clip"])] = row["reason"]
+    clean = [record for record in records if clip_of(record) not in reasons]
+    lines = (json.dumps({key: value for key, value in record.items()
+                         if key not in ("media_path", "media_root")}, ensure_ascii=False)
+             for record in clean)
+    lost = Counter(reasons.get(clip_of(record)) for record in records)
+    examples = {reason: path for (path, *_), reason in reasons.items()}
+    table = markdown([("reason", "media", "records", "one of them")] + [
+        (reason, count, lost[reason], examples[reason])
+        for reason, count in Counter(reasons.values()).most_common()])
+    write_whole({out: json_list(lines), f"{out.removesuffix('.json')}.report.md": [table]})
+    print(f"{table}{out}: {len(clean):,} of {len(records):,} records, "
+          f"{len(clips) - len(reasons):,} of {len(clips):,} media")
+
+
+# ---------------------------------------------------- stats: a file beside Figure 2
+
+def plain(name):
+    """A name as far as spellings agree: letters, digits and +, lower case."""
+    return re.sub(r"[^a-z0-9+]", "", name.lower())
+
+
+def figure_rows(records):
+    """{(category, source, types): [records, the figure's count]} of Figure 2's entries, and of
+    sources that it does not have (count 0). A source is known by a folder of its name, in
+    data_source or in path."""
+    rows = {(e["category"], e["source"], ", ".join(e["problem_type"])): [0, e["count"]]
+            for e in default_recipe()}
+    by_source = defaultdict(list)
+    for key in rows:
+        by_source[plain(key[1])].append(key)
+    for record in records:
+        names = [*str(record.get("data_source")).split("/"), *record["path"].split("/")]
+        known = next((plain(name) for name in names if plain(name) in by_source), None)
+        source = by_source[known][0][1] if known else str(record.get("data_source")).split("/")[0]
+        category = by_source[known][0][0] if known else "not in Figure 2"
+        keys = [key for key in by_source.get(known, ()) if record["problem_type"] in key[2]]
+        key = keys[0] if keys else (category, source, record["problem_type"])
+        rows.setdefault(key, [0, 0])[0] += 1
+    return rows
+
+
+def stats(args):
+    """Prints, and with --out writes, the tables of a file of records as Markdown."""
+    records = load_records(args.data, args.media_root)
+    rows = figure_rows(records)
+    paper = sum(count for _, count in rows.values())
+
+    def line(name, count, wanted):
+        return (*name, count, f"{count / len(records):.1%}", wanted or "",
+                f"{wanted / paper:.1%}" if wanted else "")
+    table = [("category", "source", "problem type", "records", "share", "Figure 2", "share")]
+    for category in dict.fromkeys(key[0] for key in rows):
+        members = {key: value for key, value in rows.items() if key[0] == category}
+        total = [sum(column) for column in zip(*members.values())]
+        table.append(line((f"**{category}**", "", ""), *total))
+        table += [line(("", *key[1:]), *value) for key, value in members.items()]
+    table.append(line(("**all**", "", ""), len(records), paper))
+    counts = [("what", "value", "records", "share")]
+    media = Counter(record["path"] for record in records)
+    letters = Counter(f"{len(r['options'])} options, {r['solution'][len('<answer>')]}"
+                      for r in records if r["problem_type"] == "multiple choice")
+    for what, values in (("medium", Counter(r["data_type"] for r in records)),
+                         ("problem type", Counter(r["problem_type"] for r in records)),
+                         ("questions a medium", Counter(media.values())),
+                         ("answer", letters)):
+        counts += [(what, value, count, f"{count / len(records):.1%}")
+                   for value, count in sorted(values.items())]
+    text = markdown(table) + f"\n{len(media):,} media\n\n" + markdown(counts)
+    if args.out:
+        write_whole({args.out: [text]})
+    print(text)
+
+
+# ------------------------------------------------------------------------ the commands
+
 def parse_args(argv=None):
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0],
                                      fromfile_prefix_chars="@")
@@ -838,7 +1692,48 @@ def parse_args(argv=None):
     toy.add_argument("--test", type=int, default=400, help="held-out questions")
     toy.add_argument("--seed", type=int, default=0, help="seed of every random draw")
     toy.set_defaults(run=build_toy)
+    recipe = commands.add_parser("recipe", help="Figure 2 of the paper as a recipe to edit")
+    recipe.add_argument("--out", default="recipe.json", help="file to write")
+    recipe.set_defaults(run=write_recipe)
+    add_mix_flags(commands.add_parser("mix", help="records from the releases that a recipe names"))
+    add_check_flags(commands.add_parser("check", help="decode every medium; keep what can be used"))
+    stat = commands.add_parser("stats", help="the table of Figure 2 for a file of records")
+    stat.add_argument("--data", required=True, help="records, .json or .jsonl")
+    stat.add_argument("--media_root", help="folder of the records' paths; default: the data's")
+    stat.add_argument("--out", help="Markdown file to write; default: print only")
+    stat.set_defaults(run=stats)
     return parser.parse_args(argv)
+
+
+def add_mix_flags(parser):
+    add = parser.add_argument
+    add("--recipe", required=True, help="list of entries, as `recipe` writes it")
+    add("--media_root", help="folder of the recipe's annotations and media; default: the recipe's")
+    add("--out", required=True, help="file of records to write; a report goes beside it")
+    add("--val_share", type=float, default=0.0, help="share of media held out, in <out>_val.json")
+    add("--per_medium", type=int, default=20, help="most questions on one medium")
+    add("--exclude", nargs="*", default=[], help="evaluation files whose media must not be used")
+    add("--exclude_root", help="folder of their media; default: each file's own")
+    add("--skip_missing", action="store_true", help="do without entries that have no annotations")
+    add("--seed", type=int, default=0, help="seed of every random draw")
+    parser.set_defaults(run=mix)
+
+
+def add_check_flags(parser):
+    add = parser.add_argument
+    add("--data", required=True, help="records to check, .json or .jsonl")
+    add("--media_root", help="folder that the records' paths are relative to; default: the data's")
+    add("--out", help="file of usable records to write; default: <data>_clean.json")
+    add("--max_frames", type=int, default=16, help="most frames of a video")
+    add("--min_frames", type=int, default=4, help="fewest frames of a video")
+    add("--fps", type=float, default=2.0, help="frames a second of video, within those bounds")
+    add("--min_pixels", type=int, default=4 * 28 * 28, help="fewest pixels of a video frame")
+    add("--max_pixels", type=int, default=128 * 28 * 28, help="most pixels of a video frame")
+    add("--image_min_pixels", type=int, default=4 * 28 * 28, help="fewest pixels of an image")
+    add("--image_max_pixels", type=int, default=512 * 28 * 28, help="most pixels of an image")
+    add("--num_workers", type=int, default=2, help="processes that decode side by side")
+    add("--decode_timeout", type=float, default=120, help="seconds until a medium is given up")
+    parser.set_defaults(run=check)
 
 
 if __name__ == "__main__":

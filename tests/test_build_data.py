@@ -266,9 +266,9 @@ def test_toy_clips_show_what_their_records_say(toy):
 
 
 def test_importing_a_script_does_nothing(tmp_path):
-    for script in ("build_data", "rewards", "sft", "tgrpo", "evaluate"):
+    for script in ("build_data", "rewards", "annotate", "sft", "tgrpo", "evaluate"):
         shutil.copy(ROOT / f"{script}.py", tmp_path)
     before = sorted(os.listdir(tmp_path))
-    code = "import sys; sys.dont_write_bytecode = True; import sft, tgrpo, evaluate"
+    code = "import sys; sys.dont_write_bytecode = True; import annotate, sft, tgrpo, evaluate"
     run("-c", f"import os; os.chdir({str(tmp_path)!r}); {code}")
     assert sorted(os.listdir(tmp_path)) == before

@@ -1,0 +1,751 @@
+"""Annotation: chains of thought by a large model, filtered by rules (paper, section 3.1).
+
+    python annotate.py --data train.json --out cot.json --model Qwen/Qwen2.5-VL-72B-Instruct \
+        --api_base http://localhost:8000/v1
+    deepspeed annotate.py --data train.json --out cot.json --model Qwen/Qwen2.5-VL-7B-Instruct
+
+The model gets the prompt of every stage (build_data.build_messages) and answers --samples times.
+Two engines: any server that speaks OpenAI's protocol (--api_base), or transformers on this
+machine, each rank answering a share with the whole model, or with a part of it and
+--deepspeed_config ds_zero3.json. A response is kept if, in this order,
+
+    truncated     it ended by itself, within --max_new_tokens
+    format        it is one <think> block, then one <answer> block, and nothing else
+    answer        the answer has its type's form: one option, one number, some text
+    accuracy      its accuracy reward is above --min_accuracy
+    length        its thought has --min_think to --max_think characters
+    refusal       it does not say that it is an AI, or that it cannot see or help
+    leak          it does not recite the prompt's instructions
+    language      its letters are mostly of the question's script (Latin, Han, Arabic, ...)
+    repetition    it does not go round in circles
+
+and a record gets the best response that passes. Not tested: whether the thought is true.
+
+--out is a file of records with `process`, ready for sft.py. Beside cot.json: `cot.rank<r>.jsonl`,
+each response as it came; `cot.rejected.jsonl`, responses of the records that were left out, with
+the reason; `cot.report.md`, the counts. The same command resumes by problem_id, on any number of
+ranks, and asks again for what failed; with other thresholds it filters again and asks for nothing.
+
+Shapes: B records of a batch, L tokens.
+"""
+import argparse
+import hashlib
+import json
+import os
+import random
+import re
+import resource
+import socket
+import sys
+import threading
+import time
+import unicodedata
+import warnings
+import zlib
+from collections import Counter
+from concurrent.futures import FIRST_COMPLETED, ThreadPoolExecutor, wait
+from datetime import timedelta
+from email.utils import parsedate_to_datetime
+from pathlib import Path
+
+import deepspeed
+import huggingface_hub
+import requests
+import torch
+import torch.distributed as dist
+from deepspeed.accelerator import get_accelerator
+from torch.utils.data import DataLoader, Dataset
+from tqdm import tqdm
+from transformers import AutoModelForImageTextToText, AutoProcessor, GenerationConfig
+from transformers.integrations.deepspeed import set_hf_deepspeed_config
+
+from build_data import (ANSWER_SUFFIX, TEMPLATE, InputError, MediaError, api_messages,
+                        check_limits, encode, encode_blank, image_as_video, load_records,
+                        load_vision_isolated, pad_batch, read_args_line, sampling_of,
+                        seeded_generator)
+from rewards import (WORD, accuracy_reward, choice_letter, extract_answer, format_reward,
+                     parse_number)
+
+# Tokens that stand for pixels: a policy that emits one would break its own next forward.
+FORBIDDEN_TOKENS = ("<|vision_start|>", "<|vision_end|>", "<|vision_pad|>", "<|image_pad|>",
+                    "<|video_pad|>")
+TOKEN_STREAM = 2  # last key of the generators, as in evaluate.py
+HASHED_BLOCKS, BLOCK_BYTES = 64, 4096  # of each weight file: seconds for any size of model
+LONGEST_WAIT = timedelta(days=7)  # of the first rank to finish for the last one
+MOST_FAILURES = 20  # requests in a row without an answer, after which the server is given up
+RUN = 6  # words: a shorter run is shared with the prompt, or repeated, by chance
+
+# -- the server
+KEY_VARIABLE = "OPENAI_API_KEY"  # the only place a key is read from; it is never written
+FIRST_PAUSE, LONGEST_PAUSE = 1.0, 60.0  # seconds before a request is repeated; doubled each time
+LONGEST_RETRY_AFTER = 3600.0  # seconds that a server may ask to wait
+CONNECT_TIMEOUT = 10.0  # seconds
+REPEATED = {408, 409, 425, 429}  # HTTP: not now; as any status from 500. Others will not change
+HOPELESS = {401, 403, 404}  # HTTP: no request of this run can succeed
+ERROR_SHOWN = 300  # characters of what a server says about an error
+
+REFUSED = r"(?:assist|help with|(?:see|view|access|watch|open) (?:the|this|any) (?:video|image))"
+REFUSAL = re.compile(
+    r"\bas an? (?:ai\b|artificial intelligence|(?:large )?language model|text[- ]based)"
+    rf"|\bi(?:'m| am) (?:sorry\b|just an? ai\b|(?:unable|not able) to {REFUSED})"
+    rf"|\bi (?:cannot|can't|can not|could not|couldn't) {REFUSED}"
+    r"|\bno (?:image|video)s? (?:was|were|is|has been|have been) (?:provided|attached|given)\b"
+    r"|抱歉|对不起|作为(?:一个|一名)?(?:人工智能|AI|语言模型)|无法(?:查看|观看)",
+    re.IGNORECASE)
+
+
+def parse_args(argv=None):
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0],
+                                     fromfile_prefix_chars="@")
+    parser.convert_arg_line_to_args = read_args_line
+    add = parser.add_argument
+    # data and model
+    add("--model", required=True, help="Hugging Face directory or name; with --api_base, the "
+                                       "name that the server knows it by")
+    add("--data", required=True, help="records to annotate, .json or .jsonl")
+    add("--media_root", help="folder that the records' paths are relative to; default: the data's")
+    add("--out", required=True, help="file of annotated records to write; its side files go beside")
+    # frames and pixels
+    add("--max_frames", type=int, default=16, help="most frames of a video")
+    add("--min_frames", type=int, default=4, help="fewest frames of a video")
+    add("--fps", type=float, default=2.0, help="frames a second of video, within those bounds")
+    add("--min_pixels", type=int, default=4 * 28 * 28, help="fewest pixels of a video frame")
+    add("--max_pixels", type=int, default=128 * 28 * 28, help="most pixels of a video frame")
+    add("--image_min_pixels", type=int, default=4 * 28 * 28, help="fewest pixels of an image")
+    add("--image_max_pixels", type=int, default=512 * 28 * 28, help="most pixels of an image")
+    # responses; the released annotation had top_p 0.95 and 512 new tokens
+    add("--samples", type=int, default=1, help="responses to a record; the best is kept")
+    add("--temperature", type=float, default=1.0, help="sampling temperature; 0: greedy")
+    add("--top_p", type=float, default=0.95, help="nucleus sampling; 1: off")
+    add("--max_new_tokens", type=int, default=768, help="most tokens of a response")
+    # the filter
+    add("--min_accuracy", type=float, default=0.6, help="a response's reward must be above this")
+    add("--min_think", type=int, default=40, help="fewest characters of a thought")
+    add("--max_think", type=int, default=6000, help="most characters of a thought")
+    add("--min_language", type=float, default=0.7,
+        help="smallest share of a response's letters that are of the question's script")
+    add("--max_repetition", type=float, default=0.3,
+        help="largest share of a thought's runs of 6 words that occurred before in it")
+    # a server
+    add("--api_base", help="answer through this server, as in http://localhost:8000/v1; the key, "
+                           "if it wants one, is read from the environment: OPENAI_API_KEY")
+    add("--api_timeout", type=float, default=600, help="seconds that an answer may take")
+    add("--api_retries", type=int, default=6, help="times a failed request is repeated")
+    add("--concurrency", type=int, default=32, help="requests of a rank under way together")
+    add("--video_url", default="", help="how videos reach the server: '' as sampled frames; data: "
+                                        "as files; else a URL prefix that the server can read")
+    # the machine; without --deepspeed_config every rank holds the whole model
+    add("--batch_size", type=int, default=8, help="records answered together on a rank")
+    add("--attn_implementation", default="sdpa", help="sdpa, eager or flash_attention_2")
+    add("--deepspeed_config",
+        help="DeepSpeed's JSON file: ZeRO stage, offload, precision, monitors")
+    add("--num_workers", type=int, default=2, help="processes that decode media ahead of need")
+    add("--decode_timeout", type=float, default=120, help="seconds until a medium is given up")
+    add("--seed", type=int, default=0, help="seed of every random draw")
+    add("--local_rank", type=int, default=-1, help="set by the deepspeed launcher; not used")
+    return parser.parse_args(argv)
+
+
+def check_flags(args):
+    """Raises InputError for values that no run can work with."""
+    check_limits(args)
+    for flag in ("samples", "max_new_tokens", "batch_size", "concurrency"):
+        if getattr(args, flag) < 1:
+            raise InputError(f"--{flag} is {getattr(args, flag)}: it must be at least 1")
+    if args.temperature < 0 or not 0 < args.top_p <= 1:
+        raise InputError(f"--temperature {args.temperature} must not be negative, "
+                         f"and --top_p {args.top_p} must be above 0 and at most 1")
+    if args.samples > 1 and not args.temperature:
+        raise InputError(f"--samples {args.samples} at --temperature 0 are all the same")
+    if args.api_base and args.deepspeed_config:
+        raise InputError("--deepspeed_config is for a model on this machine, not for --api_base")
+    if Path(args.out).suffix != ".json":
+        raise InputError(f"--out {args.out} must end in .json")
+
+
+# ------------------------------------------------------------------- the filter, pure functions
+
+def think_of(response):
+    """The text of a well-formed response's thought."""
+    return response.partition("<think>")[2].partition("</think>")[0].strip()
+
+
+def words_of(text):
+    """The words of a text in lower case; each Han or kana character is one.
+
+    >>> words_of("Let me think: 小狗")
+    ['let', 'me', 'think', '小', '狗']
+    """
+    return WORD.findall(text.lower())
+
+
+def runs_of(words):
+    """Every run of RUN words that follow each other, in order."""
+    return [tuple(words[i:i + RUN]) for i in range(len(words) - RUN + 1)]
+
+
+INSTRUCTIONS = {run for suffix in ANSWER_SUFFIX.values()
+                for run in runs_of(words_of(TEMPLATE.replace("{question}", "") + suffix))}
+
+
+def repetition(text):
+    """The share of the runs of 6 words that occurred before in the text, in [0, 1].
+
+    >>> repetition("a b c d e f"), repetition("wait " * 15)
+    (0.0, 0.9)
+    """
+    runs = runs_of(words_of(text))
+    return 1 - len(set(runs)) / len(runs) if runs else 0.0
+
+
+def scripts_of(text):
+    """How many letters of each script a text has; Han, kana and Hangul count as one script.
+
+    >>> scripts_of("Δx = 2, 小狗")
+    Counter({'EAST ASIAN': 2, 'GREEK': 1, 'LATIN': 1})
+    """
+    scripts = Counter()
+    for letter, count in Counter(text).items():
+        if letter.isalpha():
+            script = unicodedata.name(letter, "UNKNOWN").split()[0].split("-")[0]
+            asian = script in ("CJK", "HIRAGANA", "KATAKANA", "HANGUL")
+            scripts["EAST ASIAN" if asian else script] += count
+    return scripts
+
+
+def in_language(response, problem):
+    """The share of a response's letters that are of the problem's most frequent script.
+
+    It tells Chinese from English, not French from English.
+
+    >>> in_language("这是 a dog", "What is it?"), in_language("B", "3 + 4 = ?")
+    (0.6666666666666666, 1.0)
+    """
+    asked, said = scripts_of(problem), scripts_of(response)
+    if not asked or not said:
+        return 1.0
+    return said[asked.most_common(1)[0][0]] / said.total()
+
+
+def has_form(answer, record):
+    """Whether the answer is what its problem type asks for: one option, one number, some text."""
+    if record["problem_type"] == "multiple choice":
+        return bool(choice_letter(answer, record["options"]))
+    if record["problem_type"] in ("numerical", "regression"):
+        return parse_number(answer) is not None
+    return bool(answer)
+
+
+def reject_reason(response, truncated, record, args):
+    """Why a response is not kept, as one of the words in this file's first lines; None: it is."""
+    think, answer = think_of(response), extract_answer(response)
+    if truncated:
+        return "truncated"
+    if not format_reward(response):
+        return "format"
+    if not has_form(answer, record):
+        return "answer"
+    if accuracy_reward(response, record) <= args.min_accuracy:
+        return "accuracy"
+    if not args.min_think <= len(think) <= args.max_think:
+        return "length"
+    if REFUSAL.search(response):
+        return "refusal"
+    if not INSTRUCTIONS.isdisjoint(runs_of(words_of(response))):
+        return "leak"
+    if in_language(think, record["problem"]) < args.min_language:
+        return "language"
+    if repetition(think) > args.max_repetition:
+        return "repetition"
+    return None
+
+
+def choose(record, row, args):
+    """(the annotated record or None, [(reason or None, response), ...]) from a record's responses.
+
+    Of the responses that pass, the first with the highest accuracy reward is taken.
+    """
+    judged = [(reject_reason(text, cut, record, args), text)
+              for text, cut in zip(row["output"], row["truncated"])]
+    good = [text for reason, text in judged if reason is None]
+    if not good:
+        return None, judged
+    best = max(good, key=lambda text: accuracy_reward(text, record))
+    kept = {key: value for key, value in record.items() if key not in ("media_path", "media_root")}
+    return kept | {"process": f"<think>{think_of(best)}</think>"}, judged
+
+
+# --------------------------------------------------------------------------------- data
+
+def record_seed(seed, record):
+    """A seed of the record's own: its draws depend on no batch, no rank and no restart."""
+    return record_generator(seed, record, TOKEN_STREAM).initial_seed() % 2**31
+
+
+class Prompts(Dataset):
+    """index -> record with its encoded inputs, or with the messages that a server gets (without a
+    processor), or the MediaError; runs in worker processes."""
+
+    def __init__(self, records, processor, args):
+        self.records, self.processor, self.args = records, processor, args
+
+    def __len__(self):
+        return len(self.records)
+
+    def __getitem__(self, index):
+        record = self.records[index]
+        try:
+            vision = load_vision_isolated(record, self.args.decode_timeout,
+                                          **sampling_of(self.args, record))
+        except MediaError as error:
+            return skip_row(record, error)
+        if self.processor is None:
+            return {"record": record, "messages": api_messages(record, vision, self.args.video_url)}
+        # one call of the vision tower for any mixture: ranks of a sharded model stay in step
+        inputs = image_as_video(self.processor, encode(self.processor, record, vision))
+        return {"record": record, "inputs": inputs}
+
+
+def skip_row(record, error):
+    """The row of a record without responses; it is asked again when the command is repeated."""
+    return {"problem_id": record["problem_id"], "path": record["path"], "reason": str(error)}
+
+
+# --------------------------------------------------------- start-up, the same in each stage
+
+def setup_distributed():
+    """Joins the process group, under the deepspeed launcher or alone. Returns (rank, device)."""
+    if "RANK" not in os.environ:  # started as `python annotate.py`: a group of one
+        with socket.socket() as probe:
+            probe.bind(("127.0.0.1", 0))
+            port = str(probe.getsockname()[1])
+        os.environ.update(RANK="0", LOCAL_RANK="0", WORLD_SIZE="1", MASTER_ADDR="127.0.0.1",
+                          MASTER_PORT=port)
+    deepspeed.utils.logger.setLevel("WARNING")
+    # every tensor that a worker hands over is an open file, and 1024 is a common soft limit
+    _, most = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (most, most))
+    # DeepSpeed calls functions that torch has renamed: one warning a step and rank otherwise
+    warnings.filterwarnings("ignore", category=FutureWarning, module="torch.distributed")
+    local_rank = int(os.environ["LOCAL_RANK"])
+    get_accelerator().set_device(local_rank)
+    deepspeed.init_distributed(get_accelerator().communication_backend_name(), verbose=False)
+    return dist.get_rank(), torch.device(get_accelerator().device_name(local_rank))
+
+
+def load_processor(args):
+    """The model's processor; InputError where the directory has none."""
+    try:
+        processor = AutoProcessor.from_pretrained(args.model)
+        if not processor.chat_template:
+            raise ValueError("no chat template")
+        return processor
+    except (OSError, ValueError, TypeError) as error:
+        raise InputError(f"--model {args.model} has no usable processor (tokenizer, "
+                         f"preprocessor and chat template): {error}") from None
+
+
+def precision():
+    """bfloat16 where there is an accelerator, else float32."""
+    return torch.float32 if get_accelerator().device_name() == "cpu" else torch.bfloat16
+
+
+class Sharding:
+    """What transformers asks to load, and run, a model in parts; its own HfDeepSpeedConfig needs
+    accelerate, and nothing else here does."""
+
+    def __init__(self, config):
+        self.config = config
+
+    def is_zero3(self):
+        return True
+
+
+def load_model(args, tokenizer, device):
+    """The model, set to answer as the flags say: its own sampling defaults (a repetition penalty
+    in Qwen2.5-VL's release) are put aside. With --deepspeed_config, this rank's part of it."""
+    sharding = None
+    if args.deepspeed_config:
+        try:
+            config = json.loads(Path(args.deepspeed_config).read_text(encoding="utf-8"))
+            stage = config["zero_optimization"]["stage"]
+        except (OSError, ValueError, KeyError, TypeError) as error:
+            raise InputError(f"--deepspeed_config {args.deepspeed_config}: {error!r}") from None
+        if stage != 3:
+            raise InputError(f"{args.deepspeed_config} has stage {stage}: only 3 shards weights")
+        config["bf16"] = {"enabled": precision() == torch.bfloat16}
+        config["train_micro_batch_size_per_gpu"] = 1  # asked for, of no consequence
+        sharding = Sharding(config)
+        set_hf_deepspeed_config(sharding)
+    try:
+        model = AutoModelForImageTextToText.from_pretrained(
+            args.model, dtype=precision(), attn_implementation=args.attn_implementation,
+            use_safetensors=True)
+    except (OSError, ValueError, ImportError) as error:
+        raise InputError(f"cannot load --model {args.model}: {error}") from None
+    sampling = {"do_sample": True, "temperature": args.temperature, "top_p": args.top_p, "top_k": 0}
+    model.generation_config = GenerationConfig(
+        max_new_tokens=args.max_new_tokens, num_return_sequences=args.samples,
+        **(sampling if args.temperature else {}),
+        eos_token_id=stop_tokens(model, tokenizer), pad_token_id=tokenizer.pad_token_id,
+        suppress_tokens=forbidden_tokens(model, tokenizer))
+    if sharding is None:
+        return model.to(device).eval()
+    engine, *_ = deepspeed.initialize(model=model, config=config)
+    engine.module.sharding = sharding  # kept alive: generate() asks it whether ranks keep step
+    return engine.module.eval()
+
+
+def stop_tokens(model, tokenizer):
+    """Every end token of the model; the tokenizer's own first."""
+    ends = model.generation_config.eos_token_id
+    ends = ends if isinstance(ends, list) else [ends]
+    return list(dict.fromkeys([tokenizer.eos_token_id, *(end for end in ends if end is not None)]))
+
+
+def forbidden_tokens(model, tokenizer):
+    """Ids that must not be sampled: visual placeholders, and ids that no token has."""
+    ids = tokenizer.convert_tokens_to_ids(list(FORBIDDEN_TOKENS))
+    beyond = range(len(tokenizer), model.config.get_text_config().vocab_size)
+    return sorted({i for i in ids if i is not None} | set(beyond))
+
+
+# ---------------------------------------------------------- what a run leaves beside --out
+
+def model_hash(model):
+    """A hash of config.json and, of every weight file, its name, size and some blocks spread
+    evenly: it tells two checkpoints of a run apart without reading all of either."""
+    try:
+        folder = model if Path(model).is_dir() else huggingface_hub.snapshot_download(
+            model, allow_patterns=["*.json", "*.safetensors"])
+        digest = hashlib.sha256((Path(folder) / "config.json").read_bytes())
+        for path in sorted(Path(folder).glob("*.safetensors")):
+            size = path.stat().st_size
+            digest.update(f"{path.name} {size}".encode())
+            with path.open("rb") as file:
+                for block in range(HASHED_BLOCKS):
+                    file.seek(size * block // HASHED_BLOCKS)
+                    digest.update(file.read(BLOCK_BYTES))
+    except (OSError, ValueError) as error:
+        raise InputError(f"cannot read --model {model}: {error}") from None
+    return digest.hexdigest()
+
+
+def whole_lines(path):
+    """The file's bytes up to its last line break: a kill may have torn the line after it."""
+    data = path.read_bytes() if path.exists() else b""
+    return data[:data.rfind(b"\n") + 1]
+
+
+def read_rows(output, stem, configuration):
+    """Rows of all ranks and runs, by problem_id as text; an answer wins over an earlier skip."""
+    rows = {}
+    for path in sorted(Path(output).glob(f"{stem}.rank*.jsonl")):
+        try:
+            first, *others = map(json.loads, whole_lines(path).splitlines() or [b"{}"])
+        except json.JSONDecodeError as error:
+            raise InputError(f"{path} is damaged, remove it: {error}") from None
+        for key, value in configuration.items() if first else ():
+            if first.get(key) != value:
+                raise InputError(f"{path} has rows with another {key}: {str(first.get(key))[:60]}, "
+                                 f"not {str(value)[:60]}; name another --output")
+        for row in others:
+            if "output" not in rows.get(str(row["problem_id"]), {}):
+                rows[str(row["problem_id"])] = row
+    return rows
+
+
+def open_rows(path, configuration):
+    """The file to append rows to: rid of a torn line, and begun with the configuration."""
+    kept = whole_lines(path)
+    file = path.open("a", encoding="utf-8")
+    file.truncate(len(kept))
+    if not kept:
+        file.write(json.dumps(configuration) + "\n")
+    return file
+
+
+def configuration_of(args, processor):
+    """What responses depend on: rows that were made with another one are refused."""
+    flags = ("model", "max_frames", "min_frames", "fps", "min_pixels", "max_pixels",
+             "image_min_pixels", "image_max_pixels", "samples", "temperature", "top_p",
+             "max_new_tokens", "seed")
+    ours = {"video_url": args.video_url} if args.api_base else {
+        "model_sha256": model_hash(args.model), "dtype": str(precision()),
+        "chat_template": processor.chat_template}
+    return {flag: getattr(args, flag) for flag in flags} | ours | {
+        "engine": "api" if args.api_base else "transformers",
+        "template": TEMPLATE, "answer_suffix": ANSWER_SUFFIX,
+        "records_sha256": hashlib.sha256(Path(args.data).read_bytes()).hexdigest()}
+
+
+def write_whole(path, lines):
+    """Writes a text file, complete or not at all."""
+    aside = Path(f"{path}.partial")
+    with aside.open("w", encoding="utf-8") as file:
+        file.writelines(lines)
+    aside.replace(path)
+
+
+def write_result(records, rows, args):
+    """--out and its side files, from every row that there is. Returns the lines of the report."""
+    kept, rejected, reasons, skipped = [], [], Counter(), Counter()
+    for record in records:
+        row = rows.get(str(record["problem_id"]), {})
+        if "output" not in row:
+            skipped[row.get("reason", "not asked yet")] += 1
+            continue
+        annotated, judged = choose(record, row, args)
+        reasons.update(reason or "passed" for reason, _ in judged)
+        if annotated:
+            kept.append(annotated)
+            continue
+        rejected += [{"problem_id": record["problem_id"], "reason": reason,
+                      "solution": record["solution"], "response": text} for reason, text in judged]
+    lines = [f"{len(kept)} of {len(records)} records annotated ({len(kept) / len(records):.1%}; "
+             f"paper: 165k of 260k), {skipped.total()} without response", "",
+             "| responses | count | share |", "|---|---|---|"]
+    lines += [f"| {reason} | {count} | {count / reasons.total():.1%} |"
+              for reason, count in reasons.most_common()]
+    lines += [f"- without response, {count}: {reason}" for reason, count in skipped.most_common(20)]
+    stem = args.out.removesuffix(".json")
+    write_whole(f"{stem}.rejected.jsonl", (json.dumps(row) + "\n" for row in rejected))
+    write_whole(f"{stem}.report.md", (line + "\n" for line in lines))
+    write_whole(args.out, ("[\n", ",\n".join(map(json.dumps, kept)), "\n]\n"))
+    return lines
+
+
+# -------------------------------------------------------------------- a server's answers
+
+
+class ApiError(RuntimeError):
+    """The server gave no usable answer to one request, for the reason given."""
+
+
+def api_session(concurrency):
+    """HTTP connections that `concurrency` threads can share; they carry the key, if any."""
+    def authorise(request):
+        if os.environ.get(KEY_VARIABLE):
+            request.headers["Authorization"] = f"Bearer {os.environ[KEY_VARIABLE]}"
+        return request
+
+    session = requests.Session()
+    session.auth = authorise  # not a header of the session, over which ~/.netrc would win
+    for scheme in ("http://", "https://"):
+        session.mount(scheme, requests.adapters.HTTPAdapter(pool_maxsize=concurrency))
+    return session
+
+
+def ask_api(session, args, messages, n, seed):
+    """n answers to a conversation: [(text, finish_reason, completion tokens), ...].
+
+    finish_reason is "stop", or "length" where max_new_tokens cut the answer off. Of several
+    answers to one request a server tells only the sum of tokens: each gets the mean. Raises
+    ApiError when a request fails args.api_retries times more, InputError when all would fail.
+    """
+    answers = []
+    while len(answers) < n:  # some servers answer once, whatever n is
+        body = {"model": args.model, "messages": messages, "n": n - len(answers),
+                "temperature": args.temperature, "top_p": args.top_p,
+                "max_tokens": args.max_new_tokens, "seed": seed + len(answers)}
+        answers += post_api(session, args, body)
+    return answers[:n]
+
+
+def post_api(session, args, body):
+    """The answers to one request, which is repeated while the server fails to give any."""
+    url = args.api_base.rstrip("/") + "/chat/completions"
+    for attempt in range(args.api_retries + 1):
+        # seeded by nothing: the point is that clients do not come back at the same moment
+        pause = min(LONGEST_PAUSE, FIRST_PAUSE * 2**attempt) * random.uniform(0.5, 1)
+        try:
+            reply = session.post(url, json=body, timeout=(CONNECT_TIMEOUT, args.api_timeout))
+            if reply.status_code == 200:
+                return read_choices(reply.json())
+            reason = f"HTTP {reply.status_code}: {reply.text[:ERROR_SHOWN]}"
+            pause = max(pause, retry_after(reply.headers.get("Retry-After", "")))
+        except (requests.RequestException, KeyError, TypeError, ValueError) as error:
+            reply, reason = None, f"{type(error).__name__}: {str(error)[:ERROR_SHOWN]}"
+        if os.environ.get(KEY_VARIABLE):  # a server may quote it
+            reason = reason.replace(os.environ[KEY_VARIABLE], f"<{KEY_VARIABLE}>")
+        if reply is not None and reply.status_code in HOPELESS:
+            raise InputError(f"{url} refuses model {args.model}: {reason} "
+                             f"(the key is read from the environment variable {KEY_VARIABLE})")
+        if reply is not None and reply.status_code < 500 and reply.status_code not in REPEATED:
+            raise ApiError(f"{url}: {reason}")
+        if attempt < args.api_retries:
+            time.sleep(pause)
+    raise ApiError(f"{url}: {args.api_retries + 1} attempts failed, the last: {reason}")
+
+
+def read_choices(reply):
+    """The answers in a server's reply; KeyError, TypeError or ValueError where it has none.
+
+    >>> read_choices({"choices": [{"message": {"content": "Hi"}, "finish_reason": "stop"}],
+    ...               "usage": {"completion_tokens": 2}})
+    [('Hi', 'stop', 2)]
+    """
+    choices = reply["choices"]
+    if not choices:
+        raise ValueError("the reply has no choices")
+    tokens = round(reply["usage"]["completion_tokens"] / len(choices))
+    # content is null where the answer was cut off before it began
+    return [(choice["message"]["content"] or "", choice["finish_reason"], tokens)
+            for choice in choices]
+
+
+def retry_after(text):
+    """Seconds that a Retry-After header asks for, as a number or a date; 0 for anything else."""
+    try:
+        seconds = (float(text) if re.fullmatch(r"\d+(\.\d+)?", text) else
+                   parsedate_to_datetime(text).timestamp() - time.time())
+    except ValueError:
+        return 0.0
+    return min(max(seconds, 0.0), LONGEST_RETRY_AFTER)
+
+
+def ask_one(session, sample, args):
+    """The row of one record's responses, or of the reason why there are none."""
+    record, started = sample["record"], time.perf_counter()
+    try:
+        answers = ask_api(session, args, sample["messages"], args.samples,
+                          record_seed(args.seed, record))
+    except ApiError as error:
+        return skip_row(record, error)
+    texts, finish, tokens = map(list, zip(*answers))
+    return {"problem_id": record["problem_id"], "output": texts, "tokens": tokens,
+            "truncated": [reason == "length" for reason in finish],
+            "seconds": time.perf_counter() - started}
+
+
+def ask_server(share, write, args):
+    """Asks for a rank's share of the records, args.concurrency requests at a time."""
+    loader = DataLoader(Prompts(share, None, args), batch_size=None, num_workers=args.num_workers)
+    session, running, failed = api_session(args.concurrency), set(), 0
+
+    def work(sample):  # in a thread: the row is on disk before anything else can go wrong
+        row = sample if "reason" in sample else ask_one(session, sample, args)
+        write([row])
+        return None if "output" in row or "reason" in sample else row["reason"]
+
+    def settle(least):
+        """Waits until fewer than `least` requests run; stops the run when the server is gone."""
+        nonlocal running, failed
+        while len(running) >= least:
+            done, running = wait(running, return_when=FIRST_COMPLETED)
+            for reason in (future.result() for future in done):
+                failed = failed + 1 if reason else 0
+                if failed >= MOST_FAILURES:
+                    raise InputError(f"{failed} requests in a row failed, the last: {reason}")
+
+    with ThreadPoolExecutor(args.concurrency) as pool:
+        for sample in loader:
+            running.add(pool.submit(work, sample))
+            settle(args.concurrency)
+        settle(1)
+
+
+# ------------------------------------------------------------------------------- the model
+
+def cut_at_end(ids, end_ids):
+    """A response up to its first end token, which is kept, and whether it had none.
+
+    >>> cut_at_end([5, 6, 2, 0, 0], {2, 0}), cut_at_end([5, 6], {2, 0})
+    (([5, 6, 2], False), ([5, 6], True))
+    """
+    for i, token in enumerate(ids):
+        if token in end_ids:
+            return ids[:i + 1], False
+    return ids, True
+
+
+def record_generator(seed, record, stream):
+    """A generator of the record's own: its draws depend on no batch, no rank and no restart."""
+    return seeded_generator(seed, zlib.crc32(str(record["problem_id"]).encode()), stream)
+
+
+@torch.inference_mode()
+def respond(model, samples, seed):
+    """Responses to B samples of Prompts, as ids up to the end token: [(ids, truncated), ...]."""
+    config = model.generation_config
+    pad_values = {"input_ids": config.pad_token_id, "attention_mask": 0, "mm_token_type_ids": 0}
+    batch = pad_batch([sample["inputs"] for sample in samples], pad_values, "left")
+    batch = {key: value.to(model.device) for key, value in batch.items()}  # ids (B, L)
+    # generate draws from torch's own generator: seeded for each batch, by its first record
+    torch.manual_seed(record_generator(seed, samples[0]["record"], TOKEN_STREAM).initial_seed())
+    ids = model.generate(**batch)[:, batch["input_ids"].shape[1]:]  # (B, response's L)
+    return [cut_at_end(row, config.eos_token_id) for row in ids.tolist()]
+
+
+def ask_model(share, longest_share, write, processor, device, args):
+    """Answers a rank's share of the records, a batch at a time, as often as the longest share
+    takes: ranks that hold one model in parts make the same number of calls."""
+    model = load_model(args, processor.tokenizer, device)
+    blank = {"record": {"problem_id": "blank"},
+             "inputs": image_as_video(processor, encode_blank(processor))}
+    batches = iter(DataLoader(Prompts(share, processor, args), batch_size=args.batch_size,
+                              collate_fn=list, num_workers=args.num_workers))
+    for _ in range(-(-longest_share // args.batch_size)):
+        started, samples = time.perf_counter(), next(batches, [])
+        good = [sample for sample in samples if "inputs" in sample]
+        rows = [sample for sample in samples if "reason" in sample]
+        responses = respond(model, good or [blank], args.seed)
+        seconds = (time.perf_counter() - started) / max(len(good), 1)
+        for i, sample in enumerate(good):
+            own = responses[i * args.samples:(i + 1) * args.samples]
+            texts = [processor.tokenizer.decode(ids, skip_special_tokens=True) for ids, _ in own]
+            rows.append({"problem_id": sample["record"]["problem_id"], "output": texts,
+                         "tokens": [len(ids) for ids, _ in own],
+                         "truncated": [truncated for _, truncated in own], "seconds": seconds})
+        write(rows)
+
+
+# ---------------------------------------------------------------------------------- main
+
+def main(args):
+    # --------------------------------------------- inputs, checked before a model is loaded
+    check_flags(args)
+    records = load_records(args.data, args.media_root)
+    problem_id, count = Counter(str(r["problem_id"]) for r in records).most_common(1)[0]
+    if count > 1:
+        raise InputError(f"{args.data}: {count} records have the problem_id {problem_id}")
+    processor = None if args.api_base else load_processor(args)
+    out = Path(args.out)
+    try:
+        out.parent.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise InputError(f"cannot write to --out {out}: {error}") from None
+    configuration = configuration_of(args, processor)
+    rows = read_rows(out.parent, out.stem, configuration)
+    todo = [record for record in records if "output" not in rows.get(str(record["problem_id"]), {})]
+    rank, device = setup_distributed()
+    ranks, world = dist.new_group(backend="gloo", timeout=LONGEST_WAIT), dist.get_world_size()
+    dist.barrier(ranks)  # all ranks have read the rows before one adds to them
+
+    # -------------------------------------------------------------- responses, row by row
+    share, lock = todo[rank::world], threading.Lock()
+    with open_rows(out.parent / f"{out.stem}.rank{rank}.jsonl", configuration) as file, \
+            tqdm(total=len(share), desc="annotate", disable=rank != 0) as bar:
+        def write(rows):
+            with lock:
+                file.write("".join(json.dumps(row) + "\n" for row in rows))
+                file.flush()
+                bar.update(len(rows))
+
+        if args.api_base:
+            ask_server(share, write, args)
+        elif todo:
+            ask_model(share, len(todo[::world]), write, processor, device, args)
+    dist.barrier(ranks)
+
+    # ------------------------------------------------------------------ filter and report
+    if rank == 0:
+        rows = read_rows(out.parent, out.stem, configuration)
+        print("\n".join(write_result(records, rows, args)))
+
+
+if __name__ == "__main__":
+    try:
+        main(parse_args())
+    except InputError as error:
+        sys.exit(f"annotate.py: {error}")

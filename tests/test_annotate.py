@@ -1,0 +1,469 @@
+"""Annotation: what a server may do, which responses are kept, and a kill in the middle."""
+import base64
+import doctest
+import io
+import json
+import os
+import signal
+import subprocess
+import sys
+import threading
+import time
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+
+import numpy as np
+import pytest
+
+import annotate
+from annotate import ApiError, api_session, ask_api, parse_args, reject_reason
+from build_data import InputError, api_messages, build_messages, load_records, load_vision
+from conftest import ROOT, run
+
+KEY = "sk-very-secret-1234567890"
+THOUGHT = "Let me think: the block starts on the left and it ends on the right."
+GOOD = f"<think>{THOUGHT}</think><answer>{{}}</answer>"
+LIMITS = {"max_frames": 8, "min_frames": 4, "fps": 2, "min_pixels": 784, "max_pixels": 784}
+SMALL = ("--max_frames", "8", "--min_pixels", "784", "--max_pixels", "784",
+         "--image_min_pixels", "784", "--image_max_pixels", "784")
+
+
+def reply(*texts, finish="stop"):
+    """A server's reply in OpenAI's form, 7 tokens a text."""
+    choices = [{"message": {"content": text}, "finish_reason": finish} for text in texts]
+    return {"choices": choices, "usage": {"completion_tokens": 7 * len(texts)}}
+
+
+class Server:
+    """A real HTTP server on this machine. `answer(body, number)` returns what to send: a dict, or
+    (status, headers, text), or a text; or None, to hang up."""
+
+    def __init__(self, answer):
+        outer, self.requests, self.lock = self, [], threading.Lock()
+
+        class Handler(BaseHTTPRequestHandler):
+            def do_POST(self):
+                body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
+                with outer.lock:
+                    outer.requests.append((self.path, dict(self.headers), body, time.monotonic()))
+                    number = len(outer.requests) - 1
+                sent = answer(body, number)
+                if sent is None:
+                    return
+                status, headers, text = sent if isinstance(sent, tuple) else (200, {}, sent)
+                data = (json.dumps(text) if isinstance(text, dict) else text).encode()
+                self.send_response(status)
+                for name, value in ({"Content-Length": str(len(data))} | headers).items():
+                    self.send_header(name, value)
+                self.end_headers()
+                self.wfile.write(data)
+
+            def log_message(self, *_):
+                pass
+
+        self.http = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+        self.base = f"http://127.0.0.1:{self.http.server_port}/v1"
+        threading.Thread(target=self.http.serve_forever, args=(0.02,), daemon=True).start()
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *_):
+        self.http.shutdown()
+        self.http.server_close()
+
+
+@pytest.fixture(autouse=True)
+def key(monkeypatch):
+    monkeypatch.setenv("OPENAI_API_KEY", KEY)
+    monkeypatch.setattr(annotate, "FIRST_PAUSE", 0.01)
+
+
+def flags(server, *more):
+    return parse_args(["--model", "m", "--data", "d", "--out", "o.json", "--api_base", server.base,
+                       "--api_timeout", "0.5", "--api_retries", "2", *more])
+
+
+def ask(server, n=1, *more):
+    args = flags(server, *more)
+    return ask_api(api_session(2), args, [{"role": "user", "content": "Hi"}], n, seed=5)
+
+
+# ----------------------------------------------------------------------------- the server
+
+def test_a_request_carries_the_sampling_and_the_key_and_answers_come_with_their_tokens():
+    with Server(lambda body, number: reply("a", "b")) as server:
+        assert ask(server, 2) == [("a", "stop", 7), ("b", "stop", 7)]
+        path, headers, body, _ = server.requests[0]
+    assert path == "/v1/chat/completions" and headers["Authorization"] == f"Bearer {KEY}"
+    assert body == {"model": "m", "messages": [{"role": "user", "content": "Hi"}], "n": 2,
+                    "seed": 5, "temperature": 1.0, "top_p": 0.95, "max_tokens": 768}
+
+
+def test_a_server_that_answers_once_whatever_n_is_gets_asked_again_with_another_seed():
+    with Server(lambda body, number: reply(f"seed {body['seed']}")) as server:
+        assert [text for text, *_ in ask(server, 3)] == ["seed 5", "seed 6", "seed 7"]
+
+
+@pytest.mark.parametrize("fault", [
+    (500, {}, "out of memory"), (429, {}, "slow down"), (503, {}, ""), None, "{\"choices\": [",
+    "[]", "{}", {"choices": []}, {"choices": [{}], "usage": {"completion_tokens": 1}},
+    (200, {"Content-Length": "5000"}, '{"choices": [{"mess')])
+def test_a_fault_that_passes_costs_a_repeated_request(fault):
+    with Server(lambda body, number: fault if number == 0 else reply("a")) as server:
+        assert ask(server) == [("a", "stop", 7)]
+        assert len(server.requests) == 2
+
+
+def test_a_slow_answer_is_given_up_and_asked_for_again():
+    def answer(body, number):
+        time.sleep(1 if number == 0 else 0)
+        return reply("a")
+    with Server(answer) as server:
+        assert ask(server) == [("a", "stop", 7)]
+        assert len(server.requests) == 2
+
+
+def test_retry_after_is_honoured_as_seconds_and_as_a_date():
+    from email.utils import formatdate
+    waits = ["1", formatdate(time.time() + 3, usegmt=True)]
+    with Server(lambda body, number: (429, {"Retry-After": waits[number]}, "") if number < 2
+                else reply("a")) as server:
+        ask(server)
+        times = [moment for *_, moment in server.requests]
+    assert 1 <= times[1] - times[0] < 1.5
+    assert 0 < times[2] - times[1] < 3
+    assert [annotate.retry_after(text) for text in ("", "soon", "-3", "nan", "9e9", "99999")] == [
+        0, 0, 0, 0, 0, 3600]
+
+
+def test_pauses_grow_and_the_last_error_is_told_without_the_key():
+    with Server(lambda body, number: (500, {}, f"your key {KEY} broke me")) as server:
+        with pytest.raises(ApiError) as error:
+            ask(server)
+        assert len(server.requests) == 3
+    assert "3 attempts failed, the last: HTTP 500: your key <OPENAI_API_KEY>" in str(error.value)
+    assert KEY not in str(error.value)
+
+
+def test_a_bad_request_is_not_repeated_and_a_wrong_key_ends_the_run():
+    with Server(lambda body, number: (400, {}, "prompt too long")) as server:
+        with pytest.raises(ApiError, match="HTTP 400: prompt too long"):
+            ask(server)
+        assert len(server.requests) == 1
+    for status in (401, 403, 404):
+        with Server(lambda body, number: (status, {}, "no")) as server:
+            with pytest.raises(InputError, match=f"refuses model m: HTTP {status}: no"):
+                ask(server)
+
+
+def test_a_server_that_is_not_there_is_a_clear_error():
+    with Server(lambda body, number: None) as server:
+        pass
+    with pytest.raises(ApiError, match="3 attempts failed, the last: ConnectionError"):
+        ask(server)
+
+
+# ------------------------------------------------------------------------- what it is sent
+
+def pixels(part):
+    from PIL import Image
+    kind, _, data = part["image_url"]["url"].partition(";base64,")
+    return kind, np.asarray(Image.open(io.BytesIO(base64.b64decode(data))).convert("RGB"))
+
+
+def test_a_server_gets_the_prompt_of_every_stage_and_the_decoded_pixels(toy):
+    """An image to the last bit; frames of a video, in order, as near as JPEG is."""
+    seen = set()
+    for record in load_records(toy / "train.json"):
+        if record["data_type"] in seen:
+            continue
+        seen.add(record["data_type"])
+        vision = load_vision(record, **LIMITS)
+        (message,), (ours,) = api_messages(record, vision), build_messages(record)
+        assert message["role"] == "user" and message["content"][-1] == ours["content"][-1]
+        sent = [pixels(part) for part in message["content"][:-1]]
+        if vision.frames is None:
+            (kind, image), = sent
+            assert kind == "data:image/png" and (image == np.asarray(vision.image)).all()
+        else:
+            frames = vision.frames.permute(0, 2, 3, 1).numpy().astype(int)
+            assert [kind for kind, _ in sent] == ["data:image/jpeg"] * len(frames)
+            near = np.array([[abs(a - b.astype(int)).mean() for a in frames] for _, b in sent])
+            assert near.diagonal().max() < 8
+    assert seen == {"image", "video"}
+
+
+def test_a_video_can_go_as_a_file_or_by_its_url_but_a_part_of_one_goes_as_frames(toy):
+    record = next(r for r in load_records(toy / "train.json") if r["data_type"] == "video")
+    vision = load_vision(record, **LIMITS)
+
+    def first(record, video_url):
+        return api_messages(record, vision, video_url)[0]["content"][0]
+    kind, _, data = first(record, "data")["video_url"]["url"].partition(";base64,")
+    assert kind == "data:video/mp4"
+    assert base64.b64decode(data) == open(record["media_path"], "rb").read()
+    spaced = record | {"path": "./a b/1.mp4"}
+    assert first(spaced, "file:///srv")["video_url"]["url"] == "file:///srv/a%20b/1.mp4"
+    assert first(record | {"video_start": 0.0, "video_end": 2.0}, "data")["type"] == "image_url"
+
+
+# ------------------------------------------------------------------------------ the filter
+
+CHOICE = {"problem_id": 1, "problem_type": "multiple choice", "problem": "Which way does it move?",
+          "options": ["A. left", "B. right"], "solution": "<answer>B</answer>"}
+NUMBER = CHOICE | {"problem_type": "numerical", "options": [], "solution": "<answer>3</answer>"}
+TEXT = CHOICE | {"problem_type": "free-form", "options": [],
+                 "solution": "<answer>a red block moves right</answer>"}
+
+
+def judge(response, record=CHOICE, truncated=False, *more):
+    args = parse_args(["--model", "m", "--data", "d", "--out", "o.json", *more])
+    return reject_reason(response, truncated, record, args)
+
+
+def thought(text, answer="B"):
+    return f"<think>{text}</think>\n<answer>{answer}</answer>"
+
+
+@pytest.mark.parametrize("reason, response, record", [
+    (None, GOOD.format("B"), CHOICE),
+    (None, GOOD.format("(b) right"), CHOICE),
+    (None, GOOD.format("3.0"), NUMBER),
+    (None, GOOD.format("A red block moves right"), TEXT),
+    ("format", THOUGHT + "<answer>B</answer>", CHOICE),
+    ("format", GOOD.format("B") * 2, CHOICE),
+    ("format", "Sure! " + GOOD.format("B"), CHOICE),
+    ("format", f"<think>{THOUGHT}</think><think>x</think><answer>B</answer>", CHOICE),
+    ("answer", GOOD.format("left or right"), CHOICE),
+    ("answer", GOOD.format("3 or 4"), NUMBER),
+    ("answer", GOOD.format(" "), TEXT),
+    ("accuracy", GOOD.format("A"), CHOICE),
+    ("accuracy", GOOD.format("4"), NUMBER),
+    ("accuracy", GOOD.format("a blue cat sits"), TEXT),
+    ("length", thought("Right."), CHOICE),
+    ("length", thought(" ".join(f"step {i}" for i in range(2000))), CHOICE),
+    ("refusal", thought("As an AI language model I do not see, but it may well be right."), CHOICE),
+    ("refusal", thought("I'm sorry, there is nothing to go by, so I just guess: right."), CHOICE),
+    ("refusal", thought("No video was provided, but such blocks mostly move right."), CHOICE),
+    (None, thought("Hmm, I can't see its left edge at first, but then it moves right."), CHOICE),
+    ("leak", thought("I must provide my reasoning and then give your final answer between the "
+                     "answer tags, so: right."), CHOICE),
+    ("language", thought("让我想一想，这个方块从左边开始移动，经过画面的中间，然后一直移动到右边才停下来，"
+                         "所以它是向右移动的。因此答案应该是向右。"), CHOICE),
+    (None, thought("让我想一想，这个方块从左边开始移动，经过画面的中间，然后一直移动到右边才停下来，"
+                   "所以它是向右移动的。"), CHOICE | {"problem": "方块向哪个方向移动？"}),
+    ("repetition", thought("it moves to the right, wait, let me look again. " * 9), CHOICE)])
+def test_a_response_is_kept_or_rejected_for_the_reason_given(reason, response, record):
+    assert judge(response, record) == reason
+
+
+def test_a_response_that_was_cut_off_is_rejected_and_thresholds_are_flags():
+    assert judge(GOOD.format("B"), truncated=True) == "truncated"
+    assert judge(GOOD.format("B"), CHOICE, False, "--max_think", "20") == "length"
+    assert judge(thought("Right."), CHOICE, False, "--min_think", "5") is None
+    half = CHOICE | {"problem_type": "regression", "options": [],
+                     "solution": "<answer>10</answer>"}
+    assert judge(GOOD.format("6"), half) == "accuracy"  # 0.6 is not above 0.6
+    assert judge(GOOD.format("6.1"), half) is None
+    assert judge(GOOD.format("6"), half, False, "--min_accuracy", "0.5") is None
+
+
+def test_the_best_response_that_passes_is_taken():
+    args = parse_args(["--model", "m", "--data", "d", "--out", "o.json"])
+    record = CHOICE | {"problem_type": "regression", "options": [], "media_path": "/x",
+                       "media_root": "/", "solution": "<answer>10</answer>"}
+    texts = [thought(f"{THOUGHT} That is {n}.", n) for n in ("7", "9", "10")] + [GOOD.format("10")]
+    kept, judged = annotate.choose(record, {"output": texts, "truncated": [0, 0, 1, 0]}, args)
+    assert [reason for reason, _ in judged] == [None, None, "truncated", None]
+    assert kept["process"] == f"<think>{THOUGHT}</think>"
+    assert "media_path" not in kept and kept["solution"] == "<answer>10</answer>"
+    assert annotate.choose(record, {"output": texts[2:3], "truncated": [1]}, args)[0] is None
+
+
+def test_worked_examples_in_the_docstrings_hold():
+    assert doctest.testmod(annotate).failed == 0
+
+
+# -------------------------------------------------------------------------------- whole runs
+
+def annotate_here(*flags):
+    """Runs annotate.py in this process. It joins a process group and says so in the environment,
+    which other runs must not inherit."""
+    before = dict(os.environ)
+    try:
+        annotate.main(parse_args(list(map(str, flags))))
+    finally:
+        os.environ.clear()
+        os.environ.update(before)
+
+
+@pytest.fixture(scope="module")
+def right(toy):
+    """A server's answers to the toy's questions: right, but for those about a word."""
+    solutions = {}
+    for record in load_records(toy / "train.json"):
+        messages = api_messages(record, load_vision(record, **LIMITS))
+        solutions[json.dumps(messages)] = record["solution"]
+
+    def answer(body, number):
+        if "written" in body["messages"][0]["content"][-1]["text"]:
+            return reply("I'm sorry.")
+        return reply(f"<think>{THOUGHT}</think>{solutions[json.dumps(body['messages'])]}")
+    return answer
+
+
+def annotate_toy(toy, out, server, *more):
+    """Asks the server about the toy. Returns annotated records, rejected rows and the report."""
+    annotate_here("--model", "m", "--data", toy / "train.json", "--out", out, *SMALL, "--api_base",
+                  server.base, "--num_workers", 0, "--concurrency", 4, "--api_retries", 1, *more)
+    rejected = out.with_suffix(".rejected.jsonl").read_text().splitlines()
+    return (json.loads(out.read_text()), [json.loads(line) for line in rejected],
+            out.with_suffix(".report.md").read_text())
+
+
+def test_a_run_resumes_and_filters_again_and_sft_trains_on_the_result(toy, right, tmp_path, capsys):
+    """First a server that fails on every third request, then a whole one, then other thresholds."""
+    records, out = json.loads((toy / "train.json").read_text()), tmp_path / "cot.json"
+    with Server(lambda body, number: (400, {}, "no") if number % 3 == 0 else right(body, number)) \
+            as server:
+        kept, rejected, report = annotate_toy(toy, out, server)
+        asked = len(server.requests)
+        lost = len(records) - len(kept) - len({row["problem_id"] for row in rejected})
+    assert asked == len(records) and lost == -(-asked // 3) and f"{lost} without response" in report
+    with Server(right) as server:
+        kept, rejected, report = annotate_toy(toy, out, server)
+        assert len(server.requests) == lost  # only what failed is asked for again
+        again = annotate_toy(toy, out, server, "--min_think", "5000")
+        assert len(server.requests) == lost and again[0] == []
+        assert "| length |" in again[2]
+        assert annotate_toy(toy, out, server)[0] == kept
+        with pytest.raises(InputError, match="has rows with another temperature"):
+            annotate_toy(toy, out, server, "--temperature", "0.5")
+    by_id = {record["problem_id"]: record for record in records}
+    assert kept and all(row == by_id[row["problem_id"]] | {
+        "process": f"<think>{THOUGHT}</think>"} for row in kept)
+    words = [r["problem_id"] for r in records if "written" in r["problem"]]
+    assert [row["problem_id"] for row in rejected if row["reason"] == "format"] == words
+    for path in tmp_path.iterdir():
+        assert KEY not in path.read_text()
+    output = capsys.readouterr()
+    assert KEY not in output.out + output.err
+    run("sft.py", "--model", toy / "model", "--data", out, "--media_root", toy, *SMALL, "--output",
+        tmp_path / "sft", "--deepspeed_config", toy / "ds_zero0.json", "--num_train_epochs", 0.1,
+        "--num_workers", 0)
+    assert (tmp_path / "sft" / "model.safetensors").exists()
+
+
+def test_a_medium_that_cannot_be_read_costs_its_record_and_is_named(toy, tmp_path):
+    records = json.loads((toy / "train.json").read_text())[:3]
+    records[1]["path"] = "./media/absent.mp4"
+    (tmp_path / "train.json").write_text(json.dumps(records))
+    with Server(lambda body, number: reply("x")) as server:
+        annotate_here("--model", "m", "--data", tmp_path / "train.json", *SMALL, "--media_root",
+                      toy, "--out", tmp_path / "o.json", "--api_base", server.base,
+                      "--num_workers", 0)
+        assert len(server.requests) == 2
+    assert "absent.mp4: [Errno 2] No such file" in (tmp_path / "o.report.md").read_text()
+
+
+def test_a_server_that_is_gone_ends_the_run_early(toy, tmp_path, monkeypatch):
+    monkeypatch.setattr(annotate, "MOST_FAILURES", 5)
+    with Server(lambda body, number: (500, {}, "broken")) as server:
+        with pytest.raises(InputError, match="5 requests in a row failed, the last: .*HTTP 500"):
+            annotate_toy(toy, tmp_path / "o.json", server)
+    assert not (tmp_path / "o.json").exists()
+
+
+def test_killed_in_the_middle_it_loses_no_answer_that_had_come(toy, right, tmp_path):
+    """A server that answers 6 requests and then is silent; the process is killed and repeated."""
+    out, command = tmp_path / "cot.json", [
+        sys.executable, "annotate.py", "--model", "m", "--data", toy / "train.json", "--out",
+        tmp_path / "cot.json", *SMALL, "--concurrency", "3"]
+    records = json.loads((toy / "train.json").read_text())
+    rows = tmp_path / "cot.rank0.jsonl"
+
+    def answer(body, number):
+        if number >= 6:
+            time.sleep(30)
+        return right(body, number)
+    with Server(answer) as server:
+        process = subprocess.Popen([*map(str, command), "--api_base", server.base], cwd=ROOT,
+                                   stderr=subprocess.DEVNULL, stdout=subprocess.DEVNULL)
+        deadline = time.monotonic() + 60
+        while time.monotonic() < deadline and len(server.requests) < 9:
+            time.sleep(0.05)
+        process.send_signal(signal.SIGKILL)
+        process.wait()
+        assert len(server.requests) == 9 and not out.exists()
+    assert len(rows.read_text().splitlines()) == 1 + 6  # and the configuration
+    with open(rows, "a") as file:
+        file.write('{"problem_id": 3, "outp')  # a torn line
+    with Server(right) as server:
+        annotate_toy(toy, out, server)
+        assert len(server.requests) == len(records) - 6
+
+
+def test_a_model_on_this_machine_gives_each_record_its_samples(toy, tmp_path):
+    annotate_here(f"@{toy}/annotate.args", "--model", toy / "model", "--samples", 2,
+                  "--max_new_tokens", 8, "--num_workers", 0, "--out", tmp_path / "cot.json")
+    rows = list(map(json.loads, (tmp_path / "cot.rank0.jsonl").read_text().splitlines()))[1:]
+    assert [row["problem_id"] for row in rows] == list(range(32))
+    assert all(len(row["output"]) == len(row["tokens"]) == 2 for row in rows)
+    assert all(0 < tokens <= 8 for row in rows for tokens in row["tokens"])
+    assert len({text for row in rows for text in row["output"]}) > 32  # the samples differ
+    report = (tmp_path / "cot.report.md").read_text()
+    assert "0 of 32 records annotated" in report  # an untrained model's
+    assert len((tmp_path / "cot.rejected.jsonl").read_text().splitlines()) == 64
+
+
+def test_a_model_in_parts_on_two_ranks_answers_like_a_whole_one(toy, tmp_path):
+    """Greedy, images and videos mixed, 32 records in batches of 5: ranks of 4 and 4 batches."""
+    flags = ("annotate.py", "--model", toy / "model", "--data", toy / "train.json", *SMALL,
+             "--temperature", 0, "--max_new_tokens", 4, "--batch_size", 5, "--num_workers", 0)
+    run(*flags, "--out", tmp_path / "parts.json", "--deepspeed_config", "ds_zero3.json", ranks=2)
+    annotate_here(*flags[1:], "--out", tmp_path / "whole.json")
+
+    def rows(stem):
+        lines = [line for path in tmp_path.glob(f"{stem}.rank*.jsonl")
+                 for line in path.read_text().splitlines()[1:]]
+        return {row["problem_id"]: row["output"] for row in map(json.loads, lines)}
+    assert len(rows("whole")) == 32 and rows("parts") == rows("whole")
+
+
+def test_a_server_and_this_machine_give_an_image_the_same_greedy_answer(toy, processor, tmp_path):
+    """The server builds its inputs with the processor alone, from what came over the wire. (Of a
+    video it is sent single pictures, so there the two differ by design.)"""
+    from PIL import Image
+    flags = ["--temperature", 0, "--max_new_tokens", 6, "--num_workers", 0, *SMALL]
+    records = [record for split in ("cot", "train", "test")
+               for record in json.loads((toy / f"{split}.json").read_text())
+               if record["data_type"] == "image"]
+    for i, record in enumerate(records):
+        record["problem_id"] = i
+    (tmp_path / "images.json").write_text(json.dumps(records))
+    data = ["--data", tmp_path / "images.json", "--media_root", toy, *flags]
+    annotate_here("--model", toy / "model", "--out", tmp_path / "here.json", *data)
+    args = parse_args(list(map(str, ["--model", toy / "model", "--out", "x.json", *data])))
+    model, lock = annotate.load_model(args, processor.tokenizer, "cpu"), threading.Lock()
+
+    def answer(body, number):
+        assert body["temperature"] == 0 and body["max_tokens"] == 6
+        picture, text = body["messages"][0]["content"]
+        image = Image.fromarray(pixels(picture)[1])
+        chat = [{"role": "user", "content": [{"type": "image"}, text]}]
+        prompt = processor.apply_chat_template(chat, add_generation_prompt=True)
+        inputs = processor(text=[prompt], images=[image], return_tensors="pt")
+        with lock:
+            ids = model.generate(**inputs)[0, inputs["input_ids"].shape[1]:].tolist()
+        ids, cut = annotate.cut_at_end(ids, model.generation_config.eos_token_id)
+        said = processor.tokenizer.decode(ids, skip_special_tokens=True)
+        return reply(said, finish="length" if cut else "stop")
+    with Server(answer) as server:
+        annotate_here("--model", "toy", "--api_base", server.base, "--out",
+                      tmp_path / "there.json", "--api_timeout", 60, *data)
+
+    def outputs(stem):
+        lines = (tmp_path / f"{stem}.rank0.jsonl").read_text().splitlines()[1:]
+        return {row["problem_id"]: (row["output"], row["truncated"])
+                for row in map(json.loads, lines)}
+    assert len(records) > 5 and outputs("there") == outputs("here")

@@ -1,0 +1,589 @@
+"""Mixtures: each release format, what is dropped and why, sampling, balance, and the recipe."""
+import csv
+import doctest
+import json
+import os
+import random
+import subprocess
+import sys
+import time
+from collections import Counter
+
+import numpy as np
+import pytest
+
+import build_data
+from build_data import (InputError, balance_letters, benchmark_media, default_recipe, figure_rows,
+                        in_benchmark, load_records, make_record, release_rows, split_options,
+                        spread, wanted_type)
+from conftest import ROOT, run
+
+ALL_TYPES = ["multiple choice", "numerical", "OCR", "free-form", "regression"]
+
+
+def entry(form, annotation, media=".", kinds=ALL_TYPES, count=100, **more):
+    return {"source": "S", "category": "Chart", "problem_type": list(kinds), "count": count,
+            "format": form, "annotation": annotation, "media": media, **more}
+
+
+def write(path, data):
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(data if isinstance(data, str) else json.dumps(data), encoding="utf-8")
+
+
+def mix(folder, recipe, *flags):
+    """Runs `mix` in this process; returns the records of its file and its report."""
+    write(folder / "recipe.json", recipe)
+    args = build_data.parse_args(["mix", "--recipe", str(folder / "recipe.json"), "--out",
+                                  str(folder / "out.json"), *map(str, flags)])
+    build_data.mix(args)
+    return (json.loads((folder / "out.json").read_text()),
+            (folder / "out.report.md").read_text())
+
+
+def llava(medium, *turns):
+    return {"image": medium, "conversations": [
+        {"from": ("human", "gpt")[i % 2], "value": text} for i, text in enumerate(turns)]}
+
+
+def dropped(found, kinds=ALL_TYPES):
+    return make_record({"medium": "1.png", "options": [], **found}, entry("llava", "", kinds=kinds),
+                       "")[1]
+
+
+def test_worked_examples_in_the_docstrings_hold():
+    assert doctest.testmod(build_data).failed == 0
+
+
+# ----------------------------------------------------------------------------- the recipe
+
+def test_the_recipe_is_figure_2():
+    """Counts read off the figure, in thousands, by category."""
+    recipe, thousands = default_recipe(), Counter()
+    for item in recipe:
+        thousands[item["category"]] += item["count"] / 1000
+    assert len(recipe) == 46
+    assert {key: round(value, 1) for key, value in thousands.items()} == {
+        "General (video)": 116, "General (image)": 15, "Chart": 24, "OCR": 18, "Math": 35.5,
+        "Knowledge": 37.5, "Spatial": 20}
+    total = sum(thousands.values())
+    shares = {key: round(100 * value / total) for key, value in thousands.items()}
+    assert shares["General (video)"] == 44 and shares["General (image)"] == 6  # as the figure says
+    assert shares["Knowledge"] == 14 and shares["Spatial"] == 8
+    multimath = next(item for item in recipe if item["source"] == "Multimath-300K")
+    assert multimath["problem_type"] == ["multiple choice", "numerical"]
+    assert multimath["count"] == 27000
+
+
+def test_the_recipe_command_writes_a_recipe_that_mix_reads(tmp_path):
+    args = build_data.parse_args(["recipe", "--out", str(tmp_path / "recipe.json")])
+    args.run(args)
+    assert build_data.read_recipe(tmp_path / "recipe.json") == default_recipe()
+    result = run("build_data.py", "mix", "--recipe", tmp_path / "recipe.json", "--out",
+                 tmp_path / "out.json", check=False)
+    assert result.returncode == 1 and "lacks 46 of 46 annotation files" in result.stderr
+    assert not (tmp_path / "out.json").exists()
+
+
+@pytest.mark.parametrize("change, words", [
+    ({"count": "5"}, "count must be a int, not '5'"), ({"count": -1}, "count -1 is negative"),
+    ({"format": "x"}, "format 'x' is none of"),
+    ({"problem_type": ["mc"]}, "problem_type ['mc'] must be one or more of"),
+    ({"problem_type": []}, "problem_type [] must be one or more of"),
+    ({"media": None}, "media must be a str, not None")])
+def test_a_wrong_recipe_names_entry_and_key(tmp_path, change, words):
+    write(tmp_path / "recipe.json", [entry("llava", "a.json"), entry("llava", "a.json") | change])
+    with pytest.raises(InputError) as error:
+        build_data.read_recipe(tmp_path / "recipe.json")
+    assert "entry 1 (S)" in str(error.value) and words in str(error.value)
+
+
+# ---------------------------------------------------------------------- the release formats
+
+def one(folder, form, annotation, media="."):
+    """The only record that a release yields, without its number; letters as in the release."""
+    args = (entry(form, annotation, media), folder, benchmark_media([], None), set(), Counter())
+    record, = build_data.candidates_of(*args)
+    return record
+
+
+MC = {"data_type": "video", "problem_type": "multiple choice", "data_source": "S"}
+
+
+def test_nextqa(tmp_path):
+    with open(tmp_path / "train.csv", "w", newline="") as file:
+        writer = csv.writer(file)
+        writer.writerow("video,frame_count,width,height,question,answer,qid,type,a0,a1,a2,a3,a4"
+                        .split(","))
+        writer.writerow([2909445186, 100, 640, 480, "what moves", 1, 0, "TN",
+                         "cat", "dog, big", "hat", "car", "sun"])
+    write(tmp_path / "map_vid_vidorID.json", {"2909445186": "0101/2909445186"})
+    assert one(tmp_path, "nextqa", "train.csv", "NExTVideo") == MC | {
+        "problem": "what moves?", "path": "./NExTVideo/0101/2909445186.mp4",
+        "options": ["A. cat", "B. dog, big", "C. hat", "D. car", "E. sun"],
+        "solution": "<answer>B</answer>"}
+    (tmp_path / "map_vid_vidorID.json").unlink()
+    build_data.nextqa_paths.cache_clear()
+    with pytest.raises(InputError, match="NExT-QA needs .*map_vid_vidorID.json"):
+        one(tmp_path, "nextqa", "train.csv")
+
+
+def test_perception_test(tmp_path):
+    write(tmp_path / "a.json", {"video_7": {
+        "metadata": {"split": "train"}, "object_tracking": [], "mc_question": [
+            {"id": 0, "question": "What moves?", "options": ["cat", "dog", "hat"], "answer_id": 2,
+             "area": "physics", "reasoning": "descriptive", "tag": ["motion"]}]}})
+    assert one(tmp_path, "perception_test", "a.json", "videos") == MC | {
+        "problem": "What moves?", "path": "./videos/video_7.mp4",
+        "options": ["A. cat", "B. dog", "C. hat"], "solution": "<answer>C</answer>"}
+
+
+def test_clevrer_keeps_choices_with_one_right_and_makes_choices_of_words(tmp_path):
+    def choices(*answers):
+        return [{"choice_id": i, "choice": f"event {i}", "program": [], "answer": answer}
+                for i, answer in enumerate(answers)]
+    base = {"program": [], "question_id": 0}
+    write(tmp_path / "train.json", [{"scene_index": 42, "video_filename": "video_00042.mp4",
+                                     "questions": [
+        base | {"question": "What comes next?", "question_type": "predictive",
+                "choices": choices("wrong", "correct")},
+        base | {"question": "Why?", "question_type": "explanatory",
+                "choices": choices("correct", "correct", "wrong")},
+        base | {"question": "Why not?", "question_type": "explanatory",
+                "choices": choices("wrong", "wrong")},
+        base | {"question": "How many?", "question_type": "descriptive", "answer": "3"},
+        base | {"question": "Does it move?", "question_type": "descriptive", "answer": "no"}]}])
+    counts = Counter()
+    records = list(build_data.candidates_of(entry("clevrer", "train.json", "video_train"), tmp_path,
+                                            benchmark_media([], None), set(), counts))
+    assert [(r["problem"], r["problem_type"], r["options"], r["solution"]) for r in records] == [
+        ("What comes next?", "multiple choice", ["A. event 0", "B. event 1"], "<answer>B</answer>"),
+        ("How many?", "numerical", [], "<answer>3</answer>"),
+        ("Does it move?", "multiple choice", ["A. yes", "B. no"], "<answer>B</answer>")]
+    assert {r["path"] for r in records} == {"./video_train/video_00000-01000/video_00042.mp4"}
+
+
+def test_star_keeps_the_part_of_the_video_and_sorts_choices(tmp_path):
+    write(tmp_path / "a.json", [{
+        "question_id": "Interaction_T1_13", "video_id": "6H78U", "start": 11.1, "end": 19.6,
+        "question": "What moves?", "answer": "The dog.", "situations": {}, "choices": [
+            {"choice_id": 2, "choice": "The dog."}, {"choice_id": 0, "choice": "The cat."},
+            {"choice_id": 1, "choice": "The hat."}]}])
+    record = one(tmp_path, "star", "a.json", "Charades_v1_480")
+    assert record == MC | {
+        "problem": "What moves?", "path": "./Charades_v1_480/6H78U.mp4", "video_start": 11.1,
+        "video_end": 19.6, "options": ["A. The cat.", "B. The hat.", "C. The dog."],
+        "solution": "<answer>C</answer>"}
+
+
+def test_scienceqa_keeps_training_rows_with_a_picture(tmp_path):
+    row = {"question": "Which is it?", "choices": ["cat", "dog"], "answer": 1, "hint": "",
+           "image": "image.png", "split": "train", "grade": "grade2"}
+    write(tmp_path / "problems.json", {
+        "5": row, "6": row | {"image": None}, "7": row | {"split": "test"}})
+    assert one(tmp_path, "scienceqa", "problems.json", "images/train") == MC | {
+        "data_type": "image", "problem": "Which is it?", "path": "./images/train/5/image.png",
+        "options": ["A. cat", "B. dog"], "solution": "<answer>B</answer>"}
+
+
+def test_a_okvqa(tmp_path):
+    write(tmp_path / "a.json", [{
+        "split": "train", "image_id": 299207, "question_id": "22M", "question": "What moves?",
+        "choices": ["cat", "dog", "hat", "car"], "correct_choice_idx": 3,
+        "direct_answers": ["car"] * 10, "difficult_direct_answer": False, "rationales": ["", ""]}])
+    record = one(tmp_path, "a_okvqa", "a.json", "train2017")
+    assert record["path"] == "./train2017/000000299207.jpg"
+    assert record["solution"] == "<answer>D</answer>" and record["data_type"] == "image"
+
+
+def test_tabmwp_has_choices_numbers_and_units(tmp_path):
+    base = {"table": "", "unit": None, "split": "train", "table_title": None, "solution": ""}
+    rows = {"1": base | {"question": "Which?", "choices": ["cat", "dog"], "answer": "dog",
+                         "ques_type": "multi_choice", "ans_type": "extractive_text"},
+            "2": base | {"question": "How much?", "choices": None, "answer": "1,200.50",
+                         "unit": "$", "ques_type": "free_text", "ans_type": "decimal_number"}}
+    write(tmp_path / "a.json", rows)
+    records = list(build_data.candidates_of(entry("tabmwp", "a.json", "tables"), tmp_path,
+                                            benchmark_media([], None), set(), Counter()))
+    assert [(r["problem"], r["problem_type"], r["solution"], r["path"]) for r in records] == [
+        ("Which?", "multiple choice", "<answer>B</answer>", "./tables/1.png"),
+        ("How much? (Unit: $)", "numerical", "<answer>1,200.50</answer>", "./tables/2.png")]
+
+
+def test_geometry3k_has_a_file_and_a_folder_a_problem(tmp_path):
+    write(tmp_path / "train" / "17" / "data.json", {
+        "problem_text": "Find x.", "choices": ["1", "2.5", "3", "4"], "answer": "B", "id": 17,
+        "problem_type_graph": ["Triangle"], "problem_type_goal": ["Length"]})
+    assert one(tmp_path, "geometry3k", "train/*/data.json", "train/{folder}") == MC | {
+        "data_type": "image", "problem": "Find x.", "path": "./train/17/img_diagram.png",
+        "options": ["A. 1", "B. 2.5", "C. 3", "D. 4"], "solution": "<answer>B</answer>"}
+
+
+@pytest.mark.parametrize("label, solution", [
+    ("B", "B"), ("B)", "B"), ("B) y grows", "B"), ("y grows", "B"), ("A and B", None), ("E", None)])
+def test_arxivqa_labels_are_normalised_or_dropped(tmp_path, label, solution):
+    row = {"id": "q-1", "image": "images/1.jpg", "question": "What grows?",
+           "options": ["A) x grows", "B) y grows"], "label": label, "rationale": ""}
+    write(tmp_path / "a.jsonl", json.dumps(row) + "\n\n")
+    counts = Counter()
+    records = list(build_data.candidates_of(entry("arxivqa", "a.jsonl"), tmp_path,
+                                            benchmark_media([], None), set(), counts))
+    if solution:
+        assert records[0]["solution"] == f"<answer>{solution}</answer>"
+        assert records[0]["options"] == ["A. x grows", "B. y grows"]
+    else:
+        assert not records and counts["answer is not one of the options"] == 1
+
+
+def test_chartqa_keeps_numbers_and_strips_percent(tmp_path):
+    write(tmp_path / "a.json", [{"imgname": "1.png", "query": "How many percent?", "label": "12%"},
+                                {"imgname": "1.png", "query": "Which bar?", "label": "Blue"}])
+    item, counts = entry("chartqa", "a.json", "png", kinds=["numerical"]), Counter()
+    record, = build_data.candidates_of(item, tmp_path, benchmark_media([], None), set(), counts)
+    assert record["solution"] == "<answer>12</answer>" and record["path"] == "./png/1.png"
+    assert counts == {"rows": 2, "not of the wanted problem type": 1}
+
+
+def test_llava_video_178k_multiple_choice_and_several_free_turns(tmp_path):
+    write(tmp_path / "0_30_s" / "x_mc.json", [{
+        "id": "7", "data_source": "0_30_s_academic_v0_1", "video": "academic/7.mp4",
+        "conversations": [
+            {"from": "human", "value": "<image>\nWhat moves?\nA. A cat.\nB. A dog.\nC. A car.\nD. "
+             "A hat.\nPlease respond with only the letter of the correct answer."},
+            {"from": "gpt", "value": "B."}]}])
+    write(tmp_path / "0_30_s" / "x_oe.json", [{
+        "id": "7", "data_source": "0_30_s_academic_v0_1", "video": "academic/7.mp4",
+        "conversations": [
+            {"from": "human", "value": "<image>\nWhat happens?"},
+            {"from": "gpt", "value": "A dog crosses 2 streets."},
+            {"from": "human", "value": "And then?"}, {"from": "gpt", "value": "It sits."}]}])
+    assert one(tmp_path, "llava", "*/*_mc.json", "V/{folder}") == MC | {
+        "problem": "What moves?", "path": "./V/0_30_s/academic/7.mp4",
+        "options": ["A. A cat.", "B. A dog.", "C. A car.", "D. A hat."],
+        "solution": "<answer>B</answer>", "data_source": "S/0_30_s_academic_v0_1"}
+    records, report = mix(tmp_path, [entry("llava", "*/*_oe.json",
+                                             kinds=["free-form", "numerical"])])
+    assert sorted((r["problem"], r["problem_type"], r["solution"]) for r in records) == [
+        ("And then?", "free-form", "<answer>It sits.</answer>"),
+        ("What happens?", "free-form", "<answer>A dog crosses 2 streets.</answer>")]
+
+
+@pytest.mark.parametrize("text, problem, options", [
+    ("What?\nA. x\nB. y", "What?", ["x", "y"]),
+    ("What?\n(A) x\n(B) y\nAnswer with the option's letter from the given choices directly.",
+     "What?", ["x", "y"]),
+    ("Hint: Please answer the question and provide the correct option letter, e.g., A, B, C, D, at "
+     "the end.\nQuestion: What?\nChoices:\n(A) 3\n(B) 4", "What?", ["3", "4"]),
+    ("What? Options: A. x B. y", "What?", ["x", "y"]),
+    ("What?\nA: see C. elegans\nB: y\nC: z", "What?", ["see C. elegans", "y", "z"]),
+    ("Is it vitamin A. or not?", "Is it vitamin A. or not?", []),
+    ("How many?\nAnswer the question using a single word or phrase.", "How many?", []),
+    ("Select the option that fits.", "Select the option that fits.", []),
+    ("Select the option that fits.\nA. x\nB. y", "Select the option that fits.", ["x", "y"])])
+def test_options_and_hints_are_taken_out_of_a_question(text, problem, options):
+    assert split_options(text) == (problem, options)
+
+
+def test_released_video_r1_records_come_through_unchanged(tmp_path):
+    record = {"problem_id": 7, "problem": "Which?", "data_type": "video", "problem_type":
+              "multiple choice", "options": ["A. all of these", "B. no"], "data_source": "STAR",
+              "solution": "<answer>B</answer>", "path": "./STAR/7.mp4"}
+    number = record | {"problem": "How many?", "problem_type": "regression", "options": [],
+                       "solution": "<answer>3.5</answer>", "video_start": 0.0, "video_end": 2.0}
+    write(tmp_path / "a.json", [record | {"process": ""}, number])
+    records, _ = mix(tmp_path, [entry("video_r1", "a.json")])
+    ours = {"problem_id": 0}  # only the number is ours
+    assert [r | ours for r in sorted(records, key=lambda r: r["problem"] == "How many?")] == [
+        record | ours, number | ours]
+    assert [r["problem_id"] for r in load_records(tmp_path / "out.json")] in ([0, 1], [1, 0])
+
+
+def test_real_evaluation_rows_convert(tmp_path):
+    """Rows of the released MMVU file, where they are on this machine."""
+    path = ROOT.parent / "shared" / "data" / "eval_mmvu_30.json"
+    if not path.exists():
+        pytest.skip("no released rows here")
+    rows = json.loads(path.read_text())
+    item = entry("video_r1", path.name, kinds=["multiple choice"])
+    args = (item, path.parent, benchmark_media([], None), set(), Counter())
+    records = list(build_data.candidates_of(*args))
+    assert len(records) == len(rows)
+    assert [r["options"] for r in records] == [row["options"] for row in rows]
+    assert [r["solution"] for r in records] == [row["solution"] for row in rows]
+
+
+def test_files_are_read_as_lists_objects_lines_or_tables(tmp_path, monkeypatch):
+    monkeypatch.setattr(build_data, "CHUNK", 7)  # items are cut at every place
+    rows = [{"a": "x] ,[{\"" * n, "b": [n, {"c": None}]} for n in range(20)]
+    write(tmp_path / "a.json", json.dumps(rows, indent=2))
+    write(tmp_path / "b.jsonl", "\n".join(map(json.dumps, rows)))
+    write(tmp_path / "c.json", {str(i): row for i, row in enumerate(rows)})
+    write(tmp_path / "d.json", " \n[ ]")
+    assert list(release_rows(tmp_path / "a.json")) == rows
+    assert list(release_rows(tmp_path / "b.jsonl")) == rows
+    assert list(release_rows(tmp_path / "c.json")) == [
+        row | {"key": str(i)} for i, row in enumerate(rows)]
+    assert list(release_rows(tmp_path / "d.json")) == []
+    for text in (json.dumps(rows)[:-9], "", "7", "{", "[", "[1, 2"):
+        write(tmp_path / "e.json", text)
+        with pytest.raises(InputError, match="cannot read the annotations .*e.json"):
+            list(release_rows(tmp_path / "e.json"))
+
+
+# ---------------------------------------------------------------------------- verification
+
+@pytest.mark.parametrize("found, reason", [
+    ({"problem": " ", "answer": "x"}, "no question"),
+    ({"problem": "?", "answer": " "}, "no answer"),
+    ({"problem": "?", "answer": "A", "options": ["x"]}, "not 2 to 26 options"),
+    ({"problem": "?", "answer": "A", "options": list("abcdefghijklmnopqrstuvwxyz0")},
+     "not 2 to 26 options"),
+    ({"problem": "?", "answer": "A", "options": ["x", "X"]}, "options are empty or equal"),
+    ({"problem": "?", "answer": "A", "options": ["x", " "]}, "options are empty or equal"),
+    ({"problem": "?", "answer": "C", "options": ["x", "y"]}, "answer is not one of the options"),
+    ({"problem": "?", "answer": "A or B", "options": ["x", "y"]},
+     "answer is not one of the options"),
+    ({"problem": "?", "answer": "3 or 4", "kind": "numerical"}, "answer is not one number"),
+    ({"problem": "?", "answer": "many", "kind": "regression"}, "answer is not one number"),
+    ({"problem": "?", "answer": "x", "medium": "../../etc/x.png"}, "path leaves the media folder"),
+    ({"problem": "?", "answer": "x", "medium": "/etc/x.png"}, "path leaves the media folder")])
+def test_what_cannot_be_a_question_is_dropped_with_its_reason(found, reason):
+    assert dropped(found) == reason
+
+
+def test_problem_types_are_found_out_not_assumed():
+    assert wanted_type("3", [], ALL_TYPES) == "numerical"
+    assert wanted_type("three dogs and 2 cats", [], ALL_TYPES) == "OCR"
+    assert wanted_type("three dogs and 2 cats", [], ["numerical"]) == "numerical"
+    assert wanted_type("3", [], ["multiple choice"]) is None
+    assert wanted_type("A", ["A. x", "B. y"], ["free-form"]) is None
+    record, _ = make_record({"medium": "1.png", "problem": "How far?", "options": [],
+                             "answer": "The dog is 3.2 meters away."},
+                            entry("llava", "", kinds=["regression", "free-form"]), "")
+    assert (record["problem"], record["problem_type"], record["solution"]) == (
+        "How far? (Unit: meters)", "regression", "<answer>3.2</answer>")
+
+
+def test_malformed_rows_cost_themselves_and_are_counted(tmp_path):
+    good = llava("1.png", "What?\nA. x\nB. y", "A")
+    write(tmp_path / "a.json", [good, {}, {"image": 3}, llava("2.png", "no answer"), "text", None,
+                                good | {"image": ["1.png", "2.png"]}])
+    records, report = mix(tmp_path, [entry("llava", "a.json", count=3)])
+    assert len(records) == 1
+    assert "| S | multiple choice, numerical, OCR, free-form, regression | 3 | 1 | 2 | 7 | " \
+           "6 malformed row |" in report
+
+
+# ------------------------------------------------------------------ duplicates, benchmarks
+
+def test_exact_and_near_duplicates_go_and_other_questions_stay(tmp_path):
+    def ask(medium, question, *options):
+        lines = [f"\n{'ABCD'[i]}. {option}" for i, option in enumerate(options)]
+        return llava(medium, question + "".join(lines), "A" if options else "yes")
+    write(tmp_path / "a.json", [
+        ask("1.png", "Is the car red?"), ask("1.png", "Is the car red?"),
+        ask("1.png", "in this image, is a car  RED"),  # near
+        ask("2.png", "Is the car red?"),  # another medium
+        ask("1.png", "Is the car left of the tree?"), ask("1.png", "Is the tree left of the car?"),
+        ask("1.png", "Which?", "x", "y"), ask("1.png", "Which?", "y", "x"),  # order of options
+        ask("1.png", "Which?", "x", "z")])
+    records, report = mix(tmp_path, [entry("llava", "a.json"), entry("llava", "*.json")])
+    assert len(records) == 6 and "3 duplicate" in report and "9 duplicate" in report
+
+
+def test_a_question_that_was_not_drawn_is_no_duplicate_for_the_next_entry(tmp_path):
+    write(tmp_path / "a.json", [llava(f"{i}.png", "What?", f"text {i}") for i in range(10)])
+    recipe = [entry("llava", "a.json", count=4), entry("llava", "a.json", count=9)]
+    records, _ = mix(tmp_path, recipe)
+    assert len(records) == 10 and len({r["path"] for r in records}) == 10
+
+
+def test_media_of_benchmarks_are_left_out_by_folder_and_name_and_by_content(tmp_path):
+    def record(i, path):
+        return {"problem_id": i, "problem": "?", "data_type": "video", "problem_type": "free-form",
+                "options": [], "solution": "<answer>x</answer>", "path": path}
+    write(tmp_path / "bench" / "eval.json", [record(0, "./MVB/perception/videos/video_1.mp4"),
+                                             record(1, "./MVB/clevrer/video_9.mp4")])
+    (tmp_path / "bench/MVB/clevrer").mkdir(parents=True)
+    (tmp_path / "bench/MVB/clevrer/video_9.mp4").write_bytes(b"same content")
+    for name, content in (("videos/video_1.mp4", b"a"), ("clevrer2/video_1.mp4", b"b"),
+                          ("copy/other.mp4", b"same content"), ("copy/third.mp4", b"not the same")):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).write_bytes(content)
+    names = ("videos/video_1.mp4", "clevrer2/video_1.mp4", "copy/other.mp4", "copy/third.mp4")
+    write(tmp_path / "a.json", [llava(name, "What?", "text") for name in names])
+    records, report = mix(tmp_path, [entry("llava", "a.json")], "--exclude",
+                          tmp_path / "bench" / "eval.json")
+    assert {r["path"] for r in records} == {"./clevrer2/video_1.mp4", "./copy/third.mp4"}
+    assert "2 medium of a benchmark" in report
+    assert not in_benchmark("./copy/other.mp4", tmp_path, benchmark_media([], None))
+
+
+# -------------------------------------------------------------------- sampling and balance
+
+def test_questions_are_spread_over_media_and_no_medium_has_too_many():
+    """3 media with 100, 3 and 1 questions: 8 drawn are 4 + 3 + 1; at most 2 each are 2 + 2 + 1."""
+    records = [{"path": path, "n": n} for path, count in (("a", 100), ("b", 3), ("c", 1))
+               for n in range(count)]
+
+    def drawn(count, per_medium, seed=0):
+        chosen = spread(iter(records), count, per_medium, np.random.default_rng(seed))
+        return Counter(record["path"] for record in chosen), chosen
+    assert drawn(8, 20)[0] == {"a": 4, "b": 3, "c": 1}
+    assert drawn(8, 2)[0] == {"a": 2, "b": 2, "c": 1}
+    assert drawn(3, 20)[0] == {"a": 1, "b": 1, "c": 1}
+    assert drawn(8, 20, seed=1)[1] == drawn(8, 20, seed=1)[1] != drawn(8, 20, seed=2)[1]
+    assert drawn(0, 20)[1] == []
+    after = spread(iter(records), 8, 2, np.random.default_rng(0), Counter({"a": 2, "b": 1}))
+    assert Counter(record["path"] for record in after) == {"b": 1, "c": 1}  # earlier entries' count
+
+
+def test_letting_the_worst_go_early_changes_nothing(monkeypatch):
+    rng = random.Random(0)
+    records = [{"path": str(rng.randrange(40)), "n": n} for n in range(2000)]
+    whole = spread(iter(records), 60, 3, np.random.default_rng(0))
+    monkeypatch.setattr(build_data, "SLACK", 0)
+    assert spread(iter(records), 60, 3, np.random.default_rng(0)) == whole
+
+
+def test_answer_letters_are_balanced_and_answers_stay_right():
+    rng, used, answers = np.random.default_rng(0), Counter(), Counter()
+    for i in range(400):  # the source always puts the right option first
+        record = {"problem": "Which?", "options": ["A. right", "B. red", "C. one", "D. no"],
+                  "solution": "<answer>A</answer>"}
+        balance_letters(record, used, rng)
+        letter = record["solution"][8]
+        answers[letter] += 1
+        assert f"{letter}. right" in record["options"]
+        assert sorted(o[3:] for o in record["options"]) == ["no", "one", "red", "right"]
+        assert [o[:2] for o in record["options"]] == ["A.", "B.", "C.", "D."]
+    assert answers == {"A": 100, "B": 100, "C": 100, "D": 100}
+
+
+@pytest.mark.parametrize("option", [
+    "all of the above", "None of these", "both A and B", "A and C", "Both", "neither.", "None",
+    "options 1 and 2", "the latter", "Both of them", "B", "(c)", "as mentioned above"])
+def test_options_that_refer_to_others_stay_in_their_place(option):
+    record = {"problem": "Which?", "options": ["A. right", "B. red", f"C. {option}"],
+              "solution": "<answer>A</answer>"}
+    balance_letters(record, used := Counter({(3, "A"): 50}), np.random.default_rng(0))
+    assert record["options"] == ["A. right", "B. red", f"C. {option}"]
+    assert used[3, "A"] == 51  # others make up for it
+
+
+@pytest.mark.parametrize("option", ["a cat above the dog", "neither the cat nor the dog moves",
+                                    "two dogs", "vitamin A", "12", "all dogs run"])
+def test_options_that_stand_for_themselves_are_shuffled(option):
+    record = {"problem": "Which?", "options": ["A. right", f"B. {option}"],
+              "solution": "<answer>A</answer>"}
+    balance_letters(record, Counter({(2, "A"): 50}), np.random.default_rng(0))
+    assert record["options"] == [f"A. {option}", "B. right"]
+
+
+def test_a_question_or_a_thought_that_names_letters_keeps_its_options():
+    for more in ({"problem": "Why is option B wrong?"}, {"process": "<think>so A</think>"}):
+        record = {"problem": "Which?", "options": ["A. right", "B. red"],
+                  "solution": "<answer>A</answer>"} | more
+        balance_letters(record, Counter({(2, "A"): 50}), np.random.default_rng(0))
+        assert record["solution"] == "<answer>A</answer>"
+
+
+# ------------------------------------------------------------------------------- the files
+
+def test_shortfalls_are_reported_and_a_seed_gives_the_same_file(tmp_path):
+    write(tmp_path / "a.json", [llava(f"{i % 7}.png", f"What {i}?\nA. x\nB. y", "A")
+                                for i in range(50)])
+    recipe = [entry("llava", "a.json", count=30), entry("llava", "absent.json", count=5)]
+    with pytest.raises(InputError, match="lacks 1 of 2 annotation files: absent.json"):
+        mix(tmp_path, recipe)
+    first, report = mix(tmp_path, recipe, "--skip_missing")
+    assert "| 30 | 30 |  | 50 |" in report and "| 5 | 0 | 5 | 0 |" in report
+    assert "| all |  | 35 | 30 |" in report
+    assert mix(tmp_path, recipe, "--skip_missing")[0] == first
+    assert mix(tmp_path, recipe, "--skip_missing", "--seed", 1)[0] != first
+    assert sorted(record["problem_id"] for record in first) == list(range(30))
+    assert load_records(tmp_path / "out.json")
+
+
+def test_validation_is_split_by_medium(tmp_path):
+    write(tmp_path / "a.json", [llava(f"{i % 40}.png", f"What {i}?", f"text {i}")
+                                for i in range(400)])
+    train, _ = mix(tmp_path, [entry("llava", "a.json", count=400)], "--val_share", 0.25)
+    val = json.loads((tmp_path / "out_val.json").read_text())
+    media = [{record["path"] for record in records} for records in (train, val)]
+    assert len(train) + len(val) == 400 and not media[0] & media[1]
+    assert 4 <= len(media[1]) <= 16  # 10 of 40 expected
+    assert len({r["problem_id"] for r in train + val}) == 400
+
+
+def test_a_kill_leaves_the_old_file_or_the_new_one(tmp_path):
+    """Killed while it reads: nothing is written; failing while it writes: nothing is replaced."""
+    write(tmp_path / "a.json", [llava("1.png", "What?", "text")])
+    mix(tmp_path, [entry("llava", "a.json")])
+    before = (tmp_path / "out.json").read_bytes()
+    os.mkfifo(tmp_path / "pipe.json")  # reading it waits for ever
+    write(tmp_path / "recipe.json", [entry("llava", "*.json")])
+    process = subprocess.Popen([sys.executable, "build_data.py", "mix", "--recipe",
+                                tmp_path / "recipe.json", "--out", tmp_path / "out.json"], cwd=ROOT,
+                               stderr=subprocess.DEVNULL)
+    writer = None
+    while writer is None and process.poll() is None:
+        try:
+            writer = os.open(tmp_path / "pipe.json", os.O_WRONLY | os.O_NONBLOCK)
+        except OSError:  # nobody reads it yet
+            time.sleep(0.05)
+    process.kill()
+    process.wait()
+    os.close(writer)
+    assert (tmp_path / "out.json").read_bytes() == before
+
+    def fails():
+        yield "half a file"
+        raise OSError("disk full")
+    with pytest.raises(OSError, match="disk full"):
+        build_data.write_whole({tmp_path / "new.json": ["x"], tmp_path / "out.json": fails()})
+    assert (tmp_path / "out.json").read_bytes() == before and not (tmp_path / "new.json").exists()
+
+
+def test_memory_does_not_grow_with_the_rows_that_are_not_drawn(tmp_path, monkeypatch):
+    """24 MB of rows, 20 of 1,000 drawn: the peak is below 5 MB."""
+    import tracemalloc
+    monkeypatch.setattr(build_data, "SLACK", 20)
+    with open(tmp_path / "a.jsonl", "w") as file:
+        for i in range(1000):
+            file.write(json.dumps(llava(f"{i % 900}.png", f"What {i}?", "x" * 24_000)) + "\n")
+    item = entry("llava", "a.jsonl", count=20)
+    offered = build_data.candidates_of(item, tmp_path, benchmark_media([], None), set(), Counter())
+    next(offered)  # what the first row imports
+    tracemalloc.start()
+    chosen = spread(offered, 20, 20, np.random.default_rng(0))
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert len(chosen) == 20 and peak < 5e6, peak
+
+
+# --------------------------------------------------------------------------------- stats
+
+def test_stats_stand_beside_figure_2(tmp_path):
+    def record(i, source, kind, path):
+        return {"problem_id": i, "problem": "?", "data_type": "video", "problem_type": kind,
+                "options": ["A. x", "B. y"] if kind == "multiple choice" else [],
+                "solution": "<answer>A</answer>", "path": path, "data_source": source}
+    records = [record(0, "LLaVA-Video-178K/30_60_s_youtube_v0_1", "multiple choice", "./a/1.mp4"),
+               record(1, "Multimath-300k", "numerical", "./Math/1.mp4"),
+               record(2, "unnamed", "OCR", "./OCR/TextVQA/1.mp4"),
+               record(3, "mine", "OCR", "./b/1.mp4"),
+               record(4, "TabMWP", "numerical", "./Chart/TabMWP/1.mp4")]
+    rows = {key: value for key, value in figure_rows(records).items() if value[0]}
+    assert rows == {("General (video)", "LLaVA-Video-178K", "multiple choice"): [1, 73000],
+                    ("Math", "Multimath-300K", "multiple choice, numerical"): [1, 27000],
+                    ("OCR", "TextVQA", "OCR"): [1, 2000],
+                    ("not in Figure 2", "mine", "OCR"): [1, 0],
+                    ("Chart", "TabMWP", "numerical"): [1, 2000]}
+    write(tmp_path / "a.json", records)
+    out = run("build_data.py", "stats", "--data", tmp_path / "a.json", "--out", tmp_path / "s.md")
+    text = (tmp_path / "s.md").read_text()
+    assert text in out.stdout
+    assert "| **General (video)** |  |  | 1 | 20.0% | 116000 | 43.6% |" in text
+    assert "|  | TextVQA | OCR | 1 | 20.0% | 2000 | 0.8% |" in text
+    assert "| answer | 2 options, A | 1 | 20.0% |" in text and "5 media" in text
