@@ -41,6 +41,7 @@ import threading
 import time
 import unicodedata
 import warnings
+from datetime import timedelta
 import zlib
 from collections import Counter
 from concurrent.futures import FIRST_COMPLETED, ThreadPoolExecutor, wait
@@ -142,6 +143,7 @@ def parse_args(argv=None):
     add("--num_workers", type=int, default=2, help="processes that decode media ahead of need")
     add("--decode_timeout", type=float, default=120, help="seconds until a medium is given up")
     add("--seed", type=int, default=0, help="seed of every random draw")
+    add("--timeout_minutes", type=float, default=30, help="longest wait for another rank")
     add("--local_rank", type=int, default=-1, help="set by the deepspeed launcher; not used")
     return parser.parse_args(argv)
 
@@ -313,8 +315,11 @@ def skip_row(record, error):
 
 # --------------------------------------------------------- start-up, the same in each stage
 
-def setup_distributed():
-    """Joins the process group, under the deepspeed launcher or alone. Returns (rank, device)."""
+def setup_distributed(args):
+    """Joins the process group, under the deepspeed launcher or alone. Returns (rank, device).
+
+    A rank that waits longer than --timeout_minutes for another ends with an error.
+    """
     if "RANK" not in os.environ:  # started as `python annotate.py`: a group of one
         with socket.socket() as probe:
             probe.bind(("127.0.0.1", 0))
@@ -329,7 +334,8 @@ def setup_distributed():
     warnings.filterwarnings("ignore", category=FutureWarning, module="torch.distributed")
     local_rank = int(os.environ["LOCAL_RANK"])
     get_accelerator().set_device(local_rank)
-    deepspeed.init_distributed(get_accelerator().communication_backend_name(), verbose=False)
+    deepspeed.init_distributed(get_accelerator().communication_backend_name(), verbose=False,
+                               timeout=timedelta(minutes=args.timeout_minutes))
     return dist.get_rank(), torch.device(get_accelerator().device_name(local_rank))
 
 
@@ -718,7 +724,7 @@ def main(args):
     configuration = configuration_of(args, processor)
     rows = read_rows(out.parent, out.stem, configuration)
     todo = [record for record in records if "output" not in rows.get(str(record["problem_id"]), {})]
-    rank, device = setup_distributed()
+    rank, device = setup_distributed(args)
     ranks, world = dist.new_group(backend="gloo", timeout=LONGEST_WAIT), dist.get_world_size()
     dist.barrier(ranks)  # all ranks have read the rows before one adds to them
 

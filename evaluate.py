@@ -48,6 +48,7 @@ import sys
 import threading
 import time
 import warnings
+from datetime import timedelta
 import zlib
 from collections import Counter, defaultdict
 from concurrent.futures import FIRST_COMPLETED, ThreadPoolExecutor, wait
@@ -183,6 +184,7 @@ def parse_args(argv=None):
     add("--attn_implementation", default="sdpa", help="sdpa, eager or flash_attention_2")
     add("--num_workers", type=int, default=2, help="processes that decode media ahead of need")
     add("--seed", type=int, default=0, help="seed of every random draw")
+    add("--timeout_minutes", type=float, default=30, help="longest wait for another rank")
     add("--local_rank", type=int, default=-1, help="set by the deepspeed launcher; not used")
     return parser.parse_args(argv)
 
@@ -890,8 +892,11 @@ class Prompts(Dataset):
 
 # --------------------------------------------------------- start-up, the same in each stage
 
-def setup_distributed():
-    """Joins the process group, under the deepspeed launcher or alone. Returns (rank, device)."""
+def setup_distributed(args):
+    """Joins the process group, under the deepspeed launcher or alone. Returns (rank, device).
+
+    A rank that waits longer than --timeout_minutes for another ends with an error.
+    """
     if "RANK" not in os.environ:  # started as `python evaluate.py`: a group of one
         with socket.socket() as probe:
             probe.bind(("127.0.0.1", 0))
@@ -906,7 +911,8 @@ def setup_distributed():
     warnings.filterwarnings("ignore", category=FutureWarning, module="torch.distributed")
     local_rank = int(os.environ["LOCAL_RANK"])
     get_accelerator().set_device(local_rank)
-    deepspeed.init_distributed(get_accelerator().communication_backend_name(), verbose=False)
+    deepspeed.init_distributed(get_accelerator().communication_backend_name(), verbose=False,
+                               timeout=timedelta(minutes=args.timeout_minutes))
     return dist.get_rank(), torch.device(get_accelerator().device_name(local_rank))
 
 
@@ -1379,7 +1385,7 @@ def main(args):
     processor = None if args.api_base else load_processor(args)
     shared = shared_configuration(args, processor)
     tasks = plan_tasks(args, benchmarks, shared)
-    rank, device = setup_distributed()
+    rank, device = setup_distributed(args)
     ranks = dist.new_group(backend="gloo", timeout=LONGEST_WAIT)
     dist.barrier(ranks)  # all ranks have read the rows before one adds to them
     engine = engine_of(args, processor, device)

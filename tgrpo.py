@@ -29,6 +29,7 @@ import socket
 import sys
 import time
 import warnings
+from datetime import timedelta
 from pathlib import Path
 
 import deepspeed
@@ -121,6 +122,7 @@ def parse_args(argv=None):
     add("--save_steps", type=int, default=100, help="steps between checkpoints; 0: none")
     add("--resume", action="store_true", help="continue from the newest checkpoint in --output")
     add("--seed", type=int, default=0, help="seed of every random draw")
+    add("--timeout_minutes", type=float, default=30, help="longest wait for another rank")
     add("--local_rank", type=int, default=-1, help="set by the deepspeed launcher; not used")
     args = parser.parse_args(argv)
     for name in ("G", "max_new_tokens", "updates_per_rollout", "prompts_per_rank", "temperature",
@@ -584,8 +586,11 @@ class Questions(Dataset):
 
 # --------------------------------------------------------- start-up, the same in each stage
 
-def setup_distributed():
-    """Joins the process group, under the deepspeed launcher or alone. Returns (rank, device)."""
+def setup_distributed(args):
+    """Joins the process group, under the deepspeed launcher or alone. Returns (rank, device).
+
+    A rank that waits longer than --timeout_minutes for another ends with an error.
+    """
     if "RANK" not in os.environ:  # started as `python tgrpo.py`: a group of one
         with socket.socket() as probe:
             probe.bind(("127.0.0.1", 0))
@@ -600,7 +605,8 @@ def setup_distributed():
     warnings.filterwarnings("ignore", category=FutureWarning, module="torch.distributed")
     local_rank = int(os.environ["LOCAL_RANK"])
     get_accelerator().set_device(local_rank)
-    deepspeed.init_distributed(get_accelerator().communication_backend_name(), verbose=False)
+    deepspeed.init_distributed(get_accelerator().communication_backend_name(), verbose=False,
+                               timeout=timedelta(minutes=args.timeout_minutes))
     return dist.get_rank(), torch.device(get_accelerator().device_name(local_rank))
 
 
@@ -981,7 +987,7 @@ def main(args):
     config = read_deepspeed_config(args)
     processor = load_processor(args)
     tokenizer = processor.tokenizer
-    rank, device = setup_distributed()
+    rank, device = setup_distributed(args)
     world = dist.get_world_size()
     first_step = open_output(args)
     model = load_model(args, config)

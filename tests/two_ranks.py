@@ -70,7 +70,7 @@ def main():
     parser.add_argument("--out", type=Path)
     parser.add_argument("--local_rank", type=int, default=0)
     options = parser.parse_args()
-    rank, _ = tgrpo.setup_distributed()
+    rank, _ = tgrpo.setup_distributed(argparse.Namespace(timeout_minutes=10))
     processor = tgrpo.AutoProcessor.from_pretrained(options.toy / "model")
     groups = list(cases(options.toy, processor))
     out = options.out / f"rank{rank}"
