@@ -45,7 +45,6 @@ from datetime import timedelta
 import zlib
 from collections import Counter
 from concurrent.futures import FIRST_COMPLETED, ThreadPoolExecutor, wait
-from datetime import timedelta
 from email.utils import parsedate_to_datetime
 from pathlib import Path
 

@@ -52,7 +52,6 @@ from datetime import timedelta
 import zlib
 from collections import Counter, defaultdict
 from concurrent.futures import FIRST_COMPLETED, ThreadPoolExecutor, wait
-from datetime import timedelta
 from email.utils import parsedate_to_datetime
 from fractions import Fraction
 from itertools import islice
