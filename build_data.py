@@ -81,7 +81,8 @@ DECODE_MEMORY = 16 * 2**30
 
 
 class InputError(ValueError):
-    """What the user gave cannot be used. Every script prints it as one line and exits with 1."""
+    """What the user gave cannot be used, or a run cannot go on with it. Every script prints it,
+    without a traceback, and exits with 1."""
 
 
 class MediaError(ValueError):
