@@ -20,7 +20,9 @@ import build_data
 import sft
 import tgrpo
 
-SCRIPT, FAULT = sys.argv[1], sys.argv[2].split(":")
+# DeepSpeed's launcher puts its own flag first
+SCRIPT, FAULT, *ARGV = (word for word in sys.argv[1:] if not word.startswith("--local_rank"))
+FAULT = FAULT.split(":")
 script = {"sft": sft, "tgrpo": tgrpo}[SCRIPT]
 
 
@@ -75,8 +77,7 @@ if __name__ == "__main__":
         engine.save_checkpoint = faulty(engine.save_checkpoint, after=FAULT[0] == "kill")
     elif place == "decode":
         build_data.load_vision = faulty_decode(build_data.load_vision)
-    sys.argv[0] = f"{SCRIPT}.py"
     try:
-        script.main(script.parse_args(sys.argv[3:]))
+        script.main(script.parse_args(ARGV))
     except build_data.InputError as error:
         sys.exit(f"{SCRIPT}.py: {error}")

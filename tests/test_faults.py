@@ -13,7 +13,7 @@ LIMITS = ["--min_pixels=784", "--max_pixels=784", "--image_min_pixels=784", "--m
 # five steps each
 SCRIPTS = {"tgrpo": ["--max_steps=5", "--max_new_tokens=10", "--G=4", "--G_tilde=2",
                      "--rollout_steps=1", "--chunk_size=2"],
-           "sft": ["--num_train_epochs=0.42", "--per_rank_batch_size=4",
+           "sft": ["--num_train_epochs=0.41", "--per_rank_batch_size=4",
                    "--gradient_accumulation_steps=1"]}
 
 
@@ -75,6 +75,7 @@ def test_a_run_killed_at_any_moment_resumes_as_if_nothing_had_happened(
     cut = run(*command(toy, script, output, stage, fault=f"kill:{moment}", ranks=ranks),
               ranks=ranks, check=False)
     assert cut.returncode != 0 and not (output / "model.safetensors").exists()
+    assert [path.name for path in output.glob("checkpoint-*[0-9]")] == ["checkpoint-2"]
     run(*command(toy, script, output, stage, "--resume", ranks=ranks), ranks=ranks)
     same_run(whole_run(script, ranks, stage), output)
 
