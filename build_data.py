@@ -23,20 +23,29 @@ import math
 import mimetypes
 import multiprocessing
 import os
+import random
 import re
 import resource
 import signal
 import subprocess
 import sys
+import threading
+import time
 import traceback
+import zlib
 from collections import Counter, defaultdict
+from concurrent.futures import FIRST_COMPLETED, ThreadPoolExecutor, wait
+from contextlib import contextmanager
+from email.utils import parsedate_to_datetime
 from functools import lru_cache
 from importlib.metadata import version
+from itertools import chain
 from pathlib import Path
 from typing import Any, NamedTuple
 from urllib.parse import quote
 
 import numpy as np
+import requests
 import torch
 from PIL import Image
 from tqdm import tqdm
@@ -78,6 +87,7 @@ MEDIA_FAULTS = (OSError, ValueError, AssertionError, RuntimeError, SyntaxError, 
                 Image.DecompressionBombError)
 # Bytes that decoding one medium may take; 64 frames of 3840 x 2160 pixels, as floats, fit.
 DECODE_MEMORY = 16 * 2**30
+HASHED_BLOCKS, BLOCK_BYTES = 64, 4096  # of each weight file: seconds for any size of model
 
 
 class InputError(ValueError):
@@ -522,6 +532,222 @@ def sampling_of(args, record) -> dict:
     return {"max_frames": args.max_frames, "min_frames": args.min_frames, "fps": args.fps,
             "min_pixels": args.image_min_pixels if image else args.min_pixels,
             "max_pixels": args.image_max_pixels if image else args.max_pixels}
+
+
+# ------------------------------------------------------------- a model behind a server
+
+KEY_VARIABLE = "OPENAI_API_KEY"  # the only place a key is read from; it is never written
+FIRST_PAUSE, LONGEST_PAUSE = 1.0, 60.0  # seconds before a request is repeated; doubled each time
+LONGEST_RETRY_AFTER = 3600.0  # seconds that a server may ask to wait
+CONNECT_TIMEOUT = 10.0  # seconds
+REPEATED = {408, 409, 425, 429}  # HTTP: not now; as any status from 500. Others will not change
+HOPELESS = {401, 403, 404}  # HTTP: no request of this run can succeed
+ERROR_SHOWN = 300  # characters of what a server says about an error
+MOST_FAILURES = 20  # requests in a row without an answer, after which the server is given up
+
+
+class ApiError(RuntimeError):
+    """The server gave no usable answer to one request, for the reason given."""
+
+
+def ask_api(args, messages, n, seed):
+    """n answers of an OpenAI-compatible server: [(text, finish_reason, completion tokens), ...].
+
+    finish_reason is "stop", or "length" where max_new_tokens cut the answer off. Of several
+    answers to one request a server tells only the sum of tokens: each gets the mean. Raises
+    ApiError when a request fails args.api_retries times more, InputError when all would fail.
+    """
+    answers = []
+    while len(answers) < n:  # some servers answer once, whatever n is
+        answers += post_api(args, {
+            "model": args.model, "messages": messages, "n": n - len(answers),
+            "temperature": args.temperature, "top_p": args.top_p,
+            "max_tokens": args.max_new_tokens, "seed": seed + len(answers)})
+    return answers[:n]
+
+
+def post_api(args, body):
+    """The answers to one request, which is repeated while the server fails to give any."""
+    url, key = args.api_base.rstrip("/") + "/chat/completions", os.environ.get(KEY_VARIABLE)
+
+    def authorise(request):  # not a header, over which ~/.netrc would win
+        request.headers.update({"Authorization": f"Bearer {key}"} if key else {})
+        return request
+    for attempt in range(args.api_retries + 1):
+        status, pause = None, min(LONGEST_PAUSE, FIRST_PAUSE * 2**attempt)
+        pause *= random.uniform(0.5, 1)  # unseeded: clients must not come back at the same moment
+        try:
+            reply = requests.post(url, json=body, auth=authorise,
+                                  timeout=(CONNECT_TIMEOUT, args.api_timeout))
+            if reply.status_code == 200:
+                return read_choices(reply.json())
+            status, reason = reply.status_code, f"HTTP {reply.status_code}: {reply.text}"
+            pause = max(pause, retry_after(reply.headers.get("Retry-After", "")))
+        except (requests.RequestException, KeyError, TypeError, ValueError) as error:
+            reason = f"{type(error).__name__}: {error}"
+        if key:  # a server may quote it
+            reason = reason.replace(key, f"<{KEY_VARIABLE}>")
+        reason = reason[:ERROR_SHOWN]
+        if status in HOPELESS:
+            raise InputError(f"{url} refuses model {args.model}: {reason} "
+                             f"(the key is read from the environment variable {KEY_VARIABLE})")
+        if status and status < 500 and status not in REPEATED:
+            raise ApiError(f"{url}: {reason}")
+        if attempt < args.api_retries:
+            time.sleep(pause)
+    raise ApiError(f"{url}: {args.api_retries + 1} attempts failed, the last: {reason}")
+
+
+def read_choices(reply):
+    """The answers in a server's reply; KeyError, TypeError or ValueError where it has none.
+
+    >>> read_choices({"choices": [{"message": {"content": "Hi"}, "finish_reason": "stop"}],
+    ...               "usage": {"completion_tokens": 2}})
+    [('Hi', 'stop', 2)]
+    """
+    choices = reply["choices"]
+    if not choices:
+        raise ValueError("the reply has no choices")
+    tokens = round(reply["usage"]["completion_tokens"] / len(choices))
+    # content is null where the answer was cut off before it began
+    return [(choice["message"]["content"] or "", choice["finish_reason"], tokens)
+            for choice in choices]
+
+
+def retry_after(text):
+    """Seconds that a Retry-After header asks for, as a number or a date; 0 for anything else."""
+    try:
+        seconds = (float(text) if re.fullmatch(r"\d+(\.\d+)?", text) else
+                   parsedate_to_datetime(text).timestamp() - time.time())
+    except ValueError:
+        return 0.0
+    return min(max(seconds, 0.0), LONGEST_RETRY_AFTER)
+
+
+def ask_server(samples, answer, write, concurrency):
+    """Writes the row answer(sample), or why there is none, for each sample; so many at a time.
+
+    Samples with a "reason" have no medium and are rows already. InputError when the server fails
+    MOST_FAILURES requests in a row: it is gone.
+    """
+    running, failed = set(), 0
+
+    def work(sample):  # in a thread: the row is on disk before anything else can go wrong
+        try:
+            row = answer(sample)
+        except ApiError as error:
+            row = skip_row(sample["record"], error)
+        write([row])
+        return row.get("reason")
+
+    with ThreadPoolExecutor(concurrency) as pool:
+        for sample in chain(samples, [None]):  # None: the last ones are waited for
+            if sample and "reason" in sample:
+                write([sample])
+            elif sample:
+                running.add(pool.submit(work, sample))
+            while len(running) >= (concurrency if sample else 1):
+                done, running = wait(running, return_when=FIRST_COMPLETED)
+                for reason in (future.result() for future in done):
+                    failed = failed + 1 if reason else 0
+                    if failed >= MOST_FAILURES:
+                        raise InputError(f"{failed} requests in a row failed, the last: {reason}")
+
+
+# ------------------------------------------------------- answers as rows that outlive a kill
+
+def skip_row(record, error):
+    """The row of a record without an answer; it is asked again when the command is repeated."""
+    return {"problem_id": record["problem_id"], "path": record["path"], "reason": str(error)}
+
+
+def unanswered(records, rows):
+    """The records that `rows`, by problem_id as text, has no answer to."""
+    return [r for r in records if "output" not in rows.get(str(r["problem_id"]), {})]
+
+
+def whole_lines(path):
+    """The file's bytes up to its last line break: a kill may have torn the line after it."""
+    data = path.read_bytes() if path.exists() else b""
+    return data[:data.rfind(b"\n") + 1]
+
+
+def read_rows(output, stem, configuration):
+    """Rows of all ranks and runs, by problem_id as text; an answer wins over an earlier skip."""
+    rows = {}
+    for path in sorted(Path(output).glob(f"{stem}.rank*.jsonl")):
+        try:
+            first, *others = map(json.loads, whole_lines(path).splitlines() or [b"{}"])
+        except json.JSONDecodeError as error:
+            raise InputError(f"{path} is damaged, remove it: {error}") from None
+        for key, value in configuration.items() if first else ():
+            if first.get(key) != value:
+                raise InputError(f"{path} has rows with another {key}: {str(first.get(key))[:60]}, "
+                                 f"not {str(value)[:60]}; name another --output")
+        for row in others:
+            if "output" not in rows.get(str(row["problem_id"]), {}):
+                rows[str(row["problem_id"])] = row
+    return rows
+
+
+@contextmanager
+def row_writer(path, configuration, total):
+    """write(rows), for any thread, at the end of a file that begins with the configuration."""
+    lock, kept = threading.Lock(), whole_lines(path)
+    with path.open("a", encoding="utf-8") as file, \
+            tqdm(total=total, desc=path.name, disable="rank0" not in path.name) as bar:
+        file.truncate(len(kept))
+        if not kept:
+            file.write(json.dumps(configuration) + "\n")
+
+        def write(rows):
+            with lock:
+                file.write("".join(json.dumps(row) + "\n" for row in rows))
+                file.flush()
+                bar.update(len(rows))
+        yield write
+
+
+def record_generator(seed, record, stream) -> torch.Generator:
+    """A generator of the record's own: its draws depend on no batch, no rank and no restart."""
+    return seeded_generator(seed, zlib.crc32(str(record["problem_id"]).encode()), stream)
+
+
+def model_hash(model):
+    """A hash of config.json and, of every weight file, its name, size and some blocks spread
+    evenly: it tells two checkpoints of a run apart without reading all of either."""
+    import huggingface_hub
+    try:
+        folder = model if Path(model).is_dir() else huggingface_hub.snapshot_download(
+            model, allow_patterns=["*.json", "*.safetensors"])
+        digest = hashlib.sha256((Path(folder) / "config.json").read_bytes())
+        for path in sorted(Path(folder).glob("*.safetensors")):
+            size = path.stat().st_size
+            digest.update(f"{path.name} {size}".encode())
+            with path.open("rb") as file:
+                for block in range(HASHED_BLOCKS):
+                    file.seek(size * block // HASHED_BLOCKS)
+                    digest.update(file.read(BLOCK_BYTES))
+    except (OSError, ValueError) as error:
+        raise InputError(f"cannot read --model {model}: {error}") from None
+    return digest.hexdigest()
+
+
+def write_whole(files):
+    """Writes text files, {path: pieces}: all of them complete, or none."""
+    for path, pieces in files.items():
+        with open(f"{path}.partial", "w", encoding="utf-8") as file:
+            file.writelines(pieces)
+    for path in files:
+        os.replace(f"{path}.partial", path)
+
+
+def json_list(lines):
+    """The pieces of a JSON list of already encoded items, one a line."""
+    yield "[\n"
+    for i, line in enumerate(lines):
+        yield (",\n" if i else "") + line
+    yield "\n]\n"
 
 
 # ------------------------------------------------------------------------------ the toy
@@ -1466,23 +1692,6 @@ def balance_letters(record, used, rng):
     used[size, answer] += 1
 
 
-def write_whole(files):
-    """Writes text files, {path: pieces}: all of them complete, or none."""
-    for path, pieces in files.items():
-        with open(f"{path}.partial", "w", encoding="utf-8") as file:
-            file.writelines(pieces)
-    for path in files:
-        os.replace(f"{path}.partial", path)
-
-
-def json_list(lines):
-    """The pieces of a JSON list of already encoded items, one a line."""
-    yield "[\n"
-    for i, line in enumerate(lines):
-        yield (",\n" if i else "") + line
-    yield "\n]\n"
-
-
 def mix(args):
     """Builds a mixture by a recipe: converts, cleans, samples and balances; writes it whole."""
     recipe, root = read_recipe(args.recipe), args.media_root or Path(args.recipe).parent
@@ -1575,15 +1784,6 @@ class Media(torch.utils.data.Dataset):
         return {"clip": clip_of(record), "state": state, "reason": reason}
 
 
-def known_media(path):
-    """({clip: state} of the media that earlier runs have decoded, the length of their log without
-    a line that a kill has torn). Faulty media are tried again."""
-    text = path.read_bytes() if path.exists() else b""
-    text = text[:text.rfind(b"\n") + 1]
-    rows = [json.loads(line) for line in text.splitlines()]
-    return {tuple(row["clip"]): row["state"] for row in rows if not row["reason"]}, len(text)
-
-
 def check(args):
     """Decodes every medium of a file of records, as training will, and writes the records whose
     medium can be used. The same command resumes; a file that has changed is decoded again."""
@@ -1591,7 +1791,8 @@ def check(args):
     records = load_records(args.data, args.media_root)
     out = args.out or f"{args.data.removesuffix('.jsonl').removesuffix('.json')}_clean.json"
     log = Path(f"{out.removesuffix('.json')}.media.jsonl")
-    good, length = known_media(log)
+    rows = map(json.loads, whole_lines(log).splitlines())  # of earlier runs
+    good = {tuple(row["clip"]): row["state"] for row in rows if not row["reason"]}
     clips = {clip_of(record): record for record in records}
     todo = [record for clip, record in clips.items()
             if clip not in good or good[clip] != state_of(record["media_path"])]
@@ -1599,7 +1800,7 @@ def check(args):
     loader = torch.utils.data.DataLoader(Media(todo, args), batch_size=None, in_order=False,
                                          num_workers=args.num_workers)
     with open(log, "a", encoding="utf-8") as file:
-        file.truncate(length)
+        file.truncate(len(whole_lines(log)))
         for row in tqdm(loader, desc="check", total=len(todo)):
             file.write(json.dumps(row) + "\n")
             file.flush()

@@ -40,40 +40,34 @@ import argparse
 import hashlib
 import json
 import os
-import random
 import re
 import resource
 import socket
 import sys
-import threading
 import time
 import warnings
-from datetime import timedelta
-import zlib
 from collections import Counter, defaultdict
-from concurrent.futures import FIRST_COMPLETED, ThreadPoolExecutor, wait
 from datetime import timedelta
-from email.utils import parsedate_to_datetime
 from fractions import Fraction
+from functools import lru_cache
 from itertools import islice
 from pathlib import Path
 from typing import Callable, NamedTuple
 
 import deepspeed
-import huggingface_hub
 import numpy as np
-import requests
 import torch
 import torch.distributed as dist
 from deepspeed.accelerator import get_accelerator
 from PIL import Image
 from torch.utils.data import DataLoader, Dataset
-from tqdm import tqdm
 from transformers import AutoModelForImageTextToText, AutoProcessor, GenerationConfig
 
-from build_data import (ANSWER_SUFFIX, TEMPLATE, InputError, MediaError, api_messages,
-                        check_limits, encode, load_records, load_vision_isolated, pad_batch,
-                        provenance, read_args_line, sampling_of, seeded_generator)
+from build_data import (ANSWER_SUFFIX, TEMPLATE, InputError, MediaError, api_messages, ask_api,
+                        ask_server, check_limits, encode, load_records, load_vision_isolated,
+                        model_hash, pad_batch, provenance, read_args_line, read_rows,
+                        record_generator, row_writer, sampling_of, skip_row, unanswered,
+                        write_whole)
 from rewards import accuracy_reward, extract_answer, format_reward, parse_number
 
 ORDERS = ("ordered", "shuffled", "reversed", "single_frame", "blind")
@@ -94,18 +88,7 @@ REFLECTION = re.compile(r"\b(?:wait|hmm+|on second thought|let(?:'s| me| us) (?:
 FORBIDDEN_TOKENS = ("<|vision_start|>", "<|vision_end|>", "<|vision_pad|>", "<|image_pad|>",
                     "<|video_pad|>")
 FRAME_STREAM, TOKEN_STREAM = 1, 2  # last key of the generators: no two draws share one
-HASHED_BLOCKS, BLOCK_BYTES = 64, 4096  # of each weight file: seconds for any size of model
 LONGEST_WAIT = timedelta(days=7)  # of the first rank to finish for the last one
-MOST_FAILURES = 20  # requests in a row without an answer, after which the server is given up
-
-# -- the server
-KEY_VARIABLE = "OPENAI_API_KEY"  # the only place a key is read from; it is never written
-FIRST_PAUSE, LONGEST_PAUSE = 1.0, 60.0  # seconds before a request is repeated; doubled each time
-LONGEST_RETRY_AFTER = 3600.0  # seconds that a server may ask to wait
-CONNECT_TIMEOUT = 10.0  # seconds
-REPEATED = {408, 409, 425, 429}  # HTTP: not now; as any status from 500. Others will not change
-HOPELESS = {401, 403, 404}  # HTTP: no request of this run can succeed
-ERROR_SHOWN = 300  # characters of what a server says about an error
 
 # This project's own wording: the paper's (Figure 12) is not in its text.
 JUDGE_QUESTION = """\
@@ -839,21 +822,6 @@ def read_benchmarks(args):
     return benchmarks
 
 
-def record_generator(seed, record, stream):
-    """A generator of the record's own: its draws depend on no batch, no rank and no restart."""
-    return seeded_generator(seed, zlib.crc32(str(record["problem_id"]).encode()), stream)
-
-
-def record_seed(seed, record):
-    """A seed of the record's own: its draws depend on no batch, no rank and no restart."""
-    return record_generator(seed, record, TOKEN_STREAM).initial_seed() % 2**31
-
-
-def skip_row(record, error):
-    """The row of a record without responses; it is asked again when the command is repeated."""
-    return {"problem_id": record["problem_id"], "path": record["path"], "reason": str(error)}
-
-
 class Prompts(Dataset):
     """index -> record with its encoded inputs, or with the messages that a server gets (without a
     processor), or the MediaError; runs in worker processes."""
@@ -966,25 +934,6 @@ def forbidden_tokens(model, tokenizer):
 
 # ------------------------------------------------------------ what a run leaves in --output
 
-def model_hash(model):
-    """A hash of config.json and, of every weight file, its name, size and some blocks spread
-    evenly: it tells two checkpoints of a run apart without reading all of either."""
-    try:
-        folder = model if Path(model).is_dir() else huggingface_hub.snapshot_download(
-            model, allow_patterns=["*.json", "*.safetensors"])
-        digest = hashlib.sha256((Path(folder) / "config.json").read_bytes())
-        for path in sorted(Path(folder).glob("*.safetensors")):
-            size = path.stat().st_size
-            digest.update(f"{path.name} {size}".encode())
-            with path.open("rb") as file:
-                for block in range(HASHED_BLOCKS):
-                    file.seek(size * block // HASHED_BLOCKS)
-                    digest.update(file.read(BLOCK_BYTES))
-    except (OSError, ValueError) as error:
-        raise InputError(f"cannot read --model {model}: {error}") from None
-    return digest.hexdigest()
-
-
 def records_hash(records):
     """A hash of what is asked; where the media lie does not matter."""
     place = ("media_path", "media_root")
@@ -1005,11 +954,6 @@ def shared_configuration(args, processor):
         "template": TEMPLATE, "answer_suffix": ANSWER_SUFFIX}
 
 
-def unanswered(records, rows):
-    """The records that `rows` has no answer to."""
-    return [r for r in records if "output" not in rows.get(str(r["problem_id"]), {})]
-
-
 def plan_tasks(args, benchmarks, shared):
     """The tasks of a run. InputError where --output has rows of another configuration."""
     tasks = []
@@ -1021,47 +965,6 @@ def plan_tasks(args, benchmarks, shared):
             tasks.append(Task(f"{name}_{frames}_{args.order}", name, frames, records,
                               configuration, unanswered(records, rows)))
     return tasks
-
-
-def whole_lines(path):
-    """The file's bytes up to its last line break: a kill may have torn the line after it."""
-    data = path.read_bytes() if path.exists() else b""
-    return data[:data.rfind(b"\n") + 1]
-
-
-def read_rows(output, stem, configuration):
-    """Rows of all ranks and runs, by problem_id as text; an answer wins over an earlier skip."""
-    rows = {}
-    for path in sorted(Path(output).glob(f"{stem}.rank*.jsonl")):
-        try:
-            first, *others = map(json.loads, whole_lines(path).splitlines() or [b"{}"])
-        except json.JSONDecodeError as error:
-            raise InputError(f"{path} is damaged, remove it: {error}") from None
-        for key, value in configuration.items() if first else ():
-            if first.get(key) != value:
-                raise InputError(f"{path} has rows with another {key}: {str(first.get(key))[:60]}, "
-                                 f"not {str(value)[:60]}; name another --output")
-        for row in others:
-            if "output" not in rows.get(str(row["problem_id"]), {}):
-                rows[str(row["problem_id"])] = row
-    return rows
-
-
-def open_rows(path, configuration):
-    """The file to append rows to: rid of a torn line, and begun with the configuration."""
-    kept = whole_lines(path)
-    file = path.open("a", encoding="utf-8")
-    file.truncate(len(kept))
-    if not kept:
-        file.write(json.dumps(configuration) + "\n")
-    return file
-
-
-def write_json(path, content):
-    """Writes a JSON file, complete or not at all."""
-    aside = Path(f"{path}.partial")
-    aside.write_text(json.dumps(content, indent=1), encoding="utf-8")
-    aside.replace(path)
 
 
 def write_result(task, args):
@@ -1087,7 +990,7 @@ def write_result(task, args):
               "world_size": dist.get_world_size(),
               "written": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
               **provenance(), "rows": graded}
-    write_json(Path(args.output) / f"{task.stem}.json", result)
+    write_whole({f"{args.output}/{task.stem}.json": [json.dumps(result, indent=1)]})
     return result
 
 
@@ -1110,135 +1013,17 @@ def print_result(task, result, args):
               f"the first: {result['skipped'][0]['reason']}")
 
 
-# ----------------------------------------------- a server's answers, as in annotate.py
+# ------------------------------------------------------------------- the server, the model
 
-class ApiError(RuntimeError):
-    """The server gave no usable answer to one request, for the reason given."""
-
-
-def api_session(concurrency):
-    """HTTP connections that `concurrency` threads can share; they carry the key, if any."""
-    def authorise(request):
-        if os.environ.get(KEY_VARIABLE):
-            request.headers["Authorization"] = f"Bearer {os.environ[KEY_VARIABLE]}"
-        return request
-
-    session = requests.Session()
-    session.auth = authorise  # not a header of the session, over which ~/.netrc would win
-    for scheme in ("http://", "https://"):
-        session.mount(scheme, requests.adapters.HTTPAdapter(pool_maxsize=concurrency))
-    return session
-
-
-def ask_api(session, args, messages, n, seed):
-    """n answers to a conversation: [(text, finish_reason, completion tokens), ...].
-
-    finish_reason is "stop", or "length" where max_new_tokens cut the answer off. Of several
-    answers to one request a server tells only the sum of tokens: each gets the mean. Raises
-    ApiError when a request fails args.api_retries times more, InputError when all would fail.
-    """
-    answers = []
-    while len(answers) < n:  # some servers answer once, whatever n is
-        body = {"model": args.model, "messages": messages, "n": n - len(answers),
-                "temperature": args.temperature, "top_p": args.top_p,
-                "max_tokens": args.max_new_tokens, "seed": seed + len(answers)}
-        answers += post_api(session, args, body)
-    return answers[:n]
-
-
-def post_api(session, args, body):
-    """The answers to one request, which is repeated while the server fails to give any."""
-    url = args.api_base.rstrip("/") + "/chat/completions"
-    for attempt in range(args.api_retries + 1):
-        # seeded by nothing: the point is that clients do not come back at the same moment
-        pause = min(LONGEST_PAUSE, FIRST_PAUSE * 2**attempt) * random.uniform(0.5, 1)
-        try:
-            reply = session.post(url, json=body, timeout=(CONNECT_TIMEOUT, args.api_timeout))
-            if reply.status_code == 200:
-                return read_choices(reply.json())
-            reason = f"HTTP {reply.status_code}: {reply.text[:ERROR_SHOWN]}"
-            pause = max(pause, retry_after(reply.headers.get("Retry-After", "")))
-        except (requests.RequestException, KeyError, TypeError, ValueError) as error:
-            reply, reason = None, f"{type(error).__name__}: {str(error)[:ERROR_SHOWN]}"
-        if os.environ.get(KEY_VARIABLE):  # a server may quote it
-            reason = reason.replace(os.environ[KEY_VARIABLE], f"<{KEY_VARIABLE}>")
-        if reply is not None and reply.status_code in HOPELESS:
-            raise InputError(f"{url} refuses model {args.model}: {reason} "
-                             f"(the key is read from the environment variable {KEY_VARIABLE})")
-        if reply is not None and reply.status_code < 500 and reply.status_code not in REPEATED:
-            raise ApiError(f"{url}: {reason}")
-        if attempt < args.api_retries:
-            time.sleep(pause)
-    raise ApiError(f"{url}: {args.api_retries + 1} attempts failed, the last: {reason}")
-
-
-def read_choices(reply):
-    """The answers in a server's reply; KeyError, TypeError or ValueError where it has none.
-
-    >>> read_choices({"choices": [{"message": {"content": "Hi"}, "finish_reason": "stop"}],
-    ...               "usage": {"completion_tokens": 2}})
-    [('Hi', 'stop', 2)]
-    """
-    choices = reply["choices"]
-    if not choices:
-        raise ValueError("the reply has no choices")
-    tokens = round(reply["usage"]["completion_tokens"] / len(choices))
-    # content is null where the answer was cut off before it began
-    return [(choice["message"]["content"] or "", choice["finish_reason"], tokens)
-            for choice in choices]
-
-
-def retry_after(text):
-    """Seconds that a Retry-After header asks for, as a number or a date; 0 for anything else."""
-    try:
-        seconds = (float(text) if re.fullmatch(r"\d+(\.\d+)?", text) else
-                   parsedate_to_datetime(text).timestamp() - time.time())
-    except ValueError:
-        return 0.0
-    return min(max(seconds, 0.0), LONGEST_RETRY_AFTER)
-
-
-def ask_one(session, sample, args):
-    """The row of a record's response, or of the reason why there is none."""
+def ask_one(sample, args):
+    """The row of a record's response by the server."""
     record, started = sample["record"], time.perf_counter()
-    try:
-        (text, finish, tokens), = ask_api(session, args, sample["messages"], 1,
-                                          record_seed(args.seed, record))
-    except ApiError as error:
-        return skip_row(record, error)
+    seed = record_generator(args.seed, record, TOKEN_STREAM).initial_seed() % 2**31
+    (text, finish, tokens), = ask_api(args, sample["messages"], 1, seed)
     return {"problem_id": record["problem_id"], "output": text, "tokens": tokens,
             "truncated": finish == "length", "seconds": time.perf_counter() - started,
             "size": sample["size"]}
 
-
-def ask_server(share, write, args):
-    """Asks for a rank's share of the records, args.concurrency requests at a time."""
-    loader = DataLoader(Prompts(share, None, args), batch_size=None, num_workers=args.num_workers)
-    session, running, failed = api_session(args.concurrency), set(), 0
-
-    def work(sample):  # in a thread: the row is on disk before anything else can go wrong
-        row = sample if "reason" in sample else ask_one(session, sample, args)
-        write([row])
-        return None if "output" in row or "reason" in sample else row["reason"]
-
-    def settle(least):
-        """Waits until fewer than `least` requests run; stops the run when the server is gone."""
-        nonlocal running, failed
-        while len(running) >= least:
-            done, running = wait(running, return_when=FIRST_COMPLETED)
-            for reason in (future.result() for future in done):
-                failed = failed + 1 if reason else 0
-                if failed >= MOST_FAILURES:
-                    raise InputError(f"{failed} requests in a row failed, the last: {reason}")
-
-    with ThreadPoolExecutor(args.concurrency) as pool:
-        for sample in loader:
-            running.add(pool.submit(work, sample))
-            settle(args.concurrency)
-        settle(1)
-
-
-# ------------------------------------------------------------------------------- the model
 
 @torch.inference_mode()
 def respond(model, samples, seed):
@@ -1284,33 +1069,30 @@ def ask_here(model, processor, share, write, args):
 
 def engine_of(args, processor, device):
     """What answers: (share, write, args) -> None, through a server or on this machine."""
-    if args.api_base:
-        return ask_server
-    models = []  # loaded when there is something to answer
+    model = lru_cache(lambda: load_model(args, processor.tokenizer, device))  # when first needed
 
     def engine(share, write, task_args):
-        if not models:
-            models.append(load_model(args, processor.tokenizer, device))
-        ask_here(models[0], processor, share, write, task_args)
+        if not args.api_base:
+            return ask_here(model(), processor, share, write, task_args)
+        loader = DataLoader(Prompts(share, None, task_args), batch_size=None,
+                            num_workers=args.num_workers)
+        ask_server(loader, lambda sample: ask_one(sample, args), write, args.concurrency)
     return engine
 
 
 def complete(task, engine, ranks, args):
     """Answers what a task lacks, each rank a share; returns when the last rank is done."""
-    rank, output = dist.get_rank(), Path(args.output)
-    share, lock = task.todo[rank::dist.get_world_size()], threading.Lock()
+    rank, output, skipped = dist.get_rank(), Path(args.output), []
+    share = task.todo[rank::dist.get_world_size()]
     if share:
-        with open_rows(output / f"{task.stem}.rank{rank}.jsonl", task.configuration) as file, \
-                open(output / "skipped.jsonl", "a", encoding="utf-8") as skipped, \
-                tqdm(total=len(share), desc=task.stem, disable=rank != 0) as bar:
+        path = output / f"{task.stem}.rank{rank}.jsonl"
+        with row_writer(path, task.configuration, len(share)) as write_rows:
             def write(rows):
-                with lock:
-                    file.write("".join(json.dumps(row) + "\n" for row in rows))
-                    file.flush()
-                    skipped.writelines(json.dumps({"result": task.stem, **row}) + "\n"
-                                       for row in rows if "reason" in row)
-                    bar.update(len(rows))
+                write_rows(rows)
+                skipped.extend({"result": task.stem, **row} for row in rows if "reason" in row)
             engine(share, write, argparse.Namespace(**vars(args), max_frames=task.frames))
+        with open(output / "skipped.jsonl", "a", encoding="utf-8") as file:
+            file.writelines(json.dumps(row) + "\n" for row in skipped)
     dist.barrier(ranks)
 
 
@@ -1348,13 +1130,14 @@ def judge(path, shared, engine, ranks, args):
     if dist.get_rank() == 0:
         print(f"{stem}: {len(rows)} questions answered, {len(needs)} judged, {len(needed)} need "
               "temporal reasoning")
-        write_json(Path(args.output) / f"{stem}.judge.json", {
+        verdict_rows = [{"problem_id": row["problem_id"], "needs": needs[str(row["problem_id"])],
+                         "uses": uses.get(str(row["problem_id"]))}
+                        for row in rows if str(row["problem_id"]) in needs]
+        write_whole({f"{args.output}/{stem}.judge.json": [json.dumps({
             "questions": len(rows), "judged": len(needs), "needs": len(needed),
             "uses": temporal_share(pairs, args.seed), "judge": args.model, "configuration": shared,
             "prompts": [JUDGE_QUESTION, JUDGE_RESPONSE], **provenance(),
-            "rows": [{"problem_id": row["problem_id"], "needs": needs[str(row["problem_id"])],
-                      "uses": uses.get(str(row["problem_id"]))}
-                     for row in rows if str(row["problem_id"]) in needs]})
+            "rows": verdict_rows}, indent=1)]})
     return pairs
 
 

@@ -15,8 +15,10 @@ import numpy as np
 import pytest
 
 import annotate
-from annotate import ApiError, api_session, ask_api, parse_args, reject_reason
-from build_data import InputError, api_messages, build_messages, load_records, load_vision
+import build_data
+from annotate import parse_args, reject_reason
+from build_data import (ApiError, InputError, api_messages, ask_api, build_messages, load_records,
+                        load_vision)
 from conftest import ROOT, run
 
 KEY = "sk-very-secret-1234567890"
@@ -75,7 +77,7 @@ class Server:
 @pytest.fixture(autouse=True)
 def key(monkeypatch):
     monkeypatch.setenv("OPENAI_API_KEY", KEY)
-    monkeypatch.setattr(annotate, "FIRST_PAUSE", 0.01)
+    monkeypatch.setattr(build_data, "FIRST_PAUSE", 0.01)
 
 
 def flags(server, *more):
@@ -85,7 +87,7 @@ def flags(server, *more):
 
 def ask(server, n=1, *more):
     args = flags(server, *more)
-    return ask_api(api_session(2), args, [{"role": "user", "content": "Hi"}], n, seed=5)
+    return ask_api(args, [{"role": "user", "content": "Hi"}], n, seed=5)
 
 
 # ----------------------------------------------------------------------------- the server
@@ -132,17 +134,18 @@ def test_retry_after_is_honoured_as_seconds_and_as_a_date():
         times = [moment for *_, moment in server.requests]
     assert 1 <= times[1] - times[0] < 1.5
     assert 0 < times[2] - times[1] < 3
-    assert [annotate.retry_after(text) for text in ("", "soon", "-3", "nan", "9e9", "99999")] == [
+    assert [build_data.retry_after(text) for text in ("", "soon", "-3", "nan", "9e9", "99999")] == [
         0, 0, 0, 0, 0, 3600]
 
 
 def test_pauses_grow_and_the_last_error_is_told_without_the_key():
-    with Server(lambda body, number: (500, {}, f"your key {KEY} broke me")) as server:
-        with pytest.raises(ApiError) as error:
-            ask(server)
-        assert len(server.requests) == 3
-    assert "3 attempts failed, the last: HTTP 500: your key <OPENAI_API_KEY>" in str(error.value)
-    assert KEY not in str(error.value)
+    for before in ("your key ", "x" * (build_data.ERROR_SHOWN - 20)):  # where it would be cut
+        with Server(lambda body, number: (500, {}, f"{before}{KEY} broke me")) as server:
+            with pytest.raises(ApiError) as error:
+                ask(server)
+            assert len(server.requests) == 3
+        assert f"3 attempts failed, the last: HTTP 500: {before}<OPENAI" in str(error.value)
+        assert KEY[:4] not in str(error.value)
 
 
 def test_a_bad_request_is_not_repeated_and_a_wrong_key_ends_the_run():
@@ -367,7 +370,7 @@ def test_a_medium_that_cannot_be_read_costs_its_record_and_is_named(toy, tmp_pat
 
 
 def test_a_server_that_is_gone_ends_the_run_early(toy, tmp_path, monkeypatch):
-    monkeypatch.setattr(annotate, "MOST_FAILURES", 5)
+    monkeypatch.setattr(build_data, "MOST_FAILURES", 5)
     with Server(lambda body, number: (500, {}, "broken")) as server:
         with pytest.raises(InputError, match="5 requests in a row failed, the last: .*HTTP 500"):
             annotate_toy(toy, tmp_path / "o.json", server)
