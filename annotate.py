@@ -36,7 +36,6 @@ import re
 import resource
 import socket
 import sys
-import time
 import unicodedata
 import warnings
 from collections import Counter
@@ -51,18 +50,16 @@ from torch.utils.data import DataLoader, Dataset
 from transformers import AutoModelForImageTextToText, AutoProcessor, GenerationConfig
 from transformers.integrations.deepspeed import set_hf_deepspeed_config
 
-from build_data import (ANSWER_SUFFIX, TEMPLATE, InputError, MediaError, api_messages, ask_api,
+from build_data import (ANSWER_SUFFIX, TEMPLATE, InputError, MediaError, api_messages, ask_model,
                         ask_server, check_limits, encode, encode_blank, image_as_video, json_list,
-                        load_records, load_vision_isolated, model_hash, pad_batch, read_args_line,
-                        read_rows, record_generator, row_writer, sampling_of, skip_row, unanswered,
-                        write_whole)
+                        load_records, load_vision_isolated, model_hash, read_args_line, read_rows,
+                        row_writer, sampling_of, skip_row, unanswered, write_whole)
 from rewards import (WORD, accuracy_reward, choice_letter, extract_answer, format_reward,
                      parse_number)
 
 # Tokens that stand for pixels: a policy that emits one would break its own next forward.
 FORBIDDEN_TOKENS = ("<|vision_start|>", "<|vision_end|>", "<|vision_pad|>", "<|image_pad|>",
                     "<|video_pad|>")
-TOKEN_STREAM = 2  # last key of the generators, as in evaluate.py
 LONGEST_WAIT = timedelta(days=7)  # of the first rank to finish for the last one
 RUN = 6  # words: a shorter run is shared with the prompt, or repeated, by chance
 
@@ -423,45 +420,22 @@ def write_result(records, rows, args):
     return lines
 
 
-# ------------------------------------------------------------------- the server, the model
+# ------------------------------------------------------------- the model, here or behind a server
 
-def ask_one(sample, args):
-    """The row of one record's responses by the server."""
-    record, started = sample["record"], time.perf_counter()
-    seed = record_generator(args.seed, record, TOKEN_STREAM).initial_seed() % 2**31
-    answers = ask_api(args, sample["messages"], args.samples, seed)
-    texts, finish, tokens = map(list, zip(*answers))
-    return {"problem_id": record["problem_id"], "output": texts, "tokens": tokens,
-            "truncated": [reason == "length" for reason in finish],
-            "seconds": time.perf_counter() - started}
+def row_of(sample, answers, seconds):
+    """The row of one record's responses."""
+    texts, tokens, truncated = map(list, zip(*answers))
+    return {"problem_id": sample["record"]["problem_id"], "output": texts, "tokens": tokens,
+            "truncated": truncated, "seconds": seconds}
 
 
-def cut_at_end(ids, end_ids):
-    """A response up to its first end token, which is kept, and whether it had none.
-
-    >>> cut_at_end([5, 6, 2, 0, 0], {2, 0}), cut_at_end([5, 6], {2, 0})
-    (([5, 6, 2], False), ([5, 6], True))
-    """
-    for i, token in enumerate(ids):
-        if token in end_ids:
-            return ids[:i + 1], False
-    return ids, True
+def ask_there(share, write, args):
+    """Asks a server for a rank's share of the records."""
+    loader = DataLoader(Prompts(share, None, args), batch_size=None, num_workers=args.num_workers)
+    ask_server(loader, args.samples, row_of, write, args)
 
 
-@torch.inference_mode()
-def respond(model, samples, seed):
-    """Responses to B samples of Prompts, as ids up to the end token: [(ids, truncated), ...]."""
-    config = model.generation_config
-    pad_values = {"input_ids": config.pad_token_id, "attention_mask": 0, "mm_token_type_ids": 0}
-    batch = pad_batch([sample["inputs"] for sample in samples], pad_values, "left")
-    batch = {key: value.to(model.device) for key, value in batch.items()}  # ids (B, L)
-    # generate draws from torch's own generator: seeded for each batch, by its first record
-    torch.manual_seed(record_generator(seed, samples[0]["record"], TOKEN_STREAM).initial_seed())
-    ids = model.generate(**batch)[:, batch["input_ids"].shape[1]:]  # (B, response's L)
-    return [cut_at_end(row, config.eos_token_id) for row in ids.tolist()]
-
-
-def ask_model(share, longest_share, write, processor, device, args):
+def ask_here(share, longest_share, write, processor, device, args):
     """Answers a rank's share of the records, a batch at a time, as often as the longest share
     takes: ranks that hold one model in parts make the same number of calls."""
     model = load_model(args, processor.tokenizer, device)
@@ -470,18 +444,7 @@ def ask_model(share, longest_share, write, processor, device, args):
     batches = iter(DataLoader(Prompts(share, processor, args), batch_size=args.batch_size,
                               collate_fn=list, num_workers=args.num_workers))
     for _ in range(-(-longest_share // args.batch_size)):
-        started, samples = time.perf_counter(), next(batches, [])
-        good = [sample for sample in samples if "inputs" in sample]
-        rows = [sample for sample in samples if "reason" in sample]
-        responses = respond(model, good or [blank], args.seed)
-        seconds = (time.perf_counter() - started) / max(len(good), 1)
-        for i, sample in enumerate(good):
-            own = responses[i * args.samples:(i + 1) * args.samples]
-            texts = [processor.tokenizer.decode(ids, skip_special_tokens=True) for ids, _ in own]
-            rows.append({"problem_id": sample["record"]["problem_id"], "output": texts,
-                         "tokens": [len(ids) for ids, _ in own],
-                         "truncated": [truncated for _, truncated in own], "seconds": seconds})
-        write(rows)
+        write(ask_model(model, processor.tokenizer, next(batches, []), row_of, args.seed, blank))
 
 
 # ---------------------------------------------------------------------------------- main
@@ -510,11 +473,9 @@ def main(args):
     share = todo[rank::world]
     with row_writer(out.parent / f"{out.stem}.rank{rank}.jsonl", configuration, len(share)) as write:
         if args.api_base:
-            loader = DataLoader(Prompts(share, None, args), batch_size=None,
-                                num_workers=args.num_workers)
-            ask_server(loader, lambda sample: ask_one(sample, args), write, args.concurrency)
+            ask_there(share, write, args)
         elif todo:
-            ask_model(share, len(todo[::world]), write, processor, device, args)
+            ask_here(share, len(todo[::world]), write, processor, device, args)
     dist.barrier(ranks)
 
     # ------------------------------------------------------------------ filter and report

@@ -87,6 +87,7 @@ MEDIA_FAULTS = (OSError, ValueError, AssertionError, RuntimeError, SyntaxError, 
                 Image.DecompressionBombError)
 # Bytes that decoding one medium may take; 64 frames of 3840 x 2160 pixels, as floats, fit.
 DECODE_MEMORY = 16 * 2**30
+FRAME_STREAM, TOKEN_STREAM = 1, 2  # last key of record_generator: no two draws share one
 HASHED_BLOCKS, BLOCK_BYTES = 64, 4096  # of each weight file: seconds for any size of model
 
 
@@ -551,11 +552,10 @@ class ApiError(RuntimeError):
 
 
 def ask_api(args, messages, n, seed):
-    """n answers of an OpenAI-compatible server: [(text, finish_reason, completion tokens), ...].
+    """n answers of an OpenAI-compatible server: [(text, tokens, whether it was cut off), ...].
 
-    finish_reason is "stop", or "length" where max_new_tokens cut the answer off. Of several
-    answers to one request a server tells only the sum of tokens: each gets the mean. Raises
-    ApiError when a request fails args.api_retries times more, InputError when all would fail.
+    Of several answers to one request a server tells only the sum of tokens: each gets the mean.
+    Raises ApiError when a request fails args.api_retries times more, InputError when all would.
     """
     answers = []
     while len(answers) < n:  # some servers answer once, whatever n is
@@ -603,14 +603,14 @@ def read_choices(reply):
 
     >>> read_choices({"choices": [{"message": {"content": "Hi"}, "finish_reason": "stop"}],
     ...               "usage": {"completion_tokens": 2}})
-    [('Hi', 'stop', 2)]
+    [('Hi', 2, False)]
     """
     choices = reply["choices"]
     if not choices:
         raise ValueError("the reply has no choices")
     tokens = round(reply["usage"]["completion_tokens"] / len(choices))
     # content is null where the answer was cut off before it began
-    return [(choice["message"]["content"] or "", choice["finish_reason"], tokens)
+    return [(choice["message"]["content"] or "", tokens, choice["finish_reason"] == "length")
             for choice in choices]
 
 
@@ -624,34 +624,81 @@ def retry_after(text):
     return min(max(seconds, 0.0), LONGEST_RETRY_AFTER)
 
 
-def ask_server(samples, answer, write, concurrency):
-    """Writes the row answer(sample), or why there is none, for each sample; so many at a time.
+def ask_server(samples, n, row_of, write, args):
+    """Writes row_of(sample, n answers, seconds), or why there is none, for each of the samples;
+    args.concurrency at a time. Samples with a "reason" have no medium and are rows already.
 
-    Samples with a "reason" have no medium and are rows already. InputError when the server fails
-    MOST_FAILURES requests in a row: it is gone.
+    InputError when the server fails MOST_FAILURES requests in a row: it is gone.
     """
     running, failed = set(), 0
 
     def work(sample):  # in a thread: the row is on disk before anything else can go wrong
+        record, started = sample["record"], time.perf_counter()
+        seed = record_generator(args.seed, record, TOKEN_STREAM).initial_seed() % 2**31
         try:
-            row = answer(sample)
+            answers = ask_api(args, sample["messages"], n, seed)
+            row = row_of(sample, answers, time.perf_counter() - started)
         except ApiError as error:
-            row = skip_row(sample["record"], error)
+            row = skip_row(record, error)
         write([row])
         return row.get("reason")
 
-    with ThreadPoolExecutor(concurrency) as pool:
+    with ThreadPoolExecutor(args.concurrency) as pool:
         for sample in chain(samples, [None]):  # None: the last ones are waited for
             if sample and "reason" in sample:
                 write([sample])
             elif sample:
                 running.add(pool.submit(work, sample))
-            while len(running) >= (concurrency if sample else 1):
+            while len(running) >= (args.concurrency if sample else 1):
                 done, running = wait(running, return_when=FIRST_COMPLETED)
                 for reason in (future.result() for future in done):
                     failed = failed + 1 if reason else 0
                     if failed >= MOST_FAILURES:
                         raise InputError(f"{failed} requests in a row failed, the last: {reason}")
+
+
+# ------------------------------------------------------------- a model on this machine
+
+def cut_at_end(ids, end_ids):
+    """A response up to its first end token, which is kept, and whether it had none.
+
+    >>> cut_at_end([5, 6, 2, 0, 0], {2, 0}), cut_at_end([5, 6], {2, 0})
+    (([5, 6, 2], False), ([5, 6], True))
+    """
+    for i, token in enumerate(ids):
+        if token in end_ids:
+            return ids[:i + 1], False
+    return ids, True
+
+
+@torch.inference_mode()
+def respond(model, samples, seed):
+    """Responses to B encoded samples, as ids up to the end token: [(ids, cut off), ...], those of
+    one sample in a row, as many as the model's generation_config says."""
+    config = model.generation_config
+    pad_values = {"input_ids": config.pad_token_id, "attention_mask": 0, "mm_token_type_ids": 0}
+    batch = pad_batch([sample["inputs"] for sample in samples], pad_values, "left")
+    batch = {key: value.to(model.device) for key, value in batch.items()}  # ids (B, L)
+    # generate draws from torch's own generator: seeded for each batch, by its first record
+    torch.manual_seed(record_generator(seed, samples[0]["record"], TOKEN_STREAM).initial_seed())
+    ids = model.generate(**batch)[:, batch["input_ids"].shape[1]:]  # (B n, response's L)
+    return [cut_at_end(row, config.eos_token_id) for row in ids.tolist()]
+
+
+def ask_model(model, tokenizer, samples, row_of, seed, blank=None) -> list[dict]:
+    """A batch's rows: row_of(sample, its answers as in ask_api, seconds), or why there is none.
+
+    Without anything to answer, `blank` is: ranks that hold one model in parts stay in step.
+    """
+    started, rows = time.perf_counter(), [sample for sample in samples if "reason" in sample]
+    good = [sample for sample in samples if "inputs" in sample]
+    asked = good or [blank] * (blank is not None)
+    responses = [(tokenizer.decode(ids, skip_special_tokens=True), len(ids), cut)
+                 for ids, cut in (respond(model, asked, seed) if asked else ())]
+    seconds = (time.perf_counter() - started) / max(len(good), 1)
+    n = len(responses) // max(len(asked), 1)
+    return rows + [row_of(sample, responses[i * n:(i + 1) * n], seconds)
+                   for i, sample in enumerate(good)]
 
 
 # ------------------------------------------------------- answers as rows that outlive a kill

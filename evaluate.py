@@ -63,9 +63,9 @@ from PIL import Image
 from torch.utils.data import DataLoader, Dataset
 from transformers import AutoModelForImageTextToText, AutoProcessor, GenerationConfig
 
-from build_data import (ANSWER_SUFFIX, TEMPLATE, InputError, MediaError, api_messages, ask_api,
-                        ask_server, check_limits, encode, load_records, load_vision_isolated,
-                        model_hash, pad_batch, provenance, read_args_line, read_rows,
+from build_data import (ANSWER_SUFFIX, FRAME_STREAM, TEMPLATE, InputError, MediaError, api_messages,
+                        ask_model, ask_server, check_limits, encode, load_records,
+                        load_vision_isolated, model_hash, provenance, read_args_line, read_rows,
                         record_generator, row_writer, sampling_of, skip_row, unanswered,
                         write_whole)
 from rewards import accuracy_reward, extract_answer, format_reward, parse_number
@@ -87,7 +87,6 @@ REFLECTION = re.compile(r"\b(?:wait|hmm+|on second thought|let(?:'s| me| us) (?:
 # Tokens that stand for pixels: a policy that emits one would break its own next forward.
 FORBIDDEN_TOKENS = ("<|vision_start|>", "<|vision_end|>", "<|vision_pad|>", "<|image_pad|>",
                     "<|video_pad|>")
-FRAME_STREAM, TOKEN_STREAM = 1, 2  # last key of the generators: no two draws share one
 LONGEST_WAIT = timedelta(days=7)  # of the first rank to finish for the last one
 
 # This project's own wording: the paper's (Figure 12) is not in its text.
@@ -549,18 +548,6 @@ def reorder(vision, order, generator):
     return vision._replace(frames=frames)
 
 
-def cut_at_end(ids, end_ids):
-    """A response up to its first end token, which is kept, and whether it had none.
-
-    >>> cut_at_end([5, 6, 2, 0, 0], {2, 0}), cut_at_end([5, 6], {2, 0})
-    (([5, 6, 2], False), ([5, 6], True))
-    """
-    for i, token in enumerate(ids):
-        if token in end_ids:
-            return ids[:i + 1], False
-    return ids, True
-
-
 def grade(records, rows, threshold):
     """A graded row for each record that has an output in `rows`, keyed by problem_id as text."""
     graded = []
@@ -1013,29 +1000,15 @@ def print_result(task, result, args):
               f"the first: {result['skipped'][0]['reason']}")
 
 
-# ------------------------------------------------------------------- the server, the model
+# ------------------------------------------------------------- the model, here or behind a server
 
-def ask_one(sample, args):
-    """The row of a record's response by the server."""
-    record, started = sample["record"], time.perf_counter()
-    seed = record_generator(args.seed, record, TOKEN_STREAM).initial_seed() % 2**31
-    (text, finish, tokens), = ask_api(args, sample["messages"], 1, seed)
-    return {"problem_id": record["problem_id"], "output": text, "tokens": tokens,
-            "truncated": finish == "length", "seconds": time.perf_counter() - started,
-            "size": sample["size"]}
-
-
-@torch.inference_mode()
-def respond(model, samples, seed):
-    """Responses to B samples of Prompts, as ids up to the end token: [(ids, truncated), ...]."""
-    config = model.generation_config
-    pad_values = {"input_ids": config.pad_token_id, "attention_mask": 0, "mm_token_type_ids": 0}
-    batch = pad_batch([sample["inputs"] for sample in samples], pad_values, "left")
-    batch = {key: value.to(model.device) for key, value in batch.items()}  # ids (B, L)
-    # generate draws from torch's own generator: seeded for each batch, by its first record
-    torch.manual_seed(record_generator(seed, samples[0]["record"], TOKEN_STREAM).initial_seed())
-    ids = model.generate(**batch)[:, batch["input_ids"].shape[1]:]  # (B, response's L)
-    return [cut_at_end(row, config.eos_token_id) for row in ids.tolist()]
+def row_of(sample, answers, seconds):
+    """The row of a record's response."""
+    (text, tokens, truncated), = answers
+    row = {"problem_id": sample["record"]["problem_id"], "output": text, "tokens": tokens,
+           "truncated": truncated, "seconds": seconds, "size": sample["size"]}
+    return row if "messages" in sample else row | {
+        "prompt_tokens": sample["inputs"]["input_ids"].shape[1]}
 
 
 def by_length(samples, size):
@@ -1053,18 +1026,7 @@ def ask_here(model, processor, share, write, args):
     loader = DataLoader(Prompts(share, processor, args), batch_size=None,
                         num_workers=args.num_workers, prefetch_factor=ahead)
     for samples in by_length(loader, args.batch_size):
-        started = time.perf_counter()
-        good = [sample for sample in samples if "inputs" in sample]
-        rows = [sample for sample in samples if "reason" in sample]
-        responses = respond(model, good, args.seed) if good else []
-        seconds = (time.perf_counter() - started) / max(len(good), 1)
-        for sample, (ids, truncated) in zip(good, responses):
-            text = processor.tokenizer.decode(ids, skip_special_tokens=True)
-            rows.append({"problem_id": sample["record"]["problem_id"], "output": text,
-                         "tokens": len(ids), "truncated": truncated, "seconds": seconds,
-                         "size": sample["size"],
-                         "prompt_tokens": sample["inputs"]["input_ids"].shape[1]})
-        write(rows)
+        write(ask_model(model, processor.tokenizer, samples, row_of, args.seed))
 
 
 def engine_of(args, processor, device):
@@ -1076,7 +1038,7 @@ def engine_of(args, processor, device):
             return ask_here(model(), processor, share, write, task_args)
         loader = DataLoader(Prompts(share, None, task_args), batch_size=None,
                             num_workers=args.num_workers)
-        ask_server(loader, lambda sample: ask_one(sample, args), write, args.concurrency)
+        ask_server(loader, 1, row_of, write, args)
     return engine
 
 

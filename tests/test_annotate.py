@@ -94,7 +94,7 @@ def ask(server, n=1, *more):
 
 def test_a_request_carries_the_sampling_and_the_key_and_answers_come_with_their_tokens():
     with Server(lambda body, number: reply("a", "b")) as server:
-        assert ask(server, 2) == [("a", "stop", 7), ("b", "stop", 7)]
+        assert ask(server, 2) == [("a", 7, False), ("b", 7, False)]
         path, headers, body, _ = server.requests[0]
     assert path == "/v1/chat/completions" and headers["Authorization"] == f"Bearer {KEY}"
     assert body == {"model": "m", "messages": [{"role": "user", "content": "Hi"}], "n": 2,
@@ -112,7 +112,7 @@ def test_a_server_that_answers_once_whatever_n_is_gets_asked_again_with_another_
     (200, {"Content-Length": "5000"}, '{"choices": [{"mess')])
 def test_a_fault_that_passes_costs_a_repeated_request(fault):
     with Server(lambda body, number: fault if number == 0 else reply("a")) as server:
-        assert ask(server) == [("a", "stop", 7)]
+        assert ask(server) == [("a", 7, False)]
         assert len(server.requests) == 2
 
 
@@ -121,7 +121,7 @@ def test_a_slow_answer_is_given_up_and_asked_for_again():
         time.sleep(1 if number == 0 else 0)
         return reply("a")
     with Server(answer) as server:
-        assert ask(server) == [("a", "stop", 7)]
+        assert ask(server) == [("a", 7, False)]
         assert len(server.requests) == 2
 
 
@@ -458,7 +458,7 @@ def test_a_server_and_this_machine_give_an_image_the_same_greedy_answer(toy, pro
         inputs = processor(text=[prompt], images=[image], return_tensors="pt")
         with lock:
             ids = model.generate(**inputs)[0, inputs["input_ids"].shape[1]:].tolist()
-        ids, cut = annotate.cut_at_end(ids, model.generation_config.eos_token_id)
+        ids, cut = build_data.cut_at_end(ids, model.generation_config.eos_token_id)
         said = processor.tokenizer.decode(ids, skip_special_tokens=True)
         return reply(said, finish="length" if cut else "stop")
     with Server(answer) as server:

@@ -243,8 +243,8 @@ def test_a_padded_batch_of_videos_and_images_is_answered_like_one_by_one(toy):
     samples = [dataset[i] for i in range(12)]
     assert len({sample["inputs"]["input_ids"].shape[1] for sample in samples}) > 1
     assert {sample["record"]["data_type"] for sample in samples} == {"image", "video"}
-    together = evaluate.respond(model, samples, 0)
-    assert together == [evaluate.respond(model, [sample], 0)[0] for sample in samples]
+    together = build_data.respond(model, samples, 0)
+    assert together == [build_data.respond(model, [sample], 0)[0] for sample in samples]
     assert len({tuple(ids) for ids, _ in together}) > 1  # not equal for a trivial reason
 
 
@@ -266,15 +266,15 @@ def test_vision_tokens_are_not_sampled_and_draws_repeat_with_the_seed(toy):
     args.max_frames = 8
     dataset = evaluate.Prompts(load_records(toy / "test.json"), processor, args)
     samples = [dataset[i] for i in range(8)]
-    first = evaluate.respond(model, samples, 0)
-    assert first == evaluate.respond(model, samples, 0) != evaluate.respond(model, samples, 1)
+    first = build_data.respond(model, samples, 0)
+    assert first == build_data.respond(model, samples, 0) != build_data.respond(model, samples, 1)
     pads = processor.tokenizer.convert_tokens_to_ids(list(evaluate.FORBIDDEN_TOKENS))
     assert len(pads) == 5 and not {token for ids, _ in first for token in ids} & set(pads)
 
 
 def test_a_response_ends_with_its_first_end_token():
-    assert evaluate.cut_at_end([4, 9, 8, 8], [8, 9]) == ([4, 9], False)
-    assert evaluate.cut_at_end([4, 5], [8, 9]) == ([4, 5], True)
+    assert build_data.cut_at_end([4, 9, 8, 8], [8, 9]) == ([4, 9], False)
+    assert build_data.cut_at_end([4, 5], [8, 9]) == ([4, 5], True)
 
 
 # -------------------------------------------------------------------------------- whole runs

@@ -9,7 +9,8 @@ from conftest import ROOT
 
 SCRIPTS = ("annotate.py", "sft.py", "tgrpo.py", "evaluate.py")
 # each script's own, under a common name
-OWN = {"parse_args", "main", "load_model", "check_flags", "write_result", "ask_one"}
+OWN = {"parse_args", "main", "load_model", "check_flags", "write_result", "row_of",
+       "ask_here"}
 
 
 def functions(script):
