@@ -47,19 +47,17 @@ import torch
 import torch.distributed as dist
 from deepspeed.accelerator import get_accelerator
 from torch.utils.data import DataLoader, Dataset
-from transformers import AutoModelForImageTextToText, AutoProcessor, GenerationConfig
+from transformers import AutoModelForImageTextToText, AutoProcessor
 from transformers.integrations.deepspeed import set_hf_deepspeed_config
 
 from build_data import (ANSWER_SUFFIX, TEMPLATE, InputError, MediaError, api_messages, ask_model,
-                        ask_server, check_limits, encode, encode_blank, image_as_video, json_list,
-                        load_records, load_vision_isolated, model_hash, read_args_line, read_rows,
-                        row_writer, sampling_of, skip_row, unanswered, write_whole)
+                        ask_server, check_answering, encode, encode_blank, generation_config,
+                        image_as_video, json_list, load_records, load_vision_isolated, model_hash,
+                        read_args_line, read_rows, row_writer, sampling_of, skip_row, unanswered,
+                        write_whole)
 from rewards import (WORD, accuracy_reward, choice_letter, extract_answer, format_reward,
                      parse_number)
 
-# Tokens that stand for pixels: a policy that emits one would break its own next forward.
-FORBIDDEN_TOKENS = ("<|vision_start|>", "<|vision_end|>", "<|vision_pad|>", "<|image_pad|>",
-                    "<|video_pad|>")
 LONGEST_WAIT = timedelta(days=7)  # of the first rank to finish for the last one
 RUN = 6  # words: a shorter run is shared with the prompt, or repeated, by chance
 
@@ -128,13 +126,7 @@ def parse_args(argv=None):
 
 def check_flags(args):
     """Raises InputError for values that no run can work with."""
-    check_limits(args)
-    for flag in ("samples", "max_new_tokens", "batch_size", "concurrency"):
-        if getattr(args, flag) < 1:
-            raise InputError(f"--{flag} is {getattr(args, flag)}: it must be at least 1")
-    if args.temperature < 0 or not 0 < args.top_p <= 1:
-        raise InputError(f"--temperature {args.temperature} must not be negative, "
-                         f"and --top_p {args.top_p} must be above 0 and at most 1")
+    check_answering(args)
     if args.samples > 1 and not args.temperature:
         raise InputError(f"--samples {args.samples} at --temperature 0 are all the same")
     if args.api_base and args.deepspeed_config:
@@ -328,8 +320,7 @@ class Sharding:
 
 
 def load_model(args, tokenizer, device):
-    """The model, set to answer as the flags say: its own sampling defaults (a repetition penalty
-    in Qwen2.5-VL's release) are put aside. With --deepspeed_config, this rank's part of it."""
+    """The model, set to answer as the flags say; with --deepspeed_config, this rank's part."""
     sharding = None
     if args.deepspeed_config:
         try:
@@ -349,31 +340,12 @@ def load_model(args, tokenizer, device):
             use_safetensors=True)
     except (OSError, ValueError, ImportError) as error:
         raise InputError(f"cannot load --model {args.model}: {error}") from None
-    sampling = {"do_sample": True, "temperature": args.temperature, "top_p": args.top_p, "top_k": 0}
-    model.generation_config = GenerationConfig(
-        max_new_tokens=args.max_new_tokens, num_return_sequences=args.samples,
-        **(sampling if args.temperature else {}),
-        eos_token_id=stop_tokens(model, tokenizer), pad_token_id=tokenizer.pad_token_id,
-        suppress_tokens=forbidden_tokens(model, tokenizer))
+    model.generation_config = generation_config(model, tokenizer, args, args.samples)
     if sharding is None:
         return model.to(device).eval()
     engine, *_ = deepspeed.initialize(model=model, config=config)
     engine.module.sharding = sharding  # kept alive: generate() asks it whether ranks keep step
     return engine.module.eval()
-
-
-def stop_tokens(model, tokenizer):
-    """Every end token of the model; the tokenizer's own first."""
-    ends = model.generation_config.eos_token_id
-    ends = ends if isinstance(ends, list) else [ends]
-    return list(dict.fromkeys([tokenizer.eos_token_id, *(end for end in ends if end is not None)]))
-
-
-def forbidden_tokens(model, tokenizer):
-    """Ids that must not be sampled: visual placeholders, and ids that no token has."""
-    ids = tokenizer.convert_tokens_to_ids(list(FORBIDDEN_TOKENS))
-    beyond = range(len(tokenizer), model.config.get_text_config().vocab_size)
-    return sorted({i for i in ids if i is not None} | set(beyond))
 
 
 # ---------------------------------------------------------- what a run leaves beside --out

@@ -527,6 +527,17 @@ def check_limits(args):
         raise InputError(f"--fps {args.fps} must be positive")
 
 
+def check_answering(args):
+    """check_limits, and InputError for flags with which no model can answer."""
+    check_limits(args)
+    for flag in ("samples", "max_new_tokens", "batch_size", "concurrency"):
+        if getattr(args, flag, 1) < 1:
+            raise InputError(f"--{flag} is {getattr(args, flag)}: it must be at least 1")
+    if args.temperature < 0 or not 0 < args.top_p <= 1:
+        raise InputError(f"--temperature {args.temperature} must not be negative, "
+                         f"and --top_p {args.top_p} must be above 0 and at most 1")
+
+
 def sampling_of(args, record) -> dict:
     """load_vision's keyword arguments for a record, from the flags that every stage shares."""
     image = record["data_type"] == "image"  # images have their own pair of limits
@@ -659,6 +670,36 @@ def ask_server(samples, n, row_of, write, args):
 
 # ------------------------------------------------------------- a model on this machine
 
+# Tokens that stand for pixels: a policy that emits one would break its own next forward.
+FORBIDDEN_TOKENS = ("<|vision_start|>", "<|vision_end|>", "<|vision_pad|>", "<|image_pad|>",
+                    "<|video_pad|>")
+
+
+def stop_tokens(model, tokenizer):
+    """Every end token of the model; the tokenizer's own first."""
+    ends = model.generation_config.eos_token_id
+    ends = ends if isinstance(ends, list) else [ends]
+    return list(dict.fromkeys([tokenizer.eos_token_id, *(end for end in ends if end is not None)]))
+
+
+def forbidden_tokens(model, tokenizer):
+    """Ids that must not be sampled: visual placeholders, and ids that no token has."""
+    ids = tokenizer.convert_tokens_to_ids(list(FORBIDDEN_TOKENS))
+    beyond = range(len(tokenizer), model.config.get_text_config().vocab_size)
+    return sorted({i for i in ids if i is not None} | set(beyond))
+
+
+def generation_config(model, tokenizer, args, n=1):
+    """n answers to each prompt, as the flags say: the model's own sampling defaults (a repetition
+    penalty in Qwen2.5-VL's release) are put aside."""
+    from transformers import GenerationConfig
+    sampling = {"do_sample": True, "temperature": args.temperature, "top_p": args.top_p, "top_k": 0}
+    return GenerationConfig(
+        max_new_tokens=args.max_new_tokens, num_return_sequences=n,
+        **(sampling if args.temperature else {}), eos_token_id=stop_tokens(model, tokenizer),
+        pad_token_id=tokenizer.pad_token_id, suppress_tokens=forbidden_tokens(model, tokenizer))
+
+
 def cut_at_end(ids, end_ids):
     """A response up to its first end token, which is kept, and whether it had none.
 
@@ -782,11 +823,12 @@ def model_hash(model):
 
 def write_whole(files):
     """Writes text files, {path: pieces}: all of them complete, or none."""
+    aside = {path: f"{path}.{os.getpid()}.partial" for path in files}  # other ranks may write too
     for path, pieces in files.items():
-        with open(f"{path}.partial", "w", encoding="utf-8") as file:
+        with open(aside[path], "w", encoding="utf-8") as file:
             file.writelines(pieces)
     for path in files:
-        os.replace(f"{path}.partial", path)
+        os.replace(aside[path], path)
 
 
 def json_list(lines):

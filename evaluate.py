@@ -49,7 +49,7 @@ import warnings
 from collections import Counter, defaultdict
 from datetime import timedelta
 from fractions import Fraction
-from functools import lru_cache
+from functools import cache
 from itertools import islice
 from pathlib import Path
 from typing import Callable, NamedTuple
@@ -61,12 +61,12 @@ import torch.distributed as dist
 from deepspeed.accelerator import get_accelerator
 from PIL import Image
 from torch.utils.data import DataLoader, Dataset
-from transformers import AutoModelForImageTextToText, AutoProcessor, GenerationConfig
+from transformers import AutoModelForImageTextToText, AutoProcessor
 
 from build_data import (ANSWER_SUFFIX, FRAME_STREAM, TEMPLATE, InputError, MediaError, api_messages,
-                        ask_model, ask_server, check_limits, encode, load_records,
-                        load_vision_isolated, model_hash, provenance, read_args_line, read_rows,
-                        record_generator, row_writer, sampling_of, skip_row, unanswered,
+                        ask_model, ask_server, check_answering, encode, generation_config,
+                        load_records, load_vision_isolated, model_hash, provenance, read_args_line,
+                        read_rows, record_generator, row_writer, sampling_of, skip_row, unanswered,
                         write_whole)
 from rewards import accuracy_reward, extract_answer, format_reward, parse_number
 
@@ -84,9 +84,6 @@ WINDOW = 2  # batches of decoded samples among which similar lengths are looked 
 # Phrases of second thoughts; "wait" as a plain verb is counted too.
 REFLECTION = re.compile(r"\b(?:wait|hmm+|on second thought|let(?:'s| me| us) (?:re-?|double[- ])?"
                         r"(?:check|verify|consider|examine|read))\b", re.IGNORECASE)
-# Tokens that stand for pixels: a policy that emits one would break its own next forward.
-FORBIDDEN_TOKENS = ("<|vision_start|>", "<|vision_end|>", "<|vision_pad|>", "<|image_pad|>",
-                    "<|video_pad|>")
 LONGEST_WAIT = timedelta(days=7)  # of the first rank to finish for the last one
 
 # This project's own wording: the paper's (Figure 12) is not in its text.
@@ -173,17 +170,11 @@ def parse_args(argv=None):
 
 def check_flags(args):
     """Raises InputError for values that no run can work with."""
-    check_limits(args)
+    check_answering(args)
     wanted = ["output", "model"] + ["benchmark"] * (not args.judge)
     missing = [flag for flag in wanted if not getattr(args, flag)]
     if missing:
         raise InputError(f"--{missing[0]} is needed (only --diff does without a model)")
-    for flag in ("max_new_tokens", "batch_size", "min_frames", "concurrency"):
-        if getattr(args, flag) < 1:
-            raise InputError(f"--{flag} is {getattr(args, flag)}: it must be at least 1")
-    if args.temperature < 0 or not 0 < args.top_p <= 1:
-        raise InputError(f"--temperature {args.temperature} must not be negative, "
-                         f"and --top_p {args.top_p} must be above 0 and at most 1")
     if min(args.frames) < args.min_frames:
         raise InputError(f"--frames {min(args.frames)} is below --min_frames {args.min_frames}")
 
@@ -246,13 +237,15 @@ VIDEOMMMU_BEFORE = (  # the benchmark's own words; the quiz is an image, the vid
 VIDEOMMMU_AFTER = "\nPlease ignore the Quiz question in last frame of the video."
 
 
+def subject_groups(subject, disciplines):
+    """{"subject", and "discipline" where `disciplines` has the subject}."""
+    return {"subject": subject} | {"discipline": key for key, names in disciplines.items()
+                                   if subject in names.split()}
+
+
 def videommmu_groups(video_id):
-    """{"subject", "discipline"} of "dev_Biology_3"."""
-    subject = "_".join(video_id.split("_")[1:-1])
-    disciplines = [key for key, names in VIDEOMMMU_SUBJECTS.items() if subject in names.split()]
-    if not disciplines:
-        raise ValueError(f"{video_id} names no subject of VideoMMMU")
-    return {"subject": subject, "discipline": disciplines[0]}
+    """The groups of "dev_Basic_Medical_Science_3": subject Basic_Medical_Science of Medicine."""
+    return subject_groups("_".join(video_id.split("_")[1:-1]), VIDEOMMMU_SUBJECTS)
 
 
 def videommmu(content, path):
@@ -280,10 +273,8 @@ MMVU_SUBJECTS = {  # the benchmark's four disciplines and 27 subjects
 
 
 def mmvu_groups(path):
-    """{"subject", and "discipline" where it is known} of videos/Art/0.mp4."""
-    subject = Path(path).parent.name
-    return {"subject": subject} | {"discipline": key for key, names in MMVU_SUBJECTS.items()
-                                   if subject in names.split()}
+    """The groups of videos/Chemistry/0.mp4: subject Chemistry of Science."""
+    return subject_groups(Path(path).parent.name, MMVU_SUBJECTS)
 
 
 def mmvu(content, path):
@@ -520,6 +511,12 @@ def bootstrap_mean(values, media, seed, cells=None):
     return mean, float(low), float(high)
 
 
+def interval(values, media, seed, cells=None):
+    """bootstrap_mean as {"mean", "low", "high", "n"}."""
+    found = bootstrap_mean([float(value) for value in values], media, seed, cells)
+    return dict(zip(("mean", "low", "high"), found)) | {"n": len(values)}
+
+
 def shuffle_frames(frames, generator):
     """The (T, C, H, W) frames in a random order that is never the given one when T > 1."""
     if len(frames) < 2:
@@ -579,6 +576,11 @@ def groups_of(record):
         "data_source": str(record.get("data_source"))})}
 
 
+def overalls_of(name):
+    """The ways to sum a benchmark up; the plain mean for a file of records."""
+    return BENCHMARKS[name].overalls if name in BENCHMARKS else PLAIN
+
+
 def usable(overalls, records):
     """The overalls whose groups every record names; the first is the benchmark's headline."""
     return {name: overall for name, overall in overalls.items()
@@ -601,9 +603,8 @@ def measure(rows, metrics, overall, ordered, seed):
                      for row, before in earlier if before]
         if pairs:
             cells = [groups_of(row)[overall.by] for row, _ in pairs] if overall.by else None
-            interval = bootstrap_mean([float(value) for _, value in pairs],
-                                      [row["path"] for row, _ in pairs], seed, cells)
-            found[metric] = dict(zip(("mean", "low", "high"), interval)) | {"n": len(pairs)}
+            rows_with, values = zip(*pairs)
+            found[metric] = interval(values, [row["path"] for row in rows_with], seed, cells)
     return found
 
 
@@ -707,7 +708,7 @@ def difference(a, b):
         raise InputError("the two results have no question in common")
     lines = [f"{key} differs: {str(a['configuration'].get(key))[:60]} | {str(value)[:60]}"
              for key, value in b["configuration"].items() if a["configuration"].get(key) != value]
-    overalls = BENCHMARKS[a["benchmark"]].overalls if a["benchmark"] in BENCHMARKS else PLAIN
+    overalls = overalls_of(a["benchmark"])
     # with b's rows as the ordered ones, the "drop" of a's rows is b - a
     seed = a["arguments"]["seed"]
     scores, there = score(old, old, seed, overalls, new), score(new, new, seed, overalls)
@@ -759,16 +760,14 @@ def read_file(path):
 def read_benchmark(name, path, args):
     """The records of a benchmark: a released eval_*.json, or its own release, which is converted
     and left as records in --output. Each gains the groups that it is scored in."""
-    path, benchmark = Path(path), BENCHMARKS[name]
+    path, benchmark, records = Path(path), BENCHMARKS[name], []
     files = [path]
     if path.is_dir():  # its patterns are alternatives
-        found = (sorted(path.glob(pattern)) for pattern in benchmark.files)
-        files = next(filter(None, found), [])
+        files = next(filter(None, (sorted(path.glob(p)) for p in benchmark.files)), [])
     if not files:
         raise InputError(f"{path} has no {' or '.join(benchmark.files)}, as {benchmark.title} "
                          "is released")
     root = args.media_root or (path if path.is_dir() else path.parent)
-    records = []
     for file in files:
         content = read_file(file)
         try:
@@ -776,14 +775,12 @@ def read_benchmark(name, path, args):
                 return [record | {"groups": released_groups(name, record)}
                         for record in load_records(file, root)]
             records += benchmark.convert(content, file)
+        except InputError:  # a ValueError too
+            raise
         except (KeyError, TypeError, ValueError, AttributeError, IndexError) as error:
-            if isinstance(error, InputError):
-                raise
             raise InputError(f"{file} is not as {benchmark.title} is released: {error!r}") from None
     whole = Path(args.output) / f"{name}.records.json"
-    aside = whole.with_suffix(f".{os.getpid()}.partial")  # every rank writes the same
-    aside.write_text(json.dumps(records, indent=1), encoding="utf-8")
-    aside.replace(whole)
+    write_whole({whole: [json.dumps(records, indent=1)]})  # by every rank
     return load_records(whole, root)
 
 
@@ -889,34 +886,15 @@ def precision():
 
 
 def load_model(args, tokenizer, device):
-    """The model, set to answer as the flags say: its own sampling defaults (a repetition penalty
-    in Qwen2.5-VL's release) are put aside."""
+    """The model, set to answer as the flags say."""
     try:
         model = AutoModelForImageTextToText.from_pretrained(
             args.model, dtype=precision(), attn_implementation=args.attn_implementation,
             use_safetensors=True)
     except (OSError, ValueError, ImportError) as error:
         raise InputError(f"cannot load --model {args.model}: {error}") from None
-    sampling = {"do_sample": True, "temperature": args.temperature, "top_p": args.top_p, "top_k": 0}
-    model.generation_config = GenerationConfig(
-        max_new_tokens=args.max_new_tokens, **(sampling if args.temperature else {}),
-        eos_token_id=stop_tokens(model, tokenizer), pad_token_id=tokenizer.pad_token_id,
-        suppress_tokens=forbidden_tokens(model, tokenizer))
+    model.generation_config = generation_config(model, tokenizer, args)
     return model.to(device).eval()
-
-
-def stop_tokens(model, tokenizer):
-    """Every end token of the model; the tokenizer's own first."""
-    ends = model.generation_config.eos_token_id
-    ends = ends if isinstance(ends, list) else [ends]
-    return list(dict.fromkeys([tokenizer.eos_token_id, *(end for end in ends if end is not None)]))
-
-
-def forbidden_tokens(model, tokenizer):
-    """Ids that must not be sampled: visual placeholders, and ids that no token has."""
-    ids = tokenizer.convert_tokens_to_ids(list(FORBIDDEN_TOKENS))
-    beyond = range(len(tokenizer), model.config.get_text_config().vocab_size)
-    return sorted({i for i in ids if i is not None} | set(beyond))
 
 
 # ------------------------------------------------------------ what a run leaves in --output
@@ -962,7 +940,7 @@ def write_result(task, args):
         stem = task.stem.removesuffix(args.order) + "ordered"
         ordered = grade(task.records, read_rows(args.output, stem, task.configuration),
                         args.correct_threshold)
-    overalls = BENCHMARKS[task.name].overalls if task.name in BENCHMARKS else PLAIN
+    overalls = overalls_of(task.name)
     answers = [row for row in rows.values() if "output" in row]
     whole = json.dumps(task.configuration, sort_keys=True).encode()
     result = {"benchmark": task.name, "frames": task.frames, "order": args.order,
@@ -1019,26 +997,19 @@ def by_length(samples, size):
         yield from (window[i:i + size] for i in range(0, len(window), size))
 
 
-def ask_here(model, processor, share, write, args):
-    """Answers a rank's share of the records on this machine, a batch at a time."""
-    # the next window is decoded while this one is answered
-    ahead = -(-WINDOW * args.batch_size // args.num_workers) if args.num_workers else None
-    loader = DataLoader(Prompts(share, processor, args), batch_size=None,
-                        num_workers=args.num_workers, prefetch_factor=ahead)
-    for samples in by_length(loader, args.batch_size):
-        write(ask_model(model, processor.tokenizer, samples, row_of, args.seed))
-
-
 def engine_of(args, processor, device):
     """What answers: (share, write, args) -> None, through a server or on this machine."""
-    model = lru_cache(lambda: load_model(args, processor.tokenizer, device))  # when first needed
+    model = cache(lambda: load_model(args, processor.tokenizer, device))  # when first needed
+    # the next window is decoded while this one is answered
+    ahead = -(-WINDOW * args.batch_size // args.num_workers) if args.num_workers else None
 
     def engine(share, write, task_args):
-        if not args.api_base:
-            return ask_here(model(), processor, share, write, task_args)
-        loader = DataLoader(Prompts(share, None, task_args), batch_size=None,
-                            num_workers=args.num_workers)
-        ask_server(loader, 1, row_of, write, args)
+        loader = DataLoader(Prompts(share, processor, task_args), batch_size=None,
+                            num_workers=args.num_workers, prefetch_factor=ahead)
+        if args.api_base:
+            return ask_server(loader, 1, row_of, write, args)
+        for samples in by_length(loader, args.batch_size):
+            write(ask_model(model(), processor.tokenizer, samples, row_of, args.seed))
     return engine
 
 
@@ -1108,8 +1079,7 @@ def temporal_share(pairs, seed):
     if not pairs:
         return None
     media, uses = zip(*pairs)
-    interval = bootstrap_mean([float(use) for use in uses], media, seed)
-    return dict(zip(("mean", "low", "high"), interval)) | {"n": len(pairs)}
+    return interval(uses, media, seed)
 
 
 # ---------------------------------------------------------------------------------- main

@@ -268,7 +268,7 @@ def test_vision_tokens_are_not_sampled_and_draws_repeat_with_the_seed(toy):
     samples = [dataset[i] for i in range(8)]
     first = build_data.respond(model, samples, 0)
     assert first == build_data.respond(model, samples, 0) != build_data.respond(model, samples, 1)
-    pads = processor.tokenizer.convert_tokens_to_ids(list(evaluate.FORBIDDEN_TOKENS))
+    pads = processor.tokenizer.convert_tokens_to_ids(list(build_data.FORBIDDEN_TOKENS))
     assert len(pads) == 5 and not {token for ids, _ in first for token in ids} & set(pads)
 
 
