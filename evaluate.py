@@ -115,7 +115,6 @@ class Task(NamedTuple):
     frames: int
     records: list[dict]
     configuration: dict  # what the answers depend on: rows made with another one are refused
-    todo: list[dict]     # the records that earlier runs have not answered
 
 
 def parse_args(argv=None):
@@ -512,7 +511,9 @@ def bootstrap_mean(values, media, seed, cells=None):
 
 
 def interval(values, media, seed, cells=None):
-    """bootstrap_mean as {"mean", "low", "high", "n"}."""
+    """bootstrap_mean as {"mean", "low", "high", "n"}; None without values."""
+    if not values:
+        return None
     found = bootstrap_mean([float(value) for value in values], media, seed, cells)
     return dict(zip(("mean", "low", "high"), found)) | {"n": len(values)}
 
@@ -529,11 +530,10 @@ def shuffle_frames(frames, generator):
 
 def reorder(vision, order, generator):
     """The medium as `order`, one of ORDERS, shows it; sizes, timing and token count are kept."""
-    if vision.frames is None:
-        if order != "blind":
-            return vision
-        return vision._replace(image=Image.new("RGB", vision.image.size, (GREY, GREY, GREY)))
     frames = vision.frames  # (T, C, H, W)
+    if frames is None:
+        grey = Image.new("RGB", vision.image.size, (GREY, GREY, GREY))
+        return vision._replace(image=grey) if order == "blind" else vision
     if order == "shuffled":
         frames = shuffle_frames(frames, generator)
     elif order == "reversed":
@@ -547,26 +547,26 @@ def reorder(vision, order, generator):
 
 def grade(records, rows, threshold):
     """A graded row for each record that has an output in `rows`, keyed by problem_id as text."""
+    keys = ("problem_id", "data_source", "problem_type", "path", "problem", "options", "solution",
+            "groups", "output", "tokens", "truncated", "size", "prompt_tokens")
     graded = []
     for record in records:
-        row = rows.get(str(record["problem_id"]), {})
-        if "output" not in row:
+        both = record | rows.get(str(record["problem_id"]), {})
+        if "output" not in both:
             continue
-        output, accuracy = row["output"], accuracy_reward(row["output"], record)
+        output, truth = both["output"], extract_answer(record["solution"])
         prediction, form = extract_answer(output), format_reward(output)
-        keys = ("problem_id", "data_source", "problem_type", "path", "problem", "options",
-                "solution", "groups", "output", "tokens", "truncated", "size", "prompt_tokens")
-        both = record | row
-        graded.append({key: both[key] for key in keys if key in both} | {
+        accuracy = accuracy_reward(output, record)
+        row = {key: both[key] for key in keys if key in both} | {
             "prediction": prediction, "accuracy": accuracy, "correct": accuracy >= threshold,
             "format": form, "reward": accuracy + form,
-            "reflections": len(REFLECTION.findall(output))})
-        truth = extract_answer(record["solution"])
+            "reflections": len(REFLECTION.findall(output))}
         if record["problem_type"] == "free-form":  # how VideoMMMU grades a text
-            graded[-1]["contains"] = float(truth.lower() in prediction.lower())
+            row["contains"] = float(truth.lower() in prediction.lower())
         if record["problem_type"] == "regression":
-            graded[-1]["mra"] = mean_relative_accuracy(prediction, truth)
-            graded[-1]["mra_released"] = released_relative_accuracy(prediction, truth)
+            row["mra"] = mean_relative_accuracy(prediction, truth)
+            row["mra_released"] = released_relative_accuracy(prediction, truth)
+        graded.append(row)
     return graded
 
 
@@ -615,11 +615,8 @@ def score(records, graded, seed, overalls=PLAIN, ordered=()):
     over groups.
     """
     overalls = usable(overalls, records)
-    headline, *_ = overalls.values()
+    plain = Overall(next(iter(overalls.values())).metric)
     ordered = {str(row["problem_id"]): row for row in ordered}
-    scores = {name: {"answered": len(graded), "records": len(records),
-                     **measure(graded, ("score", "drop"), overall, ordered, seed)}
-              for name, overall in overalls.items() if overall.by}
 
     def labels(record):
         return ["all", *(f"{kind}: {name}" for kind, name in groups_of(record).items())]
@@ -627,11 +624,13 @@ def score(records, graded, seed, overalls=PLAIN, ordered=()):
     for row in graded:
         for label in labels(row):
             members[label].append(row)
-    for label, count in Counter(label for record in records for label in labels(record)).items():
-        rows = members[label]
-        scores[label] = {"answered": len(rows), "records": count,
-                         **measure(rows, METRICS, Overall(headline.metric), ordered, seed)}
-    return scores
+    groups = [(name, graded, len(records), ("score", "drop"), overall)
+              for name, overall in overalls.items() if overall.by]
+    counts = Counter(label for record in records for label in labels(record))
+    groups += [(label, members[label], count, METRICS, plain) for label, count in counts.items()]
+    return {name: {"answered": len(rows), "records": count,
+                   **measure(rows, metrics, overall, ordered, seed)}
+            for name, rows, count, metrics, overall in groups}
 
 
 # ------------------------------------------------------------------------------ tables
@@ -925,16 +924,15 @@ def plan_tasks(args, benchmarks, shared):
     for name, records in benchmarks.items():
         for frames in dict.fromkeys(args.frames):
             configuration = shared | {"frames": frames, "records_sha256": records_hash(records)}
-            rows = {order: read_rows(args.output, f"{name}_{frames}_{order}", configuration)
-                    for order in ORDERS}[args.order]  # all orders: they are compared
-            tasks.append(Task(f"{name}_{frames}_{args.order}", name, frames, records,
-                              configuration, unanswered(records, rows)))
+            for order in ORDERS:  # they are compared
+                read_rows(args.output, f"{name}_{frames}_{order}", configuration)
+            stem = f"{name}_{frames}_{args.order}"
+            tasks.append(Task(stem, name, frames, records, configuration))
     return tasks
 
 
-def write_result(task, args):
+def write_result(task, rows, args):
     """<stem>.json, complete or absent, from every row that --output has. Returns its content."""
-    rows = read_rows(args.output, task.stem, task.configuration)
     graded, ordered = grade(task.records, rows, args.correct_threshold), []
     if args.order != "ordered":
         stem = task.stem.removesuffix(args.order) + "ordered"
@@ -1014,10 +1012,11 @@ def engine_of(args, processor, device):
 
 
 def complete(task, engine, ranks, args):
-    """Answers what a task lacks, each rank a share; returns when the last rank is done."""
+    """Answers what a task lacks, each rank a share. Returns the rows of all ranks and runs."""
     rank, output, skipped = dist.get_rank(), Path(args.output), []
-    share = task.todo[rank::dist.get_world_size()]
-    if share:
+    todo = unanswered(task.records, read_rows(output, task.stem, task.configuration))
+    dist.barrier(ranks)  # all ranks have read the rows before one adds to them
+    if share := todo[rank::dist.get_world_size()]:
         path = output / f"{task.stem}.rank{rank}.jsonl"
         with row_writer(path, task.configuration, len(share)) as write_rows:
             def write(rows):
@@ -1027,6 +1026,7 @@ def complete(task, engine, ranks, args):
         with open(output / "skipped.jsonl", "a", encoding="utf-8") as file:
             file.writelines(json.dumps(row) + "\n" for row in skipped)
     dist.barrier(ranks)
+    return read_rows(output, task.stem, task.configuration)
 
 
 # ------------------------------------------------------------------------------- the judge
@@ -1036,50 +1036,34 @@ def verdicts(stem, prompt, rows, shared, engine, ranks, args):
     records = []
     for row in rows:
         question = "\n".join([row["problem"], *(row.get("options") or [])])
-        records.append({"problem_id": row["problem_id"], "path": row["path"],
-                        "judge_prompt": prompt.format_map({"question": question,
-                                                           "output": row["output"]})})
+        text = prompt.format_map({"question": question, "output": row["output"]})
+        records.append({key: row[key] for key in ("problem_id", "path")} | {"judge_prompt": text})
     configuration = shared | {"records_sha256": records_hash(records)}
-    done = read_rows(args.output, stem, configuration)
-    dist.barrier(ranks)  # all ranks have read the rows before one adds to them
-    task = Task(stem, "judge", 0, records, configuration, unanswered(records, done))
-    complete(task, engine, ranks, args)
-    found = {key: verdict(row["output"]) for key, row in
-             read_rows(args.output, stem, configuration).items() if "output" in row}
+    said = complete(Task(stem, "judge", 0, records, configuration), engine, ranks, args)
+    found = {key: verdict(row["output"]) for key, row in said.items() if "output" in row}
     return {key: value for key, value in found.items() if value is not None}
 
 
 def judge(path, shared, engine, ranks, args):
-    """The verdicts on a result file: [(medium, whether the response uses temporal reasoning)] of
-    the questions that need it. Leaves <stem>.judge.json; a question without verdict is in neither.
-    """
-    result, stem = read_result(path), Path(path).stem
-    rows = result["rows"]
-    needs = verdicts(f"{stem}.questions", JUDGE_QUESTION, rows, shared, engine, ranks, args)
-    needed = [row for row in rows if needs.get(str(row["problem_id"]))]
-    uses = verdicts(f"{stem}.responses", JUDGE_RESPONSE, needed, shared, engine, ranks, args)
-    pairs = [(row["path"], uses[str(row["problem_id"])]) for row in needed
-             if str(row["problem_id"]) in uses]
+    """The verdicts on a result file, as two lists: whether a response to a question that needs
+    temporal reasoning uses it; its medium. Leaves <stem>.judge.json; a question without verdict
+    is in neither."""
+    rows = {str(row["problem_id"]): row for row in read_result(path)["rows"]}
+    rest, stem = (shared, engine, ranks, args), Path(path).stem
+    needs = verdicts(f"{stem}.questions", JUDGE_QUESTION, rows.values(), *rest)
+    needed = [row for key, row in rows.items() if needs.get(key)]
+    uses = verdicts(f"{stem}.responses", JUDGE_RESPONSE, needed, *rest)
+    media = [rows[key]["path"] for key in uses]
     if dist.get_rank() == 0:
         print(f"{stem}: {len(rows)} questions answered, {len(needs)} judged, {len(needed)} need "
               "temporal reasoning")
-        verdict_rows = [{"problem_id": row["problem_id"], "needs": needs[str(row["problem_id"])],
-                         "uses": uses.get(str(row["problem_id"]))}
-                        for row in rows if str(row["problem_id"]) in needs]
         write_whole({f"{args.output}/{stem}.judge.json": [json.dumps({
             "questions": len(rows), "judged": len(needs), "needs": len(needed),
-            "uses": temporal_share(pairs, args.seed), "judge": args.model, "configuration": shared,
-            "prompts": [JUDGE_QUESTION, JUDGE_RESPONSE], **provenance(),
-            "rows": verdict_rows}, indent=1)]})
-    return pairs
-
-
-def temporal_share(pairs, seed):
-    """Figure 6's number from judge's pairs: the share that uses it; None without any."""
-    if not pairs:
-        return None
-    media, uses = zip(*pairs)
-    return interval(uses, media, seed)
+            "uses": interval(list(uses.values()), media, args.seed), "judge": args.model,
+            "configuration": shared, "prompts": [JUDGE_QUESTION, JUDGE_RESPONSE], **provenance(),
+            "rows": [{"problem_id": row["problem_id"], "needs": needs[key], "uses": uses.get(key)}
+                     for key, row in rows.items() if key in needs]}, indent=1)]})
+    return list(uses.values()), media
 
 
 # ---------------------------------------------------------------------------------- main
@@ -1102,20 +1086,22 @@ def main(args):
     tasks = plan_tasks(args, benchmarks, shared)
     rank, device = setup_distributed(args)
     ranks = dist.new_group(backend="gloo", timeout=LONGEST_WAIT)
-    dist.barrier(ranks)  # all ranks have read the rows before one adds to them
     engine = engine_of(args, processor, device)
 
     # ------------------------------------------------------------------- verdicts of a judge
-    pairs = [pair for path in args.judge or () for pair in judge(path, shared, engine, ranks, args)]
-    if args.judge and rank == 0:
-        print(f"temporal reasoning in {cell('uses', temporal_share(pairs, args.seed)) or '-'} % of "
-              f"{len(pairs)} responses to questions that need it")
+    uses, media = [], []
+    for path in args.judge or ():
+        for found, more in zip((uses, media), judge(path, shared, engine, ranks, args)):
+            found += more
+    if args.judge and rank == 0:  # Figure 6's number
+        print(f"temporal reasoning in {cell('uses', interval(uses, media, args.seed)) or '-'} % of "
+              f"{len(uses)} responses to questions that need it")
 
     # ---------------------------------------------------------------- answers, then scores
     for task in tasks:
-        complete(task, engine, ranks, args)
+        rows = complete(task, engine, ranks, args)
         if rank == 0:
-            print_result(task, write_result(task, args), args)
+            print_result(task, write_result(task, rows, args), args)
     if rank == 0 and not args.judge:
         files = [path for name in BENCHMARKS for order in ("ordered", args.order)
                  for path in Path(args.output).glob(f"{name}_*_{order}.json")]
