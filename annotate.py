@@ -443,7 +443,8 @@ def main(args):
 
     # -------------------------------------------------------------- responses, row by row
     share = todo[rank::world]
-    with row_writer(out.parent / f"{out.stem}.rank{rank}.jsonl", configuration, len(share)) as write:
+    path = out.parent / f"{out.stem}.rank{rank}.jsonl"
+    with row_writer(path, len(share), configuration, rank != 0) as write:
         if args.api_base:
             ask_there(share, write, args)
         elif todo:

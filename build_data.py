@@ -779,13 +779,13 @@ def read_rows(output, stem, configuration):
 
 
 @contextmanager
-def row_writer(path, configuration, total):
+def row_writer(path, total, configuration=None, quiet=False):
     """write(rows), for any thread, at the end of a file that begins with the configuration."""
     lock, kept = threading.Lock(), whole_lines(path)
     with path.open("a", encoding="utf-8") as file, \
-            tqdm(total=total, desc=path.name, disable="rank0" not in path.name) as bar:
+            tqdm(total=total, desc=path.stem, disable=quiet) as bar:
         file.truncate(len(kept))
-        if not kept:
+        if configuration and not kept:
             file.write(json.dumps(configuration) + "\n")
 
         def write(rows):
@@ -1060,77 +1060,51 @@ def toy_model(tokenizer, seed, hidden=96, layers=3, heads=4, kv_heads=2, mlp=256
     return model
 
 
-def toy_args_files(out):
-    """The stages' configurations: what departs from the paper's, because the toy is small."""
-    common = f"""\
---media_root={out}
---min_pixels={PATCH**2}
---max_pixels={PATCH**2}
---image_min_pixels={PATCH**2}
---image_max_pixels={PATCH**2}
-"""
-    return {"ds_zero0.json": """\
-{"zero_optimization": {"stage": 0}, "bf16": {"enabled": "auto"}}
-""", "sft.args": f"""\
+# The stages' configurations: what departs from the paper's, because the toy is small.
+TOY_ARGS = """\
+sft.args
 # the cold start: python sft.py @{out}/sft.args
---model={out}/model
---data={out}/cot.json
---output={out}/sft
-{common}\
+--model={out}/model --data={out}/cot.json --output={out}/sft {common}
 # one process has nothing to shard; on two, add --deepspeed_config ds_zero3.json
---deepspeed_config={out}/ds_zero0.json
---num_train_epochs=9
---max_frames={TOY_FRAMES}
---per_rank_batch_size=32
---gradient_accumulation_steps=1
---learning_rate=1.5e-3
---lr_schedule=linear
---warmup_steps=50
---adam_beta2=0.98
---max_grad_norm=1
-""", "tgrpo.args": f"""\
+--deepspeed_config={out}/ds_zero0.json --num_train_epochs=9 --max_frames={frames}
+--per_rank_batch_size=32 --gradient_accumulation_steps=1 --learning_rate=1.5e-3
+--lr_schedule=linear --warmup_steps=50 --adam_beta2=0.98 --max_grad_norm=1
+
+tgrpo.args
 # T-GRPO: python tgrpo.py @{out}/tgrpo.args
---model={out}/sft
---data={out}/train.json
---output={out}/tgrpo
-{common}\
---max_frames={TOY_FRAMES}
+--model={out}/sft --data={out}/train.json --output={out}/tgrpo {common} --max_frames={frames}
 # one process has nothing to shard; on two, add --deepspeed_config ds_zero3.json
---deepspeed_config={out}/ds_zero0.json
---prompts_per_rank=12
---max_steps=150
---learning_rate=4e-4
---lr_schedule=linear
---warmup_steps=10
---adam_beta2=0.99
---max_grad_norm=1
---max_new_tokens=40
---chunk_size=8
+--deepspeed_config={out}/ds_zero0.json --prompts_per_rank=12 --max_steps=150
+--learning_rate=4e-4 --lr_schedule=linear --warmup_steps=10 --adam_beta2=0.99 --max_grad_norm=1
+--max_new_tokens=40 --chunk_size=8
 # responses are about 20 tokens long, so the window of the length reward is too
---l_min=16
---l_max=24
---save_steps=50
-""", "annotate.args": f"""\
+--l_min=16 --l_max=24 --save_steps=50
+
+annotate.args
 # its own chains of thought: python annotate.py @{out}/annotate.args; then train on them:
 # python sft.py @{out}/sft.args --model {out}/sft --data {out}/cot_own.json --output {out}/sft_own
---model={out}/sft
---data={out}/train.json
---out={out}/cot_own.json
-{common}\
---max_frames={TOY_FRAMES}
---max_new_tokens=40
---samples=2
---batch_size=64
+--model={out}/sft --data={out}/train.json --out={out}/cot_own.json {common} --max_frames={frames}
+--max_new_tokens=40 --samples=2 --batch_size=64
 # thoughts are about 40 characters long; the paper's filter is for essays
 --min_think=10
-""", "evaluate.args": f"""\
+
+evaluate.args
 # before: python evaluate.py @{out}/evaluate.args --model {out}/sft --output {out}/eval_sft
---benchmark=toy={out}/test.json
---frames={TOY_FRAMES}
-{common}\
---max_new_tokens=40
---batch_size=64
+--benchmark=toy={out}/test.json --frames={frames} {common} --max_new_tokens=40 --batch_size=64"""
+
+
+def toy_args_files(out):
+    """{name: text} of the configurations, one flag a line."""
+    pixels = ("min_pixels", "max_pixels", "image_min_pixels", "image_max_pixels")
+    common = "\n".join([f"--media_root={out}", *(f"--{name}={PATCH**2}" for name in pixels)])
+    files = {"ds_zero0.json": """\
+{"zero_optimization": {"stage": 0}, "bf16": {"enabled": "auto"}}
 """}
+    for part in TOY_ARGS.split("\n\n"):
+        name, *lines = part.splitlines()
+        lines = [line if line.startswith("#") else "\n".join(line.split()) for line in lines]
+        files[name] = "\n".join(lines).format(out=out, frames=TOY_FRAMES, common=common) + "\n"
+    return files
 
 
 def build_toy(args):
@@ -1233,8 +1207,7 @@ def default_recipe() -> list[dict]:
 def write_recipe(args):
     """Figure 2 as a file to edit."""
     recipe = default_recipe()
-    text = "[\n" + ",\n".join(json.dumps(entry) for entry in recipe) + "\n]\n"
-    write_whole({args.out: [text]})
+    write_whole({args.out: json_list(map(json.dumps, recipe))})
     print(f"{args.out}: {len(recipe)} entries, {sum(e['count'] for e in recipe):,} questions")
 
 
@@ -1888,11 +1861,9 @@ def check(args):
     reasons = {}
     loader = torch.utils.data.DataLoader(Media(todo, args), batch_size=None, in_order=False,
                                          num_workers=args.num_workers)
-    with open(log, "a", encoding="utf-8") as file:
-        file.truncate(len(whole_lines(log)))
-        for row in tqdm(loader, desc="check", total=len(todo)):
-            file.write(json.dumps(row) + "\n")
-            file.flush()
+    with row_writer(log, len(todo)) as write:
+        for row in loader:
+            write([row])
             if row["reason"]:
                 reasons[tuple(row["clip"])] = row["reason"]
     clean = [record for record in records if clip_of(record) not in reasons]

@@ -1018,7 +1018,7 @@ def complete(task, engine, ranks, args):
     dist.barrier(ranks)  # all ranks have read the rows before one adds to them
     if share := todo[rank::dist.get_world_size()]:
         path = output / f"{task.stem}.rank{rank}.jsonl"
-        with row_writer(path, task.configuration, len(share)) as write_rows:
+        with row_writer(path, len(share), task.configuration, rank != 0) as write_rows:
             def write(rows):
                 write_rows(rows)
                 skipped.extend({"result": task.stem, **row} for row in rows if "reason" in row)

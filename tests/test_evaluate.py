@@ -322,11 +322,11 @@ def test_a_killed_run_goes_on_to_the_rows_of_an_uninterrupted_one(toy, uninterru
 
 def test_a_torn_line_is_cut_off_before_the_next_row_is_written(tmp_path):
     path = tmp_path / "rows.jsonl"
-    with build_data.row_writer(path, {"seed": 0}, 2) as write:
+    with build_data.row_writer(path, 2, {"seed": 0}) as write:
         write([{"problem_id": 1}])
     with path.open("a") as file:
         file.write('{"probl')
-    with build_data.row_writer(path, {"seed": 0}, 1) as write:
+    with build_data.row_writer(path, 1, {"seed": 0}) as write:
         write([{"problem_id": 2}])
     assert path.read_text() == '{"seed": 0}\n{"problem_id": 1}\n{"problem_id": 2}\n'
 
