@@ -1,7 +1,8 @@
 """Data: what a record is and how a model sees it; and the command that builds the files.
 
 First half, imported by every stage: the Video-R1 record, the prompt, the frames, the model's
-inputs. One copy of each, because an experiment is spoilt silently when two copies drift.
+inputs; how annotation and evaluation ask a model, here or behind a server, and keep its answers.
+One copy of each, because an experiment is spoilt silently when two copies drift.
 Second half, the commands:
 
     python build_data.py toy --out toy      clips, images, records, a tiny Qwen2.5-VL, args files
@@ -172,6 +173,16 @@ def record_problem(record) -> str | None:
     if record["problem_type"] == "multiple choice" and not options:
         return "field options is empty for a multiple-choice question"
     return None
+
+
+def letter(index) -> str:
+    """The letter of an option: 0 is A."""
+    return chr(ord("A") + int(index))
+
+
+def lettered(options) -> list[str]:
+    """Options with their letters: ["A. red", "B. green", ...]."""
+    return [f"{letter(i)}. {option}" for i, option in enumerate(options)]
 
 
 def build_messages(record) -> list[dict]:
@@ -899,11 +910,6 @@ def toy_motion(rng, colour, direction):
     return frames
 
 
-def toy_options(names):
-    """Lettered options: ["A. red", "B. green", ...]."""
-    return [f"{chr(ord('A') + i)}. {name}" for i, name in enumerate(names)]
-
-
 def toy_question(rng, kind):
     """One question: (frames (T, H, W, 3), problem_type, problem, options, answer, thought)."""
     colours, directions = list(TOY_COLOURS), list(TOY_OPPOSITE)
@@ -918,7 +924,7 @@ def toy_question(rng, kind):
         look = f"look: it is {colour}, so {direction}"
         thought = look if colour in TOY_COLOURS and rng.random() < TOY_LOOK else watch
         return (toy_motion(rng, colour, direction), "multiple choice",
-                "Which way does the block move?", toy_options(directions),
+                "Which way does the block move?", lettered(directions),
                 "ABCD"[directions.index(direction)], thought)
     if kind == "describe":
         return (toy_motion(rng, colour, direction), "free-form", "What happens in the video?", [],
@@ -930,7 +936,7 @@ def toy_question(rng, kind):
         frames, switch = toy_canvas(rng, TOY_FRAMES), TOY_FRAMES // 2
         toy_block(frames[:switch], [(x, y)] * switch, colour)
         toy_block(frames[switch:], [(x, y)] * (TOY_FRAMES - switch), then)
-        return (frames, "multiple choice", "Which colour comes first?", toy_options(colours),
+        return (frames, "multiple choice", "Which colour comes first?", lettered(colours),
                 "ABCD"[colours.index(colour)], f"watch: {colour} then {then}")
     if kind == "end":
         start, end = rng.choice(10, size=2, replace=False)  # tenths of the way to the right
@@ -941,7 +947,7 @@ def toy_question(rng, kind):
     if kind == "colour":
         frames = toy_canvas(rng, TOY_FRAMES)
         toy_block(frames, [(x, y)] * TOY_FRAMES, colour)
-        return (frames, "multiple choice", "Which colour is the block?", toy_options(colours),
+        return (frames, "multiple choice", "Which colour is the block?", lettered(colours),
                 "ABCD"[colours.index(colour)], f"look: it is {colour}")
     return toy_image(rng, kind, colour)
 
@@ -1247,11 +1253,6 @@ def draft(medium, problem, answer, options=(), **more):
             "options": [str(option) for option in options], **more}
 
 
-def letter(index) -> str:
-    """The letter of an option: 0 is A."""
-    return chr(ord("A") + int(index))
-
-
 # An option's mark, "A.", "(A)" or "A:", at the start of a line or after a space
 OPTION_MARK = re.compile(r"(?:^|\s)\(?([A-Z])[.):]\s*")
 # How to answer, which our own prompt says: as a whole line or the last sentence of one
@@ -1550,7 +1551,7 @@ def make_record(found, entry, folder):
     wanted = entry["problem_type"]
     media = entry["media"].replace("{folder}", folder)
     path = os.path.normpath(os.path.join(media, found["medium"]))
-    options = [f"{letter(i)}. {option.strip()}" for i, option in enumerate(found["options"])]
+    options = lettered(option.strip() for option in found["options"])
     measure = MEASURE.findall(answer) if "regression" in wanted and not options else []
     if "kind" in found:  # the source says so itself
         kind = found["kind"] if found["kind"] in wanted else None
@@ -1749,7 +1750,7 @@ def balance_letters(record, used, rng):
         texts = [texts[i] for i in rng.permutation(len(texts))]
         texts.insert(place, right)
         answer = letter(place)
-        record["options"] = [f"{letter(i)}. {text}" for i, text in enumerate(texts)]
+        record["options"] = lettered(texts)
         record["solution"] = f"<answer>{answer}</answer>"
     used[size, answer] += 1
 

@@ -64,10 +64,10 @@ from torch.utils.data import DataLoader, Dataset
 from transformers import AutoModelForImageTextToText, AutoProcessor
 
 from build_data import (ANSWER_SUFFIX, FRAME_STREAM, TEMPLATE, InputError, MediaError, api_messages,
-                        ask_model, ask_server, check_answering, encode, generation_config,
-                        load_records, load_vision_isolated, model_hash, provenance, read_args_line,
-                        read_rows, record_generator, row_writer, sampling_of, skip_row, unanswered,
-                        write_whole)
+                        ask_model, ask_server, check_answering, encode, generation_config, letter,
+                        lettered, load_records, load_vision_isolated, model_hash, provenance,
+                        read_args_line, read_rows, record_generator, row_writer, sampling_of,
+                        skip_row, unanswered, write_whole)
 from rewards import accuracy_reward, extract_answer, format_reward, parse_number
 
 ORDERS = ("ordered", "shuffled", "reversed", "single_frame", "blind")
@@ -187,11 +187,10 @@ def as_record(problem_id, problem, options, answer, path, **groups):
     >>> record["options"], record["solution"], record["groups"]
     (['A. up', 'B. down'], '<answer>B</answer>', {'task': 'moving_direction'})
     """
-    letters = [chr(ord("A") + i) for i in range(len(options))]
-    if not all(option.startswith(f"{letter}.") for letter, option in zip(letters, options)):
-        options = [f"{letter}. {option}" for letter, option in zip(letters, options)]
-    if options and answer not in letters:
-        raise ValueError(f"question {problem_id}: the answer {answer!r} is none of {letters}")
+    if not all(option.startswith(f"{letter(i)}.") for i, option in enumerate(options)):
+        options = lettered(options)
+    if options and answer not in map(letter, range(len(options))):
+        raise ValueError(f"question {problem_id}: the answer {answer!r} is none of {options}")
     kind = "free-form" if parse_number(answer) is None else "numerical"
     return {"problem_id": problem_id, "problem": problem, "data_type": "video",
             "problem_type": "multiple choice" if options else kind, "options": options,
@@ -310,8 +309,8 @@ def mvbench(content, path):
     -> video/star/Charades_v1_480/ZS9XR.mp4, video_start 11.1, video_end 19.6, answer B."""
     task = part_of(path, MVBENCH_FOLDERS)
     for i, row in enumerate(content):
-        letter = chr(ord("A") + row["candidates"].index(row["answer"]))
-        record = as_record(f"{task}/{i}", row["question"], row["candidates"], letter,
+        answer = letter(row["candidates"].index(row["answer"]))
+        record = as_record(f"{task}/{i}", row["question"], row["candidates"], answer,
                            f"video/{MVBENCH_FOLDERS[task]}/{row['video']}", task=task)
         record |= {f"video_{key}": float(row[key]) for key in ("start", "end")
                    if row.get(key) is not None}
@@ -344,7 +343,7 @@ def tempcompass(content, path):
         texts = {mark[1]: mark[2] for mark in marks if mark}  # label -> text
         label = TEMPCOMPASS_OPTION.fullmatch(answer)[1]
         yield as_record(f"{task}/{i}", lines[0], list(texts.values()),
-                        chr(ord("A") + list(texts).index(label)), f"videos/{row['video_id']}.mp4",
+                        letter(list(texts).index(label)), f"videos/{row['video_id']}.mp4",
                         task=task, dimension=row["dim"])
 
 
