@@ -93,7 +93,8 @@ HASHED_BLOCKS, BLOCK_BYTES = 64, 4096  # of each weight file: seconds for any si
 
 
 class InputError(ValueError):
-    """What the user gave cannot be used. Every script prints it as one line and exits with 1."""
+    """What the user gave cannot be used, or a run cannot go on with it. Every script prints it,
+    without a traceback, and exits with 1."""
 
 
 class MediaError(ValueError):

@@ -14,11 +14,13 @@ Left out on purpose: packing (rows are padded to the longest of the micro-batch)
 Shapes: B records of a micro-batch, L tokens, V vocabulary.
 """
 import argparse
+import hashlib
 import json
 import math
 import os
 import resource
 import shutil
+import signal
 import socket
 import sys
 import time
@@ -39,6 +41,12 @@ from build_data import (InputError, MediaError, check_limits, encode, encode_bla
                         load_records, load_vision_of, pad_batch, provenance, read_args_line,
                         seeded_generator)
 
+# What a resumed run may change: it paces the run or says where things are.
+FREE_ARGUMENTS = {"data", "media_root", "output", "deepspeed_config", "num_workers",
+                  "decode_timeout", "frame_cache", "frame_cache_gb", "save_steps",
+                  "keep_checkpoints", "max_skipped", "resume", "timeout_minutes", "local_rank",
+                  "max_steps", "num_train_epochs"}
+SHOWN_SKIPPED = 10  # reasons that are printed when --max_skipped stops a run
 ORDER_STREAM = 0  # first key of the data order's generators
 IGNORED = -100  # label of a token without loss, as in torch's cross entropy
 
@@ -83,6 +91,9 @@ def parse_args(argv=None):
     add("--frame_cache", help="folder that keeps decoded frames for later epochs and runs")
     add("--frame_cache_gb", type=float, default=200, help="gigabytes after which it keeps no more")
     add("--save_steps", type=int, default=500, help="steps between checkpoints; 0: none")
+    add("--keep_checkpoints", type=int, default=2, help="newest checkpoints that stay; 0: all")
+    add("--max_skipped", type=float, default=0.1,
+        help="share of questions with unusable media above which the run stops")
     add("--resume", action="store_true", help="continue from the newest checkpoint in --output")
     add("--seed", type=int, default=0, help="seed of every random draw")
     add("--timeout_minutes", type=float, default=30, help="longest wait for another rank")
@@ -162,7 +173,8 @@ class Targets(Dataset):
         except MediaError as error:
             return {"problem_id": record["problem_id"], "path": record["path"],
                     "reason": str(error)}
-        return sft_example(self.processor, record, vision, self.end_id)
+        return {"problem_id": record["problem_id"],
+                **sft_example(self.processor, record, vision, self.end_id)}
 
 
 def sft_example(processor, record, vision, end_id):
@@ -261,7 +273,19 @@ def start_engine(model, args, config):
 
 # ------------------------------------------------------------ what a run leaves in --output
 
-def open_output(args) -> int:
+def run_identity(args, config, records) -> dict:
+    """What a resumed run must share with the run that it continues: every argument that its
+    numbers depend on, the records, and how DeepSpeed splits the state over ranks."""
+    fields = ("problem_id", "problem", "options", "solution", "path", "process")
+    text = json.dumps([[record.get(field) for field in fields] for record in records])
+    return {**{f"--{name}": value for name, value in vars(args).items()
+               if name not in FREE_ARGUMENTS},
+            "records of --data": hashlib.sha256(text.encode()).hexdigest()[:12],
+            "number of processes": int(os.environ.get("WORLD_SIZE", 1)),
+            "ZeRO stage": config.get("zero_optimization", {}).get("stage", 0)}
+
+
+def open_output(args, identity) -> int:
     """Makes --output. Returns the step to start from: 0, or with --resume the newest checkpoint's.
 
     Without --resume a folder that holds a run is refused: nothing is ever written over.
@@ -272,8 +296,7 @@ def open_output(args) -> int:
     except OSError as error:
         raise InputError(f"cannot write to --output {output}: {error}") from None
     used = (output / "metrics.jsonl").exists() and not args.resume
-    steps = [int(path.name.split("-")[1]) for path in output.glob("checkpoint-*")
-             if path.name.split("-")[1].isdigit()]
+    steps = checkpoint_steps(output)
     # the ranks agree before any of them writes; one that sees another disk is found out here
     found = gather_objects((used, max(steps, default=0)))
     if any(rank_used for rank_used, _ in found):
@@ -282,7 +305,30 @@ def open_output(args) -> int:
     if len(set(found)) > 1:
         raise InputError(f"ranks see different checkpoints in --output {output}: it must be on "
                          f"storage that all nodes share ({sorted({step for _, step in found})})")
-    return found[0][1]
+    first_step = found[0][1]
+    if first_step:
+        check_identity(output / f"checkpoint-{first_step}", identity)
+    if dist.get_rank() == 0:
+        for rest in output.glob("checkpoint-*.partial"):  # of a run that was killed while saving
+            shutil.rmtree(rest)
+    return first_step
+
+
+def check_identity(checkpoint, identity):
+    """InputError that names what differs between a checkpoint's run and this one."""
+    try:
+        saved = json.loads((checkpoint / "run.json").read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise InputError(f"{checkpoint} cannot be read: {error}; remove it to resume from the "
+                         "checkpoint before it") from None
+    now = json.loads(json.dumps(identity))
+    changed = [f"{name} was {saved.get(name)}, is {now.get(name)}"
+               for name in sorted(saved.keys() | now.keys()) if saved.get(name) != now.get(name)]
+    if changed:
+        raise InputError(
+            f"--resume: {checkpoint} belongs to another run: {'; '.join(changed)}. Give what it "
+            "had, or start in another --output (DeepSpeed's zero_to_fp32.py, in the checkpoint's "
+            "folder, turns it into weights for --model)")
 
 
 def open_log(args, name, first_step):
@@ -306,21 +352,88 @@ def open_log(args, name, first_step):
     return path.open("a", encoding="utf-8", buffering=1)
 
 
-def save_checkpoint(engine, args, step):
-    """checkpoint-<step>/, complete or absent: written aside, renamed when every rank is done."""
-    aside = Path(args.output) / f"checkpoint-{step}.partial"
-    if dist.get_rank() == 0:
-        shutil.rmtree(aside, ignore_errors=True)
+def save_checkpoint(engine, args, step, identity):
+    """checkpoint-<step>/, complete or absent: written aside, renamed when every rank is done.
+    Only then those older than the newest --keep_checkpoints are removed."""
+    output = Path(args.output)
+    aside, whole = output / f"checkpoint-{step}.partial", output / f"checkpoint-{step}"
+    if whole.exists():
+        return
+    dist.barrier()  # no rank creates it before all have seen that it is not there
+    try:
+        engine.save_checkpoint(str(aside), tag="state")
+        if dist.get_rank() == 0:
+            (aside / "run.json").write_text(json.dumps(identity), encoding="utf-8")
+    except (OSError, RuntimeError) as error:  # torch.save reports a full disk as either
+        raise InputError(f"cannot write {aside}: {error}. Checkpoints before it are whole: make "
+                         "room and continue with --resume") from None
     dist.barrier()
-    engine.save_checkpoint(str(aside), tag="state")
-    dist.barrier()
     if dist.get_rank() == 0:
-        aside.rename(Path(args.output) / f"checkpoint-{step}")
+        aside.rename(whole)
+        steps = sorted(checkpoint_steps(output))
+        for old in steps[:-args.keep_checkpoints] if args.keep_checkpoints else []:
+            # renamed first: what is left of it if we are killed now is no checkpoint
+            old_aside = (output / f"checkpoint-{old}").rename(output / f"checkpoint-{old}.partial")
+            shutil.rmtree(old_aside)
+    dist.barrier()
+
+
+def checkpoint_steps(output) -> list[int]:
+    """The steps of the complete checkpoints in a folder."""
+    names = [path.name.removeprefix("checkpoint-") for path in output.glob("checkpoint-*")]
+    return [int(name) for name in names if name.isdigit()]
 
 
 def load_checkpoint(engine, args, step):
     """Weights and optimizer of checkpoint-<step>."""
     engine.load_checkpoint(str(Path(args.output) / f"checkpoint-{step}"), tag="state")
+
+
+def stop_on_sigterm() -> list:
+    """Lets SIGTERM (pre-emption) end the run after its current step: the list that is returned
+    is no longer empty then."""
+    received = []
+    signal.signal(signal.SIGTERM, lambda *_: received.append("SIGTERM"))
+    return received
+
+
+def leave_sigterm_to_main(_):
+    """For data workers, whom a launcher's SIGTERM reaches too: the current step needs them."""
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)
+
+
+def watch_gradients(model, device):
+    """A tensor that counts the gradients, of any parameter in any backward, that hold NaN or
+    infinity. Read before an optimizer step, it keeps them from the weights."""
+    count = torch.zeros((), device=device)
+
+    def look(gradient):
+        count.add_(~gradient.isfinite().all())
+    for parameter in model.parameters():
+        if parameter.requires_grad:
+            parameter.register_hook(look)
+    return count
+
+
+def check_skipped(args, skipped, drawn):
+    """InputError when more than --max_skipped of the questions so far (of 100 when fewer were
+    drawn) had media that cannot be used."""
+    if skipped > args.max_skipped * max(drawn, 100):
+        lines = (Path(args.output) / "skipped.jsonl").read_text(encoding="utf-8").splitlines()
+        shown = "".join(f"\n  {json.loads(line)['reason']}" for line in lines[-SHOWN_SKIPPED:])
+        raise InputError(f"{skipped} of {drawn} questions had media that cannot be used, above "
+                         f"--max_skipped {args.max_skipped:g}. All are in {args.output}/"
+                         f"skipped.jsonl, the last are:{shown}")
+
+
+def skipped_before(args, first_step) -> int:
+    """How many questions a resumed run had skipped up to its checkpoint."""
+    path = Path(args.output) / "skipped.jsonl"
+    if not first_step or not path.exists():
+        return 0
+    steps = [json.loads(line)["step"] for line in path.read_text(encoding="utf-8").splitlines()
+             if line.endswith("}")]
+    return sum(step <= first_step for step in steps)
 
 
 def save_model(engine, processor, output):
@@ -369,29 +482,36 @@ def main(args):
     processor = load_processor(args)
     rank, device = setup_distributed(args)
     world = dist.get_world_size()
-    first_step = open_output(args)
+    received = stop_on_sigterm()
+    args.max_steps = math.ceil(len(records) * args.num_train_epochs / (
+        args.per_rank_batch_size * args.gradient_accumulation_steps * world))
+    identity = run_identity(args, config, records)
+    first_step = open_output(args, identity)
     model = load_model(args, config)
     if args.gradient_checkpointing:
         model.gradient_checkpointing_enable({"use_reentrant": False})
     engine = start_engine(model, args, config)
     engine.train()
+    infinite = watch_gradients(engine.module, device)
+    if first_step:
+        load_checkpoint(engine, args, first_step)
 
     # ------------------------------------------------------------------------- data order
     step_size = args.per_rank_batch_size * args.gradient_accumulation_steps  # a rank, a step
-    args.max_steps = math.ceil(len(records) * args.num_train_epochs / (step_size * world))
-    if first_step:
-        load_checkpoint(engine, args, first_step)
     positions = [(step * world + rank) * step_size + i
                  for step in range(first_step, args.max_steps) for i in range(step_size)]
     tokenizer = processor.tokenizer
     loader = iter(DataLoader(
         Targets(records, processor, tokenizer.eos_token_id, args), sampler=positions,
         batch_size=args.per_rank_batch_size, collate_fn=list, num_workers=args.num_workers,
-        prefetch_factor=2 if args.num_workers else None, pin_memory=device.type != "cpu"))
+        prefetch_factor=2 if args.num_workers else None, pin_memory=device.type != "cpu",
+        worker_init_fn=leave_sigterm_to_main))
     pad_values = {"input_ids": tokenizer.pad_token_id, "attention_mask": 0,
                   "mm_token_type_ids": 0, "labels": IGNORED}
     blank = image_as_video(processor, encode_blank(processor))
     blank["labels"] = torch.full_like(blank["input_ids"], IGNORED)  # (1, L): no loss
+    skipped_count = skipped_before(args, first_step)
+    dist.barrier()  # all have counted before the log is rewritten
     logs = {name: open_log(args, name, first_step)
             for name in ("metrics", "skipped")} if rank == 0 else {}
 
@@ -399,11 +519,13 @@ def main(args):
     bar = tqdm(total=args.max_steps, initial=first_step, desc="sft", disable=rank != 0)
     for step in range(first_step, args.max_steps):
         started = time.perf_counter()
-        micro_batches, skipped = [], []
+        micro_batches, skipped, drawn = [], [], []
         for _ in range(args.gradient_accumulation_steps):
             samples = next(loader)
+            drawn += samples
             skipped += [sample for sample in samples if "labels" not in sample]
-            good = [sample for sample in samples if "labels" in sample]
+            good = [{key: value for key, value in sample.items() if torch.is_tensor(value)}
+                    for sample in samples if "labels" in sample]
             # a rank whose whole micro-batch is broken still makes the calls of the others
             micro_batches.append(pad_batch(good or [blank], pad_values, "right"))
         tokens = sum((batch["labels"][:, 1:] != IGNORED).sum().item() for batch in micro_batches)
@@ -425,15 +547,20 @@ def main(args):
             engine.backward(loss * world / max(total_tokens, 1))  # DeepSpeed averages over ranks
         for group in engine.optimizer.param_groups:
             group["lr"] = learning_rate(step, args)
-        engine.step()
+        loss, bad = all_reduce_sum([loss_sum / max(total_tokens, 1), infinite.item()], device)
+        finite = math.isfinite(loss) and bad == 0
+        if finite:
+            engine.step()
 
-        loss, = all_reduce_sum([loss_sum / max(total_tokens, 1)], device)
-        skipped = [row for rows in gather_objects(skipped) for row in rows]
+        ids = [sample["problem_id"] for sample in drawn if "labels" in sample]
+        gathered = gather_objects((skipped, ids, len(received)))
+        skipped = [row for rows, _, _ in gathered for row in rows]
+        skipped_count += len(skipped)
         if rank == 0:
             row = {"optim/loss": loss, "optim/learning_rate": learning_rate(step, args),
                    "response/tokens": total_tokens, "data/skipped": len(skipped),
                    "time/data": waited, "time/step": time.perf_counter() - started}
-            norm = engine.get_global_grad_norm()
+            norm = engine.get_global_grad_norm() if finite else None
             if norm is not None:  # DeepSpeed keeps none at stage 0 in fp32
                 row["optim/grad_norm"] = float(norm)
             for line in skipped:
@@ -442,8 +569,21 @@ def main(args):
             engine.monitor.write_events([(key, value, step + 1) for key, value in row.items()])
             bar.set_postfix(loss=f"{loss:.4f}")
             bar.update()
-        if args.save_steps and (step + 1) % args.save_steps == 0:
-            save_checkpoint(engine, args, step + 1)
+        if not finite:
+            if step:
+                save_checkpoint(engine, args, step, identity)  # the weights before this step
+            raise InputError(f"step {step + 1}: the loss or a gradient is not finite; problem_ids "
+                             f"{[i for _, rank_ids, _ in gathered for i in rank_ids]}. "
+                             f"The weights of step {step} are in {args.output}")
+        check_skipped(args, skipped_count, (step + 1) * step_size * world)
+        stop = any(count for _, _, count in gathered)
+        if stop or args.save_steps and (step + 1) % args.save_steps == 0:
+            save_checkpoint(engine, args, step + 1, identity)
+        if stop:
+            if rank == 0:
+                tqdm.write(f"stopped by SIGTERM after step {step + 1}: the same command with "
+                           "--resume continues")
+            return
     bar.close()
     save_model(engine, processor, args.output)
 

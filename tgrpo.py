@@ -20,11 +20,13 @@ Shapes: G responses of a question, n responses of a chunk, L response tokens, P 
 B prompts side by side, N rows that decode together, V vocabulary, T frames, C x H x W pixels.
 """
 import argparse
+import hashlib
 import json
 import math
 import os
 import resource
 import shutil
+import signal
 import socket
 import sys
 import time
@@ -53,6 +55,12 @@ STD_EPSILON = 1e-4  # added to the standard deviation in Eq. 3, as in the releas
 # Tokens that stand for pixels: a policy that emits one would break its own next forward.
 FORBIDDEN_TOKENS = ("<|vision_start|>", "<|vision_end|>", "<|vision_pad|>", "<|image_pad|>",
                     "<|video_pad|>")
+# What a resumed run may change: it paces the run or says where things are.
+FREE_ARGUMENTS = {"data", "media_root", "output", "deepspeed_config", "num_workers",
+                  "decode_timeout", "frame_cache", "frame_cache_gb", "save_steps",
+                  "keep_checkpoints", "max_skipped", "resume", "timeout_minutes", "local_rank",
+                  "max_steps", "rollout_steps", "chunk_size", "chunk_memory"}
+SHOWN_SKIPPED = 10  # reasons that are printed when --max_skipped stops a run
 # First key of the generators: the three kinds of draw never share one.
 ORDER_STREAM, FRAME_STREAM, ROLLOUT_STREAM = 0, 1, 2
 
@@ -120,6 +128,9 @@ def parse_args(argv=None):
     add("--frame_cache_gb", type=float, default=200, help="gigabytes after which it keeps no more")
     add("--rollout_steps", type=int, default=10, help="steps between entries of rollouts.jsonl")
     add("--save_steps", type=int, default=100, help="steps between checkpoints; 0: none")
+    add("--keep_checkpoints", type=int, default=2, help="newest checkpoints that stay; 0: all")
+    add("--max_skipped", type=float, default=0.1,
+        help="share of questions with unusable media above which the run stops")
     add("--resume", action="store_true", help="continue from the newest checkpoint in --output")
     add("--seed", type=int, default=0, help="seed of every random draw")
     add("--timeout_minutes", type=float, default=30, help="longest wait for another rank")
@@ -667,7 +678,19 @@ def start_engine(model, args, config):
 
 # ------------------------------------------------------------ what a run leaves in --output
 
-def open_output(args) -> int:
+def run_identity(args, config, records) -> dict:
+    """What a resumed run must share with the run that it continues: every argument that its
+    numbers depend on, the records, and how DeepSpeed splits the state over ranks."""
+    fields = ("problem_id", "problem", "options", "solution", "path", "process")
+    text = json.dumps([[record.get(field) for field in fields] for record in records])
+    return {**{f"--{name}": value for name, value in vars(args).items()
+               if name not in FREE_ARGUMENTS},
+            "records of --data": hashlib.sha256(text.encode()).hexdigest()[:12],
+            "number of processes": int(os.environ.get("WORLD_SIZE", 1)),
+            "ZeRO stage": config.get("zero_optimization", {}).get("stage", 0)}
+
+
+def open_output(args, identity) -> int:
     """Makes --output. Returns the step to start from: 0, or with --resume the newest checkpoint's.
 
     Without --resume a folder that holds a run is refused: nothing is ever written over.
@@ -678,8 +701,7 @@ def open_output(args) -> int:
     except OSError as error:
         raise InputError(f"cannot write to --output {output}: {error}") from None
     used = (output / "metrics.jsonl").exists() and not args.resume
-    steps = [int(path.name.split("-")[1]) for path in output.glob("checkpoint-*")
-             if path.name.split("-")[1].isdigit()]
+    steps = checkpoint_steps(output)
     # the ranks agree before any of them writes; one that sees another disk is found out here
     found = gather_objects((used, max(steps, default=0)))
     if any(rank_used for rank_used, _ in found):
@@ -688,7 +710,30 @@ def open_output(args) -> int:
     if len(set(found)) > 1:
         raise InputError(f"ranks see different checkpoints in --output {output}: it must be on "
                          f"storage that all nodes share ({sorted({step for _, step in found})})")
-    return found[0][1]
+    first_step = found[0][1]
+    if first_step:
+        check_identity(output / f"checkpoint-{first_step}", identity)
+    if dist.get_rank() == 0:
+        for rest in output.glob("checkpoint-*.partial"):  # of a run that was killed while saving
+            shutil.rmtree(rest)
+    return first_step
+
+
+def check_identity(checkpoint, identity):
+    """InputError that names what differs between a checkpoint's run and this one."""
+    try:
+        saved = json.loads((checkpoint / "run.json").read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise InputError(f"{checkpoint} cannot be read: {error}; remove it to resume from the "
+                         "checkpoint before it") from None
+    now = json.loads(json.dumps(identity))
+    changed = [f"{name} was {saved.get(name)}, is {now.get(name)}"
+               for name in sorted(saved.keys() | now.keys()) if saved.get(name) != now.get(name)]
+    if changed:
+        raise InputError(
+            f"--resume: {checkpoint} belongs to another run: {'; '.join(changed)}. Give what it "
+            "had, or start in another --output (DeepSpeed's zero_to_fp32.py, in the checkpoint's "
+            "folder, turns it into weights for --model)")
 
 
 def open_log(args, name, first_step):
@@ -712,21 +757,88 @@ def open_log(args, name, first_step):
     return path.open("a", encoding="utf-8", buffering=1)
 
 
-def save_checkpoint(engine, args, step):
-    """checkpoint-<step>/, complete or absent: written aside, renamed when every rank is done."""
-    aside = Path(args.output) / f"checkpoint-{step}.partial"
-    if dist.get_rank() == 0:
-        shutil.rmtree(aside, ignore_errors=True)
+def save_checkpoint(engine, args, step, identity):
+    """checkpoint-<step>/, complete or absent: written aside, renamed when every rank is done.
+    Only then those older than the newest --keep_checkpoints are removed."""
+    output = Path(args.output)
+    aside, whole = output / f"checkpoint-{step}.partial", output / f"checkpoint-{step}"
+    if whole.exists():
+        return
+    dist.barrier()  # no rank creates it before all have seen that it is not there
+    try:
+        engine.save_checkpoint(str(aside), tag="state")
+        if dist.get_rank() == 0:
+            (aside / "run.json").write_text(json.dumps(identity), encoding="utf-8")
+    except (OSError, RuntimeError) as error:  # torch.save reports a full disk as either
+        raise InputError(f"cannot write {aside}: {error}. Checkpoints before it are whole: make "
+                         "room and continue with --resume") from None
     dist.barrier()
-    engine.save_checkpoint(str(aside), tag="state")
-    dist.barrier()
     if dist.get_rank() == 0:
-        aside.rename(Path(args.output) / f"checkpoint-{step}")
+        aside.rename(whole)
+        steps = sorted(checkpoint_steps(output))
+        for old in steps[:-args.keep_checkpoints] if args.keep_checkpoints else []:
+            # renamed first: what is left of it if we are killed now is no checkpoint
+            old_aside = (output / f"checkpoint-{old}").rename(output / f"checkpoint-{old}.partial")
+            shutil.rmtree(old_aside)
+    dist.barrier()
+
+
+def checkpoint_steps(output) -> list[int]:
+    """The steps of the complete checkpoints in a folder."""
+    names = [path.name.removeprefix("checkpoint-") for path in output.glob("checkpoint-*")]
+    return [int(name) for name in names if name.isdigit()]
 
 
 def load_checkpoint(engine, args, step):
     """Weights and optimizer of checkpoint-<step>."""
     engine.load_checkpoint(str(Path(args.output) / f"checkpoint-{step}"), tag="state")
+
+
+def stop_on_sigterm() -> list:
+    """Lets SIGTERM (pre-emption) end the run after its current step: the list that is returned
+    is no longer empty then."""
+    received = []
+    signal.signal(signal.SIGTERM, lambda *_: received.append("SIGTERM"))
+    return received
+
+
+def leave_sigterm_to_main(_):
+    """For data workers, whom a launcher's SIGTERM reaches too: the current step needs them."""
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)
+
+
+def watch_gradients(model, device):
+    """A tensor that counts the gradients, of any parameter in any backward, that hold NaN or
+    infinity. Read before an optimizer step, it keeps them from the weights."""
+    count = torch.zeros((), device=device)
+
+    def look(gradient):
+        count.add_(~gradient.isfinite().all())
+    for parameter in model.parameters():
+        if parameter.requires_grad:
+            parameter.register_hook(look)
+    return count
+
+
+def check_skipped(args, skipped, drawn):
+    """InputError when more than --max_skipped of the questions so far (of 100 when fewer were
+    drawn) had media that cannot be used."""
+    if skipped > args.max_skipped * max(drawn, 100):
+        lines = (Path(args.output) / "skipped.jsonl").read_text(encoding="utf-8").splitlines()
+        shown = "".join(f"\n  {json.loads(line)['reason']}" for line in lines[-SHOWN_SKIPPED:])
+        raise InputError(f"{skipped} of {drawn} questions had media that cannot be used, above "
+                         f"--max_skipped {args.max_skipped:g}. All are in {args.output}/"
+                         f"skipped.jsonl, the last are:{shown}")
+
+
+def skipped_before(args, first_step) -> int:
+    """How many questions a resumed run had skipped up to its checkpoint."""
+    path = Path(args.output) / "skipped.jsonl"
+    if not first_step or not path.exists():
+        return 0
+    steps = [json.loads(line)["step"] for line in path.read_text(encoding="utf-8").splitlines()
+             if line.endswith("}")]
+    return sum(step <= first_step for step in steps)
 
 
 def save_model(engine, processor, output):
@@ -841,8 +953,10 @@ def grade_group(sample, tokenizer, eos_ids, args):
                "parts": parts, "R": R, "A": A, "truncated": truncated.float().tolist()}
 
 
-def update(engine, reference, samples, blank, weight, args, metrics):
+def update(engine, reference, samples, blank, weight, args, metrics, infinite):
     """Step 6: updates_per_rollout optimizer steps on the responses of this rank's questions.
+
+    Returns False, before the optimizer step, when the loss or a gradient is not finite.
 
     Every rank makes prompts_per_rank times the same engine calls; where a question was skipped,
     a blank one of weight 0 stands in.
@@ -876,7 +990,12 @@ def update(engine, reference, samples, blank, weight, args, metrics):
             group = [sample[key] for key in ("inputs", "responses", "lengths")]
             backward_group(engine, *group, chunk_loss, args.chunk_size, args.temperature,
                            last=i == len(samples) - 1)
+        loss, _ = metrics.get("optim/loss", (0.0, 0))
+        bad, = all_reduce_sum([infinite.item() + (not math.isfinite(loss))], engine.device)
+        if bad:
+            return False
         engine.step()
+    return True
 
 
 def to_device(inputs, device):
@@ -944,31 +1063,32 @@ def describe(sample):
                f"{inputs['input_ids'].shape[1]} prompt tokens")
 
 
-def report(args, engine, logs, step, metrics, samples, skipped, clock, bar):
-    """Merges the ranks' metrics and writes the step's lines; collective."""
+def report(args, engine, logs, step, metrics, samples, skipped, clock, bar, finite, received):
+    """Merges the ranks' metrics and writes the step's lines; collective. Returns each rank's
+    (metrics, rollouts, skipped, received)."""
     rollouts = [rollout_row(sample) for sample in samples] \
-        if step % args.rollout_steps == 0 else []
+        if step % args.rollout_steps == 0 or not finite else []
     for name, start, end in zip(("data", "rollout", "update"), clock, clock[1:]):
         note(metrics, f"time/{name}", [end - start])
     note(metrics, "time/step", [time.perf_counter() - clock[0]])
-    gathered = gather_objects((metrics, rollouts, skipped))
+    gathered = gather_objects((metrics, rollouts, skipped, received))
     if not logs:
-        return
+        return gathered
     merged = {}
-    ratios = [rank_metrics.pop("policy/ratio_max") for rank_metrics, _, _ in gathered
+    ratios = [rank_metrics.pop("policy/ratio_max") for rank_metrics, *_ in gathered
               if "policy/ratio_max" in rank_metrics]
-    for rank_metrics, _, _ in gathered:
+    for rank_metrics, *_ in gathered:
         for name, (total, count) in rank_metrics.items():
             note(merged, name, [total], count)
     row = {name: total / count for name, (total, count) in merged.items()}
     if ratios:
         row["policy/ratio_max"] = max(ratios)
     row |= {"optim/learning_rate": learning_rate(step, args),
-            "data/skipped": sum(len(rank_skipped) for _, _, rank_skipped in gathered)}
-    norm = engine.get_global_grad_norm()
+            "data/skipped": sum(len(rank_skipped) for _, _, rank_skipped, _ in gathered)}
+    norm = engine.get_global_grad_norm() if finite else None
     if norm is not None:  # DeepSpeed keeps none at stage 0 in fp32
         row["optim/grad_norm"] = float(norm)
-    for _, rank_rollouts, rank_skipped in gathered:
+    for _, rank_rollouts, rank_skipped, _ in gathered:
         for name, lines in (("rollouts", rank_rollouts), ("skipped", rank_skipped)):
             for line in lines:
                 logs[name].write(json.dumps({"step": step + 1, **line}) + "\n")
@@ -978,6 +1098,7 @@ def report(args, engine, logs, step, metrics, samples, skipped, clock, bar):
                      (("reward", "reward/total"), ("accuracy", "reward/accuracy"),
                       ("kl", "policy/kl")) if key in row})
     bar.update()
+    return gathered
 
 
 def main(args):
@@ -989,13 +1110,16 @@ def main(args):
     tokenizer = processor.tokenizer
     rank, device = setup_distributed(args)
     world = dist.get_world_size()
-    first_step = open_output(args)
+    received = stop_on_sigterm()
+    identity = run_identity(args, config, records)
+    first_step = open_output(args, identity)
     model = load_model(args, config)
     model.model.visual.requires_grad_(not args.freeze_vision)
     args.chunk_size = args.chunk_size or chunk_that_fits(model, args)
     eos_ids, forbidden_ids = stop_tokens(model, tokenizer), forbidden_tokens(model, tokenizer)
     engine = start_engine(model, args, config)
     engine.train()
+    infinite = watch_gradients(engine.module, device)
     sampler = engine.module
     if engine.zero_optimization_partition_weights():  # ZeRO-3: sampling needs whole weights
         sampler = load_model(args, config).to(device)
@@ -1010,10 +1134,13 @@ def main(args):
     loader = iter(DataLoader(
         Questions(records, processor, args), sampler=positions, batch_size=per_step,
         collate_fn=list, num_workers=args.num_workers,
-        prefetch_factor=2 if args.num_workers else None, pin_memory=device.type != "cpu"))
+        prefetch_factor=2 if args.num_workers else None, pin_memory=device.type != "cpu",
+        worker_init_fn=leave_sigterm_to_main))
     blank = {"ordered": encode_blank(processor), "A": torch.zeros(args.G),
              "responses": torch.full((args.G, 1), eos_ids[0], device=device),
              "mask": torch.ones(args.G, 1, device=device)}
+    skipped_count = skipped_before(args, first_step)
+    dist.barrier()  # all have counted before the log is rewritten
     logs = {name: open_log(args, name, first_step)
             for name in ("metrics", "rollouts", "skipped")} if rank == 0 else {}
 
@@ -1042,13 +1169,29 @@ def main(args):
         groups, = all_reduce_sum([len(samples)], device)
         for group in engine.optimizer.param_groups:
             group["lr"] = learning_rate(step, args)
-        if groups:
-            update(engine, reference, samples, blank, world / groups, args, metrics)
+        finite = not groups or update(engine, reference, samples, blank, world / groups, args,
+                                      metrics, infinite)
         clock.append(time.perf_counter())
         # metrics, logs, checkpoint
-        report(args, engine, logs, step, metrics, samples, skipped, clock, bar)
-        if args.save_steps and (step + 1) % args.save_steps == 0:
-            save_checkpoint(engine, args, step + 1)
+        gathered = report(args, engine, logs, step, metrics, samples, skipped, clock, bar, finite,
+                          len(received))
+        skipped_count += sum(len(rank_skipped) for _, _, rank_skipped, _ in gathered)
+        if not finite:
+            if step and args.updates_per_rollout == 1:
+                save_checkpoint(engine, args, step, identity)  # the weights before this step
+            ids = [row["problem_id"] for _, rows, _, _ in gathered for row in rows]
+            raise InputError(f"step {step + 1}: the loss or a gradient is not finite; problem_ids "
+                             f"{ids}, see the last lines of {args.output}/rollouts.jsonl. "
+                             "Continue with --resume from the last checkpoint")
+        check_skipped(args, skipped_count, (step + 1) * per_step * world)
+        stop = any(count for *_, count in gathered)
+        if stop or args.save_steps and (step + 1) % args.save_steps == 0:
+            save_checkpoint(engine, args, step + 1, identity)
+        if stop:
+            if rank == 0:
+                tqdm.write(f"stopped by SIGTERM after step {step + 1}: the same command with "
+                           "--resume continues")
+            return
     bar.close()
     save_model(engine, processor, args.output)
 

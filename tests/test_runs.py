@@ -1,16 +1,11 @@
 """tgrpo.py from the command line: alone and on two ranks, killed, resumed, and fed bad input."""
 import json
-import os
-import signal
-import subprocess
-import sys
-import time
 
 import pytest
 import torch
 from safetensors.torch import load_file
 
-from conftest import ROOT, run
+from conftest import run
 
 SMALL = ["--min_pixels=784", "--max_pixels=784", "--image_min_pixels=784", "--max_frames=8",
          "--max_new_tokens=10", "--learning_rate=1e-3", "--num_workers=1", "--rollout_steps=1",
@@ -109,36 +104,6 @@ def test_grpo_without_reference_samples_no_shuffled_group(toy, tmp_path):
         assert not {"policy/kl", "group/p_tilde", "group/tie_rate", "reward/temporal"} & set(row)
     assert all(row["responses_shuffled"] == [] and row["frame_order"] is None
                for row in lines(tmp_path, "rollouts"))
-
-
-@pytest.mark.parametrize("ranks, stage", [(1, 0), (2, 3)])
-def test_a_killed_run_resumes_as_if_nothing_had_happened(toy, tmp_path, ranks, stage):
-    """SIGKILL to the whole process group at once, somewhere after step 3."""
-    config = tmp_path / "ds.json"
-    config.write_text(json.dumps({"zero_optimization": {"stage": stage},
-                                  "zero_allow_untested_optimizer": True}))
-    more = ["--max_steps", 5, "--save_steps", 2, "--deepspeed_config", config]
-    run(*tgrpo(toy, tmp_path / "whole", *more), ranks=ranks)
-    command = [sys.executable, *([] if ranks == 1 else [
-        "-m", "deepspeed.launcher.runner", "--num_gpus", str(ranks), "--master_port", "29713"]),
-        *map(str, tgrpo(toy, tmp_path / "cut", *more))]
-    process = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.DEVNULL, env=dict(os.environ),
-                               stderr=subprocess.DEVNULL, start_new_session=True)
-    log, deadline = tmp_path / "cut" / "metrics.jsonl", time.time() + 200
-    while not (log.exists() and len(log.read_text().splitlines()) > 3):
-        assert time.time() < deadline and process.poll() is None
-        time.sleep(0.02)
-    os.killpg(process.pid, signal.SIGKILL)
-    process.wait()
-    subprocess.run(["pkill", "-9", "-f", str(tmp_path / "cut")])  # ranks in sessions of their own
-    assert not (tmp_path / "cut" / "model.safetensors").exists()
-    run(*tgrpo(toy, tmp_path / "cut", *more), "--resume", ranks=ranks)
-    for name in ("metrics", "rollouts"):
-        cut, whole = (without_times(lines(tmp_path / run_name, name))
-                      for run_name in ("cut", "whole"))
-        skip = 1 if name == "metrics" else 0  # the header holds the arguments
-        assert cut[skip:] == whole[skip:]
-    assert equal_weights(tmp_path / "whole", tmp_path / "cut")
 
 
 @pytest.mark.parametrize("change, words", [

@@ -1,0 +1,82 @@
+"""Run by test_faults.py in the place of a script: the same main, with one fault built in.
+
+    python tests/faults.py tgrpo kill:rollout:4 --model ...
+
+FAULT is what:where:when[:rank]; `when` counts the calls of that place from 1. Places: rollout,
+update, save (a checkpoint is on disk but not yet in its place) and decode (for records with that
+problem_id, always). What: kill (SIGKILL), hang, slow (20 seconds), nan (the loss), full (no file
+may grow beyond 1 MB from here on), term (SIGTERM).
+"""
+import os
+import resource
+import signal
+import sys
+import time
+
+import deepspeed
+
+import conftest  # noqa: F401  puts the scripts on the path
+import build_data
+import sft
+import tgrpo
+
+SCRIPT, FAULT = sys.argv[1], sys.argv[2].split(":")
+script = {"sft": sft, "tgrpo": tgrpo}[SCRIPT]
+
+
+def strike(what):
+    if what == "kill":
+        os.kill(os.getpid(), signal.SIGKILL)
+    elif what == "term":
+        os.kill(os.getpid(), signal.SIGTERM)
+    elif what in ("hang", "slow"):
+        time.sleep(1000 if what == "hang" else 20)
+    elif what == "full":  # Python ignores SIGXFSZ: writing raises OSError
+        resource.setrlimit(resource.RLIMIT_FSIZE, (2**20, resource.RLIM_INFINITY))
+
+
+def faulty(function, after=False):
+    """The function, with the fault at its call number `when`, before or after the call."""
+    what, _, when, *rank = FAULT
+    calls = 0
+
+    def call(*args, **kwargs):
+        nonlocal calls
+        calls += 1
+        now = calls == int(when) and os.environ["RANK"] == (rank or [os.environ["RANK"]])[0]
+        if now and not after:
+            strike(what)
+        result = function(*args, **kwargs)
+        if now and after:
+            strike(what)
+        return result * float("nan") if now and what == "nan" else result
+    return call
+
+
+def faulty_decode(function):
+    what, _, problem_id, *_ = FAULT
+
+    def call(record, **limits):
+        if record["problem_id"] == int(problem_id):
+            strike(what)
+        return function(record, **limits)
+    return call
+
+
+if __name__ == "__main__":
+    place = FAULT[1]
+    if place == "rollout":
+        tgrpo.sample_responses = faulty(tgrpo.sample_responses)
+    elif place == "update":
+        name = {"sft": "target_loss", "tgrpo": "tgrpo_loss"}[SCRIPT]
+        setattr(script, name, faulty(getattr(script, name)))
+    elif place == "save":
+        engine = deepspeed.DeepSpeedEngine
+        engine.save_checkpoint = faulty(engine.save_checkpoint, after=FAULT[0] == "kill")
+    elif place == "decode":
+        build_data.load_vision = faulty_decode(build_data.load_vision)
+    sys.argv[0] = f"{SCRIPT}.py"
+    try:
+        script.main(script.parse_args(sys.argv[3:]))
+    except build_data.InputError as error:
+        sys.exit(f"{SCRIPT}.py: {error}")

@@ -1,0 +1,182 @@
+"""Killed, stopped, out of disk, out of numbers, out of media: nothing that was computed is lost."""
+import json
+import time
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from conftest import ROOT, run
+
+LIMITS = ["--min_pixels=784", "--max_pixels=784", "--image_min_pixels=784", "--max_frames=8",
+          "--num_workers=1", "--learning_rate=1e-3", "--save_steps=2"]
+# five steps each
+SCRIPTS = {"tgrpo": ["--max_steps=5", "--max_new_tokens=10", "--G=4", "--G_tilde=2",
+                     "--rollout_steps=1", "--chunk_size=2"],
+           "sft": ["--num_train_epochs=0.42", "--per_rank_batch_size=4",
+                   "--gradient_accumulation_steps=1"]}
+
+
+def command(toy, script, output, stage, *more, fault=None, ranks=0):
+    config = output.parent / f"stage{stage}.json"
+    config.write_text(json.dumps({"zero_optimization": {"stage": stage},
+                                  "zero_allow_untested_optimizer": True}))
+    start = [ROOT / "tests/faults.py", script, fault] if fault else [f"{script}.py"]
+    data = toy / {"tgrpo": "train.json", "sft": "cot.json"}[script]
+    own = SCRIPTS[script] + (["--per_rank_batch_size=2"] if script == "sft" and ranks == 2 else [])
+    return [*start, "--model", toy / "model", "--data", data, "--media_root", toy, "--output",
+            output, "--deepspeed_config", config, *LIMITS, *own, *more]
+
+
+def rows(output, name):
+    """A log without times; of metrics.jsonl without the header, which holds the arguments."""
+    lines = (output / f"{name}.jsonl").read_text().splitlines()
+    found = [{key: value for key, value in json.loads(line).items()
+              if not key.startswith("time/")} for line in lines]
+    return found[1:] if name == "metrics" else found
+
+
+def same_run(a, b):
+    for name in ("metrics", "rollouts", "skipped"):
+        if (a / f"{name}.jsonl").exists():
+            assert rows(a, name) == rows(b, name), name
+    assert [row["step"] for row in rows(a, "metrics")] == [1, 2, 3, 4, 5]
+    first, second = (load_file(folder / "model.safetensors") for folder in (a, b))
+    assert first.keys() == second.keys()
+    assert all(torch.equal(first[name], second[name]) for name in first)
+
+
+@pytest.fixture(scope="module")
+def whole_run(toy, tmp_path_factory):
+    """Makes uninterrupted runs, one for each script, number of ranks and ZeRO stage."""
+    kept = {}
+
+    def make(script, ranks, stage):
+        if (script, ranks, stage) not in kept:
+            output = tmp_path_factory.mktemp("whole") / "run"
+            run(*command(toy, script, output, stage, ranks=ranks), ranks=ranks)
+            kept[script, ranks, stage] = output
+        return kept[script, ranks, stage]
+    return make
+
+
+MOMENTS = [("tgrpo", "rollout:4"), ("tgrpo", "update:7"), ("tgrpo", "save:2"), ("sft", "update:4"),
+           ("sft", "save:2")]
+QUICK = {("tgrpo", "update:7", 0, 0), ("sft", "save:2", 0, 0), ("tgrpo", "rollout:4", 2, 3)}
+KILLS = [pytest.param(*case, marks=[] if case in QUICK else pytest.mark.slow)
+         for case in [(*moment, ranks, stage) for moment in MOMENTS for ranks in (0, 2)
+                      for stage in (0, 3)]]
+
+
+@pytest.mark.parametrize("script, moment, ranks, stage", KILLS)
+def test_a_run_killed_at_any_moment_resumes_as_if_nothing_had_happened(
+        toy, tmp_path, whole_run, script, moment, ranks, stage):
+    output = tmp_path / "run"
+    cut = run(*command(toy, script, output, stage, fault=f"kill:{moment}", ranks=ranks),
+              ranks=ranks, check=False)
+    assert cut.returncode != 0 and not (output / "model.safetensors").exists()
+    run(*command(toy, script, output, stage, "--resume", ranks=ranks), ranks=ranks)
+    same_run(whole_run(script, ranks, stage), output)
+
+
+@pytest.mark.parametrize("script, place", [("tgrpo", "rollout:3"), ("sft", "update:3")])
+def test_sigterm_ends_the_step_writes_a_checkpoint_and_says_how_to_go_on(
+        toy, tmp_path, whole_run, script, place):
+    output = tmp_path / "run"
+    stopped = run(*command(toy, script, output, 0, fault=f"term:{place}"))
+    assert "SIGTERM after step 3" in stopped.stderr + stopped.stdout
+    assert "--resume" in stopped.stderr + stopped.stdout
+    assert (output / "checkpoint-3" / "run.json").exists()
+    assert not (output / "model.safetensors").exists()
+    run(*command(toy, script, output, 0, "--resume"))
+    same_run(whole_run(script, 0, 0), output)
+
+
+def test_a_full_disk_is_a_clear_error_and_leaves_the_last_checkpoint_whole(
+        toy, tmp_path, whole_run):
+    """The quota of one megabyte a file begins with the second checkpoint."""
+    output = tmp_path / "run"
+    full = run(*command(toy, "tgrpo", output, 0, fault="full:save:2"), check=False)
+    assert full.returncode == 1 and "Traceback" not in full.stderr
+    assert "cannot write" in full.stderr and "--resume" in full.stderr
+    assert [path.name for path in output.glob("checkpoint-*[0-9]")] == ["checkpoint-2"]
+    run(*command(toy, "tgrpo", output, 0, "--resume"))
+    same_run(whole_run("tgrpo", 0, 0), output)
+
+
+@pytest.mark.parametrize("script, call", [("tgrpo", 5), ("sft", 3)])
+def test_a_loss_that_is_not_finite_never_reaches_the_weights(toy, tmp_path, whole_run, script,
+                                                             call):
+    """The third step's: with two chunks of two responses a group, tgrpo's fifth."""
+    output = tmp_path / "run"
+    broken = run(*command(toy, script, output, 0, fault=f"nan:update:{call}"), check=False)
+    assert broken.returncode == 1 and "Traceback" not in broken.stderr
+    assert "step 3: the loss or a gradient is not finite; problem_ids [" in broken.stderr
+    assert rows(output, "metrics")[-1]["step"] == 3  # the metrics of that step are there
+    if script == "tgrpo":
+        assert rows(output, "rollouts")[-1]["step"] == 3
+    run(*command(toy, script, output, 0, "--resume"))
+    same_run(whole_run(script, 0, 0), output)
+
+
+@pytest.mark.parametrize("change, words", [
+    (["--G=3"], "--G was 4, is 3"), (["--seed=1"], "--seed was 0, is 1")])
+def test_resuming_with_other_arguments_is_refused_by_name(toy, whole_run, change, words):
+    output = whole_run("tgrpo", 0, 0)
+    result = run(*command(toy, "tgrpo", output, 0, "--resume", *change), check=False)
+    assert result.returncode == 1 and "Traceback" not in result.stderr
+    assert words in result.stderr.splitlines()[-1]
+
+
+def test_resuming_on_other_data_or_another_zero_stage_is_refused(toy, tmp_path, whole_run):
+    output = whole_run("tgrpo", 0, 0)
+    records = json.loads((toy / "train.json").read_text())[1:]
+    (tmp_path / "other.json").write_text(json.dumps(records))
+    for stage, more, words in ((0, ["--data", tmp_path / "other.json"], "records of --data"),
+                               (3, [], "ZeRO stage was 0, is 3")):
+        result = run(*command(toy, "tgrpo", output, stage, "--resume", *more), check=False)
+        assert result.returncode == 1 and words in result.stderr.splitlines()[-1]
+
+
+def test_old_checkpoints_go_only_when_newer_ones_are_complete(toy, tmp_path, whole_run):
+    output = whole_run("tgrpo", 0, 0)
+    assert sorted(path.name for path in output.glob("checkpoint-*")) == \
+        ["checkpoint-2", "checkpoint-4"]
+    run(*command(toy, "tgrpo", tmp_path / "run", 0, "--keep_checkpoints=1"))
+    assert [path.name for path in (tmp_path / "run").glob("checkpoint-*")] == ["checkpoint-4"]
+
+
+def test_too_many_broken_media_stop_the_run_with_their_names(toy, tmp_path):
+    records = json.loads((toy / "train.json").read_text())
+    (toy / "media" / "rotten.mp4").write_bytes(b"rotten")
+    for record in records:
+        record |= {"path": "./media/rotten.mp4", "data_type": "video"}
+    (tmp_path / "data.json").write_text(json.dumps(records))
+    result = run(*command(toy, "tgrpo", tmp_path / "run", 0, "--data", tmp_path / "data.json",
+                          "--prompts_per_rank=6", "--max_skipped=0.1"), check=False)
+    assert result.returncode == 1 and "Traceback" not in result.stderr
+    assert "12 of 12 questions" in result.stderr and "rotten.mp4: " in result.stderr
+    assert len(rows(tmp_path / "run", "skipped")) == 12
+
+
+@pytest.mark.parametrize("what, reason", [("kill", "decoder died"), ("hang", "3 seconds")])
+def test_a_decoder_that_dies_or_hangs_costs_its_question_and_no_other(toy, tmp_path, what, reason):
+    output = tmp_path / "run"
+    seen = run(*command(toy, "sft", output, 0, "--num_train_epochs=1", "--decode_timeout=3",
+                        fault=f"{what}:decode:7"))
+    assert seen.returncode == 0
+    skipped = rows(output, "skipped")
+    assert [row["problem_id"] for row in skipped] == [7] and reason in skipped[0]["reason"]
+
+
+def test_one_slow_rank_is_waited_for_and_one_that_dies_ends_the_run(toy, tmp_path):
+    """Rank 1 first sleeps through a step of rank 0; then it is killed."""
+    run(*command(toy, "tgrpo", tmp_path / "slow", 3, "--max_steps=2", fault="slow:rollout:2:1"),
+        ranks=2)
+    assert len(rows(tmp_path / "slow", "metrics")) == 2
+    start = time.perf_counter()
+    dead = run(*command(toy, "tgrpo", tmp_path / "dead", 3, fault="kill:rollout:2:1"), ranks=2,
+               check=False)
+    assert dead.returncode != 0 and time.perf_counter() - start < 150
+    said = dead.stdout + dead.stderr
+    assert "--local_rank=1" in said and "return code = -9" in said  # DeepSpeed's launcher
