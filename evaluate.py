@@ -1012,7 +1012,7 @@ def engine_of(args, processor, device):
 
 def complete(task, engine, ranks, args):
     """Answers what a task lacks, each rank a share. Returns the rows of all ranks and runs."""
-    rank, output, skipped = dist.get_rank(), Path(args.output), []
+    rank, output = dist.get_rank(), Path(args.output)
     todo = unanswered(task.records, read_rows(output, task.stem, task.configuration))
     dist.barrier(ranks)  # all ranks have read the rows before one adds to them
     if share := todo[rank::dist.get_world_size()]:
@@ -1020,10 +1020,10 @@ def complete(task, engine, ranks, args):
         with row_writer(path, len(share), task.configuration, rank != 0) as write_rows:
             def write(rows):
                 write_rows(rows)
-                skipped.extend({"result": task.stem, **row} for row in rows if "reason" in row)
+                for row in (row for row in rows if "reason" in row):
+                    with open(output / "skipped.jsonl", "a", encoding="utf-8") as file:
+                        file.write(json.dumps({"result": task.stem, **row}) + "\n")
             engine(share, write, argparse.Namespace(**vars(args), max_frames=task.frames))
-        with open(output / "skipped.jsonl", "a", encoding="utf-8") as file:
-            file.writelines(json.dumps(row) + "\n" for row in skipped)
     dist.barrier(ranks)
     return read_rows(output, task.stem, task.configuration)
 
