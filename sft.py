@@ -36,6 +36,7 @@ from deepspeed.accelerator import get_accelerator
 from torch.utils.data import DataLoader, Dataset
 from tqdm import tqdm
 from transformers import AutoModelForImageTextToText, AutoProcessor
+from transformers.integrations.deepspeed import set_hf_deepspeed_config
 
 from build_data import (InputError, MediaError, check_limits, encode, encode_blank, image_as_video,
                         load_records, load_vision_of, pad_batch, provenance, read_args_line,
@@ -251,9 +252,24 @@ def load_processor(args):
                          f"preprocessor and chat template): {error}") from None
 
 
+class Sharding:
+    """Asks transformers to load a model in parts, each parameter read by rank 0 and split at once:
+    no rank ever holds a whole copy. Its own HfDeepSpeedConfig needs accelerate; this does not."""
+
+    def __init__(self, config):
+        self.config = config
+
+    def is_zero3(self):
+        return True
+
+
 def load_model(args, config):
-    """The model's weights, from safetensors only, in the precision of the DeepSpeed config."""
+    """The model's weights, from safetensors only, in the precision of the DeepSpeed config; under
+    ZeRO-3 this rank's part of them."""
     dtype = torch.bfloat16 if config.get("bf16", {}).get("enabled") else torch.float32
+    if config.get("zero_optimization", {}).get("stage", 0) == 3:
+        sharding = Sharding(config)  # transformers keeps a weak reference: until we return
+        set_hf_deepspeed_config(sharding)
     try:
         return AutoModelForImageTextToText.from_pretrained(
             args.model, dtype=dtype, attn_implementation=args.attn_implementation,

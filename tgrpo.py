@@ -43,6 +43,7 @@ from torch.utils.data import DataLoader, Dataset
 from tqdm import tqdm
 from transformers import AttentionInterface, AutoModelForImageTextToText, AutoProcessor
 from transformers.cache_utils import Cache, DynamicLayer
+from transformers.integrations.deepspeed import set_hf_deepspeed_config
 
 from build_data import (InputError, MediaError, check_limits, encode, encode_blank, load_records,
                         load_vision_of, pad_batch, provenance, read_args_line,
@@ -656,9 +657,24 @@ def load_processor(args):
                          f"preprocessor and chat template): {error}") from None
 
 
+class Sharding:
+    """Asks transformers to load a model in parts, each parameter read by rank 0 and split at once:
+    no rank ever holds a whole copy. Its own HfDeepSpeedConfig needs accelerate; this does not."""
+
+    def __init__(self, config):
+        self.config = config
+
+    def is_zero3(self):
+        return True
+
+
 def load_model(args, config):
-    """The model's weights, from safetensors only, in the precision of the DeepSpeed config."""
+    """The model's weights, from safetensors only, in the precision of the DeepSpeed config; under
+    ZeRO-3 this rank's part of them."""
     dtype = torch.bfloat16 if config.get("bf16", {}).get("enabled") else torch.float32
+    if config.get("zero_optimization", {}).get("stage", 0) == 3:
+        sharding = Sharding(config)  # transformers keeps a weak reference: until we return
+        set_hf_deepspeed_config(sharding)
     try:
         return AutoModelForImageTextToText.from_pretrained(
             args.model, dtype=dtype, attn_implementation=args.attn_implementation,
@@ -883,6 +899,19 @@ def start_reference(args, config):
     keys = ("zero_optimization", "bf16", "train_micro_batch_size_per_gpu")
     config = {key: config[key] for key in keys if key in config}
     return deepspeed.initialize(model=model, config=config)[0]
+
+
+def sampling_copy(module, args, device):
+    """A whole, unsharded model on the device, for rollouts to sample from; its weights come with
+    gather_weights."""
+    with torch.device("meta"):
+        sampler = AutoModelForImageTextToText.from_config(
+            module.config, dtype=module.dtype, attn_implementation=args.attn_implementation)
+    sampler = sampler.to_empty(device=device).eval().requires_grad_(False)
+    sampler.tie_weights()
+    for source, target in zip(module.buffers(), sampler.buffers(), strict=True):
+        target.copy_(source)
+    return sampler
 
 
 def gather_weights(engine, sampler):
@@ -1122,7 +1151,7 @@ def main(args):
     infinite = watch_gradients(engine.module, device)
     sampler = engine.module
     if engine.zero_optimization_partition_weights():  # ZeRO-3: sampling needs whole weights
-        sampler = load_model(args, config).to(device)
+        sampler = sampling_copy(engine.module, args, device)
     reference = start_reference(args, config) if args.beta else None
     if first_step:
         load_checkpoint(engine, args, first_step)

@@ -13,8 +13,8 @@ def gradients(toy, tmp_path_factory):
     """{setting: gradients on rank 0}, all computed in one launch of two ranks."""
     out = tmp_path_factory.mktemp("two_ranks")
     run(ROOT / "tests/two_ranks.py", "--toy", toy, "--out", out, ranks=2)
-    return {setting: torch.load(out / "rank0" / f"{setting}.pt", weights_only=True)
-            for setting in SETTINGS}
+    return {name: torch.load(out / "rank0" / f"{name}.pt", weights_only=True)
+            for name in (*SETTINGS, "sampler")}
 
 
 @pytest.mark.parametrize("setting", SETTINGS)
@@ -29,3 +29,10 @@ def test_prefix_shared_gradients_with_a_video_and_an_image_on_two_ranks(
     for name, p in model.named_parameters():
         error = (gradients[setting][name] - p.grad).norm()
         assert error <= 1e-4 * p.grad.norm() + 1e-7 * scale, name
+
+
+def test_the_unsharded_sampling_copy_computes_what_the_saved_model_does(
+        toy, model, processor, gradients):
+    inputs, *_ = next(iter(cases(toy, processor)))
+    with torch.no_grad():
+        assert torch.allclose(gradients["sampler"], model(**inputs).logits, atol=1e-5)

@@ -45,6 +45,10 @@ def gradients(toy, out, groups, blank, stage, chunk_size, count):
                              "--learning_rate", "0"])
     config = tgrpo.read_deepspeed_config(args)
     engine = tgrpo.start_engine(tgrpo.load_model(args, config), args, config)
+    if stage == 3:  # what rollouts sample from
+        sampler = tgrpo.sampling_copy(engine.module, args, engine.device)
+        tgrpo.gather_weights(engine, sampler)
+        torch.save(sampler(**groups[0][0]).logits, out / "sampler.pt")
     engine.train()
     for step in range(2):
         tgrpo.begin_backward(engine, blank)
