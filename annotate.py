@@ -32,57 +32,34 @@ import argparse
 import hashlib
 import json
 import os
-import random
 import re
 import resource
 import socket
 import sys
-import threading
-import time
 import unicodedata
 import warnings
-from datetime import timedelta
-import zlib
 from collections import Counter
-from concurrent.futures import FIRST_COMPLETED, ThreadPoolExecutor, wait
-from email.utils import parsedate_to_datetime
+from datetime import timedelta
 from pathlib import Path
 
 import deepspeed
-import huggingface_hub
-import requests
 import torch
 import torch.distributed as dist
 from deepspeed.accelerator import get_accelerator
 from torch.utils.data import DataLoader, Dataset
-from tqdm import tqdm
-from transformers import AutoModelForImageTextToText, AutoProcessor, GenerationConfig
+from transformers import AutoModelForImageTextToText, AutoProcessor
 from transformers.integrations.deepspeed import set_hf_deepspeed_config
 
-from build_data import (ANSWER_SUFFIX, TEMPLATE, InputError, MediaError, api_messages,
-                        check_limits, encode, encode_blank, image_as_video, load_records,
-                        load_vision_isolated, pad_batch, read_args_line, sampling_of,
-                        seeded_generator)
+from build_data import (ANSWER_SUFFIX, TEMPLATE, InputError, MediaError, api_messages, ask_model,
+                        ask_server, check_answering, encode, encode_blank, generation_config,
+                        image_as_video, json_list, load_records, load_vision_isolated, model_hash,
+                        read_args_line, read_rows, row_writer, sampling_of, skip_row, unanswered,
+                        write_whole)
 from rewards import (WORD, accuracy_reward, choice_letter, extract_answer, format_reward,
                      parse_number)
 
-# Tokens that stand for pixels: a policy that emits one would break its own next forward.
-FORBIDDEN_TOKENS = ("<|vision_start|>", "<|vision_end|>", "<|vision_pad|>", "<|image_pad|>",
-                    "<|video_pad|>")
-TOKEN_STREAM = 2  # last key of the generators, as in evaluate.py
-HASHED_BLOCKS, BLOCK_BYTES = 64, 4096  # of each weight file: seconds for any size of model
 LONGEST_WAIT = timedelta(days=7)  # of the first rank to finish for the last one
-MOST_FAILURES = 20  # requests in a row without an answer, after which the server is given up
 RUN = 6  # words: a shorter run is shared with the prompt, or repeated, by chance
-
-# -- the server
-KEY_VARIABLE = "OPENAI_API_KEY"  # the only place a key is read from; it is never written
-FIRST_PAUSE, LONGEST_PAUSE = 1.0, 60.0  # seconds before a request is repeated; doubled each time
-LONGEST_RETRY_AFTER = 3600.0  # seconds that a server may ask to wait
-CONNECT_TIMEOUT = 10.0  # seconds
-REPEATED = {408, 409, 425, 429}  # HTTP: not now; as any status from 500. Others will not change
-HOPELESS = {401, 403, 404}  # HTTP: no request of this run can succeed
-ERROR_SHOWN = 300  # characters of what a server says about an error
 
 REFUSED = r"(?:assist|help with|(?:see|view|access|watch|open) (?:the|this|any) (?:video|image))"
 REFUSAL = re.compile(
@@ -149,13 +126,7 @@ def parse_args(argv=None):
 
 def check_flags(args):
     """Raises InputError for values that no run can work with."""
-    check_limits(args)
-    for flag in ("samples", "max_new_tokens", "batch_size", "concurrency"):
-        if getattr(args, flag) < 1:
-            raise InputError(f"--{flag} is {getattr(args, flag)}: it must be at least 1")
-    if args.temperature < 0 or not 0 < args.top_p <= 1:
-        raise InputError(f"--temperature {args.temperature} must not be negative, "
-                         f"and --top_p {args.top_p} must be above 0 and at most 1")
+    check_answering(args)
     if args.samples > 1 and not args.temperature:
         raise InputError(f"--samples {args.samples} at --temperature 0 are all the same")
     if args.api_base and args.deepspeed_config:
@@ -239,26 +210,18 @@ def has_form(answer, record):
 
 def reject_reason(response, truncated, record, args):
     """Why a response is not kept, as one of the words in this file's first lines; None: it is."""
-    think, answer = think_of(response), extract_answer(response)
-    if truncated:
-        return "truncated"
-    if not format_reward(response):
-        return "format"
-    if not has_form(answer, record):
-        return "answer"
-    if accuracy_reward(response, record) <= args.min_accuracy:
-        return "accuracy"
-    if not args.min_think <= len(think) <= args.max_think:
-        return "length"
-    if REFUSAL.search(response):
-        return "refusal"
-    if not INSTRUCTIONS.isdisjoint(runs_of(words_of(response))):
-        return "leak"
-    if in_language(think, record["problem"]) < args.min_language:
-        return "language"
-    if repetition(think) > args.max_repetition:
-        return "repetition"
-    return None
+    think = think_of(response)
+    failed = {
+        "truncated": truncated,
+        "format": not format_reward(response),
+        "answer": not has_form(extract_answer(response), record),
+        "accuracy": accuracy_reward(response, record) <= args.min_accuracy,
+        "length": not args.min_think <= len(think) <= args.max_think,
+        "refusal": REFUSAL.search(response),
+        "leak": not INSTRUCTIONS.isdisjoint(runs_of(words_of(response))),
+        "language": in_language(think, record["problem"]) < args.min_language,
+        "repetition": repetition(think) > args.max_repetition}
+    return next((reason for reason, is_so in failed.items() if is_so), None)
 
 
 def choose(record, row, args):
@@ -277,11 +240,6 @@ def choose(record, row, args):
 
 
 # --------------------------------------------------------------------------------- data
-
-def record_seed(seed, record):
-    """A seed of the record's own: its draws depend on no batch, no rank and no restart."""
-    return record_generator(seed, record, TOKEN_STREAM).initial_seed() % 2**31
-
 
 class Prompts(Dataset):
     """index -> record with its encoded inputs, or with the messages that a server gets (without a
@@ -305,11 +263,6 @@ class Prompts(Dataset):
         # one call of the vision tower for any mixture: ranks of a sharded model stay in step
         inputs = image_as_video(self.processor, encode(self.processor, record, vision))
         return {"record": record, "inputs": inputs}
-
-
-def skip_row(record, error):
-    """The row of a record without responses; it is asked again when the command is repeated."""
-    return {"problem_id": record["problem_id"], "path": record["path"], "reason": str(error)}
 
 
 # --------------------------------------------------------- start-up, the same in each stage
@@ -367,8 +320,7 @@ class Sharding:
 
 
 def load_model(args, tokenizer, device):
-    """The model, set to answer as the flags say: its own sampling defaults (a repetition penalty
-    in Qwen2.5-VL's release) are put aside. With --deepspeed_config, this rank's part of it."""
+    """The model, set to answer as the flags say; with --deepspeed_config, this rank's part."""
     sharding = None
     if args.deepspeed_config:
         try:
@@ -388,12 +340,7 @@ def load_model(args, tokenizer, device):
             use_safetensors=True)
     except (OSError, ValueError, ImportError) as error:
         raise InputError(f"cannot load --model {args.model}: {error}") from None
-    sampling = {"do_sample": True, "temperature": args.temperature, "top_p": args.top_p, "top_k": 0}
-    model.generation_config = GenerationConfig(
-        max_new_tokens=args.max_new_tokens, num_return_sequences=args.samples,
-        **(sampling if args.temperature else {}),
-        eos_token_id=stop_tokens(model, tokenizer), pad_token_id=tokenizer.pad_token_id,
-        suppress_tokens=forbidden_tokens(model, tokenizer))
+    model.generation_config = generation_config(model, tokenizer, args, args.samples)
     if sharding is None:
         return model.to(device).eval()
     engine, *_ = deepspeed.initialize(model=model, config=config)
@@ -401,74 +348,7 @@ def load_model(args, tokenizer, device):
     return engine.module.eval()
 
 
-def stop_tokens(model, tokenizer):
-    """Every end token of the model; the tokenizer's own first."""
-    ends = model.generation_config.eos_token_id
-    ends = ends if isinstance(ends, list) else [ends]
-    return list(dict.fromkeys([tokenizer.eos_token_id, *(end for end in ends if end is not None)]))
-
-
-def forbidden_tokens(model, tokenizer):
-    """Ids that must not be sampled: visual placeholders, and ids that no token has."""
-    ids = tokenizer.convert_tokens_to_ids(list(FORBIDDEN_TOKENS))
-    beyond = range(len(tokenizer), model.config.get_text_config().vocab_size)
-    return sorted({i for i in ids if i is not None} | set(beyond))
-
-
 # ---------------------------------------------------------- what a run leaves beside --out
-
-def model_hash(model):
-    """A hash of config.json and, of every weight file, its name, size and some blocks spread
-    evenly: it tells two checkpoints of a run apart without reading all of either."""
-    try:
-        folder = model if Path(model).is_dir() else huggingface_hub.snapshot_download(
-            model, allow_patterns=["*.json", "*.safetensors"])
-        digest = hashlib.sha256((Path(folder) / "config.json").read_bytes())
-        for path in sorted(Path(folder).glob("*.safetensors")):
-            size = path.stat().st_size
-            digest.update(f"{path.name} {size}".encode())
-            with path.open("rb") as file:
-                for block in range(HASHED_BLOCKS):
-                    file.seek(size * block // HASHED_BLOCKS)
-                    digest.update(file.read(BLOCK_BYTES))
-    except (OSError, ValueError) as error:
-        raise InputError(f"cannot read --model {model}: {error}") from None
-    return digest.hexdigest()
-
-
-def whole_lines(path):
-    """The file's bytes up to its last line break: a kill may have torn the line after it."""
-    data = path.read_bytes() if path.exists() else b""
-    return data[:data.rfind(b"\n") + 1]
-
-
-def read_rows(output, stem, configuration):
-    """Rows of all ranks and runs, by problem_id as text; an answer wins over an earlier skip."""
-    rows = {}
-    for path in sorted(Path(output).glob(f"{stem}.rank*.jsonl")):
-        try:
-            first, *others = map(json.loads, whole_lines(path).splitlines() or [b"{}"])
-        except json.JSONDecodeError as error:
-            raise InputError(f"{path} is damaged, remove it: {error}") from None
-        for key, value in configuration.items() if first else ():
-            if first.get(key) != value:
-                raise InputError(f"{path} has rows with another {key}: {str(first.get(key))[:60]}, "
-                                 f"not {str(value)[:60]}; name another --output")
-        for row in others:
-            if "output" not in rows.get(str(row["problem_id"]), {}):
-                rows[str(row["problem_id"])] = row
-    return rows
-
-
-def open_rows(path, configuration):
-    """The file to append rows to: rid of a torn line, and begun with the configuration."""
-    kept = whole_lines(path)
-    file = path.open("a", encoding="utf-8")
-    file.truncate(len(kept))
-    if not kept:
-        file.write(json.dumps(configuration) + "\n")
-    return file
-
 
 def configuration_of(args, processor):
     """What responses depend on: rows that were made with another one are refused."""
@@ -482,14 +362,6 @@ def configuration_of(args, processor):
         "engine": "api" if args.api_base else "transformers",
         "template": TEMPLATE, "answer_suffix": ANSWER_SUFFIX,
         "records_sha256": hashlib.sha256(Path(args.data).read_bytes()).hexdigest()}
-
-
-def write_whole(path, lines):
-    """Writes a text file, complete or not at all."""
-    aside = Path(f"{path}.partial")
-    with aside.open("w", encoding="utf-8") as file:
-        file.writelines(lines)
-    aside.replace(path)
 
 
 def write_result(records, rows, args):
@@ -514,175 +386,28 @@ def write_result(records, rows, args):
               for reason, count in reasons.most_common()]
     lines += [f"- without response, {count}: {reason}" for reason, count in skipped.most_common(20)]
     stem = args.out.removesuffix(".json")
-    write_whole(f"{stem}.rejected.jsonl", (json.dumps(row) + "\n" for row in rejected))
-    write_whole(f"{stem}.report.md", (line + "\n" for line in lines))
-    write_whole(args.out, ("[\n", ",\n".join(map(json.dumps, kept)), "\n]\n"))
+    write_whole({f"{stem}.rejected.jsonl": (json.dumps(row) + "\n" for row in rejected),
+                 f"{stem}.report.md": (line + "\n" for line in lines),
+                 args.out: json_list(map(json.dumps, kept))})
     return lines
 
 
-# -------------------------------------------------------------------- a server's answers
+# ------------------------------------------------------------- the model, here or behind a server
+
+def row_of(sample, answers, seconds):
+    """The row of one record's responses."""
+    texts, tokens, truncated = map(list, zip(*answers))
+    return {"problem_id": sample["record"]["problem_id"], "output": texts, "tokens": tokens,
+            "truncated": truncated, "seconds": seconds}
 
 
-class ApiError(RuntimeError):
-    """The server gave no usable answer to one request, for the reason given."""
-
-
-def api_session(concurrency):
-    """HTTP connections that `concurrency` threads can share; they carry the key, if any."""
-    def authorise(request):
-        if os.environ.get(KEY_VARIABLE):
-            request.headers["Authorization"] = f"Bearer {os.environ[KEY_VARIABLE]}"
-        return request
-
-    session = requests.Session()
-    session.auth = authorise  # not a header of the session, over which ~/.netrc would win
-    for scheme in ("http://", "https://"):
-        session.mount(scheme, requests.adapters.HTTPAdapter(pool_maxsize=concurrency))
-    return session
-
-
-def ask_api(session, args, messages, n, seed):
-    """n answers to a conversation: [(text, finish_reason, completion tokens), ...].
-
-    finish_reason is "stop", or "length" where max_new_tokens cut the answer off. Of several
-    answers to one request a server tells only the sum of tokens: each gets the mean. Raises
-    ApiError when a request fails args.api_retries times more, InputError when all would fail.
-    """
-    answers = []
-    while len(answers) < n:  # some servers answer once, whatever n is
-        body = {"model": args.model, "messages": messages, "n": n - len(answers),
-                "temperature": args.temperature, "top_p": args.top_p,
-                "max_tokens": args.max_new_tokens, "seed": seed + len(answers)}
-        answers += post_api(session, args, body)
-    return answers[:n]
-
-
-def post_api(session, args, body):
-    """The answers to one request, which is repeated while the server fails to give any."""
-    url = args.api_base.rstrip("/") + "/chat/completions"
-    for attempt in range(args.api_retries + 1):
-        # seeded by nothing: the point is that clients do not come back at the same moment
-        pause = min(LONGEST_PAUSE, FIRST_PAUSE * 2**attempt) * random.uniform(0.5, 1)
-        try:
-            reply = session.post(url, json=body, timeout=(CONNECT_TIMEOUT, args.api_timeout))
-            if reply.status_code == 200:
-                return read_choices(reply.json())
-            reason = f"HTTP {reply.status_code}: {reply.text[:ERROR_SHOWN]}"
-            pause = max(pause, retry_after(reply.headers.get("Retry-After", "")))
-        except (requests.RequestException, KeyError, TypeError, ValueError) as error:
-            reply, reason = None, f"{type(error).__name__}: {str(error)[:ERROR_SHOWN]}"
-        if os.environ.get(KEY_VARIABLE):  # a server may quote it
-            reason = reason.replace(os.environ[KEY_VARIABLE], f"<{KEY_VARIABLE}>")
-        if reply is not None and reply.status_code in HOPELESS:
-            raise InputError(f"{url} refuses model {args.model}: {reason} "
-                             f"(the key is read from the environment variable {KEY_VARIABLE})")
-        if reply is not None and reply.status_code < 500 and reply.status_code not in REPEATED:
-            raise ApiError(f"{url}: {reason}")
-        if attempt < args.api_retries:
-            time.sleep(pause)
-    raise ApiError(f"{url}: {args.api_retries + 1} attempts failed, the last: {reason}")
-
-
-def read_choices(reply):
-    """The answers in a server's reply; KeyError, TypeError or ValueError where it has none.
-
-    >>> read_choices({"choices": [{"message": {"content": "Hi"}, "finish_reason": "stop"}],
-    ...               "usage": {"completion_tokens": 2}})
-    [('Hi', 'stop', 2)]
-    """
-    choices = reply["choices"]
-    if not choices:
-        raise ValueError("the reply has no choices")
-    tokens = round(reply["usage"]["completion_tokens"] / len(choices))
-    # content is null where the answer was cut off before it began
-    return [(choice["message"]["content"] or "", choice["finish_reason"], tokens)
-            for choice in choices]
-
-
-def retry_after(text):
-    """Seconds that a Retry-After header asks for, as a number or a date; 0 for anything else."""
-    try:
-        seconds = (float(text) if re.fullmatch(r"\d+(\.\d+)?", text) else
-                   parsedate_to_datetime(text).timestamp() - time.time())
-    except ValueError:
-        return 0.0
-    return min(max(seconds, 0.0), LONGEST_RETRY_AFTER)
-
-
-def ask_one(session, sample, args):
-    """The row of one record's responses, or of the reason why there are none."""
-    record, started = sample["record"], time.perf_counter()
-    try:
-        answers = ask_api(session, args, sample["messages"], args.samples,
-                          record_seed(args.seed, record))
-    except ApiError as error:
-        return skip_row(record, error)
-    texts, finish, tokens = map(list, zip(*answers))
-    return {"problem_id": record["problem_id"], "output": texts, "tokens": tokens,
-            "truncated": [reason == "length" for reason in finish],
-            "seconds": time.perf_counter() - started}
-
-
-def ask_server(share, write, args):
-    """Asks for a rank's share of the records, args.concurrency requests at a time."""
+def ask_there(share, write, args):
+    """Asks a server for a rank's share of the records."""
     loader = DataLoader(Prompts(share, None, args), batch_size=None, num_workers=args.num_workers)
-    session, running, failed = api_session(args.concurrency), set(), 0
-
-    def work(sample):  # in a thread: the row is on disk before anything else can go wrong
-        row = sample if "reason" in sample else ask_one(session, sample, args)
-        write([row])
-        return None if "output" in row or "reason" in sample else row["reason"]
-
-    def settle(least):
-        """Waits until fewer than `least` requests run; stops the run when the server is gone."""
-        nonlocal running, failed
-        while len(running) >= least:
-            done, running = wait(running, return_when=FIRST_COMPLETED)
-            for reason in (future.result() for future in done):
-                failed = failed + 1 if reason else 0
-                if failed >= MOST_FAILURES:
-                    raise InputError(f"{failed} requests in a row failed, the last: {reason}")
-
-    with ThreadPoolExecutor(args.concurrency) as pool:
-        for sample in loader:
-            running.add(pool.submit(work, sample))
-            settle(args.concurrency)
-        settle(1)
+    ask_server(loader, args.samples, row_of, write, args)
 
 
-# ------------------------------------------------------------------------------- the model
-
-def cut_at_end(ids, end_ids):
-    """A response up to its first end token, which is kept, and whether it had none.
-
-    >>> cut_at_end([5, 6, 2, 0, 0], {2, 0}), cut_at_end([5, 6], {2, 0})
-    (([5, 6, 2], False), ([5, 6], True))
-    """
-    for i, token in enumerate(ids):
-        if token in end_ids:
-            return ids[:i + 1], False
-    return ids, True
-
-
-def record_generator(seed, record, stream):
-    """A generator of the record's own: its draws depend on no batch, no rank and no restart."""
-    return seeded_generator(seed, zlib.crc32(str(record["problem_id"]).encode()), stream)
-
-
-@torch.inference_mode()
-def respond(model, samples, seed):
-    """Responses to B samples of Prompts, as ids up to the end token: [(ids, truncated), ...]."""
-    config = model.generation_config
-    pad_values = {"input_ids": config.pad_token_id, "attention_mask": 0, "mm_token_type_ids": 0}
-    batch = pad_batch([sample["inputs"] for sample in samples], pad_values, "left")
-    batch = {key: value.to(model.device) for key, value in batch.items()}  # ids (B, L)
-    # generate draws from torch's own generator: seeded for each batch, by its first record
-    torch.manual_seed(record_generator(seed, samples[0]["record"], TOKEN_STREAM).initial_seed())
-    ids = model.generate(**batch)[:, batch["input_ids"].shape[1]:]  # (B, response's L)
-    return [cut_at_end(row, config.eos_token_id) for row in ids.tolist()]
-
-
-def ask_model(share, longest_share, write, processor, device, args):
+def ask_here(share, longest_share, write, processor, device, args):
     """Answers a rank's share of the records, a batch at a time, as often as the longest share
     takes: ranks that hold one model in parts make the same number of calls."""
     model = load_model(args, processor.tokenizer, device)
@@ -691,18 +416,7 @@ def ask_model(share, longest_share, write, processor, device, args):
     batches = iter(DataLoader(Prompts(share, processor, args), batch_size=args.batch_size,
                               collate_fn=list, num_workers=args.num_workers))
     for _ in range(-(-longest_share // args.batch_size)):
-        started, samples = time.perf_counter(), next(batches, [])
-        good = [sample for sample in samples if "inputs" in sample]
-        rows = [sample for sample in samples if "reason" in sample]
-        responses = respond(model, good or [blank], args.seed)
-        seconds = (time.perf_counter() - started) / max(len(good), 1)
-        for i, sample in enumerate(good):
-            own = responses[i * args.samples:(i + 1) * args.samples]
-            texts = [processor.tokenizer.decode(ids, skip_special_tokens=True) for ids, _ in own]
-            rows.append({"problem_id": sample["record"]["problem_id"], "output": texts,
-                         "tokens": [len(ids) for ids, _ in own],
-                         "truncated": [truncated for _, truncated in own], "seconds": seconds})
-        write(rows)
+        write(ask_model(model, processor.tokenizer, next(batches, []), row_of, args.seed, blank))
 
 
 # ---------------------------------------------------------------------------------- main
@@ -722,25 +436,19 @@ def main(args):
         raise InputError(f"cannot write to --out {out}: {error}") from None
     configuration = configuration_of(args, processor)
     rows = read_rows(out.parent, out.stem, configuration)
-    todo = [record for record in records if "output" not in rows.get(str(record["problem_id"]), {})]
+    todo = unanswered(records, rows)
     rank, device = setup_distributed(args)
     ranks, world = dist.new_group(backend="gloo", timeout=LONGEST_WAIT), dist.get_world_size()
     dist.barrier(ranks)  # all ranks have read the rows before one adds to them
 
     # -------------------------------------------------------------- responses, row by row
-    share, lock = todo[rank::world], threading.Lock()
-    with open_rows(out.parent / f"{out.stem}.rank{rank}.jsonl", configuration) as file, \
-            tqdm(total=len(share), desc="annotate", disable=rank != 0) as bar:
-        def write(rows):
-            with lock:
-                file.write("".join(json.dumps(row) + "\n" for row in rows))
-                file.flush()
-                bar.update(len(rows))
-
+    share = todo[rank::world]
+    path = out.parent / f"{out.stem}.rank{rank}.jsonl"
+    with row_writer(path, len(share), configuration, rank != 0) as write:
         if args.api_base:
-            ask_server(share, write, args)
+            ask_there(share, write, args)
         elif todo:
-            ask_model(share, len(todo[::world]), write, processor, device, args)
+            ask_here(share, len(todo[::world]), write, processor, device, args)
     dist.barrier(ranks)
 
     # ------------------------------------------------------------------ filter and report

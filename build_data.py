@@ -1,7 +1,8 @@
 """Data: what a record is and how a model sees it; and the command that builds the files.
 
 First half, imported by every stage: the Video-R1 record, the prompt, the frames, the model's
-inputs. One copy of each, because an experiment is spoilt silently when two copies drift.
+inputs; how annotation and evaluation ask a model, here or behind a server, and keep its answers.
+One copy of each, because an experiment is spoilt silently when two copies drift.
 Second half, the commands:
 
     python build_data.py toy --out toy      clips, images, records, a tiny Qwen2.5-VL, args files
@@ -23,20 +24,29 @@ import math
 import mimetypes
 import multiprocessing
 import os
+import random
 import re
 import resource
 import signal
 import subprocess
 import sys
+import threading
+import time
 import traceback
+import zlib
 from collections import Counter, defaultdict
+from concurrent.futures import FIRST_COMPLETED, ThreadPoolExecutor, wait
+from contextlib import contextmanager
+from email.utils import parsedate_to_datetime
 from functools import lru_cache
 from importlib.metadata import version
+from itertools import chain
 from pathlib import Path
 from typing import Any, NamedTuple
 from urllib.parse import quote
 
 import numpy as np
+import requests
 import torch
 from PIL import Image
 from tqdm import tqdm
@@ -78,6 +88,8 @@ MEDIA_FAULTS = (OSError, ValueError, AssertionError, RuntimeError, SyntaxError, 
                 Image.DecompressionBombError)
 # Bytes that decoding one medium may take; 64 frames of 3840 x 2160 pixels, as floats, fit.
 DECODE_MEMORY = 16 * 2**30
+FRAME_STREAM, TOKEN_STREAM = 1, 2  # last key of record_generator: no two draws share one
+HASHED_BLOCKS, BLOCK_BYTES = 64, 4096  # of each weight file: seconds for any size of model
 
 
 class InputError(ValueError):
@@ -162,6 +174,16 @@ def record_problem(record) -> str | None:
     if record["problem_type"] == "multiple choice" and not options:
         return "field options is empty for a multiple-choice question"
     return None
+
+
+def letter(index) -> str:
+    """The letter of an option: 0 is A."""
+    return chr(ord("A") + int(index))
+
+
+def lettered(options) -> list[str]:
+    """Options with their letters: ["A. red", "B. green", ...]."""
+    return [f"{letter(i)}. {option}" for i, option in enumerate(options)]
 
 
 def build_messages(record) -> list[dict]:
@@ -517,12 +539,316 @@ def check_limits(args):
         raise InputError(f"--fps {args.fps} must be positive")
 
 
+def check_answering(args):
+    """check_limits, and InputError for flags with which no model can answer."""
+    check_limits(args)
+    for flag in ("samples", "max_new_tokens", "batch_size", "concurrency"):
+        if getattr(args, flag, 1) < 1:
+            raise InputError(f"--{flag} is {getattr(args, flag)}: it must be at least 1")
+    if args.temperature < 0 or not 0 < args.top_p <= 1:
+        raise InputError(f"--temperature {args.temperature} must not be negative, "
+                         f"and --top_p {args.top_p} must be above 0 and at most 1")
+
+
 def sampling_of(args, record) -> dict:
     """load_vision's keyword arguments for a record, from the flags that every stage shares."""
     image = record["data_type"] == "image"  # images have their own pair of limits
     return {"max_frames": args.max_frames, "min_frames": args.min_frames, "fps": args.fps,
             "min_pixels": args.image_min_pixels if image else args.min_pixels,
             "max_pixels": args.image_max_pixels if image else args.max_pixels}
+
+
+# ------------------------------------------------------------- a model behind a server
+
+KEY_VARIABLE = "OPENAI_API_KEY"  # the only place a key is read from; it is never written
+FIRST_PAUSE, LONGEST_PAUSE = 1.0, 60.0  # seconds before a request is repeated; doubled each time
+LONGEST_RETRY_AFTER = 3600.0  # seconds that a server may ask to wait
+CONNECT_TIMEOUT = 10.0  # seconds
+REPEATED = {408, 409, 425, 429}  # HTTP: not now; as any status from 500. Others will not change
+HOPELESS = {401, 403, 404}  # HTTP: no request of this run can succeed
+ERROR_SHOWN = 300  # characters of what a server says about an error
+MOST_FAILURES = 20  # requests in a row without an answer, after which the server is given up
+
+
+class ApiError(RuntimeError):
+    """The server gave no usable answer to one request, for the reason given."""
+
+
+def ask_api(args, messages, n, seed):
+    """n answers of an OpenAI-compatible server: [(text, tokens, whether it was cut off), ...].
+
+    Of several answers to one request a server tells only the sum of tokens: each gets the mean.
+    Raises ApiError when a request fails args.api_retries times more, InputError when all would.
+    """
+    answers = []
+    while len(answers) < n:  # some servers answer once, whatever n is
+        answers += post_api(args, {
+            "model": args.model, "messages": messages, "n": n - len(answers),
+            "temperature": args.temperature, "top_p": args.top_p,
+            "max_tokens": args.max_new_tokens, "seed": seed + len(answers)})
+    return answers[:n]
+
+
+def post_api(args, body):
+    """The answers to one request, which is repeated while the server fails to give any."""
+    url, key = args.api_base.rstrip("/") + "/chat/completions", os.environ.get(KEY_VARIABLE)
+
+    def authorise(request):  # not a header, over which ~/.netrc would win
+        request.headers.update({"Authorization": f"Bearer {key}"} if key else {})
+        return request
+    for attempt in range(args.api_retries + 1):
+        status, pause = None, min(LONGEST_PAUSE, FIRST_PAUSE * 2**attempt)
+        pause *= random.uniform(0.5, 1)  # unseeded: clients must not come back at the same moment
+        try:
+            reply = requests.post(url, json=body, auth=authorise,
+                                  timeout=(CONNECT_TIMEOUT, args.api_timeout))
+            if reply.status_code == 200:
+                return read_choices(reply.json())
+            status, reason = reply.status_code, f"HTTP {reply.status_code}: {reply.text}"
+            pause = max(pause, retry_after(reply.headers.get("Retry-After", "")))
+        except (requests.RequestException, KeyError, TypeError, ValueError) as error:
+            reason = f"{type(error).__name__}: {error}"
+        if key:  # a server may quote it
+            reason = reason.replace(key, f"<{KEY_VARIABLE}>")
+        reason = reason[:ERROR_SHOWN]
+        if status in HOPELESS:
+            raise InputError(f"{url} refuses model {args.model}: {reason} "
+                             f"(the key is read from the environment variable {KEY_VARIABLE})")
+        if status and status < 500 and status not in REPEATED:
+            raise ApiError(f"{url}: {reason}")
+        if attempt < args.api_retries:
+            time.sleep(pause)
+    raise ApiError(f"{url}: {args.api_retries + 1} attempts failed, the last: {reason}")
+
+
+def read_choices(reply):
+    """The answers in a server's reply; KeyError, TypeError or ValueError where it has none.
+
+    >>> read_choices({"choices": [{"message": {"content": "Hi"}, "finish_reason": "stop"}],
+    ...               "usage": {"completion_tokens": 2}})
+    [('Hi', 2, False)]
+    """
+    choices = reply["choices"]
+    if not choices:
+        raise ValueError("the reply has no choices")
+    tokens = round(reply["usage"]["completion_tokens"] / len(choices))
+    # content is null where the answer was cut off before it began
+    return [(choice["message"]["content"] or "", tokens, choice["finish_reason"] == "length")
+            for choice in choices]
+
+
+def retry_after(text):
+    """Seconds that a Retry-After header asks for, as a number or a date; 0 for anything else."""
+    try:
+        seconds = (float(text) if re.fullmatch(r"\d+(\.\d+)?", text) else
+                   parsedate_to_datetime(text).timestamp() - time.time())
+    except ValueError:
+        return 0.0
+    return min(max(seconds, 0.0), LONGEST_RETRY_AFTER)
+
+
+def ask_server(samples, n, row_of, write, args):
+    """Writes row_of(sample, n answers, seconds), or why there is none, for each of the samples;
+    args.concurrency at a time. Samples with a "reason" have no medium and are rows already.
+
+    InputError when the server fails MOST_FAILURES requests in a row: it is gone.
+    """
+    running, failed = set(), 0
+
+    def work(sample):  # in a thread: the row is on disk before anything else can go wrong
+        record, started = sample["record"], time.perf_counter()
+        seed = record_generator(args.seed, record, TOKEN_STREAM).initial_seed() % 2**31
+        try:
+            answers = ask_api(args, sample["messages"], n, seed)
+            row = row_of(sample, answers, time.perf_counter() - started)
+        except ApiError as error:
+            row = skip_row(record, error)
+        write([row])
+        return row.get("reason")
+
+    with ThreadPoolExecutor(args.concurrency) as pool:
+        for sample in chain(samples, [None]):  # None: the last ones are waited for
+            if sample and "reason" in sample:
+                write([sample])
+            elif sample:
+                running.add(pool.submit(work, sample))
+            while len(running) >= (args.concurrency if sample else 1):
+                done, running = wait(running, return_when=FIRST_COMPLETED)
+                for reason in (future.result() for future in done):
+                    failed = failed + 1 if reason else 0
+                    if failed >= MOST_FAILURES:
+                        raise InputError(f"{failed} requests in a row failed, the last: {reason}")
+
+
+# ------------------------------------------------------------- a model on this machine
+
+# Tokens that stand for pixels: a policy that emits one would break its own next forward.
+FORBIDDEN_TOKENS = ("<|vision_start|>", "<|vision_end|>", "<|vision_pad|>", "<|image_pad|>",
+                    "<|video_pad|>")
+
+
+def stop_tokens(model, tokenizer):
+    """Every end token of the model; the tokenizer's own first."""
+    ends = model.generation_config.eos_token_id
+    ends = ends if isinstance(ends, list) else [ends]
+    return list(dict.fromkeys([tokenizer.eos_token_id, *(end for end in ends if end is not None)]))
+
+
+def forbidden_tokens(model, tokenizer):
+    """Ids that must not be sampled: visual placeholders, and ids that no token has."""
+    ids = tokenizer.convert_tokens_to_ids(list(FORBIDDEN_TOKENS))
+    beyond = range(len(tokenizer), model.config.get_text_config().vocab_size)
+    return sorted({i for i in ids if i is not None} | set(beyond))
+
+
+def generation_config(model, tokenizer, args, n=1):
+    """n answers to each prompt, as the flags say: the model's own sampling defaults (a repetition
+    penalty in Qwen2.5-VL's release) are put aside."""
+    from transformers import GenerationConfig
+    sampling = {"do_sample": True, "temperature": args.temperature, "top_p": args.top_p, "top_k": 0}
+    return GenerationConfig(
+        max_new_tokens=args.max_new_tokens, num_return_sequences=n,
+        **(sampling if args.temperature else {}), eos_token_id=stop_tokens(model, tokenizer),
+        pad_token_id=tokenizer.pad_token_id, suppress_tokens=forbidden_tokens(model, tokenizer))
+
+
+def cut_at_end(ids, end_ids):
+    """A response up to its first end token, which is kept, and whether it had none.
+
+    >>> cut_at_end([5, 6, 2, 0, 0], {2, 0}), cut_at_end([5, 6], {2, 0})
+    (([5, 6, 2], False), ([5, 6], True))
+    """
+    for i, token in enumerate(ids):
+        if token in end_ids:
+            return ids[:i + 1], False
+    return ids, True
+
+
+@torch.inference_mode()
+def respond(model, samples, seed):
+    """Responses to B encoded samples, as ids up to the end token: [(ids, cut off), ...], those of
+    one sample in a row, as many as the model's generation_config says."""
+    config = model.generation_config
+    pad_values = {"input_ids": config.pad_token_id, "attention_mask": 0, "mm_token_type_ids": 0}
+    batch = pad_batch([sample["inputs"] for sample in samples], pad_values, "left")
+    batch = {key: value.to(model.device) for key, value in batch.items()}  # ids (B, L)
+    # generate draws from torch's own generator: seeded for each batch, by its first record
+    torch.manual_seed(record_generator(seed, samples[0]["record"], TOKEN_STREAM).initial_seed())
+    ids = model.generate(**batch)[:, batch["input_ids"].shape[1]:]  # (B n, response's L)
+    return [cut_at_end(row, config.eos_token_id) for row in ids.tolist()]
+
+
+def ask_model(model, tokenizer, samples, row_of, seed, blank=None) -> list[dict]:
+    """A batch's rows: row_of(sample, its answers as in ask_api, seconds), or why there is none.
+
+    Without anything to answer, `blank` is: ranks that hold one model in parts stay in step.
+    """
+    started, rows = time.perf_counter(), [sample for sample in samples if "reason" in sample]
+    good = [sample for sample in samples if "inputs" in sample]
+    asked = good or [blank] * (blank is not None)
+    responses = [(tokenizer.decode(ids, skip_special_tokens=True), len(ids), cut)
+                 for ids, cut in (respond(model, asked, seed) if asked else ())]
+    seconds = (time.perf_counter() - started) / max(len(good), 1)
+    n = len(responses) // max(len(asked), 1)
+    return rows + [row_of(sample, responses[i * n:(i + 1) * n], seconds)
+                   for i, sample in enumerate(good)]
+
+
+# ------------------------------------------------------- answers as rows that outlive a kill
+
+def skip_row(record, error):
+    """The row of a record without an answer; it is asked again when the command is repeated."""
+    return {"problem_id": record["problem_id"], "path": record["path"], "reason": str(error)}
+
+
+def unanswered(records, rows):
+    """The records that `rows`, by problem_id as text, has no answer to."""
+    return [r for r in records if "output" not in rows.get(str(r["problem_id"]), {})]
+
+
+def whole_lines(path):
+    """The file's bytes up to its last line break: a kill may have torn the line after it."""
+    data = path.read_bytes() if path.exists() else b""
+    return data[:data.rfind(b"\n") + 1]
+
+
+def read_rows(output, stem, configuration):
+    """Rows of all ranks and runs, by problem_id as text; an answer wins over an earlier skip."""
+    rows = {}
+    for path in sorted(Path(output).glob(f"{stem}.rank*.jsonl")):
+        try:
+            first, *others = map(json.loads, whole_lines(path).splitlines() or [b"{}"])
+        except json.JSONDecodeError as error:
+            raise InputError(f"{path} is damaged, remove it: {error}") from None
+        for key, value in configuration.items() if first else ():
+            if first.get(key) != value:
+                raise InputError(f"{path} has rows with another {key}: {str(first.get(key))[:60]}, "
+                                 f"not {str(value)[:60]}; name another --output")
+        for row in others:
+            if "output" not in rows.get(str(row["problem_id"]), {}):
+                rows[str(row["problem_id"])] = row
+    return rows
+
+
+@contextmanager
+def row_writer(path, total, configuration=None, quiet=False):
+    """write(rows), for any thread, at the end of a file that begins with the configuration."""
+    lock, kept = threading.Lock(), whole_lines(path)
+    with path.open("a", encoding="utf-8") as file, \
+            tqdm(total=total, desc=path.stem, disable=quiet) as bar:
+        file.truncate(len(kept))
+        if configuration and not kept:
+            file.write(json.dumps(configuration) + "\n")
+
+        def write(rows):
+            with lock:
+                file.write("".join(json.dumps(row) + "\n" for row in rows))
+                file.flush()
+                bar.update(len(rows))
+        yield write
+
+
+def record_generator(seed, record, stream) -> torch.Generator:
+    """A generator of the record's own: its draws depend on no batch, no rank and no restart."""
+    return seeded_generator(seed, zlib.crc32(str(record["problem_id"]).encode()), stream)
+
+
+def model_hash(model):
+    """A hash of config.json and, of every weight file, its name, size and some blocks spread
+    evenly: it tells two checkpoints of a run apart without reading all of either."""
+    import huggingface_hub
+    try:
+        folder = model if Path(model).is_dir() else huggingface_hub.snapshot_download(
+            model, allow_patterns=["*.json", "*.safetensors"])
+        digest = hashlib.sha256((Path(folder) / "config.json").read_bytes())
+        for path in sorted(Path(folder).glob("*.safetensors")):
+            size = path.stat().st_size
+            digest.update(f"{path.name} {size}".encode())
+            with path.open("rb") as file:
+                for block in range(HASHED_BLOCKS):
+                    file.seek(size * block // HASHED_BLOCKS)
+                    digest.update(file.read(BLOCK_BYTES))
+    except (OSError, ValueError) as error:
+        raise InputError(f"cannot read --model {model}: {error}") from None
+    return digest.hexdigest()
+
+
+def write_whole(files):
+    """Writes text files, {path: pieces}: all of them complete, or none."""
+    aside = {path: f"{path}.{os.getpid()}.partial" for path in files}  # other ranks may write too
+    for path, pieces in files.items():
+        with open(aside[path], "w", encoding="utf-8") as file:
+            file.writelines(pieces)
+    for path in files:
+        os.replace(aside[path], path)
+
+
+def json_list(lines):
+    """The pieces of a JSON list of already encoded items, one a line."""
+    yield "[\n"
+    for i, line in enumerate(lines):
+        yield (",\n" if i else "") + line
+    yield "\n]\n"
 
 
 # ------------------------------------------------------------------------------ the toy
@@ -585,11 +911,6 @@ def toy_motion(rng, colour, direction):
     return frames
 
 
-def toy_options(names):
-    """Lettered options: ["A. red", "B. green", ...]."""
-    return [f"{chr(ord('A') + i)}. {name}" for i, name in enumerate(names)]
-
-
 def toy_question(rng, kind):
     """One question: (frames (T, H, W, 3), problem_type, problem, options, answer, thought)."""
     colours, directions = list(TOY_COLOURS), list(TOY_OPPOSITE)
@@ -604,7 +925,7 @@ def toy_question(rng, kind):
         look = f"look: it is {colour}, so {direction}"
         thought = look if colour in TOY_COLOURS and rng.random() < TOY_LOOK else watch
         return (toy_motion(rng, colour, direction), "multiple choice",
-                "Which way does the block move?", toy_options(directions),
+                "Which way does the block move?", lettered(directions),
                 "ABCD"[directions.index(direction)], thought)
     if kind == "describe":
         return (toy_motion(rng, colour, direction), "free-form", "What happens in the video?", [],
@@ -616,7 +937,7 @@ def toy_question(rng, kind):
         frames, switch = toy_canvas(rng, TOY_FRAMES), TOY_FRAMES // 2
         toy_block(frames[:switch], [(x, y)] * switch, colour)
         toy_block(frames[switch:], [(x, y)] * (TOY_FRAMES - switch), then)
-        return (frames, "multiple choice", "Which colour comes first?", toy_options(colours),
+        return (frames, "multiple choice", "Which colour comes first?", lettered(colours),
                 "ABCD"[colours.index(colour)], f"watch: {colour} then {then}")
     if kind == "end":
         start, end = rng.choice(10, size=2, replace=False)  # tenths of the way to the right
@@ -627,7 +948,7 @@ def toy_question(rng, kind):
     if kind == "colour":
         frames = toy_canvas(rng, TOY_FRAMES)
         toy_block(frames, [(x, y)] * TOY_FRAMES, colour)
-        return (frames, "multiple choice", "Which colour is the block?", toy_options(colours),
+        return (frames, "multiple choice", "Which colour is the block?", lettered(colours),
                 "ABCD"[colours.index(colour)], f"look: it is {colour}")
     return toy_image(rng, kind, colour)
 
@@ -746,77 +1067,51 @@ def toy_model(tokenizer, seed, hidden=96, layers=3, heads=4, kv_heads=2, mlp=256
     return model
 
 
-def toy_args_files(out):
-    """The stages' configurations: what departs from the paper's, because the toy is small."""
-    common = f"""\
---media_root={out}
---min_pixels={PATCH**2}
---max_pixels={PATCH**2}
---image_min_pixels={PATCH**2}
---image_max_pixels={PATCH**2}
-"""
-    return {"ds_zero0.json": """\
-{"zero_optimization": {"stage": 0}, "bf16": {"enabled": "auto"}}
-""", "sft.args": f"""\
+# The stages' configurations: what departs from the paper's, because the toy is small.
+TOY_ARGS = """\
+sft.args
 # the cold start: python sft.py @{out}/sft.args
---model={out}/model
---data={out}/cot.json
---output={out}/sft
-{common}\
+--model={out}/model --data={out}/cot.json --output={out}/sft {common}
 # one process has nothing to shard; on two, add --deepspeed_config ds_zero3.json
---deepspeed_config={out}/ds_zero0.json
---num_train_epochs=9
---max_frames={TOY_FRAMES}
---per_rank_batch_size=32
---gradient_accumulation_steps=1
---learning_rate=1.5e-3
---lr_schedule=linear
---warmup_steps=50
---adam_beta2=0.98
---max_grad_norm=1
-""", "tgrpo.args": f"""\
+--deepspeed_config={out}/ds_zero0.json --num_train_epochs=9 --max_frames={frames}
+--per_rank_batch_size=32 --gradient_accumulation_steps=1 --learning_rate=1.5e-3
+--lr_schedule=linear --warmup_steps=50 --adam_beta2=0.98 --max_grad_norm=1
+
+tgrpo.args
 # T-GRPO: python tgrpo.py @{out}/tgrpo.args
---model={out}/sft
---data={out}/train.json
---output={out}/tgrpo
-{common}\
---max_frames={TOY_FRAMES}
+--model={out}/sft --data={out}/train.json --output={out}/tgrpo {common} --max_frames={frames}
 # one process has nothing to shard; on two, add --deepspeed_config ds_zero3.json
---deepspeed_config={out}/ds_zero0.json
---prompts_per_rank=12
---max_steps=150
---learning_rate=4e-4
---lr_schedule=linear
---warmup_steps=10
---adam_beta2=0.99
---max_grad_norm=1
---max_new_tokens=40
---chunk_size=8
+--deepspeed_config={out}/ds_zero0.json --prompts_per_rank=12 --max_steps=150
+--learning_rate=4e-4 --lr_schedule=linear --warmup_steps=10 --adam_beta2=0.99 --max_grad_norm=1
+--max_new_tokens=40 --chunk_size=8
 # responses are about 20 tokens long, so the window of the length reward is too
---l_min=16
---l_max=24
---save_steps=50
-""", "annotate.args": f"""\
+--l_min=16 --l_max=24 --save_steps=50
+
+annotate.args
 # its own chains of thought: python annotate.py @{out}/annotate.args; then train on them:
 # python sft.py @{out}/sft.args --model {out}/sft --data {out}/cot_own.json --output {out}/sft_own
---model={out}/sft
---data={out}/train.json
---out={out}/cot_own.json
-{common}\
---max_frames={TOY_FRAMES}
---max_new_tokens=40
---samples=2
---batch_size=64
+--model={out}/sft --data={out}/train.json --out={out}/cot_own.json {common} --max_frames={frames}
+--max_new_tokens=40 --samples=2 --batch_size=64
 # thoughts are about 40 characters long; the paper's filter is for essays
 --min_think=10
-""", "evaluate.args": f"""\
+
+evaluate.args
 # before: python evaluate.py @{out}/evaluate.args --model {out}/sft --output {out}/eval_sft
---benchmark=toy={out}/test.json
---frames={TOY_FRAMES}
-{common}\
---max_new_tokens=40
---batch_size=64
+--benchmark=toy={out}/test.json --frames={frames} {common} --max_new_tokens=40 --batch_size=64"""
+
+
+def toy_args_files(out):
+    """{name: text} of the configurations, one flag a line."""
+    pixels = ("min_pixels", "max_pixels", "image_min_pixels", "image_max_pixels")
+    common = "\n".join([f"--media_root={out}", *(f"--{name}={PATCH**2}" for name in pixels)])
+    files = {"ds_zero0.json": """\
+{"zero_optimization": {"stage": 0}, "bf16": {"enabled": "auto"}}
 """}
+    for part in TOY_ARGS.split("\n\n"):
+        name, *lines = part.splitlines()
+        lines = [line if line.startswith("#") else "\n".join(line.split()) for line in lines]
+        files[name] = "\n".join(lines).format(out=out, frames=TOY_FRAMES, common=common) + "\n"
+    return files
 
 
 def build_toy(args):
@@ -919,8 +1214,7 @@ def default_recipe() -> list[dict]:
 def write_recipe(args):
     """Figure 2 as a file to edit."""
     recipe = default_recipe()
-    text = "[\n" + ",\n".join(json.dumps(entry) for entry in recipe) + "\n]\n"
-    write_whole({args.out: [text]})
+    write_whole({args.out: json_list(map(json.dumps, recipe))})
     print(f"{args.out}: {len(recipe)} entries, {sum(e['count'] for e in recipe):,} questions")
 
 
@@ -958,11 +1252,6 @@ def draft(medium, problem, answer, options=(), **more):
     answer as a letter or a text; make_record makes a record of it, or says why not."""
     return {"medium": medium, "problem": problem, "answer": str(answer),
             "options": [str(option) for option in options], **more}
-
-
-def letter(index) -> str:
-    """The letter of an option: 0 is A."""
-    return chr(ord("A") + int(index))
 
 
 # An option's mark, "A.", "(A)" or "A:", at the start of a line or after a space
@@ -1263,7 +1552,7 @@ def make_record(found, entry, folder):
     wanted = entry["problem_type"]
     media = entry["media"].replace("{folder}", folder)
     path = os.path.normpath(os.path.join(media, found["medium"]))
-    options = [f"{letter(i)}. {option.strip()}" for i, option in enumerate(found["options"])]
+    options = lettered(option.strip() for option in found["options"])
     measure = MEASURE.findall(answer) if "regression" in wanted and not options else []
     if "kind" in found:  # the source says so itself
         kind = found["kind"] if found["kind"] in wanted else None
@@ -1462,26 +1751,9 @@ def balance_letters(record, used, rng):
         texts = [texts[i] for i in rng.permutation(len(texts))]
         texts.insert(place, right)
         answer = letter(place)
-        record["options"] = [f"{letter(i)}. {text}" for i, text in enumerate(texts)]
+        record["options"] = lettered(texts)
         record["solution"] = f"<answer>{answer}</answer>"
     used[size, answer] += 1
-
-
-def write_whole(files):
-    """Writes text files, {path: pieces}: all of them complete, or none."""
-    for path, pieces in files.items():
-        with open(f"{path}.partial", "w", encoding="utf-8") as file:
-            file.writelines(pieces)
-    for path in files:
-        os.replace(f"{path}.partial", path)
-
-
-def json_list(lines):
-    """The pieces of a JSON list of already encoded items, one a line."""
-    yield "[\n"
-    for i, line in enumerate(lines):
-        yield (",\n" if i else "") + line
-    yield "\n]\n"
 
 
 def mix(args):
@@ -1576,15 +1848,6 @@ class Media(torch.utils.data.Dataset):
         return {"clip": clip_of(record), "state": state, "reason": reason}
 
 
-def known_media(path):
-    """({clip: state} of the media that earlier runs have decoded, the length of their log without
-    a line that a kill has torn). Faulty media are tried again."""
-    text = path.read_bytes() if path.exists() else b""
-    text = text[:text.rfind(b"\n") + 1]
-    rows = [json.loads(line) for line in text.splitlines()]
-    return {tuple(row["clip"]): row["state"] for row in rows if not row["reason"]}, len(text)
-
-
 def check(args):
     """Decodes every medium of a file of records, as training will, and writes the records whose
     medium can be used. The same command resumes; a file that has changed is decoded again."""
@@ -1592,18 +1855,17 @@ def check(args):
     records = load_records(args.data, args.media_root)
     out = args.out or f"{args.data.removesuffix('.jsonl').removesuffix('.json')}_clean.json"
     log = Path(f"{out.removesuffix('.json')}.media.jsonl")
-    good, length = known_media(log)
+    rows = map(json.loads, whole_lines(log).splitlines())  # of earlier runs
+    good = {tuple(row["clip"]): row["state"] for row in rows if not row["reason"]}
     clips = {clip_of(record): record for record in records}
     todo = [record for clip, record in clips.items()
             if clip not in good or good[clip] != state_of(record["media_path"])]
     reasons = {}
     loader = torch.utils.data.DataLoader(Media(todo, args), batch_size=None, in_order=False,
                                          num_workers=args.num_workers)
-    with open(log, "a", encoding="utf-8") as file:
-        file.truncate(length)
-        for row in tqdm(loader, desc="check", total=len(todo)):
-            file.write(json.dumps(row) + "\n")
-            file.flush()
+    with row_writer(log, len(todo)) as write:
+        for row in loader:
+            write([row])
             if row["reason"]:
                 reasons[tuple(row["clip"])] = row["reason"]
     clean = [record for record in records if clip_of(record) not in reasons]

@@ -40,39 +40,34 @@ import argparse
 import hashlib
 import json
 import os
-import random
 import re
 import resource
 import socket
 import sys
-import threading
 import time
 import warnings
-from datetime import timedelta
-import zlib
 from collections import Counter, defaultdict
-from concurrent.futures import FIRST_COMPLETED, ThreadPoolExecutor, wait
-from email.utils import parsedate_to_datetime
+from datetime import timedelta
 from fractions import Fraction
+from functools import cache
 from itertools import islice
 from pathlib import Path
 from typing import Callable, NamedTuple
 
 import deepspeed
-import huggingface_hub
 import numpy as np
-import requests
 import torch
 import torch.distributed as dist
 from deepspeed.accelerator import get_accelerator
 from PIL import Image
 from torch.utils.data import DataLoader, Dataset
-from tqdm import tqdm
-from transformers import AutoModelForImageTextToText, AutoProcessor, GenerationConfig
+from transformers import AutoModelForImageTextToText, AutoProcessor
 
-from build_data import (ANSWER_SUFFIX, TEMPLATE, InputError, MediaError, api_messages,
-                        check_limits, encode, load_records, load_vision_isolated, pad_batch,
-                        provenance, read_args_line, sampling_of, seeded_generator)
+from build_data import (ANSWER_SUFFIX, FRAME_STREAM, TEMPLATE, InputError, MediaError, api_messages,
+                        ask_model, ask_server, check_answering, encode, generation_config, letter,
+                        lettered, load_records, load_vision_isolated, model_hash, provenance,
+                        read_args_line, read_rows, record_generator, row_writer, sampling_of,
+                        skip_row, unanswered, write_whole)
 from rewards import accuracy_reward, extract_answer, format_reward, parse_number
 
 ORDERS = ("ordered", "shuffled", "reversed", "single_frame", "blind")
@@ -89,22 +84,7 @@ WINDOW = 2  # batches of decoded samples among which similar lengths are looked 
 # Phrases of second thoughts; "wait" as a plain verb is counted too.
 REFLECTION = re.compile(r"\b(?:wait|hmm+|on second thought|let(?:'s| me| us) (?:re-?|double[- ])?"
                         r"(?:check|verify|consider|examine|read))\b", re.IGNORECASE)
-# Tokens that stand for pixels: a policy that emits one would break its own next forward.
-FORBIDDEN_TOKENS = ("<|vision_start|>", "<|vision_end|>", "<|vision_pad|>", "<|image_pad|>",
-                    "<|video_pad|>")
-FRAME_STREAM, TOKEN_STREAM = 1, 2  # last key of the generators: no two draws share one
-HASHED_BLOCKS, BLOCK_BYTES = 64, 4096  # of each weight file: seconds for any size of model
 LONGEST_WAIT = timedelta(days=7)  # of the first rank to finish for the last one
-MOST_FAILURES = 20  # requests in a row without an answer, after which the server is given up
-
-# -- the server
-KEY_VARIABLE = "OPENAI_API_KEY"  # the only place a key is read from; it is never written
-FIRST_PAUSE, LONGEST_PAUSE = 1.0, 60.0  # seconds before a request is repeated; doubled each time
-LONGEST_RETRY_AFTER = 3600.0  # seconds that a server may ask to wait
-CONNECT_TIMEOUT = 10.0  # seconds
-REPEATED = {408, 409, 425, 429}  # HTTP: not now; as any status from 500. Others will not change
-HOPELESS = {401, 403, 404}  # HTTP: no request of this run can succeed
-ERROR_SHOWN = 300  # characters of what a server says about an error
 
 # This project's own wording: the paper's (Figure 12) is not in its text.
 JUDGE_QUESTION = """\
@@ -135,7 +115,6 @@ class Task(NamedTuple):
     frames: int
     records: list[dict]
     configuration: dict  # what the answers depend on: rows made with another one are refused
-    todo: list[dict]     # the records that earlier runs have not answered
 
 
 def parse_args(argv=None):
@@ -190,17 +169,11 @@ def parse_args(argv=None):
 
 def check_flags(args):
     """Raises InputError for values that no run can work with."""
-    check_limits(args)
+    check_answering(args)
     wanted = ["output", "model"] + ["benchmark"] * (not args.judge)
     missing = [flag for flag in wanted if not getattr(args, flag)]
     if missing:
         raise InputError(f"--{missing[0]} is needed (only --diff does without a model)")
-    for flag in ("max_new_tokens", "batch_size", "min_frames", "concurrency"):
-        if getattr(args, flag) < 1:
-            raise InputError(f"--{flag} is {getattr(args, flag)}: it must be at least 1")
-    if args.temperature < 0 or not 0 < args.top_p <= 1:
-        raise InputError(f"--temperature {args.temperature} must not be negative, "
-                         f"and --top_p {args.top_p} must be above 0 and at most 1")
     if min(args.frames) < args.min_frames:
         raise InputError(f"--frames {min(args.frames)} is below --min_frames {args.min_frames}")
 
@@ -214,11 +187,10 @@ def as_record(problem_id, problem, options, answer, path, **groups):
     >>> record["options"], record["solution"], record["groups"]
     (['A. up', 'B. down'], '<answer>B</answer>', {'task': 'moving_direction'})
     """
-    letters = [chr(ord("A") + i) for i in range(len(options))]
-    if not all(option.startswith(f"{letter}.") for letter, option in zip(letters, options)):
-        options = [f"{letter}. {option}" for letter, option in zip(letters, options)]
-    if options and answer not in letters:
-        raise ValueError(f"question {problem_id}: the answer {answer!r} is none of {letters}")
+    if not all(option.startswith(f"{letter(i)}.") for i, option in enumerate(options)):
+        options = lettered(options)
+    if options and answer not in map(letter, range(len(options))):
+        raise ValueError(f"question {problem_id}: the answer {answer!r} is none of {options}")
     kind = "free-form" if parse_number(answer) is None else "numerical"
     return {"problem_id": problem_id, "problem": problem, "data_type": "video",
             "problem_type": "multiple choice" if options else kind, "options": options,
@@ -263,13 +235,15 @@ VIDEOMMMU_BEFORE = (  # the benchmark's own words; the quiz is an image, the vid
 VIDEOMMMU_AFTER = "\nPlease ignore the Quiz question in last frame of the video."
 
 
+def subject_groups(subject, disciplines):
+    """{"subject", and "discipline" where `disciplines` has the subject}."""
+    return {"subject": subject} | {"discipline": key for key, names in disciplines.items()
+                                   if subject in names.split()}
+
+
 def videommmu_groups(video_id):
-    """{"subject", "discipline"} of "dev_Biology_3"."""
-    subject = "_".join(video_id.split("_")[1:-1])
-    disciplines = [key for key, names in VIDEOMMMU_SUBJECTS.items() if subject in names.split()]
-    if not disciplines:
-        raise ValueError(f"{video_id} names no subject of VideoMMMU")
-    return {"subject": subject, "discipline": disciplines[0]}
+    """The groups of "dev_Basic_Medical_Science_3": subject Basic_Medical_Science of Medicine."""
+    return subject_groups("_".join(video_id.split("_")[1:-1]), VIDEOMMMU_SUBJECTS)
 
 
 def videommmu(content, path):
@@ -297,10 +271,8 @@ MMVU_SUBJECTS = {  # the benchmark's four disciplines and 27 subjects
 
 
 def mmvu_groups(path):
-    """{"subject", and "discipline" where it is known} of videos/Art/0.mp4."""
-    subject = Path(path).parent.name
-    return {"subject": subject} | {"discipline": key for key, names in MMVU_SUBJECTS.items()
-                                   if subject in names.split()}
+    """The groups of videos/Chemistry/0.mp4: subject Chemistry of Science."""
+    return subject_groups(Path(path).parent.name, MMVU_SUBJECTS)
 
 
 def mmvu(content, path):
@@ -337,8 +309,8 @@ def mvbench(content, path):
     -> video/star/Charades_v1_480/ZS9XR.mp4, video_start 11.1, video_end 19.6, answer B."""
     task = part_of(path, MVBENCH_FOLDERS)
     for i, row in enumerate(content):
-        letter = chr(ord("A") + row["candidates"].index(row["answer"]))
-        record = as_record(f"{task}/{i}", row["question"], row["candidates"], letter,
+        answer = letter(row["candidates"].index(row["answer"]))
+        record = as_record(f"{task}/{i}", row["question"], row["candidates"], answer,
                            f"video/{MVBENCH_FOLDERS[task]}/{row['video']}", task=task)
         record |= {f"video_{key}": float(row[key]) for key in ("start", "end")
                    if row.get(key) is not None}
@@ -371,7 +343,7 @@ def tempcompass(content, path):
         texts = {mark[1]: mark[2] for mark in marks if mark}  # label -> text
         label = TEMPCOMPASS_OPTION.fullmatch(answer)[1]
         yield as_record(f"{task}/{i}", lines[0], list(texts.values()),
-                        chr(ord("A") + list(texts).index(label)), f"videos/{row['video_id']}.mp4",
+                        letter(list(texts).index(label)), f"videos/{row['video_id']}.mp4",
                         task=task, dimension=row["dim"])
 
 
@@ -537,6 +509,14 @@ def bootstrap_mean(values, media, seed, cells=None):
     return mean, float(low), float(high)
 
 
+def interval(values, media, seed, cells=None):
+    """bootstrap_mean as {"mean", "low", "high", "n"}; None without values."""
+    if not values:
+        return None
+    found = bootstrap_mean([float(value) for value in values], media, seed, cells)
+    return dict(zip(("mean", "low", "high"), found)) | {"n": len(values)}
+
+
 def shuffle_frames(frames, generator):
     """The (T, C, H, W) frames in a random order that is never the given one when T > 1."""
     if len(frames) < 2:
@@ -549,11 +529,10 @@ def shuffle_frames(frames, generator):
 
 def reorder(vision, order, generator):
     """The medium as `order`, one of ORDERS, shows it; sizes, timing and token count are kept."""
-    if vision.frames is None:
-        if order != "blind":
-            return vision
-        return vision._replace(image=Image.new("RGB", vision.image.size, (GREY, GREY, GREY)))
     frames = vision.frames  # (T, C, H, W)
+    if frames is None:
+        grey = Image.new("RGB", vision.image.size, (GREY, GREY, GREY))
+        return vision._replace(image=grey) if order == "blind" else vision
     if order == "shuffled":
         frames = shuffle_frames(frames, generator)
     elif order == "reversed":
@@ -565,40 +544,28 @@ def reorder(vision, order, generator):
     return vision._replace(frames=frames)
 
 
-def cut_at_end(ids, end_ids):
-    """A response up to its first end token, which is kept, and whether it had none.
-
-    >>> cut_at_end([5, 6, 2, 0, 0], {2, 0}), cut_at_end([5, 6], {2, 0})
-    (([5, 6, 2], False), ([5, 6], True))
-    """
-    for i, token in enumerate(ids):
-        if token in end_ids:
-            return ids[:i + 1], False
-    return ids, True
-
-
 def grade(records, rows, threshold):
     """A graded row for each record that has an output in `rows`, keyed by problem_id as text."""
+    keys = ("problem_id", "data_source", "problem_type", "path", "problem", "options", "solution",
+            "groups", "output", "tokens", "truncated", "size", "prompt_tokens")
     graded = []
     for record in records:
-        row = rows.get(str(record["problem_id"]), {})
-        if "output" not in row:
+        both = record | rows.get(str(record["problem_id"]), {})
+        if "output" not in both:
             continue
-        output, accuracy = row["output"], accuracy_reward(row["output"], record)
+        output, truth = both["output"], extract_answer(record["solution"])
         prediction, form = extract_answer(output), format_reward(output)
-        keys = ("problem_id", "data_source", "problem_type", "path", "problem", "options",
-                "solution", "groups", "output", "tokens", "truncated", "size", "prompt_tokens")
-        both = record | row
-        graded.append({key: both[key] for key in keys if key in both} | {
+        accuracy = accuracy_reward(output, record)
+        row = {key: both[key] for key in keys if key in both} | {
             "prediction": prediction, "accuracy": accuracy, "correct": accuracy >= threshold,
             "format": form, "reward": accuracy + form,
-            "reflections": len(REFLECTION.findall(output))})
-        truth = extract_answer(record["solution"])
+            "reflections": len(REFLECTION.findall(output))}
         if record["problem_type"] == "free-form":  # how VideoMMMU grades a text
-            graded[-1]["contains"] = float(truth.lower() in prediction.lower())
+            row["contains"] = float(truth.lower() in prediction.lower())
         if record["problem_type"] == "regression":
-            graded[-1]["mra"] = mean_relative_accuracy(prediction, truth)
-            graded[-1]["mra_released"] = released_relative_accuracy(prediction, truth)
+            row["mra"] = mean_relative_accuracy(prediction, truth)
+            row["mra_released"] = released_relative_accuracy(prediction, truth)
+        graded.append(row)
     return graded
 
 
@@ -606,6 +573,11 @@ def groups_of(record):
     """The groups that a record, or its graded row, is scored in: {kind: name}."""
     return {"problem_type": record["problem_type"], **record.get("groups", {
         "data_source": str(record.get("data_source"))})}
+
+
+def overalls_of(name):
+    """The ways to sum a benchmark up; the plain mean for a file of records."""
+    return BENCHMARKS[name].overalls if name in BENCHMARKS else PLAIN
 
 
 def usable(overalls, records):
@@ -630,9 +602,8 @@ def measure(rows, metrics, overall, ordered, seed):
                      for row, before in earlier if before]
         if pairs:
             cells = [groups_of(row)[overall.by] for row, _ in pairs] if overall.by else None
-            interval = bootstrap_mean([float(value) for _, value in pairs],
-                                      [row["path"] for row, _ in pairs], seed, cells)
-            found[metric] = dict(zip(("mean", "low", "high"), interval)) | {"n": len(pairs)}
+            rows_with, values = zip(*pairs)
+            found[metric] = interval(values, [row["path"] for row in rows_with], seed, cells)
     return found
 
 
@@ -643,11 +614,8 @@ def score(records, graded, seed, overalls=PLAIN, ordered=()):
     over groups.
     """
     overalls = usable(overalls, records)
-    headline, *_ = overalls.values()
+    plain = Overall(next(iter(overalls.values())).metric)
     ordered = {str(row["problem_id"]): row for row in ordered}
-    scores = {name: {"answered": len(graded), "records": len(records),
-                     **measure(graded, ("score", "drop"), overall, ordered, seed)}
-              for name, overall in overalls.items() if overall.by}
 
     def labels(record):
         return ["all", *(f"{kind}: {name}" for kind, name in groups_of(record).items())]
@@ -655,11 +623,13 @@ def score(records, graded, seed, overalls=PLAIN, ordered=()):
     for row in graded:
         for label in labels(row):
             members[label].append(row)
-    for label, count in Counter(label for record in records for label in labels(record)).items():
-        rows = members[label]
-        scores[label] = {"answered": len(rows), "records": count,
-                         **measure(rows, METRICS, Overall(headline.metric), ordered, seed)}
-    return scores
+    groups = [(name, graded, len(records), ("score", "drop"), overall)
+              for name, overall in overalls.items() if overall.by]
+    counts = Counter(label for record in records for label in labels(record))
+    groups += [(label, members[label], count, METRICS, plain) for label, count in counts.items()]
+    return {name: {"answered": len(rows), "records": count,
+                   **measure(rows, metrics, overall, ordered, seed)}
+            for name, rows, count, metrics, overall in groups}
 
 
 # ------------------------------------------------------------------------------ tables
@@ -736,7 +706,7 @@ def difference(a, b):
         raise InputError("the two results have no question in common")
     lines = [f"{key} differs: {str(a['configuration'].get(key))[:60]} | {str(value)[:60]}"
              for key, value in b["configuration"].items() if a["configuration"].get(key) != value]
-    overalls = BENCHMARKS[a["benchmark"]].overalls if a["benchmark"] in BENCHMARKS else PLAIN
+    overalls = overalls_of(a["benchmark"])
     # with b's rows as the ordered ones, the "drop" of a's rows is b - a
     seed = a["arguments"]["seed"]
     scores, there = score(old, old, seed, overalls, new), score(new, new, seed, overalls)
@@ -788,16 +758,14 @@ def read_file(path):
 def read_benchmark(name, path, args):
     """The records of a benchmark: a released eval_*.json, or its own release, which is converted
     and left as records in --output. Each gains the groups that it is scored in."""
-    path, benchmark = Path(path), BENCHMARKS[name]
+    path, benchmark, records = Path(path), BENCHMARKS[name], []
     files = [path]
     if path.is_dir():  # its patterns are alternatives
-        found = (sorted(path.glob(pattern)) for pattern in benchmark.files)
-        files = next(filter(None, found), [])
+        files = next(filter(None, (sorted(path.glob(p)) for p in benchmark.files)), [])
     if not files:
         raise InputError(f"{path} has no {' or '.join(benchmark.files)}, as {benchmark.title} "
                          "is released")
     root = args.media_root or (path if path.is_dir() else path.parent)
-    records = []
     for file in files:
         content = read_file(file)
         try:
@@ -805,14 +773,12 @@ def read_benchmark(name, path, args):
                 return [record | {"groups": released_groups(name, record)}
                         for record in load_records(file, root)]
             records += benchmark.convert(content, file)
+        except InputError:  # a ValueError too
+            raise
         except (KeyError, TypeError, ValueError, AttributeError, IndexError) as error:
-            if isinstance(error, InputError):
-                raise
             raise InputError(f"{file} is not as {benchmark.title} is released: {error!r}") from None
     whole = Path(args.output) / f"{name}.records.json"
-    aside = whole.with_suffix(f".{os.getpid()}.partial")  # every rank writes the same
-    aside.write_text(json.dumps(records, indent=1), encoding="utf-8")
-    aside.replace(whole)
+    write_whole({whole: [json.dumps(records, indent=1)]})  # by every rank
     return load_records(whole, root)
 
 
@@ -836,21 +802,6 @@ def read_benchmarks(args):
                              f"{records[0]['media_path']}; give their folder as --media_root")
         benchmarks[name] = records
     return benchmarks
-
-
-def record_generator(seed, record, stream):
-    """A generator of the record's own: its draws depend on no batch, no rank and no restart."""
-    return seeded_generator(seed, zlib.crc32(str(record["problem_id"]).encode()), stream)
-
-
-def record_seed(seed, record):
-    """A seed of the record's own: its draws depend on no batch, no rank and no restart."""
-    return record_generator(seed, record, TOKEN_STREAM).initial_seed() % 2**31
-
-
-def skip_row(record, error):
-    """The row of a record without responses; it is asked again when the command is repeated."""
-    return {"problem_id": record["problem_id"], "path": record["path"], "reason": str(error)}
 
 
 class Prompts(Dataset):
@@ -933,56 +884,18 @@ def precision():
 
 
 def load_model(args, tokenizer, device):
-    """The model, set to answer as the flags say: its own sampling defaults (a repetition penalty
-    in Qwen2.5-VL's release) are put aside."""
+    """The model, set to answer as the flags say."""
     try:
         model = AutoModelForImageTextToText.from_pretrained(
             args.model, dtype=precision(), attn_implementation=args.attn_implementation,
             use_safetensors=True)
     except (OSError, ValueError, ImportError) as error:
         raise InputError(f"cannot load --model {args.model}: {error}") from None
-    sampling = {"do_sample": True, "temperature": args.temperature, "top_p": args.top_p, "top_k": 0}
-    model.generation_config = GenerationConfig(
-        max_new_tokens=args.max_new_tokens, **(sampling if args.temperature else {}),
-        eos_token_id=stop_tokens(model, tokenizer), pad_token_id=tokenizer.pad_token_id,
-        suppress_tokens=forbidden_tokens(model, tokenizer))
+    model.generation_config = generation_config(model, tokenizer, args)
     return model.to(device).eval()
 
 
-def stop_tokens(model, tokenizer):
-    """Every end token of the model; the tokenizer's own first."""
-    ends = model.generation_config.eos_token_id
-    ends = ends if isinstance(ends, list) else [ends]
-    return list(dict.fromkeys([tokenizer.eos_token_id, *(end for end in ends if end is not None)]))
-
-
-def forbidden_tokens(model, tokenizer):
-    """Ids that must not be sampled: visual placeholders, and ids that no token has."""
-    ids = tokenizer.convert_tokens_to_ids(list(FORBIDDEN_TOKENS))
-    beyond = range(len(tokenizer), model.config.get_text_config().vocab_size)
-    return sorted({i for i in ids if i is not None} | set(beyond))
-
-
 # ------------------------------------------------------------ what a run leaves in --output
-
-def model_hash(model):
-    """A hash of config.json and, of every weight file, its name, size and some blocks spread
-    evenly: it tells two checkpoints of a run apart without reading all of either."""
-    try:
-        folder = model if Path(model).is_dir() else huggingface_hub.snapshot_download(
-            model, allow_patterns=["*.json", "*.safetensors"])
-        digest = hashlib.sha256((Path(folder) / "config.json").read_bytes())
-        for path in sorted(Path(folder).glob("*.safetensors")):
-            size = path.stat().st_size
-            digest.update(f"{path.name} {size}".encode())
-            with path.open("rb") as file:
-                for block in range(HASHED_BLOCKS):
-                    file.seek(size * block // HASHED_BLOCKS)
-                    digest.update(file.read(BLOCK_BYTES))
-    except (OSError, ValueError) as error:
-        raise InputError(f"cannot read --model {model}: {error}") from None
-    return digest.hexdigest()
-
 
 def records_hash(records):
     """A hash of what is asked; where the media lie does not matter."""
@@ -1004,74 +917,27 @@ def shared_configuration(args, processor):
         "template": TEMPLATE, "answer_suffix": ANSWER_SUFFIX}
 
 
-def unanswered(records, rows):
-    """The records that `rows` has no answer to."""
-    return [r for r in records if "output" not in rows.get(str(r["problem_id"]), {})]
-
-
 def plan_tasks(args, benchmarks, shared):
     """The tasks of a run. InputError where --output has rows of another configuration."""
     tasks = []
     for name, records in benchmarks.items():
         for frames in dict.fromkeys(args.frames):
             configuration = shared | {"frames": frames, "records_sha256": records_hash(records)}
-            rows = {order: read_rows(args.output, f"{name}_{frames}_{order}", configuration)
-                    for order in ORDERS}[args.order]  # all orders: they are compared
-            tasks.append(Task(f"{name}_{frames}_{args.order}", name, frames, records,
-                              configuration, unanswered(records, rows)))
+            for order in ORDERS:  # they are compared
+                read_rows(args.output, f"{name}_{frames}_{order}", configuration)
+            stem = f"{name}_{frames}_{args.order}"
+            tasks.append(Task(stem, name, frames, records, configuration))
     return tasks
 
 
-def whole_lines(path):
-    """The file's bytes up to its last line break: a kill may have torn the line after it."""
-    data = path.read_bytes() if path.exists() else b""
-    return data[:data.rfind(b"\n") + 1]
-
-
-def read_rows(output, stem, configuration):
-    """Rows of all ranks and runs, by problem_id as text; an answer wins over an earlier skip."""
-    rows = {}
-    for path in sorted(Path(output).glob(f"{stem}.rank*.jsonl")):
-        try:
-            first, *others = map(json.loads, whole_lines(path).splitlines() or [b"{}"])
-        except json.JSONDecodeError as error:
-            raise InputError(f"{path} is damaged, remove it: {error}") from None
-        for key, value in configuration.items() if first else ():
-            if first.get(key) != value:
-                raise InputError(f"{path} has rows with another {key}: {str(first.get(key))[:60]}, "
-                                 f"not {str(value)[:60]}; name another --output")
-        for row in others:
-            if "output" not in rows.get(str(row["problem_id"]), {}):
-                rows[str(row["problem_id"])] = row
-    return rows
-
-
-def open_rows(path, configuration):
-    """The file to append rows to: rid of a torn line, and begun with the configuration."""
-    kept = whole_lines(path)
-    file = path.open("a", encoding="utf-8")
-    file.truncate(len(kept))
-    if not kept:
-        file.write(json.dumps(configuration) + "\n")
-    return file
-
-
-def write_json(path, content):
-    """Writes a JSON file, complete or not at all."""
-    aside = Path(f"{path}.partial")
-    aside.write_text(json.dumps(content, indent=1), encoding="utf-8")
-    aside.replace(path)
-
-
-def write_result(task, args):
+def write_result(task, rows, args):
     """<stem>.json, complete or absent, from every row that --output has. Returns its content."""
-    rows = read_rows(args.output, task.stem, task.configuration)
     graded, ordered = grade(task.records, rows, args.correct_threshold), []
     if args.order != "ordered":
         stem = task.stem.removesuffix(args.order) + "ordered"
         ordered = grade(task.records, read_rows(args.output, stem, task.configuration),
                         args.correct_threshold)
-    overalls = BENCHMARKS[task.name].overalls if task.name in BENCHMARKS else PLAIN
+    overalls = overalls_of(task.name)
     answers = [row for row in rows.values() if "output" in row]
     whole = json.dumps(task.configuration, sort_keys=True).encode()
     result = {"benchmark": task.name, "frames": task.frames, "order": args.order,
@@ -1086,7 +952,7 @@ def write_result(task, args):
               "world_size": dist.get_world_size(),
               "written": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
               **provenance(), "rows": graded}
-    write_json(Path(args.output) / f"{task.stem}.json", result)
+    write_whole({f"{args.output}/{task.stem}.json": [json.dumps(result, indent=1)]})
     return result
 
 
@@ -1109,147 +975,15 @@ def print_result(task, result, args):
               f"the first: {result['skipped'][0]['reason']}")
 
 
-# ----------------------------------------------- a server's answers, as in annotate.py
+# ------------------------------------------------------------- the model, here or behind a server
 
-class ApiError(RuntimeError):
-    """The server gave no usable answer to one request, for the reason given."""
-
-
-def api_session(concurrency):
-    """HTTP connections that `concurrency` threads can share; they carry the key, if any."""
-    def authorise(request):
-        if os.environ.get(KEY_VARIABLE):
-            request.headers["Authorization"] = f"Bearer {os.environ[KEY_VARIABLE]}"
-        return request
-
-    session = requests.Session()
-    session.auth = authorise  # not a header of the session, over which ~/.netrc would win
-    for scheme in ("http://", "https://"):
-        session.mount(scheme, requests.adapters.HTTPAdapter(pool_maxsize=concurrency))
-    return session
-
-
-def ask_api(session, args, messages, n, seed):
-    """n answers to a conversation: [(text, finish_reason, completion tokens), ...].
-
-    finish_reason is "stop", or "length" where max_new_tokens cut the answer off. Of several
-    answers to one request a server tells only the sum of tokens: each gets the mean. Raises
-    ApiError when a request fails args.api_retries times more, InputError when all would fail.
-    """
-    answers = []
-    while len(answers) < n:  # some servers answer once, whatever n is
-        body = {"model": args.model, "messages": messages, "n": n - len(answers),
-                "temperature": args.temperature, "top_p": args.top_p,
-                "max_tokens": args.max_new_tokens, "seed": seed + len(answers)}
-        answers += post_api(session, args, body)
-    return answers[:n]
-
-
-def post_api(session, args, body):
-    """The answers to one request, which is repeated while the server fails to give any."""
-    url = args.api_base.rstrip("/") + "/chat/completions"
-    for attempt in range(args.api_retries + 1):
-        # seeded by nothing: the point is that clients do not come back at the same moment
-        pause = min(LONGEST_PAUSE, FIRST_PAUSE * 2**attempt) * random.uniform(0.5, 1)
-        try:
-            reply = session.post(url, json=body, timeout=(CONNECT_TIMEOUT, args.api_timeout))
-            if reply.status_code == 200:
-                return read_choices(reply.json())
-            reason = f"HTTP {reply.status_code}: {reply.text[:ERROR_SHOWN]}"
-            pause = max(pause, retry_after(reply.headers.get("Retry-After", "")))
-        except (requests.RequestException, KeyError, TypeError, ValueError) as error:
-            reply, reason = None, f"{type(error).__name__}: {str(error)[:ERROR_SHOWN]}"
-        if os.environ.get(KEY_VARIABLE):  # a server may quote it
-            reason = reason.replace(os.environ[KEY_VARIABLE], f"<{KEY_VARIABLE}>")
-        if reply is not None and reply.status_code in HOPELESS:
-            raise InputError(f"{url} refuses model {args.model}: {reason} "
-                             f"(the key is read from the environment variable {KEY_VARIABLE})")
-        if reply is not None and reply.status_code < 500 and reply.status_code not in REPEATED:
-            raise ApiError(f"{url}: {reason}")
-        if attempt < args.api_retries:
-            time.sleep(pause)
-    raise ApiError(f"{url}: {args.api_retries + 1} attempts failed, the last: {reason}")
-
-
-def read_choices(reply):
-    """The answers in a server's reply; KeyError, TypeError or ValueError where it has none.
-
-    >>> read_choices({"choices": [{"message": {"content": "Hi"}, "finish_reason": "stop"}],
-    ...               "usage": {"completion_tokens": 2}})
-    [('Hi', 'stop', 2)]
-    """
-    choices = reply["choices"]
-    if not choices:
-        raise ValueError("the reply has no choices")
-    tokens = round(reply["usage"]["completion_tokens"] / len(choices))
-    # content is null where the answer was cut off before it began
-    return [(choice["message"]["content"] or "", choice["finish_reason"], tokens)
-            for choice in choices]
-
-
-def retry_after(text):
-    """Seconds that a Retry-After header asks for, as a number or a date; 0 for anything else."""
-    try:
-        seconds = (float(text) if re.fullmatch(r"\d+(\.\d+)?", text) else
-                   parsedate_to_datetime(text).timestamp() - time.time())
-    except ValueError:
-        return 0.0
-    return min(max(seconds, 0.0), LONGEST_RETRY_AFTER)
-
-
-def ask_one(session, sample, args):
-    """The row of a record's response, or of the reason why there is none."""
-    record, started = sample["record"], time.perf_counter()
-    try:
-        (text, finish, tokens), = ask_api(session, args, sample["messages"], 1,
-                                          record_seed(args.seed, record))
-    except ApiError as error:
-        return skip_row(record, error)
-    return {"problem_id": record["problem_id"], "output": text, "tokens": tokens,
-            "truncated": finish == "length", "seconds": time.perf_counter() - started,
-            "size": sample["size"]}
-
-
-def ask_server(share, write, args):
-    """Asks for a rank's share of the records, args.concurrency requests at a time."""
-    loader = DataLoader(Prompts(share, None, args), batch_size=None, num_workers=args.num_workers)
-    session, running, failed = api_session(args.concurrency), set(), 0
-
-    def work(sample):  # in a thread: the row is on disk before anything else can go wrong
-        row = sample if "reason" in sample else ask_one(session, sample, args)
-        write([row])
-        return None if "output" in row or "reason" in sample else row["reason"]
-
-    def settle(least):
-        """Waits until fewer than `least` requests run; stops the run when the server is gone."""
-        nonlocal running, failed
-        while len(running) >= least:
-            done, running = wait(running, return_when=FIRST_COMPLETED)
-            for reason in (future.result() for future in done):
-                failed = failed + 1 if reason else 0
-                if failed >= MOST_FAILURES:
-                    raise InputError(f"{failed} requests in a row failed, the last: {reason}")
-
-    with ThreadPoolExecutor(args.concurrency) as pool:
-        for sample in loader:
-            running.add(pool.submit(work, sample))
-            settle(args.concurrency)
-        settle(1)
-
-
-# ------------------------------------------------------------------------------- the model
-
-@torch.inference_mode()
-def respond(model, samples, seed):
-    """Responses to B samples of Prompts, as ids up to the end token: [(ids, truncated), ...]."""
-    config = model.generation_config
-    pad_values = {"input_ids": config.pad_token_id, "attention_mask": 0, "mm_token_type_ids": 0}
-    batch = pad_batch([sample["inputs"] for sample in samples], pad_values, "left")
-    batch = {key: value.to(model.device) for key, value in batch.items()}  # ids (B, L)
-    # generate draws from torch's own generator: seeded for each batch, by its first record
-    torch.manual_seed(record_generator(seed, samples[0]["record"], TOKEN_STREAM).initial_seed())
-    ids = model.generate(**batch)[:, batch["input_ids"].shape[1]:]  # (B, response's L)
-    return [cut_at_end(row, config.eos_token_id) for row in ids.tolist()]
+def row_of(sample, answers, seconds):
+    """The row of a record's response."""
+    (text, tokens, truncated), = answers
+    row = {"problem_id": sample["record"]["problem_id"], "output": text, "tokens": tokens,
+           "truncated": truncated, "seconds": seconds, "size": sample["size"]}
+    return row if "messages" in sample else row | {
+        "prompt_tokens": sample["inputs"]["input_ids"].shape[1]}
 
 
 def by_length(samples, size):
@@ -1260,57 +994,38 @@ def by_length(samples, size):
         yield from (window[i:i + size] for i in range(0, len(window), size))
 
 
-def ask_here(model, processor, share, write, args):
-    """Answers a rank's share of the records on this machine, a batch at a time."""
-    # the next window is decoded while this one is answered
-    ahead = -(-WINDOW * args.batch_size // args.num_workers) if args.num_workers else None
-    loader = DataLoader(Prompts(share, processor, args), batch_size=None,
-                        num_workers=args.num_workers, prefetch_factor=ahead)
-    for samples in by_length(loader, args.batch_size):
-        started = time.perf_counter()
-        good = [sample for sample in samples if "inputs" in sample]
-        rows = [sample for sample in samples if "reason" in sample]
-        responses = respond(model, good, args.seed) if good else []
-        seconds = (time.perf_counter() - started) / max(len(good), 1)
-        for sample, (ids, truncated) in zip(good, responses):
-            text = processor.tokenizer.decode(ids, skip_special_tokens=True)
-            rows.append({"problem_id": sample["record"]["problem_id"], "output": text,
-                         "tokens": len(ids), "truncated": truncated, "seconds": seconds,
-                         "size": sample["size"],
-                         "prompt_tokens": sample["inputs"]["input_ids"].shape[1]})
-        write(rows)
-
-
 def engine_of(args, processor, device):
     """What answers: (share, write, args) -> None, through a server or on this machine."""
-    if args.api_base:
-        return ask_server
-    models = []  # loaded when there is something to answer
+    model = cache(lambda: load_model(args, processor.tokenizer, device))  # when first needed
+    # the next window is decoded while this one is answered
+    ahead = -(-WINDOW * args.batch_size // args.num_workers) if args.num_workers else None
 
     def engine(share, write, task_args):
-        if not models:
-            models.append(load_model(args, processor.tokenizer, device))
-        ask_here(models[0], processor, share, write, task_args)
+        loader = DataLoader(Prompts(share, processor, task_args), batch_size=None,
+                            num_workers=args.num_workers, prefetch_factor=ahead)
+        if args.api_base:
+            return ask_server(loader, 1, row_of, write, args)
+        for samples in by_length(loader, args.batch_size):
+            write(ask_model(model(), processor.tokenizer, samples, row_of, args.seed))
     return engine
 
 
 def complete(task, engine, ranks, args):
-    """Answers what a task lacks, each rank a share; returns when the last rank is done."""
+    """Answers what a task lacks, each rank a share. Returns the rows of all ranks and runs."""
     rank, output = dist.get_rank(), Path(args.output)
-    share, lock = task.todo[rank::dist.get_world_size()], threading.Lock()
-    if share:
-        with open_rows(output / f"{task.stem}.rank{rank}.jsonl", task.configuration) as file, \
-                open(output / "skipped.jsonl", "a", encoding="utf-8") as skipped, \
-                tqdm(total=len(share), desc=task.stem, disable=rank != 0) as bar:
+    todo = unanswered(task.records, read_rows(output, task.stem, task.configuration))
+    dist.barrier(ranks)  # all ranks have read the rows before one adds to them
+    if share := todo[rank::dist.get_world_size()]:
+        path = output / f"{task.stem}.rank{rank}.jsonl"
+        with row_writer(path, len(share), task.configuration, rank != 0) as write_rows:
             def write(rows):
-                with lock:
-                    file.write("".join(json.dumps(row) + "\n" for row in rows))
-                    file.flush()
-                    skipped.writelines(json.dumps({"result": task.stem, **row}) + "\n"
-                                       for row in rows if "reason" in row)
-                    bar.update(len(rows))
+                write_rows(rows)
+                for row in (row for row in rows if "reason" in row):
+                    with open(output / "skipped.jsonl", "a", encoding="utf-8") as file:
+                        file.write(json.dumps({"result": task.stem, **row}) + "\n")
             engine(share, write, argparse.Namespace(**vars(args), max_frames=task.frames))
     dist.barrier(ranks)
+    return read_rows(output, task.stem, task.configuration)
 
 
 # ------------------------------------------------------------------------------- the judge
@@ -1320,50 +1035,34 @@ def verdicts(stem, prompt, rows, shared, engine, ranks, args):
     records = []
     for row in rows:
         question = "\n".join([row["problem"], *(row.get("options") or [])])
-        records.append({"problem_id": row["problem_id"], "path": row["path"],
-                        "judge_prompt": prompt.format_map({"question": question,
-                                                           "output": row["output"]})})
+        text = prompt.format_map({"question": question, "output": row["output"]})
+        records.append({key: row[key] for key in ("problem_id", "path")} | {"judge_prompt": text})
     configuration = shared | {"records_sha256": records_hash(records)}
-    done = read_rows(args.output, stem, configuration)
-    dist.barrier(ranks)  # all ranks have read the rows before one adds to them
-    task = Task(stem, "judge", 0, records, configuration, unanswered(records, done))
-    complete(task, engine, ranks, args)
-    found = {key: verdict(row["output"]) for key, row in
-             read_rows(args.output, stem, configuration).items() if "output" in row}
+    said = complete(Task(stem, "judge", 0, records, configuration), engine, ranks, args)
+    found = {key: verdict(row["output"]) for key, row in said.items() if "output" in row}
     return {key: value for key, value in found.items() if value is not None}
 
 
 def judge(path, shared, engine, ranks, args):
-    """The verdicts on a result file: [(medium, whether the response uses temporal reasoning)] of
-    the questions that need it. Leaves <stem>.judge.json; a question without verdict is in neither.
-    """
-    result, stem = read_result(path), Path(path).stem
-    rows = result["rows"]
-    needs = verdicts(f"{stem}.questions", JUDGE_QUESTION, rows, shared, engine, ranks, args)
-    needed = [row for row in rows if needs.get(str(row["problem_id"]))]
-    uses = verdicts(f"{stem}.responses", JUDGE_RESPONSE, needed, shared, engine, ranks, args)
-    pairs = [(row["path"], uses[str(row["problem_id"])]) for row in needed
-             if str(row["problem_id"]) in uses]
+    """The verdicts on a result file, as two lists: whether a response to a question that needs
+    temporal reasoning uses it; its medium. Leaves <stem>.judge.json; a question without verdict
+    is in neither."""
+    rows = {str(row["problem_id"]): row for row in read_result(path)["rows"]}
+    rest, stem = (shared, engine, ranks, args), Path(path).stem
+    needs = verdicts(f"{stem}.questions", JUDGE_QUESTION, rows.values(), *rest)
+    needed = [row for key, row in rows.items() if needs.get(key)]
+    uses = verdicts(f"{stem}.responses", JUDGE_RESPONSE, needed, *rest)
+    media = [rows[key]["path"] for key in uses]
     if dist.get_rank() == 0:
         print(f"{stem}: {len(rows)} questions answered, {len(needs)} judged, {len(needed)} need "
               "temporal reasoning")
-        write_json(Path(args.output) / f"{stem}.judge.json", {
+        write_whole({f"{args.output}/{stem}.judge.json": [json.dumps({
             "questions": len(rows), "judged": len(needs), "needs": len(needed),
-            "uses": temporal_share(pairs, args.seed), "judge": args.model, "configuration": shared,
-            "prompts": [JUDGE_QUESTION, JUDGE_RESPONSE], **provenance(),
-            "rows": [{"problem_id": row["problem_id"], "needs": needs[str(row["problem_id"])],
-                      "uses": uses.get(str(row["problem_id"]))}
-                     for row in rows if str(row["problem_id"]) in needs]})
-    return pairs
-
-
-def temporal_share(pairs, seed):
-    """Figure 6's number from judge's pairs: the share that uses it; None without any."""
-    if not pairs:
-        return None
-    media, uses = zip(*pairs)
-    interval = bootstrap_mean([float(use) for use in uses], media, seed)
-    return dict(zip(("mean", "low", "high"), interval)) | {"n": len(pairs)}
+            "uses": interval(list(uses.values()), media, args.seed), "judge": args.model,
+            "configuration": shared, "prompts": [JUDGE_QUESTION, JUDGE_RESPONSE], **provenance(),
+            "rows": [{"problem_id": row["problem_id"], "needs": needs[key], "uses": uses.get(key)}
+                     for key, row in rows.items() if key in needs]}, indent=1)]})
+    return list(uses.values()), media
 
 
 # ---------------------------------------------------------------------------------- main
@@ -1386,20 +1085,22 @@ def main(args):
     tasks = plan_tasks(args, benchmarks, shared)
     rank, device = setup_distributed(args)
     ranks = dist.new_group(backend="gloo", timeout=LONGEST_WAIT)
-    dist.barrier(ranks)  # all ranks have read the rows before one adds to them
     engine = engine_of(args, processor, device)
 
     # ------------------------------------------------------------------- verdicts of a judge
-    pairs = [pair for path in args.judge or () for pair in judge(path, shared, engine, ranks, args)]
-    if args.judge and rank == 0:
-        print(f"temporal reasoning in {cell('uses', temporal_share(pairs, args.seed)) or '-'} % of "
-              f"{len(pairs)} responses to questions that need it")
+    uses, media = [], []
+    for path in args.judge or ():
+        for found, more in zip((uses, media), judge(path, shared, engine, ranks, args)):
+            found += more
+    if args.judge and rank == 0:  # Figure 6's number
+        print(f"temporal reasoning in {cell('uses', interval(uses, media, args.seed)) or '-'} % of "
+              f"{len(uses)} responses to questions that need it")
 
     # ---------------------------------------------------------------- answers, then scores
     for task in tasks:
-        complete(task, engine, ranks, args)
+        rows = complete(task, engine, ranks, args)
         if rank == 0:
-            print_result(task, write_result(task, args), args)
+            print_result(task, write_result(task, rows, args), args)
     if rank == 0 and not args.judge:
         files = [path for name in BENCHMARKS for order in ("ordered", args.order)
                  for path in Path(args.output).glob(f"{name}_*_{order}.json")]

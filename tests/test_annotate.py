@@ -15,8 +15,10 @@ import numpy as np
 import pytest
 
 import annotate
-from annotate import ApiError, api_session, ask_api, parse_args, reject_reason
-from build_data import InputError, api_messages, build_messages, load_records, load_vision
+import build_data
+from annotate import parse_args, reject_reason
+from build_data import (ApiError, InputError, api_messages, ask_api, build_messages, load_records,
+                        load_vision)
 from conftest import ROOT, run
 
 KEY = "sk-very-secret-1234567890"
@@ -75,7 +77,7 @@ class Server:
 @pytest.fixture(autouse=True)
 def key(monkeypatch):
     monkeypatch.setenv("OPENAI_API_KEY", KEY)
-    monkeypatch.setattr(annotate, "FIRST_PAUSE", 0.01)
+    monkeypatch.setattr(build_data, "FIRST_PAUSE", 0.01)
 
 
 def flags(server, *more):
@@ -85,14 +87,14 @@ def flags(server, *more):
 
 def ask(server, n=1, *more):
     args = flags(server, *more)
-    return ask_api(api_session(2), args, [{"role": "user", "content": "Hi"}], n, seed=5)
+    return ask_api(args, [{"role": "user", "content": "Hi"}], n, seed=5)
 
 
 # ----------------------------------------------------------------------------- the server
 
 def test_a_request_carries_the_sampling_and_the_key_and_answers_come_with_their_tokens():
     with Server(lambda body, number: reply("a", "b")) as server:
-        assert ask(server, 2) == [("a", "stop", 7), ("b", "stop", 7)]
+        assert ask(server, 2) == [("a", 7, False), ("b", 7, False)]
         path, headers, body, _ = server.requests[0]
     assert path == "/v1/chat/completions" and headers["Authorization"] == f"Bearer {KEY}"
     assert body == {"model": "m", "messages": [{"role": "user", "content": "Hi"}], "n": 2,
@@ -110,7 +112,7 @@ def test_a_server_that_answers_once_whatever_n_is_gets_asked_again_with_another_
     (200, {"Content-Length": "5000"}, '{"choices": [{"mess')])
 def test_a_fault_that_passes_costs_a_repeated_request(fault):
     with Server(lambda body, number: fault if number == 0 else reply("a")) as server:
-        assert ask(server) == [("a", "stop", 7)]
+        assert ask(server) == [("a", 7, False)]
         assert len(server.requests) == 2
 
 
@@ -119,7 +121,7 @@ def test_a_slow_answer_is_given_up_and_asked_for_again():
         time.sleep(1 if number == 0 else 0)
         return reply("a")
     with Server(answer) as server:
-        assert ask(server) == [("a", "stop", 7)]
+        assert ask(server) == [("a", 7, False)]
         assert len(server.requests) == 2
 
 
@@ -132,17 +134,18 @@ def test_retry_after_is_honoured_as_seconds_and_as_a_date():
         times = [moment for *_, moment in server.requests]
     assert 1 <= times[1] - times[0] < 1.5
     assert 0 < times[2] - times[1] < 3
-    assert [annotate.retry_after(text) for text in ("", "soon", "-3", "nan", "9e9", "99999")] == [
+    assert [build_data.retry_after(text) for text in ("", "soon", "-3", "nan", "9e9", "99999")] == [
         0, 0, 0, 0, 0, 3600]
 
 
 def test_pauses_grow_and_the_last_error_is_told_without_the_key():
-    with Server(lambda body, number: (500, {}, f"your key {KEY} broke me")) as server:
-        with pytest.raises(ApiError) as error:
-            ask(server)
-        assert len(server.requests) == 3
-    assert "3 attempts failed, the last: HTTP 500: your key <OPENAI_API_KEY>" in str(error.value)
-    assert KEY not in str(error.value)
+    for before in ("your key ", "x" * (build_data.ERROR_SHOWN - 20)):  # where it would be cut
+        with Server(lambda body, number: (500, {}, f"{before}{KEY} broke me")) as server:
+            with pytest.raises(ApiError) as error:
+                ask(server)
+            assert len(server.requests) == 3
+        assert f"3 attempts failed, the last: HTTP 500: {before}<OPENAI" in str(error.value)
+        assert KEY[:4] not in str(error.value)
 
 
 def test_a_bad_request_is_not_repeated_and_a_wrong_key_ends_the_run():
@@ -367,7 +370,7 @@ def test_a_medium_that_cannot_be_read_costs_its_record_and_is_named(toy, tmp_pat
 
 
 def test_a_server_that_is_gone_ends_the_run_early(toy, tmp_path, monkeypatch):
-    monkeypatch.setattr(annotate, "MOST_FAILURES", 5)
+    monkeypatch.setattr(build_data, "MOST_FAILURES", 5)
     with Server(lambda body, number: (500, {}, "broken")) as server:
         with pytest.raises(InputError, match="5 requests in a row failed, the last: .*HTTP 500"):
             annotate_toy(toy, tmp_path / "o.json", server)
@@ -455,7 +458,7 @@ def test_a_server_and_this_machine_give_an_image_the_same_greedy_answer(toy, pro
         inputs = processor(text=[prompt], images=[image], return_tensors="pt")
         with lock:
             ids = model.generate(**inputs)[0, inputs["input_ids"].shape[1]:].tolist()
-        ids, cut = annotate.cut_at_end(ids, model.generation_config.eos_token_id)
+        ids, cut = build_data.cut_at_end(ids, model.generation_config.eos_token_id)
         said = processor.tokenizer.decode(ids, skip_special_tokens=True)
         return reply(said, finish="length" if cut else "stop")
     with Server(answer) as server:

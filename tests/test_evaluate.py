@@ -243,8 +243,8 @@ def test_a_padded_batch_of_videos_and_images_is_answered_like_one_by_one(toy):
     samples = [dataset[i] for i in range(12)]
     assert len({sample["inputs"]["input_ids"].shape[1] for sample in samples}) > 1
     assert {sample["record"]["data_type"] for sample in samples} == {"image", "video"}
-    together = evaluate.respond(model, samples, 0)
-    assert together == [evaluate.respond(model, [sample], 0)[0] for sample in samples]
+    together = build_data.respond(model, samples, 0)
+    assert together == [build_data.respond(model, [sample], 0)[0] for sample in samples]
     assert len({tuple(ids) for ids, _ in together}) > 1  # not equal for a trivial reason
 
 
@@ -266,15 +266,15 @@ def test_vision_tokens_are_not_sampled_and_draws_repeat_with_the_seed(toy):
     args.max_frames = 8
     dataset = evaluate.Prompts(load_records(toy / "test.json"), processor, args)
     samples = [dataset[i] for i in range(8)]
-    first = evaluate.respond(model, samples, 0)
-    assert first == evaluate.respond(model, samples, 0) != evaluate.respond(model, samples, 1)
-    pads = processor.tokenizer.convert_tokens_to_ids(list(evaluate.FORBIDDEN_TOKENS))
+    first = build_data.respond(model, samples, 0)
+    assert first == build_data.respond(model, samples, 0) != build_data.respond(model, samples, 1)
+    pads = processor.tokenizer.convert_tokens_to_ids(list(build_data.FORBIDDEN_TOKENS))
     assert len(pads) == 5 and not {token for ids, _ in first for token in ids} & set(pads)
 
 
 def test_a_response_ends_with_its_first_end_token():
-    assert evaluate.cut_at_end([4, 9, 8, 8], [8, 9]) == ([4, 9], False)
-    assert evaluate.cut_at_end([4, 5], [8, 9]) == ([4, 5], True)
+    assert build_data.cut_at_end([4, 9, 8, 8], [8, 9]) == ([4, 9], False)
+    assert build_data.cut_at_end([4, 5], [8, 9]) == ([4, 5], True)
 
 
 # -------------------------------------------------------------------------------- whole runs
@@ -322,10 +322,12 @@ def test_a_killed_run_goes_on_to_the_rows_of_an_uninterrupted_one(toy, uninterru
 
 def test_a_torn_line_is_cut_off_before_the_next_row_is_written(tmp_path):
     path = tmp_path / "rows.jsonl"
-    with evaluate.open_rows(path, {"seed": 0}) as file:
-        file.write('{"problem_id": 1}\n{"probl')
-    with evaluate.open_rows(path, {"seed": 0}) as file:
-        file.write('{"problem_id": 2}\n')
+    with build_data.row_writer(path, 2, {"seed": 0}) as write:
+        write([{"problem_id": 1}])
+    with path.open("a") as file:
+        file.write('{"probl')
+    with build_data.row_writer(path, 1, {"seed": 0}) as write:
+        write([{"problem_id": 2}])
     assert path.read_text() == '{"seed": 0}\n{"problem_id": 1}\n{"problem_id": 2}\n'
 
 

@@ -546,20 +546,25 @@ def test_a_kill_leaves_the_old_file_or_the_new_one(tmp_path):
 
 
 def test_memory_does_not_grow_with_the_rows_that_are_not_drawn(tmp_path, monkeypatch):
-    """24 MB of rows, 20 of 1,000 drawn: the peak is below 5 MB."""
+    """24 MB of rows, 20 of 1,000 drawn: the peak is below 5 MB. The lower of two peaks, since one
+    of Python's own tables may be enlarged meanwhile, by 7 MB in a process that has seen much."""
     import tracemalloc
     monkeypatch.setattr(build_data, "SLACK", 20)
     with open(tmp_path / "a.jsonl", "w") as file:
         for i in range(1000):
             file.write(json.dumps(llava(f"{i % 900}.png", f"What {i}?", "x" * 24_000)) + "\n")
-    item = entry("llava", "a.jsonl", count=20)
-    offered = build_data.candidates_of(item, tmp_path, benchmark_media([], None), set(), Counter())
-    next(offered)  # what the first row imports
-    tracemalloc.start()
-    chosen = spread(offered, 20, 20, np.random.default_rng(0))
-    peak = tracemalloc.get_traced_memory()[1]
-    tracemalloc.stop()
-    assert len(chosen) == 20 and peak < 5e6, peak
+    item, peaks = entry("llava", "a.jsonl", count=20), []
+    for _ in range(2):
+        offered = build_data.candidates_of(item, tmp_path, benchmark_media([], None), set(),
+                                           Counter())
+        next(offered)  # what the first row imports
+        tracemalloc.start()
+        chosen = spread(offered, 20, 20, np.random.default_rng(0))
+        peaks.append(tracemalloc.get_traced_memory()[1])
+        tracemalloc.stop()
+        assert len(chosen) == 20
+        del chosen, offered
+    assert min(peaks) < 5e6, peaks
 
 
 # --------------------------------------------------------------------------------- stats
