@@ -263,11 +263,10 @@ def load_vision_of(record, args) -> Vision:
     key = json.dumps([record["media_path"], status.st_size, status.st_mtime_ns, limits,
                       {field: record[field] for field in CLIP_FIELDS if field in record}])
     path = Path(args.frame_cache, hashlib.sha256(key.encode()).hexdigest() + ".npz")
-    try:
+    if path.exists():
         with np.load(path, allow_pickle=False) as kept:
             return Vision(torch.from_numpy(kept["frames"]), json.loads(str(kept["metadata"])), None)
-    except FileNotFoundError:
-        vision = load_vision_isolated(record, args.decode_timeout, **limits)
+    vision = load_vision_isolated(record, args.decode_timeout, **limits)
     keep_frames(path, vision, args.frame_cache_gb * 1e9)
     return vision
 

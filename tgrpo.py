@@ -45,17 +45,14 @@ from transformers import AttentionInterface, AutoModelForImageTextToText, AutoPr
 from transformers.cache_utils import Cache, DynamicLayer
 from transformers.integrations.deepspeed import set_hf_deepspeed_config
 
-from build_data import (InputError, MediaError, check_limits, encode, encode_blank, load_records,
-                        load_vision_of, pad_batch, provenance, read_args_line,
-                        seeded_generator)
+from build_data import (InputError, MediaError, check_limits, encode, encode_blank,
+                        forbidden_tokens, load_records, load_vision_of, pad_batch, provenance,
+                        read_args_line, seeded_generator, stop_tokens)
 from rewards import accuracy_reward, format_reward, length_reward
 
 PIECE = 512  # tokens whose logits are turned into log-probabilities together
 BLOCK = 128  # tokens by which the buffers of a rollout's keys and values grow
 STD_EPSILON = 1e-4  # added to the standard deviation in Eq. 3, as in the released code
-# Tokens that stand for pixels: a policy that emits one would break its own next forward.
-FORBIDDEN_TOKENS = ("<|vision_start|>", "<|vision_end|>", "<|vision_pad|>", "<|image_pad|>",
-                    "<|video_pad|>")
 # What a resumed run may change: it paces the run or says where things are.
 FREE_ARGUMENTS = {"data", "media_root", "output", "deepspeed_config", "num_workers",
                   "decode_timeout", "frame_cache", "frame_cache_gb", "save_steps",
@@ -326,8 +323,8 @@ class SharedPrompts:
 
     def __init__(self, layers, mask, counts):
         self.layers = layers  # [(keys, values)], (S, h, P, dim) each
-        self.padding = mask[:, None, None] == 0  # (S, 1, 1, P)
-        self.C = max(counts)
+        self.padding = mask[:, None, None] == 0 if (mask == 0).any() else None  # (S, 1, 1, P)
+        self.S, self.C = len(counts), max(counts)
         self.slots = torch.cat([s * self.C + torch.arange(count, device=mask.device)
                                 for s, count in enumerate(counts)])  # (n,)
 
@@ -335,39 +332,40 @@ class SharedPrompts:
         """Keeps the rows of the (n,) mask, and the prompts that still have one."""
         prompts, kept = (self.slots[alive] // self.C).unique(return_inverse=True)
         self.slots = kept * self.C + self.slots[alive] % self.C
-        if len(prompts) < len(self.padding):
-            self.padding = self.padding[prompts]
+        if len(prompts) < self.S:
+            self.S = len(prompts)
             self.layers = [(keys[prompts], values[prompts]) for keys, values in self.layers]
+            self.padding = None if self.padding is None else self.padding[prompts]
 
+    def stack(self, x):
+        """(n, h, r, k) of the rows -> (S, h, C r, k): one sequence of queries for each prompt."""
+        places = x.new_zeros(self.S * self.C, *x.shape[1:])
+        places[self.slots] = x
+        return places.unflatten(0, (self.S, self.C)).transpose(1, 2).flatten(2, 3)
 
-def attend(query, keys, values, padding=None):
-    """Softmax attention (..., q, dim), and the logarithm (..., q, 1) of its normaliser."""
-    scores = (query @ keys.transpose(-1, -2)).float()  # (..., q, k)
-    if padding is not None:
-        scores = scores.masked_fill_(padding, -torch.inf)
-    log_sum = scores.logsumexp(-1, keepdim=True)  # (..., q, 1)
-    return (scores - log_sum).exp().to(values.dtype) @ values, log_sum
+    def unstack(self, x):
+        """The inverse: (S, h, C r, k) -> (n, h, r, k)."""
+        return x.unflatten(2, (self.C, -1)).transpose(1, 2).flatten(0, 1)[self.slots]
 
 
 def shared_prompt_attention(module, query, keys, values, prompts, *, scaling, **_):
-    """Attention of n rows' next tokens (n, H, 1, dim) to their prompts and their own tokens.
+    """Attention of n rows' next tokens (n, H, 1, dim) to their prompts and their own tokens
+    (n, h, t, dim): a prompt's keys are multiplied with the queries of all its rows at once.
 
-    The rows of a prompt are stacked as queries to one copy of its keys and values; the two
-    softmaxes are then joined by their normalisers. `prompts` comes where transformers passes the
-    attention mask. H query heads share h heads of keys, r = H / h each.
+    `prompts` comes where transformers passes the attention mask. H query heads share h heads of
+    keys, r = H / h each.
     """
-    n, h, _, dim = keys.shape
+    n, h, t, dim = keys.shape
+    prompt_keys, prompt_values = prompts.layers[module.layer_idx]  # (S, h, P, dim)
     query = (query * scaling).view(n, h, -1, dim)  # (n, h, r, dim)
-    S, r = len(prompts.padding), query.shape[2]
-    places = query.new_zeros(S * prompts.C, h, r, dim)
-    places[prompts.slots] = query
-    places = places.view(S, prompts.C, h, r, dim).transpose(1, 2).flatten(2, 3)  # (S, h, C r, dim)
-    seen, log_sum = (
-        x.unflatten(2, (prompts.C, r)).transpose(1, 2).flatten(0, 1)[prompts.slots]  # (n, h, r, .)
-        for x in attend(places, *prompts.layers[module.layer_idx], prompts.padding))
-    own, own_log_sum = attend(query, keys, values)  # (n, h, r, dim), (n, h, r, 1)
-    share = torch.sigmoid(log_sum - own_log_sum).to(own.dtype)  # of the prompt in both
-    return (share * seen + (1 - share) * own).reshape(n, 1, h * r, dim), None
+    seen = prompts.stack(query) @ prompt_keys.transpose(-1, -2)  # (S, h, C r, P)
+    if prompts.padding is not None:
+        seen.masked_fill_(prompts.padding, -torch.inf)
+    scores = torch.cat([prompts.unstack(seen), query @ keys.transpose(-1, -2)], -1)
+    weights = scores.softmax(-1, dtype=torch.float32).to(values.dtype)  # (n, h, r, P + t)
+    seen, own = weights.split([weights.shape[-1] - t, t], -1)
+    attended = prompts.unstack(prompts.stack(seen) @ prompt_values) + own @ values
+    return attended.reshape(n, 1, -1, dim), None  # (n, 1, H, dim)
 
 
 AttentionInterface.register("shared_prompt", shared_prompt_attention)
@@ -919,20 +917,6 @@ def gather_weights(engine, sampler):
     for source, target in zip(engine.module.parameters(), sampler.parameters(), strict=True):
         with deepspeed.zero.GatheredParameters([source]):
             target.data.copy_(source.data)
-
-
-def stop_tokens(model, tokenizer):
-    """Every end token of the model; the tokenizer's own first."""
-    ends = model.generation_config.eos_token_id
-    ends = ends if isinstance(ends, list) else [ends]
-    return list(dict.fromkeys([tokenizer.eos_token_id, *(end for end in ends if end is not None)]))
-
-
-def forbidden_tokens(model, tokenizer):
-    """Ids that must not be sampled: visual placeholders, and ids that no token has."""
-    ids = tokenizer.convert_tokens_to_ids(list(FORBIDDEN_TOKENS))
-    beyond = range(len(tokenizer), model.config.get_text_config().vocab_size)
-    return sorted({i for i in ids if i is not None} | set(beyond))
 
 
 def sample_responses(model, samples, args, generator, eos_ids, forbidden_ids):

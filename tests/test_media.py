@@ -3,6 +3,7 @@ import os
 import signal
 import struct
 import time
+from argparse import Namespace
 from fractions import Fraction
 
 import av
@@ -13,7 +14,7 @@ from PIL import Image
 from torch.utils.data import DataLoader
 
 import build_data
-from build_data import MediaError, load_vision, load_vision_isolated
+from build_data import MediaError, load_vision, load_vision_isolated, load_vision_of
 
 LIMITS = {"max_frames": 8, "min_frames": 4, "fps": 2, "min_pixels": 784,
           "max_pixels": 128 * 784}
@@ -137,6 +138,65 @@ def test_images_that_cannot_be_shown_are_media_errors(tmp_path):
     for name, reason in (("float.tiff", "floating-point"), ("bomb.png", "exceeds limit")):
         with pytest.raises(MediaError, match=reason):
             load_vision(record_of(tmp_path / name, "image"), **LIMITS)
+
+
+# ----------------------------------------------------------------------- the frame cache
+
+def cache_flags(folder, gigabytes=1.0):
+    return Namespace(frame_cache=folder and str(folder), frame_cache_gb=gigabytes, max_frames=8,
+                     decode_timeout=60, min_frames=4, fps=2, min_pixels=784, max_pixels=128 * 784,
+                     image_min_pixels=784, image_max_pixels=784)
+
+
+def equal_vision(a, b):
+    return torch.equal(a.frames, b.frames) and a.metadata == b.metadata
+
+
+@pytest.fixture
+def decoded(monkeypatch):
+    """The clips that were really decoded, one entry a time."""
+    seen, decode = [], load_vision_isolated
+
+    def record(record, *args, **limits):
+        seen.append(record["problem_id"])
+        return decode(record, *args, **limits)
+    record.decoder = None  # the function keeps its process under its own name
+    monkeypatch.setattr(build_data, "load_vision_isolated", record)
+    monkeypatch.setattr(build_data.keep_frames, "uses", 0)
+    return seen
+
+
+def test_a_cached_video_is_decoded_once_and_is_the_same(tmp_path, decoded):
+    clip = record_of(encode_clip(tmp_path / "a.mp4"))
+    first, second = (load_vision_of(clip, cache_flags(tmp_path / "cache")) for _ in range(2))
+    assert decoded == ["a.mp4"] and equal_vision(first, second)
+    assert equal_vision(first, load_vision_of(clip, cache_flags(None)))
+
+
+def test_another_file_or_other_frames_are_not_taken_from_the_cache(tmp_path, decoded):
+    clip, flags = record_of(encode_clip(tmp_path / "a.mp4")), cache_flags(tmp_path / "cache")
+    load_vision_of(clip, flags)
+    flags.max_frames = 4
+    assert len(load_vision_of(clip, flags).frames) == 4
+    encode_clip(tmp_path / "a.mp4", count=6)
+    os.utime(tmp_path / "a.mp4", (1, 1))
+    flags.max_frames = 8
+    assert len(load_vision_of(clip, flags).frames) == 6
+    assert len(decoded) == 3
+
+
+def test_the_cache_stays_within_its_bound_and_a_broken_file_leaves_nothing(tmp_path, decoded):
+    clips = [record_of(encode_clip(tmp_path / f"{i}.mp4")) for i in range(3)]
+    flags = cache_flags(tmp_path / "cache", gigabytes=2.5 * 8 * 3 * 56 * 56 / 1e9)
+    for _ in range(2):
+        for clip in clips:
+            load_vision_of(clip, flags)
+    assert len(os.listdir(tmp_path / "cache")) == 2
+    assert decoded == ["0.mp4", "1.mp4", "2.mp4", "2.mp4"]
+    (tmp_path / "broken.mp4").write_bytes(b"broken")
+    with pytest.raises(MediaError):
+        load_vision_of(record_of(tmp_path / "broken.mp4"), flags)
+    assert len(os.listdir(tmp_path / "cache")) == 2
 
 
 # ----------------------------------------------------------- decoders that fall or stand still

@@ -1,7 +1,6 @@
 """The scripts repeat their plumbing on purpose, so that each reads from top to bottom and can be
 forked alone. What they repeat under one name has one text."""
 import ast
-import importlib
 from itertools import combinations
 
 import pytest
@@ -27,14 +26,6 @@ def test_what_two_scripts_repeat_under_one_name_has_one_text(a, b):
     shared = (first.keys() & second.keys()) - OWN
     assert {"setup_distributed", "load_processor"} <= shared
     assert [name for name in shared if first[name] != second[name]] == []
-
-
-def test_answers_end_and_avoid_tokens_in_training_as_in_annotation_and_evaluation():
-    ours, theirs = functions("build_data.py"), functions("tgrpo.py")
-    for name in ("stop_tokens", "forbidden_tokens"):
-        assert ours[name] == theirs.get(name, ours[name])  # or it imports them
-    tgrpo, build_data = (importlib.import_module(name) for name in ("tgrpo", "build_data"))
-    assert tgrpo.FORBIDDEN_TOKENS == build_data.FORBIDDEN_TOKENS
 
 
 @pytest.mark.parametrize("a, b", list(combinations(SCRIPTS, 2)))

@@ -98,12 +98,18 @@ def test_the_result_is_a_model_that_differs_from_its_start(mixed, toy):
         ["checkpoint-2", "checkpoint-4"]
 
 
-def test_grpo_without_reference_samples_no_shuffled_group(toy, tmp_path):
-    run(*tgrpo(toy, tmp_path, "--alpha", 0, "--beta", 0, "--max_steps", 2, "--prompts_per_rank", 3))
+def test_grpo_without_reference_or_shuffled_group_on_a_frozen_vision_tower(toy, tmp_path):
+    run(*tgrpo(toy, tmp_path, "--alpha", 0, "--beta", 0, "--max_steps", 2, "--prompts_per_rank", 3,
+               "--freeze_vision", "--frame_cache", tmp_path / "frames"))
     for row in lines(tmp_path, "metrics")[1:]:
         assert not {"policy/kl", "group/p_tilde", "group/tie_rate", "reward/temporal"} & set(row)
     assert all(row["responses_shuffled"] == [] and row["frame_order"] is None
                for row in lines(tmp_path, "rollouts"))
+    # and a frozen vision tower stays as it was, while the language model learns
+    before, after = (load_file(folder / "model.safetensors") for folder in (toy / "model", tmp_path))
+    moved = {name for name in before if not torch.equal(before[name], after[name])}
+    assert moved and not any("visual" in name for name in moved)
+    assert list((tmp_path / "frames").glob("*.npz"))
 
 
 @pytest.mark.parametrize("change, words", [

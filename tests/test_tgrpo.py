@@ -332,6 +332,15 @@ def test_prefix_shared_gradients_equal_naive_ones(model, group, chunk_size):
         assert (shared[name] - p.grad).norm() <= 1e-4 * p.grad.norm() + 1e-7 * scale, name
 
 
+def test_a_chunk_is_as_large_as_its_memory_allows(model):
+    """Three layers of 12 x 96 + 5 x 256 values a token, and twice the vocabulary, in float32."""
+    V = model.config.get_text_config().vocab_size
+    response = 100 * (3 * (12 * 96 + 5 * 256) + 2 * V) * 4  # bytes, 100 tokens
+    for gib, expected in ((3.5, 3), (0.1, 1), (100, 8)):
+        args = SimpleNamespace(G=8, max_new_tokens=100, chunk_memory=gib * response / 2**30)
+        assert tgrpo.chunk_that_fits(model, args) == expected
+
+
 def test_temperature_divides_the_logits():
     logits, ids = torch.tensor([[[2.0, 0.0]]]), torch.tensor([[0]])
     assert tgrpo.token_logps(logits, ids, 0.5)[0].item() == pytest.approx(
