@@ -271,11 +271,14 @@ def load_model(args, config):
         sharding = Sharding(config)  # transformers keeps a weak reference: until we return
         set_hf_deepspeed_config(sharding)
     try:
-        return AutoModelForImageTextToText.from_pretrained(
+        model = AutoModelForImageTextToText.from_pretrained(
             args.model, dtype=dtype, attn_implementation=args.attn_implementation,
             use_safetensors=True)
     except (OSError, ValueError, ImportError) as error:
         raise InputError(f"cannot load --model {args.model}: {error}") from None
+    # loading in parts leaves a record of names by which save_pretrained would write wrong ones
+    model._weight_conversions = None
+    return model
 
 
 def start_engine(model, args, config):

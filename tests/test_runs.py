@@ -28,7 +28,8 @@ def without_times(rows):
 
 def equal_weights(a, b):
     a, b = load_file(a / "model.safetensors"), load_file(b / "model.safetensors")
-    return a.keys() == b.keys() and all(torch.equal(a[name], b[name]) for name in a)
+    assert a.keys() == b.keys()
+    return all(torch.equal(a[name], b[name]) for name in a)
 
 
 @pytest.fixture(scope="module")
