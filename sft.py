@@ -14,6 +14,7 @@ Left out on purpose: packing (rows are padded to the longest of the micro-batch)
 Shapes: B records of a micro-batch, L tokens, V vocabulary.
 """
 import argparse
+import errno
 import hashlib
 import json
 import math
@@ -33,6 +34,7 @@ import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 from deepspeed.accelerator import get_accelerator
+from safetensors import SafetensorError
 from torch.utils.data import DataLoader, Dataset
 from tqdm import tqdm
 from transformers import AutoModelForImageTextToText, AutoProcessor
@@ -47,6 +49,7 @@ FREE_ARGUMENTS = {"data", "media_root", "output", "deepspeed_config", "num_worke
                   "decode_timeout", "frame_cache", "frame_cache_gb", "save_steps",
                   "keep_checkpoints", "max_skipped", "resume", "timeout_minutes", "local_rank",
                   "max_steps", "num_train_epochs"}
+FULL_DISK = (errno.ENOSPC, errno.EDQUOT)
 SHOWN_SKIPPED = 10  # reasons that are printed when --max_skipped stops a run
 ORDER_STREAM = 0  # first key of the data order's generators
 IGNORED = -100  # label of a token without loss, as in torch's cross entropy
@@ -465,8 +468,12 @@ def save_model(engine, processor, output):
                 state[name] = parameter.detach().cpu().clone()
     if dist.get_rank() == 0:
         aside = Path(output) / "model.partial"
-        engine.module.save_pretrained(aside, state_dict=state)
-        processor.save_pretrained(aside)
+        try:
+            engine.module.save_pretrained(aside, state_dict=state)
+            processor.save_pretrained(aside)
+        except SafetensorError as error:  # a full disk, which it does not report as OSError
+            raise InputError(f"cannot write the model to {aside}: {error}. Make room and continue "
+                             "from the last checkpoint with --resume") from None
         for path in sorted(aside.iterdir(), key=lambda path: path.name == "config.json"):
             path.replace(Path(output) / path.name)  # config.json last: it makes it a model
         aside.rmdir()
@@ -612,3 +619,7 @@ if __name__ == "__main__":
         main(parse_args())
     except InputError as error:
         sys.exit(f"sft.py: {error}")
+    except OSError as error:
+        if error.errno not in FULL_DISK:
+            raise
+        sys.exit(f"sft.py: {error}. Checkpoints are whole: make room and continue with --resume")

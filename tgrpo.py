@@ -20,6 +20,7 @@ Shapes: G responses of a question, n responses of a chunk, L response tokens, P 
 B prompts side by side, N rows that decode together, V vocabulary, T frames, C x H x W pixels.
 """
 import argparse
+import errno
 import hashlib
 import json
 import math
@@ -39,6 +40,7 @@ import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 from deepspeed.accelerator import get_accelerator
+from safetensors import SafetensorError
 from torch.utils.data import DataLoader, Dataset
 from tqdm import tqdm
 from transformers import AttentionInterface, AutoModelForImageTextToText, AutoProcessor
@@ -58,6 +60,7 @@ FREE_ARGUMENTS = {"data", "media_root", "output", "deepspeed_config", "num_worke
                   "decode_timeout", "frame_cache", "frame_cache_gb", "save_steps",
                   "keep_checkpoints", "max_skipped", "resume", "timeout_minutes", "local_rank",
                   "max_steps", "rollout_steps", "chunk_size", "chunk_memory"}
+FULL_DISK = (errno.ENOSPC, errno.EDQUOT)
 SHOWN_SKIPPED = 10  # reasons that are printed when --max_skipped stops a run
 # First key of the generators: the three kinds of draw never share one.
 ORDER_STREAM, FRAME_STREAM, ROLLOUT_STREAM = 0, 1, 2
@@ -868,8 +871,12 @@ def save_model(engine, processor, output):
                 state[name] = parameter.detach().cpu().clone()
     if dist.get_rank() == 0:
         aside = Path(output) / "model.partial"
-        engine.module.save_pretrained(aside, state_dict=state)
-        processor.save_pretrained(aside)
+        try:
+            engine.module.save_pretrained(aside, state_dict=state)
+            processor.save_pretrained(aside)
+        except SafetensorError as error:  # a full disk, which it does not report as OSError
+            raise InputError(f"cannot write the model to {aside}: {error}. Make room and continue "
+                             "from the last checkpoint with --resume") from None
         for path in sorted(aside.iterdir(), key=lambda path: path.name == "config.json"):
             path.replace(Path(output) / path.name)  # config.json last: it makes it a model
         aside.rmdir()
@@ -1217,3 +1224,7 @@ if __name__ == "__main__":
         main(parse_args())
     except InputError as error:
         sys.exit(f"tgrpo.py: {error}")
+    except OSError as error:
+        if error.errno not in FULL_DISK:
+            raise
+        sys.exit(f"tgrpo.py: {error}. Checkpoints are whole: make room and continue with --resume")

@@ -1,6 +1,7 @@
 """Speed and memory of a T-GRPO step beside the naive form, on this machine.
 
-    python tests/bench.py                                     # about 10 minutes on 2 CPU cores
+    python tests/bench.py                                     # about 12 minutes on 2 CPU cores
+    python tests/bench.py --ablate                            # the rollout's ideas, one turned off
     python tests/bench.py --hidden 2048 --heads 16 --kv_heads 2 --mlp 11008 --layers 2 \\
         --vision_hidden 1280 --vision_depth 4 --vision_mlp 3420 --vocabulary 151936  # 3B's layers
 
@@ -22,6 +23,7 @@ from pathlib import Path
 import torch
 import torch.nn.functional as F
 from deepspeed.accelerator import get_accelerator
+from transformers.cache_utils import DynamicLayer
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
@@ -60,6 +62,7 @@ def parse_args():
     # the measurement
     add("--repeats", type=int, default=3, help="turns; medians are reported")
     add("--json", help="file for the results")
+    add("--ablate", action="store_true", help="tokens a second with one idea of the rollout off")
     add("--seed", type=int, default=0, help="seed of weights, frames and responses")
     add("--memory_of", choices=("naive", "ours"), help="internal: measure one form's memory")
     return parser.parse_args()
@@ -262,8 +265,52 @@ def row(args, frames, prompts):
     return result
 
 
+def copied_prefill(model, prompts, counts):
+    """tgrpo.prefill with a copy of its prompt for every row, as generate makes it."""
+    shared, logits, position = PREFILL(model, prompts, counts)
+    rows = shared.slots // shared.C
+    layers = [(keys[rows], values[rows]) for keys, values in shared.layers]
+    mask = torch.ones(len(rows), layers[0][0].shape[2], device=rows.device)
+    return tgrpo.SharedPrompts(layers, mask, [1] * len(rows)), logits, position
+
+
+PREFILL, GROWING = tgrpo.prefill, tgrpo.GrowingLayer
+
+
+def two_rollouts(model, prompts, args, generator):
+    """Ordered and shuffled rows one after the other, prompt by prompt."""
+    for prompt in prompts:
+        for inputs, count in zip(prompt, (args.G, args.G_tilde)):
+            tgrpo.rollout(model, [inputs], [[count]], temperature=1.0, top_p=1.0,
+                          max_new_tokens=args.max_new_tokens, eos_ids=[UNUSED], forbidden_ids=[],
+                          generator=generator)
+
+
+def ablate(args):
+    """Prints the rollout's tokens a second with each idea turned off, for 1 and more prompts."""
+    print("| turned off | " + " | ".join(f"{p} prompts, tok/s" for p in args.prompts)
+          + " |\n|---" + "|---" * len(args.prompts) + "|")
+    cases = [Case(args, args.frames[0], prompts) for prompts in args.prompts]
+    for name, prefill, layer, function in (
+            ("nothing", PREFILL, GROWING, our_rollout),
+            ("one copy of a prompt for all its rows", copied_prefill, GROWING, our_rollout),
+            ("buffers that grow in blocks", PREFILL, DynamicLayer, our_rollout),
+            ("all orders and prompts in one decode", PREFILL, GROWING, two_rollouts)):
+        tgrpo.prefill, tgrpo.GrowingLayer = prefill, layer
+        rates = []
+        for case, prompts in zip(cases, args.prompts):
+            times = [seconds(lambda: function(case.model, case.prompts, args, case.generator))
+                     for _ in range(args.repeats + 1)][1:]
+            tokens = prompts * (args.G + args.G_tilde) * args.max_new_tokens
+            rates.append(f"{tokens / statistics.median(times):.0f}")
+        print(f"| {name} | " + " | ".join(rates) + " |", flush=True)
+
+
 def main():
     args = parse_args()
+    if args.ablate:
+        ablate(args)
+        return
     if args.memory_of:
         print(peak_memory(args))
         return
