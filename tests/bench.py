@@ -239,7 +239,8 @@ def peak_memory(args):
 def memory_of(form, frames):
     """peak_memory() of one form, in a process of its own with the same flags."""
     command = [sys.executable, *sys.argv, "--memory_of", form, "--frames", str(frames)]
-    return int(subprocess.run(command, capture_output=True, text=True, check=True).stdout.split()[-1])
+    said = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+    return int(said.split()[-1])
 
 
 # ---------------------------------------------------------------------------------- table
@@ -333,7 +334,8 @@ def main():
         print("| " + " | ".join(cells) + " |", flush=True)
     if args.json:
         report = {"arguments": vars(args), "torch": torch.__version__,
-                  "device": get_accelerator().device_name(), "threads": torch.get_num_threads(),
+                  "device": get_accelerator().device_name(),
+                  "threads": torch.get_num_threads(),
                   "results": results}
         Path(args.json).write_text(json.dumps(report, indent=1), encoding="utf-8")
 

@@ -107,7 +107,8 @@ def test_grpo_without_reference_or_shuffled_group_on_a_frozen_vision_tower(toy, 
     assert all(row["responses_shuffled"] == [] and row["frame_order"] is None
                for row in lines(tmp_path, "rollouts"))
     # and a frozen vision tower stays as it was, while the language model learns
-    before, after = (load_file(folder / "model.safetensors") for folder in (toy / "model", tmp_path))
+    before = load_file(toy / "model" / "model.safetensors")
+    after = load_file(tmp_path / "model.safetensors")
     moved = {name for name in before if not torch.equal(before[name], after[name])}
     assert moved and not any("visual" in name for name in moved)
     assert list((tmp_path / "frames").glob("*.npz"))
