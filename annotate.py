@@ -309,8 +309,8 @@ def precision():
 
 
 class Sharding:
-    """What transformers asks to load, and run, a model in parts; its own HfDeepSpeedConfig needs
-    accelerate, and nothing else here does."""
+    """Asks transformers to load a model in parts, each parameter read by rank 0 and split at once:
+    no rank ever holds a whole copy. Its own HfDeepSpeedConfig needs accelerate; this does not."""
 
     def __init__(self, config):
         self.config = config

@@ -756,7 +756,7 @@ def ask_model(model, tokenizer, samples, row_of, seed, blank=None) -> list[dict]
 # ------------------------------------------------------- answers as rows that outlive a kill
 
 def skip_row(record, error):
-    """The row of a record without an answer; it is asked again when the command is repeated."""
+    """The line of a record whose medium, or whose answer, could not be had."""
     return {"problem_id": record["problem_id"], "path": record["path"], "reason": str(error)}
 
 

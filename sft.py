@@ -42,7 +42,7 @@ from transformers.integrations.deepspeed import set_hf_deepspeed_config
 
 from build_data import (InputError, MediaError, check_limits, encode, encode_blank, image_as_video,
                         load_records, load_vision_of, pad_batch, provenance, read_args_line,
-                        seeded_generator)
+                        seeded_generator, skip_row)
 
 # What a resumed run may change: it paces the run or says where things are.
 FREE_ARGUMENTS = {"data", "media_root", "output", "deepspeed_config", "num_workers",
@@ -175,8 +175,7 @@ class Targets(Dataset):
         try:
             vision = load_vision_of(record, self.args)
         except MediaError as error:
-            return {"problem_id": record["problem_id"], "path": record["path"],
-                    "reason": str(error)}
+            return skip_row(record, error)
         return {"problem_id": record["problem_id"],
                 **sft_example(self.processor, record, vision, self.end_id)}
 
@@ -303,7 +302,7 @@ def run_identity(args, config, records) -> dict:
     return {**{f"--{name}": value for name, value in vars(args).items()
                if name not in FREE_ARGUMENTS},
             "records of --data": hashlib.sha256(text.encode()).hexdigest()[:12],
-            "number of processes": int(os.environ.get("WORLD_SIZE", 1)),
+            "number of processes": dist.get_world_size(),
             "ZeRO stage": config.get("zero_optimization", {}).get("stage", 0)}
 
 

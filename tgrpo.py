@@ -49,7 +49,7 @@ from transformers.integrations.deepspeed import set_hf_deepspeed_config
 
 from build_data import (InputError, MediaError, check_limits, encode, encode_blank,
                         forbidden_tokens, load_records, load_vision_of, pad_batch, provenance,
-                        read_args_line, seeded_generator, stop_tokens)
+                        read_args_line, seeded_generator, skip_row, stop_tokens)
 from rewards import accuracy_reward, format_reward, length_reward
 
 PIECE = 512  # tokens whose logits are turned into log-probabilities together
@@ -585,8 +585,7 @@ class Questions(Dataset):
         try:
             vision = load_vision_of(record, self.args)
         except MediaError as error:
-            return {"problem_id": record["problem_id"], "path": record["path"],
-                    "reason": str(error)}
+            return skip_row(record, error)
         sample = {"record": record, "ordered": encode(self.processor, record, vision)}
         if record["data_type"] == "video" and self.args.alpha:
             generator = seeded_generator(FRAME_STREAM, self.args.seed, position)
@@ -706,7 +705,7 @@ def run_identity(args, config, records) -> dict:
     return {**{f"--{name}": value for name, value in vars(args).items()
                if name not in FREE_ARGUMENTS},
             "records of --data": hashlib.sha256(text.encode()).hexdigest()[:12],
-            "number of processes": int(os.environ.get("WORLD_SIZE", 1)),
+            "number of processes": dist.get_world_size(),
             "ZeRO stage": config.get("zero_optimization", {}).get("stage", 0)}
 
 
@@ -969,11 +968,13 @@ def grade_group(sample, tokenizer, eos_ids, args):
     A = group_advantages(R.double(), args.scale_advantages).float()  # (G,) Eq. 3
     if args.temporal_to == "advantage":
         A = A + r_t  # (G,)
-    last = sample["responses"].cpu()[torch.arange(args.G), torch.tensor(lengths) - 1]  # (G,)
+    lengths = torch.tensor(lengths)  # (G,)
+    last = sample["responses"].cpu()[torch.arange(args.G), lengths - 1]  # (G,)
     truncated = ~torch.isin(last, torch.tensor(eos_ids))  # (G,): no end token
-    longest = max(lengths)  # other groups' longer responses need not be computed here
+    longest = lengths.max()  # other groups' longer responses need not be computed here
     sample |= {"responses": sample["responses"][:, :longest], "mask": sample["mask"][:, :longest],
-               "parts": parts, "R": R, "A": A, "truncated": truncated.float().tolist()}
+               "lengths": lengths, "parts": parts, "R": R, "A": A,
+               "truncated": truncated.float().tolist()}
 
 
 def update(engine, reference, samples, blank, weight, args, metrics, infinite):
@@ -987,7 +988,7 @@ def update(engine, reference, samples, blank, weight, args, metrics, infinite):
     samples = samples + [blank] * (args.prompts_per_rank - len(samples))
     for sample in [blank, *samples]:
         sample |= {"inputs": to_device(sample["ordered"], engine.device),
-                   "A": sample["A"].to(engine.device), "lengths": sample["mask"].sum(1).int()}
+                   "A": sample["A"].to(engine.device)}
     for sample in samples:
         group = [sample[key] for key in ("inputs", "responses", "lengths")]
         sample["ref"] = group_logps(reference, *group, args.chunk_size, args.temperature) \
@@ -1161,7 +1162,8 @@ def main(args):
         worker_init_fn=leave_sigterm_to_main))
     blank = {"ordered": encode_blank(processor), "A": torch.zeros(args.G),
              "responses": torch.full((args.G, 1), eos_ids[0], device=device),
-             "mask": torch.ones(args.G, 1, device=device)}
+             "mask": torch.ones(args.G, 1, device=device),
+             "lengths": torch.ones(args.G, dtype=torch.int64)}
     skipped_count = skipped_before(args, first_step)
     dist.barrier()  # all have counted before the log is rewritten
     logs = {name: open_log(args, name, first_step)

@@ -172,16 +172,12 @@ class Case:
 
     def actions(self):
         """{name: (naive, ours)}, each a function of one question but the rollout: of all."""
-        chunk, grads = self.args.chunk_size, torch.no_grad()
-
-        def quiet(function, *args):
-            with grads:
-                return function(*args)
+        chunk = self.args.chunk_size
         policy = (self.model, self.inputs, self.responses)
         return {
             "rollout": (lambda: [naive_rollout(self.model, p, self.args) for p in self.prompts],
                         lambda: our_rollout(self.model, self.prompts, self.args, self.generator)),
-            "logps": (lambda: quiet(naive_logps, *policy),
+            "logps": (lambda: torch.no_grad()(naive_logps)(*policy),
                       lambda: tgrpo.group_logps(*policy, whole(self.responses), chunk)),
             "backward": (lambda: naive_backward(*policy, self.A, self.ref),
                          lambda: our_backward(*policy, self.A, self.ref, chunk))}

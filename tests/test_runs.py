@@ -21,11 +21,6 @@ def lines(output, name):
     return [json.loads(line) for line in (output / f"{name}.jsonl").read_text().splitlines()]
 
 
-def without_times(rows):
-    return [{key: value for key, value in row.items() if not key.startswith("time/")}
-            for row in rows]
-
-
 def equal_weights(a, b):
     a, b = load_file(a / "model.safetensors"), load_file(b / "model.safetensors")
     assert a.keys() == b.keys()

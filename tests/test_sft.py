@@ -88,16 +88,6 @@ def metrics(output):
     return [json.loads(line) for line in (output / "metrics.jsonl").read_text().splitlines()]
 
 
-def without_times(rows):
-    return [{key: value for key, value in row.items() if not key.startswith("time/")}
-            for row in rows[1:]]
-
-
-def weights(folder):
-    from safetensors.torch import load_file
-    return load_file(folder / "model.safetensors")
-
-
 def test_the_split_into_micro_batches_and_ranks_changes_nothing(toy, tmp_path):
     """One rank x 8 records, one rank x 2 x 4 accumulated, two ranks x 4: the same losses."""
     losses = {}
