@@ -330,6 +330,12 @@ class SharedPrompts:
         self.S, self.C = len(counts), max(counts)
         self.slots = torch.cat([s * self.C + torch.arange(count, device=mask.device)
                                 for s, count in enumerate(counts)])  # (n,)
+        self.place_rows()
+
+    def place_rows(self):
+        """The row in each place (S C,); what stands in an empty one is computed and dropped."""
+        self.rows = torch.zeros(self.S * self.C, dtype=torch.int64, device=self.slots.device)
+        self.rows[self.slots] = torch.arange(len(self.slots), device=self.slots.device)
 
     def select(self, alive):
         """Keeps the rows of the (n,) mask, and the prompts that still have one."""
@@ -339,16 +345,17 @@ class SharedPrompts:
             self.S = len(prompts)
             self.layers = [(keys[prompts], values[prompts]) for keys, values in self.layers]
             self.padding = None if self.padding is None else self.padding[prompts]
+        self.place_rows()
 
     def stack(self, x):
         """(n, h, r, k) of the rows -> (S, h, C r, k): one sequence of queries for each prompt."""
-        places = x.new_zeros(self.S * self.C, *x.shape[1:])
-        places[self.slots] = x
-        return places.unflatten(0, (self.S, self.C)).transpose(1, 2).flatten(2, 3)
+        places = x.index_select(0, self.rows).unflatten(0, (self.S, self.C))
+        return places.transpose(1, 2).flatten(2, 3)
 
     def unstack(self, x):
         """The inverse: (S, h, C r, k) -> (n, h, r, k)."""
-        return x.unflatten(2, (self.C, -1)).transpose(1, 2).flatten(0, 1)[self.slots]
+        places = x.unflatten(2, (self.C, -1)).transpose(1, 2).flatten(0, 1)
+        return places.index_select(0, self.slots)
 
 
 def shared_prompt_attention(module, query, keys, values, prompts, *, scaling, **_):
@@ -532,6 +539,20 @@ def chunk_that_fits(model, args):
     return int(min(args.G, max(1, args.chunk_memory * 2**30 // response)))
 
 
+class HandOver(torch.autograd.Function):
+    """A zero whose gradients with respect to a prompt's keys and values (1, heads, P, dim) are the
+    given ones, of all tokens but the last: the sum of kv * gradient, without computing it."""
+
+    @staticmethod
+    def forward(ctx, gradients, *attached):
+        ctx.gradients = gradients
+        return attached[0].new_zeros(())
+
+    @staticmethod
+    def backward(ctx, scale):
+        return None, *(F.pad(gradient * scale, (0, 0, 0, 1)) for gradient in ctx.gradients)
+
+
 def begin_backward(engine, blank):
     """A backward of zeros through every parameter, before the first group of an optimizer step.
 
@@ -555,8 +576,7 @@ def backward_group(engine, inputs, responses, lengths, chunk_loss, chunk_size, t
     are complete after this group, ranks may average them.
     """
     output, *positions = run_prompt(engine, inputs)  # (a)
-    attached = [kv for pair in prompt_cache(output) for kv in pair]
-    leaves = [kv.detach().requires_grad_() for kv in attached]  # (b)
+    leaves = [kv.detach().requires_grad_() for pair in prompt_cache(output) for kv in pair]  # (b)
     cache = list(zip(leaves[::2], leaves[1::2]))
     engine.set_gradient_accumulation_boundary(False)
     for rows, chunk in chunks_of(responses, lengths, chunk_size):  # (c)
@@ -564,7 +584,8 @@ def backward_group(engine, inputs, responses, lengths, chunk_loss, chunk_size, t
         engine.backward(chunk_loss(rows, *token_logps(logits, chunk, temperature)))
     engine.set_gradient_accumulation_boundary(last)
     # (d); the zero term lets every parameter take part in the last backward, as DeepSpeed expects
-    engine.backward(sum((kv * leaf.grad).sum() for kv, leaf in zip(attached, leaves))
+    attached = [kv for layer in output.past_key_values.layers for kv in (layer.keys, layer.values)]
+    engine.backward(HandOver.apply([leaf.grad for leaf in leaves], *attached)
                     + 0.0 * output.logits.sum())
 
 

@@ -58,7 +58,7 @@ def parse_args():
     add("--G", type=int, default=8, help="responses to the ordered frames")
     add("--G_tilde", type=int, default=4, help="responses to the shuffled frames")
     add("--max_new_tokens", type=int, default=256, help="tokens of a response")
-    add("--chunk_size", type=int, default=4, help="responses of one forward and backward")
+    add("--chunk_size", type=int, default=8, help="responses of one forward and backward")
     # the measurement
     add("--repeats", type=int, default=3, help="turns; medians are reported")
     add("--json", help="file for the results")
