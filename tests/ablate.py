@@ -65,6 +65,18 @@ ORDERS = ("ordered", "shuffled")
 ORDER_KINDS = ("direction_agree", "direction_conflict", "describe", "first", "end")
 CURVES = ("reward/accuracy", "reward/temporal", "group/temporal_rate", "group/p", "group/p_tilde",
           "policy/kl", "response/tokens", "group/zero_std_rate")
+PLOTTED = ("tgrpo", "grpo")  # the lines of the picture
+# A panel: its title, and (metric, line style or None: the configuration's).
+PANELS = {"accuracy reward": [("reward/accuracy", None)],
+          "temporal reward (videos)": [("reward/temporal", None)],
+          "response length, tokens": [("response/tokens", None)],
+          "p; dotted: p_tilde (shuffled)": [("group/p", None), ("group/p_tilde", ":")],
+          "KL to the cold start": [("policy/kl", None)],
+          "share of zero-variance groups": [("group/zero_std_rate", None)]}
+# Okabe and Ito's colours, which most colour-blind people can tell apart, and dashes for the rest.
+STYLES = [("#0072B2", "-"), ("#D55E00", "--"), ("#009E73", "-."), ("#CC79A7", (0, (5, 1, 1, 1))),
+          ("#000000", (0, (3, 2))), ("#E69F00", "-")]
+PALETTE = 128  # colours of a picture's file
 BIN = 5  # steps whose mean is a point of a curve
 SAVE_STEPS = 25  # steps between checkpoints: what a kill costs at most
 QUIET = 60  # seconds without a new line after which nobody else is training into a folder
@@ -234,7 +246,7 @@ def commands_of(args, seed, name) -> list[list[str]]:
 
 def tail_of(log) -> str:
     """The last lines of a log; of a progress bar only what it showed last."""
-    lines = log.read_text(encoding="utf-8", errors="replace").split("\n")
+    lines = log.read_bytes().decode("utf-8", "replace").split("\n")
     return "\n".join(f"    {line.split(chr(13))[-1]}" for line in lines[-TAIL:] if line.strip())
 
 
@@ -262,14 +274,18 @@ class Runner:
 
     def wait_for_others(self, output, result):
         """While another process, of a call that was killed, say, still trains into a folder."""
-        metrics, told = output / "metrics.jsonl", False
-        while not result.exists() and not self.stopping.is_set() and metrics.exists() \
-                and result.parent == output and time.time() - metrics.stat().st_mtime < QUIET:
-            if not told:
-                print(f"{output}: written to a moment ago; waiting until it is finished or has "
-                      f"been quiet for {QUIET} seconds", flush=True)
-                told = True
-            self.stopping.wait(1)
+        metrics = output / "metrics.jsonl"
+        if result.parent != output or result.exists() or not metrics.exists():
+            return
+        seen = metrics.stat().st_mtime
+        quiet = time.time() - seen
+        if quiet < QUIET:
+            print(f"{output}: written to a moment ago; waiting until it is finished or has been "
+                  f"quiet for {QUIET} seconds", flush=True)
+        # Seconds are counted here, not read from the clock: both of us may have been suspended.
+        while quiet < QUIET and not result.exists() and not self.stopping.wait(1):
+            quiet = quiet + 1 if metrics.stat().st_mtime == seen else 0
+            seen = metrics.stat().st_mtime
 
     def call(self, command, log, result):
         if self.stopping.is_set():
@@ -388,7 +404,7 @@ def cell(values, sign="") -> str:
         return "-"
     middle, error = mean_and_error(values)
     middle = format(middle, f"{sign}.1f")
-    return f"{middle} (1 seed)" if error is None else f"{middle} +- {error:.1f}"
+    return f"{middle} (1 seed)" if error is None else f"{middle} ± {error:.1f}"
 
 
 # ------------------------------------------------------------------------------- table
@@ -401,21 +417,28 @@ def read_results(path) -> dict:
 
 
 def table_of(results) -> str:
+    """Two tables: each configuration, and what the temporal reward adds in each of its forms."""
     runs = results["runs"]
-    rows = [["", *MEASURES.values(), "to T-GRPO: ordered", "gap", "seeds"]]
-    for name, (what, _) in CONFIGS.items():
-        found = list(by_seed(runs, name).values())
-        differences = [cell(paired(runs, name, "tgrpo", measure), "+") if name != "tgrpo" else ""
-                       for measure in ("ordered", "gap")]
-        rows.append([what, *(cell([run[measure] for run in found]) for measure in MEASURES),
+    rows = [["configuration", *MEASURES.values(), "ordered: less T-GRPO's", "gap: less T-GRPO's",
+             "seeds"]]
+    absent = [name for name in CONFIGS if not by_seed(runs, name)]
+    for name in [name for name in CONFIGS if name not in absent]:
+        found = by_seed(runs, name).values()
+        differences = ["", ""] if name == "tgrpo" else \
+            [cell(paired(runs, name, "tgrpo", measure), "+") for measure in ("ordered", "gap")]
+        rows.append([f"`{name}`: {CONFIGS[name][0]}",
+                     *(cell([run[measure] for run in found]) for measure in MEASURES),
                      *differences, str(len(found))])
-    pairs = [["with - without", *(MEASURES[measure] for measure in PAIR_MEASURES), "seeds"]]
+    pairs = [["with less without the temporal reward", *map(MEASURES.get, PAIR_MEASURES), "seeds"]]
     for name, other in PAIRS:
-        pairs.append([f"{CONFIGS[name][0]} - {CONFIGS[other][0]}",
-                      *(cell(paired(runs, name, other, measure), "+")
-                        for measure in PAIR_MEASURES),
-                      str(len(paired(runs, name, other, "ordered")))])
-    return f"{markdown(rows)}\n\n{markdown(pairs)}"
+        differences = {measure: paired(runs, name, other, measure) for measure in PAIR_MEASURES}
+        pairs.append([f"`{name}` less `{other}`",
+                      *(cell(values, "+") for values in differences.values()),
+                      str(len(differences["ordered"]))])
+    unfinished = [f"Not finished for any seed: {', '.join(absent)}."] if absent else []
+    skipped = sum(run["skipped"] for run in runs)
+    missing = [f"Questions that were skipped: {skipped}."] if skipped else []
+    return "\n\n".join([markdown(rows), markdown(pairs), *unfinished, *missing])
 
 
 def markdown(rows) -> str:
@@ -428,8 +451,191 @@ def print_table(args) -> int:
     return 0
 
 
+# ------------------------------------------------------------- the algorithm, looked at
+
+def pass_rate(accuracy, G=8, G_tilde=4, test="ge") -> float:
+    """How often p >= p_tilde (test "gt": >) when both groups answer right with probability
+    `accuracy`, whatever the order of the frames: a sum over two binomial distributions.
+
+    >>> round(pass_rate(0.5, G=1, G_tilde=1), 2)  # only 0 against 1 fails
+    0.75
+    """
+    def chance(k, n):
+        return math.comb(n, k) * accuracy**k * (1 - accuracy)**(n - k)
+
+    return sum(chance(i, G) * chance(j, G_tilde) for i in range(G + 1) for j in range(G_tilde + 1)
+               if i * G_tilde > j * G or (test == "ge" and i * G_tilde == j * G))
+
+
+def graded(record, texts, texts_shuffled, lengths, **flags) -> dict:
+    """What tgrpo.py makes of a question's responses: {"parts", "R" (G,), "A" (G,), ...}."""
+    tgrpo, torch = import_tgrpo()
+    args = tgrpo.parse_args(["--model=", "--data=", "--output="])
+    vars(args).update(G=len(texts), **flags)
+    end, known = -1, texts + texts_shuffled
+
+    class Tokenizer:
+        """A response's first token is its text's number."""
+        @staticmethod
+        def batch_decode(rows, **_):
+            return [known[row[0]] for row in rows]
+
+    def tokens(first, lengths):  # (n, L), the end token included in the length
+        width = max(lengths)
+        return torch.tensor([[first + i] * (length - 1) + [end] * (width - length + 1)
+                             for i, length in enumerate(lengths)])
+
+    sample = {"record": record, "responses": tokens(0, lengths)}  # (G, L)
+    if texts_shuffled:
+        sample |= {"shuffled": True,
+                   "responses_shuffled": tokens(len(texts), [2] * len(texts_shuffled))}
+    tgrpo.grade_group(sample, Tokenizer, [end], args)
+    return sample
+
+
+def import_tgrpo():
+    """tgrpo.py and torch: slow to import, and only some commands need them."""
+    sys.path.insert(0, str(ROOT))
+    import torch
+    import tgrpo
+    return tgrpo, torch
+
+
+# -------------------------------------------------------------------------------- plots
+
+def import_pyplot():
+    try:
+        import matplotlib
+    except ImportError:
+        raise RunFailed("plot needs matplotlib, which is not in requirements.txt: "
+                        "pip install matplotlib") from None
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+    pyplot.rcParams.update({"font.size": 13, "axes.spines.top": False, "axes.spines.right": False,
+                            "lines.linewidth": 2.2, "axes.grid": True, "grid.alpha": 0.25,
+                            "figure.constrained_layout.use": True})
+    return pyplot
+
+
+def curves_of(args) -> tuple[dict, int]:
+    """{label: curves of each seed} from run folders or the results' file; steps of a bin."""
+    groups = {}
+    if not args.runs:
+        results = read_results(args.json)
+        for name in PLOTTED:
+            for run in by_seed(results["runs"], name).values():
+                groups.setdefault(CONFIGS[name][0].split(":")[0], []).append(run["curves"])
+        return groups, results["bin_steps"]
+    for folder in map(Path, args.runs):
+        try:
+            steps = read_lines(folder / "metrics.jsonl")[1:]
+        except OSError as error:
+            raise RunFailed(f"{error.filename}: {error.strerror}; RUN_DIR is an --output of "
+                            "tgrpo.py") from None
+        if not steps:
+            raise RunFailed(f"{folder}/metrics.jsonl has no step yet")
+        groups.setdefault(folder.resolve().name, []).append(
+            {metric: thin(steps, metric) for metric in CURVES
+             if any(metric in row for row in steps)})
+    return groups, BIN
+
+
+def band_of(seeds, metric) -> list[tuple]:
+    """(bin, mean, standard error or 0) of a metric over seeds, for bins where all have it."""
+    columns = zip(*(curves[metric] for curves in seeds if metric in curves))
+    points = [(i, mean_and_error(values)) for i, values in enumerate(columns)
+              if None not in values]
+    return [(i, middle, error or 0.0) for i, (middle, error) in points]
+
+
+def plot_curves(pyplot, groups, bin_steps, path):
+    """The paper's Figure 5 and what explains it: a panel a metric, a line a configuration."""
+    figure, axes = pyplot.subplots(2, 3, figsize=(13, 7), sharex=True)
+    for axis, (title, lines) in zip(axes.flat, PANELS.items()):
+        axis.set_title(title, fontsize=13)
+        for (label, seeds), (colour, style) in zip(groups.items(), STYLES):
+            for metric, own_style in lines:
+                points = band_of(seeds, metric)
+                x = [(i + 0.5) * bin_steps for i, *_ in points]
+                middle, error = ([point[k] for point in points] for k in (1, 2))
+                axis.plot(x, middle, color=colour, linestyle=own_style or style,
+                          label=f"{label} ({len(seeds)} seed{'s' * (len(seeds) > 1)})")
+                axis.fill_between(x, [m - e for m, e in zip(middle, error)],
+                                  [m + e for m, e in zip(middle, error)], color=colour, alpha=0.2,
+                                  linewidth=0)
+    axes[0, 0].legend(fontsize=11, frameon=False)
+    for axis in axes[1]:
+        axis.set_xlabel("step")
+    save(pyplot, figure, path)
+
+
+def save(pyplot, figure, path):
+    path.parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(path, dpi=90)
+    pyplot.close(figure)
+    from PIL import Image
+    with Image.open(path) as image:  # a third of the bytes
+        image.convert("RGB").quantize(PALETTE).save(path, optimize=True)
+    print(path)
+
+
+def advantage_cases() -> list[tuple]:
+    """(title, lines, responses' answers and lengths, flags) of the pictures of alpha."""
+    two = [("A", 9)] * 3 + [("B", 9)] * 5
+    three = [("A", 20)] * 2 + [("A", 9)] * 2 + [("B", 9)] * 4
+    choice = {0: "correct", 7: "wrong"}
+    return [("two values: alpha cancels", choice, two, {}),
+            ("length reward: three values",
+             {0: "correct, in the window", 2: "correct, outside it", 7: "wrong"}, three, {}),
+            ("continuous rewards 1.0 to 0.1",
+             {0: "1.0", 1: "0.8", 2: "0.5", 3: "0.4", 4: "0.1"},
+             [(answer, 9) for answer in ("10", "8", "5", "4", "1")], {}),
+            ("two values, --temporal_to advantage", choice, two, {"temporal_to": "advantage"}),
+            ("two values, --scale_advantages none", choice, two, {"scale_advantages": "none"})]
+
+
+def plot_advantages(pyplot, path):
+    """Advantages against alpha, by tgrpo.py's own grading, and the chance of passing the test."""
+    figure, axes = pyplot.subplots(2, 3, figsize=(13, 7.4))
+    alphas = [i / 20 for i in range(21)]
+    for axis, (title, lines, responses, flags) in zip(axes.flat, advantage_cases()):
+        numbers = responses[0][0].isdigit()
+        record = {"problem_id": 0, "problem_type": "regression" if numbers else "multiple choice",
+                  "solution": f"<answer>{responses[0][0]}</answer>"}
+        texts = [f"<think>so</think><answer>{answer}</answer>" for answer, _ in responses]
+        groups = [graded(record, texts, texts[-1:] * 4, [length for _, length in responses],
+                         alpha=alpha, l_min=16, l_max=24, **flags) for alpha in alphas]
+        for (i, label), (colour, style) in zip(lines.items(), STYLES):
+            A = [group["A"][i].item() for group in groups]
+            axis.plot(alphas, A, color=colour, linestyle=style)
+            at, offset = ((1, A[-1]), (5, -4)) if numbers else ((0, max(A[0], A[8])), (2, 4))
+            axis.annotate(label, at, xytext=offset, textcoords="offset points", color=colour,
+                          fontsize=11)
+        axis.set(title=title, xlabel="alpha", ylabel="advantage")
+        axis.margins(y=0.2)
+        axis.axvline(0.3, color="0.6", linewidth=1)  # the paper's alpha
+    axis, chances = axes[1, 2], [i / 50 for i in range(51)]
+    for (test, label), (colour, style) in zip((("ge", "p >= p_tilde"), ("gt", "p > p_tilde")),
+                                              STYLES):
+        axis.plot(chances, [100 * pass_rate(chance, test=test) for chance in chances],
+                  color=colour, linestyle=style, label=label)
+    axis.set(title="passed by chance, 8 against 4, %", xlabel="accuracy, order ignored",
+             ylim=(0, 105))
+    axis.legend(fontsize=10, frameon=False)
+    for axis in axes.flat:
+        axis.title.set_fontsize(13)
+    save(pyplot, figure, path)
+
+
 def plot_all(args) -> int:
-    raise RunFailed("plot is not written yet")
+    pyplot, path = import_pyplot(), Path(args.png)
+    plot_advantages(pyplot, path.with_name("advantages.png"))  # needs no run
+    groups, bin_steps = curves_of(args)
+    if len(groups) > len(STYLES):
+        raise RunFailed(f"{len(groups)} different names of folders, and {len(STYLES)} styles of "
+                        "lines that can be told apart: plot fewer")
+    plot_curves(pyplot, groups, bin_steps, path)
+    return 0
 
 
 def main(argv=None) -> int:
