@@ -435,10 +435,12 @@ def table_of(results) -> str:
         pairs.append([f"`{name}` less `{other}`",
                       *(cell(values, "+") for values in differences.values()),
                       str(len(differences["ordered"]))])
+    versions = ", ".join(f"{name} {found}" for name, found in results["versions"].items())
+    made = [f"T-GRPO of {results['steps']} steps; {versions}; {results['threads']} thread a run."]
     unfinished = [f"Not finished for any seed: {', '.join(absent)}."] if absent else []
     skipped = sum(run["skipped"] for run in runs)
     missing = [f"Questions that were skipped: {skipped}."] if skipped else []
-    return "\n\n".join([markdown(rows), markdown(pairs), *unfinished, *missing])
+    return "\n\n".join([markdown(rows), markdown(pairs), *made, *unfinished, *missing])
 
 
 def markdown(rows) -> str:
@@ -525,6 +527,9 @@ def curves_of(args) -> tuple[dict, int]:
         for name in PLOTTED:
             for run in by_seed(results["runs"], name).values():
                 groups.setdefault(CONFIGS[name][0].split(":")[0], []).append(run["curves"])
+        if not groups:
+            raise RunFailed(f"{args.json} has no finished run of {' or '.join(PLOTTED)} yet: name "
+                            "folders of runs")
         return groups, results["bin_steps"]
     for folder in map(Path, args.runs):
         try:

@@ -100,7 +100,8 @@ def test_the_table_has_mean_error_pairs_and_says_where_there_is_no_spread():
     runs = [entry("tgrpo", seed, ordered=value) for seed, value in enumerate([70, 80, 90])]
     runs += [entry("grpo", seed, ordered=value) for seed, value in enumerate([71, 82, 93])]
     runs += [entry("zero", 0, ordered=12.34)]
-    table = ablate.table_of({"runs": runs})
+    table = ablate.table_of({"runs": runs, "versions": {"torch": "2"}, "steps": 9, "threads": 1})
+    assert "T-GRPO of 9 steps; torch 2; 1 thread a run." in table
     cells = {row.split("|")[1].strip(): [cell.strip() for cell in row.split("|")[2:-1]]
              for row in table.splitlines() if row.startswith("|")}
     assert cells["`tgrpo`: T-GRPO as written"][0] == "80.0 ± 5.8"
@@ -360,6 +361,10 @@ def test_pictures_of_runs_and_of_results(tmp_path, lab):
         assert 10_000 < (tmp_path / path).stat().st_size < 150_000
     with pytest.raises(SystemExit, match="RUN_DIR is an --output"):
         ablate.main(["plot", "toy"])
+    lab("--seeds", "1", "--only", "zero", "--out", "elsewhere")
+    with pytest.raises(SystemExit, match="no finished run of tgrpo or grpo"):
+        ablate.main(["plot", "--json", "results.json", "--png", "c/curves.png"])
+    assert [path.name for path in Path("c").iterdir()] == ["advantages.png"]  # needs no run
 
 
 def test_help_and_mistakes_on_the_command_line():
