@@ -235,8 +235,11 @@ def test_the_videos_only_data_has_no_images(lab):
         Path("toy/ablations/seed0/no-images.log").read_text()
 
 
-def test_every_configuration_changes_what_it_says_and_nothing_else(toy, tmp_path):
+def test_every_configuration_changes_what_it_says_and_nothing_else(tmp_path):
     import tgrpo
+    toy = tmp_path / "toy"
+    toy.mkdir()
+    (toy / "tgrpo.args").write_text("--model=m\n--data=d\n--output=o\n")
     args = ablate.parse_args(["run", "--toy", str(toy), "--out", str(tmp_path)])
     arguments = {name: vars(tgrpo.parse_args(ablate.commands_of(args, 3, name)[0][2:]))
                  for name in ablate.CONFIGS if name != "sft"}
@@ -361,7 +364,7 @@ def test_pictures_of_runs_and_of_results(tmp_path, lab):
         assert 10_000 < (tmp_path / path).stat().st_size < 150_000
     with pytest.raises(SystemExit, match="RUN_DIR is an --output"):
         ablate.main(["plot", "toy"])
-    lab("--seeds", "1", "--only", "zero", "--out", "elsewhere")
+    lab("--seeds", "1", "--only", "zero", "--out", "elsewhere/ablations")
     with pytest.raises(SystemExit, match="no finished run of tgrpo or grpo"):
         ablate.main(["plot", "--json", "results.json", "--png", "c/curves.png"])
     assert [path.name for path in Path("c").iterdir()] == ["advantages.png"]  # needs no run
