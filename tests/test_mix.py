@@ -13,9 +13,9 @@ import numpy as np
 import pytest
 
 import build_data
-from build_data import (InputError, balance_letters, benchmark_media, default_recipe, figure_rows,
-                        in_benchmark, load_records, make_record, release_rows, split_options,
-                        spread, wanted_type)
+from build_data import (Dropped, InputError, balance_letters, benchmark_media, default_recipe,
+                        draft, figure_rows, in_benchmark, load_records, make_record, release_rows,
+                        split_options, spread, wanted_type)
 from conftest import ROOT, run
 
 ALL_TYPES = ["multiple choice", "numerical", "OCR", "free-form", "regression"]
@@ -46,9 +46,11 @@ def llava(medium, *turns):
         {"from": ("human", "gpt")[i % 2], "value": text} for i, text in enumerate(turns)]}
 
 
-def dropped(found, kinds=ALL_TYPES):
-    return make_record({"medium": "1.png", "options": [], **found}, entry("llava", "", kinds=kinds),
-                       "")[1]
+def dropped(found):
+    """Why a draft becomes no record."""
+    with pytest.raises(Dropped) as reason:
+        make_record(draft(**{"medium": "1.png"} | found), entry("llava", ""), "")
+    return str(reason.value)
 
 
 def test_worked_examples_in_the_docstrings_hold():
@@ -90,7 +92,9 @@ def test_the_recipe_command_writes_a_recipe_that_mix_reads(tmp_path):
     ({"format": "x"}, "format 'x' is none of"),
     ({"problem_type": ["mc"]}, "problem_type ['mc'] must be one or more of"),
     ({"problem_type": []}, "problem_type [] must be one or more of"),
-    ({"media": None}, "media must be a str, not None")])
+    ({"media": None}, "media must be a str, not None"),
+    ({"annotation": ""}, "annotation '' must be a path below"),
+    ({"annotation": "/data/a.json"}, "annotation '/data/a.json' must be a path below")])
 def test_a_wrong_recipe_names_entry_and_key(tmp_path, change, words):
     write(tmp_path / "recipe.json", [entry("llava", "a.json"), entry("llava", "a.json") | change])
     with pytest.raises(InputError) as error:
@@ -357,9 +361,8 @@ def test_problem_types_are_found_out_not_assumed():
     assert wanted_type("three dogs and 2 cats", [], ["numerical"]) == "numerical"
     assert wanted_type("3", [], ["multiple choice"]) is None
     assert wanted_type("A", ["A. x", "B. y"], ["free-form"]) is None
-    record, _ = make_record({"medium": "1.png", "problem": "How far?", "options": [],
-                             "answer": "The dog is 3.2 meters away."},
-                            entry("llava", "", kinds=["regression", "free-form"]), "")
+    record = make_record(draft("1.png", "How far?", "The dog is 3.2 meters away."),
+                         entry("llava", "", kinds=["regression", "free-form"]), "")
     assert (record["problem"], record["problem_type"], record["solution"]) == (
         "How far? (Unit: meters)", "regression", "<answer>3.2</answer>")
 
@@ -372,6 +375,25 @@ def test_malformed_rows_cost_themselves_and_are_counted(tmp_path):
     assert len(records) == 1
     assert "| S | multiple choice, numerical, OCR, free-form, regression | 3 | 1 | 2 | 7 | " \
            "6 malformed row |" in report
+
+
+def test_a_field_of_another_kind_costs_its_row_and_not_the_run(tmp_path):
+    """What json reads and a record cannot hold: no text, no path, half of a character."""
+    row = {"image_id": 7, "question": "What?", "choices": ["cat", "dog"], "correct_choice_idx": 1}
+    write(tmp_path / "a.json", [row, row | {"question": None}, row | {"question": 3},
+                                row | {"question": "What \ud83d?"},
+                                row | {"choices": ["cat", "\udc00 dog"]}])
+    write(tmp_path / "b.json", [{"imgname": None, "query": "How many?", "label": "3"},
+                                {"imgname": "1\0.png", "query": "How many?", "label": "3"}])
+    released = {"problem": "How many?", "problem_type": "numerical", "path": "1.mp4",
+                "solution": "<answer>3</answer>"}
+    write(tmp_path / "c.json", [released | {"data_type": "audio"},
+                                released | {"data_type": "video", "video_start": "0:12"}])
+    recipe = [entry("a_okvqa", "a.json"), entry("chartqa", "b.json"), entry("video_r1", "c.json")]
+    records, report = mix(tmp_path, recipe)
+    assert [r["path"] for r in records] == ["./000000000007.jpg"]
+    assert [f"{n} malformed row" in report for n in (4, 2)] == [True, True]
+    assert load_records(tmp_path / "out.json")
 
 
 # ------------------------------------------------------------------ duplicates, benchmarks
@@ -462,7 +484,9 @@ def test_answer_letters_are_balanced_and_answers_stay_right():
 
 @pytest.mark.parametrize("option", [
     "all of the above", "None of these", "both A and B", "A and C", "Both", "neither.", "None",
-    "options 1 and 2", "the latter", "Both of them", "B", "(c)", "as mentioned above"])
+    "options 1 and 2", "the latter", "Both of them", "B", "(c)", "as mentioned above",
+    "All the above", "None above", "neither A nor B", "A, B", "A, B, and C", "All are correct",
+    "Both are true", "more than one of the above", "Only A", "B only", "Same as A"])
 def test_options_that_refer_to_others_stay_in_their_place(option):
     record = {"problem": "Which?", "options": ["A. right", "B. red", f"C. {option}"],
               "solution": "<answer>A</answer>"}
@@ -513,6 +537,8 @@ def test_validation_is_split_by_medium(tmp_path):
     media = [{record["path"] for record in records} for records in (train, val)]
     assert len(train) + len(val) == 400 and not media[0] & media[1]
     assert 4 <= len(media[1]) <= 16  # 10 of 40 expected
+    with pytest.raises(InputError, match="--val_share 1.0 must be at least 0 and below 1"):
+        mix(tmp_path, [entry("llava", "a.json")], "--val_share", 1.0)
     assert len({r["problem_id"] for r in train + val}) == 400
 
 
@@ -540,9 +566,10 @@ def test_a_kill_leaves_the_old_file_or_the_new_one(tmp_path):
     def fails():
         yield "half a file"
         raise OSError("disk full")
-    with pytest.raises(OSError, match="disk full"):
+    with pytest.raises(InputError, match="cannot write .*out.json: disk full"):
         build_data.write_whole({tmp_path / "new.json": ["x"], tmp_path / "out.json": fails()})
     assert (tmp_path / "out.json").read_bytes() == before and not (tmp_path / "new.json").exists()
+    assert not list(tmp_path.glob("*.partial"))  # a full disk is not kept full
 
 
 def test_memory_does_not_grow_with_the_rows_that_are_not_drawn(tmp_path, monkeypatch):
