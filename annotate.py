@@ -248,7 +248,8 @@ def prompt_of(processor, args, record):
     if processor is None:
         return {"record": record, "messages": api_messages(record, vision, args.video_url)}
     # one call of the vision tower for any mixture: ranks of a sharded model stay in step
-    return {"record": record, "inputs": image_as_video(processor, encode(processor, record, vision))}
+    inputs = image_as_video(processor, encode(processor, record, vision))
+    return {"record": record, "inputs": inputs}
 
 
 # --------------------------------------------------------- start-up, the same in each stage
@@ -365,8 +366,8 @@ def write_result(records, rows, args):
             continue
         rejected += [{"problem_id": record["problem_id"], "reason": reason,
                       "solution": record["solution"], "response": text} for reason, text in judged]
-    table = [("responses", "count", "share")] + [
-        (reason, count, f"{count / reasons.total():.1%}") for reason, count in reasons.most_common()]
+    table = [("responses", "count", "share"), *(
+        (reason, n, f"{n / reasons.total():.1%}") for reason, n in reasons.most_common())]
     report = (f"{len(kept)} of {len(records)} records annotated ({len(kept) / len(records):.1%}; "
               f"paper: 165k of 260k), {skipped.total()} without response\n\n{markdown(table)}")
     report += "".join(f"- without response, {count}: {reason}\n"

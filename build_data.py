@@ -92,8 +92,6 @@ MEDIA_FAULTS = (OSError, ValueError, AssertionError, RuntimeError, SyntaxError, 
                 Image.DecompressionBombError)
 # Bytes that decoding one medium may take; 64 frames of 3840 x 2160 pixels, as floats, fit.
 DECODE_MEMORY = 16 * 2**30
-FRAME_STREAM, TOKEN_STREAM = 1, 2  # last key of record_generator: no two draws share one
-HASHED_BLOCKS, BLOCK_BYTES = 64, 4096  # of each weight file: seconds for any size of model
 
 
 class InputError(ValueError):
@@ -185,6 +183,11 @@ def record_problem(record) -> str | None:
     return None
 
 
+def part_of(record) -> dict:
+    """Which part of a video a question is about, or the rate of a folder of frames."""
+    return {field: record[field] for field in CLIP_FIELDS if record.get(field) is not None}
+
+
 def letter(index) -> str:
     """The letter of an option: 0 is A."""
     return chr(ord("A") + int(index))
@@ -224,8 +227,7 @@ def load_vision(record, *, max_frames, min_frames, fps, min_pixels, max_pixels) 
             return Vision(None, {}, read_image(path, min_pixels, max_pixels))
         sampling = {"fps": fps, "min_frames": min_frames, "max_frames": max_frames,
                     "min_pixels": min_pixels, "max_pixels": max_pixels}
-        clip = {key: record[key] for key in CLIP_FIELDS if key in record}
-        return read_video(path, **sampling, **clip)
+        return read_video(path, **sampling, **part_of(record))
     except MediaError:
         raise
     except MEDIA_FAULTS as error:
@@ -270,7 +272,7 @@ def load_vision_of(record, args) -> Vision:
     except OSError as error:
         raise MediaError(f"{record['media_path']}: {error.strerror}") from None
     key = json.dumps([record["media_path"], status.st_size, status.st_mtime_ns, limits,
-                      {field: record[field] for field in CLIP_FIELDS if field in record}])
+                      part_of(record)])
     path = Path(args.frame_cache, hashlib.sha256(key.encode()).hexdigest() + ".npz")
     if path.exists():
         with np.load(path, allow_pickle=False) as kept:
@@ -448,10 +450,10 @@ def api_messages(record, vision: Vision, video_url="") -> list[dict]:
     *_, text = build_messages(record)[0]["content"]
     kind, path = "image_url", record["path"]
     if vision.frames is None:
-        urls = [picture_url(vision.image, "png")]
-    elif not video_url or record.keys() & set(CLIP_FIELDS):
+        urls = [data_url("image/png", vision.image)]
+    elif not video_url or part_of(record):
         frames = vision.frames.permute(0, 2, 3, 1).numpy()  # (T, H, W, C)
-        urls = [picture_url(Image.fromarray(frame), "jpeg") for frame in frames]
+        urls = [data_url("image/jpeg", Image.fromarray(frame)) for frame in frames]
     elif video_url == "data":
         kind, content = "video_url", Path(record["media_path"]).read_bytes()
         urls = [data_url(mimetypes.guess_type(path)[0] or "video/mp4", content)]
@@ -461,13 +463,12 @@ def api_messages(record, vision: Vision, video_url="") -> list[dict]:
     return [{"role": "user", "content": [*content, text]}]
 
 
-def picture_url(image, kind) -> str:
-    file = io.BytesIO()
-    image.save(file, kind, quality=JPEG_QUALITY)  # PNG, without loss, takes no notice of it
-    return data_url(f"image/{kind}", file.getvalue())
-
-
 def data_url(kind, content) -> str:
+    """Bytes, or a picture, as a data: URL."""
+    if isinstance(content, Image.Image):
+        file = io.BytesIO()
+        content.save(file, kind.split("/")[1], quality=JPEG_QUALITY)  # PNG takes no notice of it
+        content = file.getvalue()
     return f"data:{kind};base64,{base64.b64encode(content).decode()}"
 
 
@@ -526,6 +527,14 @@ def seeded_generator(*key, device="cpu") -> torch.Generator:
     """A random generator that depends on every number of `key`, as in (seed, step, rank)."""
     state = np.random.SeedSequence(key).generate_state(1, np.uint64)[0]
     return torch.Generator(device).manual_seed(int(state) % 2**63)
+
+
+FRAME_STREAM, TOKEN_STREAM = 1, 2  # last key of record_generator: no two draws share one
+
+
+def record_generator(seed, record, stream) -> torch.Generator:
+    """A generator of the record's own: its draws depend on no batch, no rank and no restart."""
+    return seeded_generator(seed, zlib.crc32(str(record["problem_id"]).encode()), stream)
 
 
 def read_args_line(line) -> list[str]:
@@ -656,12 +665,13 @@ def read_choices(reply):
     [('Hi', 2, False)]
     """
     choices = reply["choices"]
-    if not choices:
-        raise ValueError("the reply has no choices")
-    tokens = round(reply["usage"]["completion_tokens"] / len(choices))
     # content is null where the answer was cut off before it began
-    return [(choice["message"]["content"] or "", tokens, choice["finish_reason"] == "length")
-            for choice in choices]
+    texts = [choice["message"]["content"] or "" for choice in choices]
+    if not texts or any(UNUSABLE.search(text) for text in texts):  # TypeError for what is no text
+        raise ValueError("the reply has no choices, or half of a character")
+    tokens = round(reply["usage"]["completion_tokens"] / len(texts))
+    return [(text, tokens, choice["finish_reason"] == "length")
+            for text, choice in zip(texts, choices)]
 
 
 def retry_after(text):
@@ -865,9 +875,7 @@ def writing(path, advice=""):
             from None
 
 
-def record_generator(seed, record, stream) -> torch.Generator:
-    """A generator of the record's own: its draws depend on no batch, no rank and no restart."""
-    return seeded_generator(seed, zlib.crc32(str(record["problem_id"]).encode()), stream)
+HASHED_BLOCKS, BLOCK_BYTES = 64, 4096  # of each weight file: seconds for any size of model
 
 
 def model_hash(model):
@@ -1357,10 +1365,10 @@ def from_video_r1(row, folder):
     """
     options = [LETTER.sub("", option) for option in row.get("options") or []]
     answer = re.fullmatch(r"\s*<answer>(.*)</answer>\s*", row["solution"], re.DOTALL)[1]
-    more = {key: row[key] for key in ("process", *CLIP_FIELDS)
-            if row.get(key) not in (None, "")}  # a clip may start at 0
+    thought = {"process": row["process"]} if row.get("process") else {}
     yield draft(row["path"], row["problem"], answer, options, kind=row["problem_type"],
-                source=row.get("data_source"), data_type=row.get("data_type"), **more)
+                source=row.get("data_source"), data_type=row.get("data_type"), **thought,
+                **part_of(row))
 
 
 def from_llava(row, folder):
@@ -1386,12 +1394,8 @@ def from_llava(row, folder):
 
 @lru_cache(maxsize=1)
 def nextqa_paths(folder):
-    """NExT-QA's map from video names to their paths."""
-    path = folder / "map_vid_vidorID.json"
-    try:
-        return json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise InputError(f"NExT-QA needs {path} beside its questions: {error}") from None
+    """NExT-QA's map from video names to their paths, a file beside its questions."""
+    return next(release_rows(folder / "map_vid_vidorID.json"))
 
 
 def from_nextqa(row, folder):
@@ -1521,6 +1525,10 @@ CONVERTERS = {"video_r1": from_video_r1, "llava": from_llava, "nextqa": from_nex
               "chartqa": from_chartqa}
 
 
+CHUNK = 1 << 20  # characters of a JSON list that are read at once
+NEXT_ITEM = re.compile(r"[\s,]*")
+
+
 def release_rows(path):
     """The rows of a .csv, a .jsonl, or a .json: a list, an object of rows by key (each row gets
     it as "key"), or one row alone. A list is read in pieces: some releases are larger than memory.
@@ -1563,9 +1571,7 @@ def list_items(file, text):
 
 # ----------------------------------------------- mix: from sources to a file of records
 
-CHUNK = 1 << 20  # characters of a JSON list that are read at once
 SLACK = 1000  # records more than twice the wanted, before the worst are let go
-NEXT_ITEM = re.compile(r"[\s,]*")
 # What a converter raises on a row that is not as its format has it
 MALFORMED = (KeyError, TypeError, IndexError, AttributeError, OverflowError, ValueError)
 MOST_OPTIONS = 26  # letters
@@ -1629,11 +1635,11 @@ def make_record(found, entry, folder) -> dict:
         raise Dropped("not of the wanted problem type")
     source = found.get("source") or "/".join(filter(None, (entry["source"], found.get("part"))))
     video = os.path.splitext(path)[1].lower() in VIDEO_SUFFIXES
-    more = {key: found[key] for key in (*CLIP_FIELDS, "process") if key in found}
+    thought = {"process": found["process"]} if "process" in found else {}
     record = {"problem": problem, "data_type": found.get("data_type") or ("image", "video")[video],
               "problem_type": kind, "options": options if kind == "multiple choice" else [],
               "solution": f"<answer>{graded_answer(problem, answer, options, kind)}</answer>",
-              "path": f"./{path}", "data_source": source, **more}
+              "path": f"./{path}", "data_source": source, **thought, **part_of(found)}
     if record_problem({"problem_id": 0} | record):  # no stage would read it
         raise Dropped("malformed row")
     return record
@@ -1682,13 +1688,6 @@ def question_key(record) -> int:
     return int.from_bytes(hashlib.blake2b(text.encode(), digest_size=8).digest(), "big")
 
 
-class Benchmarks(NamedTuple):
-    """The media of evaluation files, which no mixture may contain."""
-    tails: set[str]    # "folder/file.mp4", lower case
-    sizes: set[int]    # of the media files, so that few others need to be hashed
-    hashes: set[bytes]
-
-
 def tail(path) -> str:
     """A path's last folder and file: CLEVRER and PerceptionTest share names of files alone.
 
@@ -1703,29 +1702,30 @@ def content_hash(path) -> bytes:
         return hashlib.file_digest(file, "sha256").digest()
 
 
-def benchmark_media(files, media_root) -> Benchmarks:
-    """The media of evaluation files; by path alone where the media are not there to be hashed."""
+def benchmark_media(files, media_root, root):
+    """is_excluded(path), of a path below root: whether an evaluation file has this medium, under
+    this path or another one; by path alone where its media are not there to be hashed."""
     media = {record["media_path"] for file in files for record in load_records(file, media_root)}
-    there = [path for path in tqdm(sorted(media), desc="benchmark media") if os.path.isfile(path)]
-    found = Benchmarks({tail(path) for path in media}, {os.path.getsize(path) for path in there},
-                       {content_hash(path) for path in tqdm(there, desc="hash benchmark media")})
+    there = [path for path in media if os.path.isfile(path)]
+    tails, sizes = set(map(tail, media)), set(map(os.path.getsize, there))
+    hashes = {content_hash(path) for path in tqdm(there, "hash benchmark media", leave=False)}
     if files:
-        print(f"excluded: {len(found.tails)} benchmark media by path, {len(found.hashes)} also by "
-              f"content, {len(media) - len(there)} of them not found on this machine")
-    return found
+        print(f"excluded: {len(tails)} benchmark media by path, {len(hashes)} also by content, "
+              f"{len(media) - len(there)} of them not found on this machine")
+
+    @lru_cache(maxsize=None)
+    def is_excluded(path):
+        full = os.path.join(root, path)
+        return tail(path) in tails or (
+            bool(sizes) and os.path.isfile(full)
+            and os.path.getsize(full) in sizes  # so that few media need to be hashed
+            and content_hash(full) in hashes)
+    return is_excluded
 
 
-def in_benchmark(path, root, benchmarks) -> bool:
-    """Whether a benchmark has this medium, under this path or another one."""
-    full = os.path.join(root, path)
-    return tail(path) in benchmarks.tails or (
-        bool(benchmarks.sizes) and os.path.isfile(full)
-        and os.path.getsize(full) in benchmarks.sizes and content_hash(full) in benchmarks.hashes)
-
-
-def candidates_of(entry, root, benchmarks, seen, counts):
+def candidates_of(entry, root, is_excluded, seen, counts):
     """The records that an entry's files offer, each once; counts what is dropped, by reason."""
-    convert, excluded = CONVERTERS[entry["format"]], {}  # medium -> whether a benchmark has it
+    convert = CONVERTERS[entry["format"]]
     for path in sorted(Path(root).glob(entry["annotation"])):
         for row in tqdm(release_rows(path), desc=entry["source"], unit=" rows", leave=False):
             counts["rows"] += 1
@@ -1739,11 +1739,11 @@ def candidates_of(entry, root, benchmarks, seen, counts):
             for found in drafts:
                 try:
                     record = make_record(found, entry, path.parent.name)
-                    key, medium = question_key(record), record["path"]
-                    if medium not in excluded:
-                        excluded[medium] = in_benchmark(medium, root, benchmarks)
-                    if excluded[medium] or key in seen:
-                        raise Dropped("medium of a benchmark" if excluded[medium] else "duplicate")
+                    key = question_key(record)
+                    if is_excluded(record["path"]):
+                        raise Dropped("medium of a benchmark")
+                    if key in seen:
+                        raise Dropped("duplicate")
                 except Dropped as reason:
                     counts[str(reason)] += 1
                 else:
@@ -1815,12 +1815,12 @@ def mix(args):
         raise InputError(f"{root} lacks {len(absent)} of {len(recipe)} annotation files: "
                          f"{', '.join(absent)}; correct the recipe, or build without them with "
                          "--skip_missing")
-    benchmarks = benchmark_media(args.exclude, args.exclude_root)
+    is_excluded = benchmark_media(args.exclude, args.exclude_root, root)
     lines, report = {"train": [], "val": []}, []
     chosen, taken, used = set(), Counter(), Counter()  # question keys; of each medium; letters
     for i, entry in enumerate(tqdm(recipe, desc="mix")):
         rng, counts = np.random.default_rng([args.seed, i]), Counter()
-        offered = candidates_of(entry, root, benchmarks, set(chosen), counts)
+        offered = candidates_of(entry, root, is_excluded, set(chosen), counts)
         records = spread(offered, entry["count"], args.per_medium, rng, taken)
         for record in records:
             chosen.add(question_key(record))
@@ -1871,8 +1871,7 @@ def markdown(rows) -> str:
 # ------------------------------------------------- check: can every medium be decoded?
 
 def state_of(record, args):
-    """What a medium's verdict holds for: the file's size and time of change, and how it is sampled;
-    None where there is no file."""
+    """What a verdict holds for: the file's size and time of change, and how it is sampled."""
     try:
         status = os.stat(record["media_path"])
     except OSError:
@@ -1941,11 +1940,10 @@ def figure_rows(records):
         by_source[plain(key[1])].append(key)
     for record in records:
         names = [*str(record.get("data_source")).split("/"), *record["path"].split("/")]
-        known = next((plain(name) for name in names if plain(name) in by_source), None)
-        source = by_source[known][0][1] if known else str(record.get("data_source")).split("/")[0]
-        category = by_source[known][0][0] if known else "not in Figure 2"
-        keys = [key for key in by_source.get(known, ()) if record["problem_type"] in key[2]]
-        key = keys[0] if keys else (category, source, record["problem_type"])
+        known = next((by_source[plain(n)] for n in names if plain(n) in by_source),
+                     [("not in Figure 2", names[0], "")])
+        other = (*known[0][:2], record["problem_type"])  # of a type that Figure 2 does not have
+        key = next((key for key in known if record["problem_type"] in key[2]), other)
         rows.setdefault(key, [0, 0])[0] += 1
     return rows
 

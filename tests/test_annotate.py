@@ -110,6 +110,7 @@ def test_a_server_that_answers_once_whatever_n_is_gets_asked_again_with_another_
 @pytest.mark.parametrize("fault", [
     (500, {}, "out of memory"), (429, {}, "slow down"), (503, {}, ""), None, "{\"choices\": [",
     "[]", "{}", {"choices": []}, {"choices": [{}], "usage": {"completion_tokens": 1}},
+    reply([{"type": "text", "text": "a"}]), reply("half \ud83d"),
     (200, {"Content-Length": "5000"}, '{"choices": [{"mess')])
 def test_a_fault_that_passes_costs_a_repeated_request(fault):
     with Server(lambda body, number: fault if number == 0 else reply("a")) as server:
