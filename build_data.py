@@ -46,6 +46,7 @@ from itertools import chain
 from pathlib import Path
 from typing import Any, NamedTuple
 from urllib.parse import quote
+from zipfile import BadZipFile
 
 import numpy as np
 import requests
@@ -274,9 +275,11 @@ def load_vision_of(record, args) -> Vision:
     key = json.dumps([record["media_path"], status.st_size, status.st_mtime_ns, limits,
                       part_of(record)])
     path = Path(args.frame_cache, hashlib.sha256(key.encode()).hexdigest() + ".npz")
-    if path.exists():
+    try:
         with np.load(path, allow_pickle=False) as kept:
             return Vision(torch.from_numpy(kept["frames"]), json.loads(str(kept["metadata"])), None)
+    except (OSError, ValueError, EOFError, BadZipFile):  # not there yet, or cut off by a power cut
+        pass
     vision = load_vision_isolated(record, args.decode_timeout, **limits)
     keep_frames(path, vision, args.frame_cache_gb * 1e9)
     return vision
@@ -289,7 +292,7 @@ def keep_frames(path, vision, limit):
     Nothing is ever removed: when every epoch visits all videos, a full cache that stays as it is
     serves a share of them, one that drops the oldest would serve none.
     """
-    aside = path.with_suffix(f".{os.getpid()}.partial")
+    aside = Path(aside_of(path))
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         if keep_frames.uses % 64 == 0:  # other processes write too: count the files now and then
@@ -898,15 +901,21 @@ def model_hash(model):
     return digest.hexdigest()
 
 
+def aside_of(path) -> str:
+    """Where a file is written until it is whole: each process of each machine has its own."""
+    return f"{path}.{os.uname().nodename}.{os.getpid()}.partial"
+
+
 def write_whole(files):
     """Writes text files, {path: pieces}: all of them complete, or none and an InputError."""
-    aside = {path: f"{path}.{os.getpid()}.partial" for path in files}  # other ranks may write too
+    aside = {path: aside_of(path) for path in files}
     try:
         for path, pieces in files.items():
             with writing(path), open(aside[path], "w", encoding="utf-8") as file:
                 file.writelines(pieces)
         for path in files:
-            os.replace(aside[path], path)
+            with writing(path):
+                os.replace(aside[path], path)
     finally:
         for path in aside.values():
             Path(path).unlink(missing_ok=True)
@@ -920,10 +929,7 @@ def make_folder_of(path):
 
 def json_list(lines):
     """The pieces of a JSON list of already encoded items, one a line."""
-    yield "[\n"
-    for i, line in enumerate(lines):
-        yield (",\n" if i else "") + line
-    yield "\n]\n"
+    return "[\n", ",\n".join(lines), "\n]\n"
 
 
 # ------------------------------------------------------------------------------ the toy
@@ -1179,9 +1185,8 @@ def toy_args_files(out):
     """{name: text} of the configurations, one flag a line."""
     pixels = ("min_pixels", "max_pixels", "image_min_pixels", "image_max_pixels")
     common = "\n".join([f"--media_root={out}", *(f"--{name}={PATCH**2}" for name in pixels)])
-    files = {"ds_zero0.json": """\
-{"zero_optimization": {"stage": 0}, "bf16": {"enabled": "auto"}}
-"""}
+    files = {"ds_zero0.json":
+             '{"zero_optimization": {"stage": 0}, "bf16": {"enabled": "auto"}}\n'}
     for part in TOY_ARGS.split("\n\n"):
         name, *lines = part.splitlines()
         lines = [line if line.startswith("#") else "\n".join(line.split()) for line in lines]
@@ -1342,12 +1347,14 @@ def split_options(text):
 
 def marked_options(text):
     """split_options, without a look for hints."""
-    marks = list(OPTION_MARK.finditer(text))
-    first = max((i for i, mark in enumerate(marks) if mark[1] == "A"), default=len(marks))
-    run = []
-    for mark in marks[first:]:
-        if mark[1] == letter(len(run)):  # another letter is part of an option's text
-            run.append(mark)
+    marks, runs = list(OPTION_MARK.finditer(text)), [[]]
+    for first, start in enumerate(marks):
+        if start[1] == "A":
+            runs.append([])
+            for mark in marks[first:]:
+                if mark[1] == letter(len(runs[-1])):  # another letter is part of an option's text
+                    runs[-1].append(mark)
+    run = max(reversed(runs), key=len)  # the last of the longest
     ends = [mark.start() for mark in run[1:]] + [len(text)]
     options = [text[mark.end():end].strip() for mark, end in zip(run, ends)]
     problem = text[:run[0].start()] if len(run) > 1 else text

@@ -190,6 +190,16 @@ def test_a_cached_video_is_decoded_once_and_is_the_same(tmp_path, decoded):
     assert equal_vision(first, load_vision_of(clip, cache_flags(None)))
 
 
+@pytest.mark.parametrize("size", [0, 100, 10_000])
+def test_a_cached_file_that_was_cut_off_is_made_again(tmp_path, decoded, size):
+    clip, flags = record_of(encode_clip(tmp_path / "a.mp4")), cache_flags(tmp_path / "cache")
+    first = load_vision_of(clip, flags)
+    kept, = (tmp_path / "cache").iterdir()
+    os.truncate(kept, size)
+    assert all(equal_vision(first, load_vision_of(clip, flags)) for _ in range(2))
+    assert len(decoded) == 2
+
+
 def test_another_file_or_other_frames_are_not_taken_from_the_cache(tmp_path, decoded):
     clip, flags = record_of(encode_clip(tmp_path / "a.mp4")), cache_flags(tmp_path / "cache")
     load_vision_of(clip, flags)

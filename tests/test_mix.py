@@ -284,6 +284,8 @@ def test_llava_video_178k_multiple_choice_and_several_free_turns(tmp_path):
      "the end.\nQuestion: What?\nChoices:\n(A) 3\n(B) 4", "What?", ["3", "4"]),
     ("What? Options: A. x B. y", "What?", ["x", "y"]),
     ("What?\nA: see C. elegans\nB: y\nC: z", "What?", ["see C. elegans", "y", "z"]),
+    ("Where is John A. Lee?\nA. x\nB. Sam A. Ray\nC. z", "Where is John A. Lee?",
+     ["x", "Sam A. Ray", "z"]),
     ("Is it vitamin A. or not?", "Is it vitamin A. or not?", []),
     ("How many?\nAnswer the question using a single word or phrase.", "How many?", []),
     ("Select the option that fits.", "Select the option that fits.", []),
