@@ -1723,9 +1723,8 @@ def benchmark_media(files, media_root, root):
     @lru_cache(maxsize=None)
     def is_excluded(path):
         full = os.path.join(root, path)
-        return tail(path) in tails or (
-            bool(sizes) and os.path.isfile(full)
-            and os.path.getsize(full) in sizes  # so that few media need to be hashed
+        return tail(path) in tails or (  # sizes are compared so that few media need to be hashed
+            bool(sizes) and os.path.isfile(full) and os.path.getsize(full) in sizes
             and content_hash(full) in hashes)
     return is_excluded
 
@@ -1932,7 +1931,7 @@ def check(args):
 # ---------------------------------------------------- stats: a file beside Figure 2
 
 def plain(name):
-    """A name as far as spellings agree: letters, digits and +, lower case."""
+    """What spellings of a name agree in: letters, digits and +, lower case."""
     return re.sub(r"[^a-z0-9+]", "", name.lower())
 
 
