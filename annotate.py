@@ -40,25 +40,27 @@ import unicodedata
 import warnings
 from collections import Counter
 from datetime import timedelta
+from functools import partial
 from pathlib import Path
 
 import deepspeed
 import torch
 import torch.distributed as dist
 from deepspeed.accelerator import get_accelerator
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import DataLoader
 from transformers import AutoModelForImageTextToText, AutoProcessor
 from transformers.integrations.deepspeed import set_hf_deepspeed_config
 
-from build_data import (ANSWER_SUFFIX, TEMPLATE, InputError, MediaError, api_messages, ask_model,
-                        ask_server, check_answering, encode, encode_blank, generation_config,
-                        image_as_video, json_list, load_records, load_vision_isolated, model_hash,
-                        read_args_line, read_rows, row_writer, sampling_of, skip_row, unanswered,
-                        write_whole)
+from build_data import (ANSWER_SUFFIX, TEMPLATE, InputError, MediaError, api_messages, as_in_file,
+                        ask_model, ask_server, check_answering, encode, encode_blank,
+                        generation_config, image_as_video, json_list, load_records,
+                        load_vision_isolated, make_folder_of, markdown, model_hash, read_args_line,
+                        read_rows, row_writer, sampling_of, skip_row, unanswered, write_whole)
 from rewards import (WORD, accuracy_reward, choice_letter, extract_answer, format_reward,
                      parse_number)
 
 LONGEST_WAIT = timedelta(days=7)  # of the first rank to finish for the last one
+REASONS_SHOWN = 20  # for which records got no response, in the report
 RUN = 6  # words: a shorter run is shared with the prompt, or repeated, by chance
 
 REFUSED = r"(?:assist|help with|(?:see|view|access|watch|open) (?:the|this|any) (?:video|image))"
@@ -142,22 +144,18 @@ def think_of(response):
     return response.partition("<think>")[2].partition("</think>")[0].strip()
 
 
-def words_of(text):
-    """The words of a text in lower case; each Han or kana character is one.
+def runs_of(text):
+    """Every run of 6 words of a text in lower case, in order; each Han or kana character is a word.
 
-    >>> words_of("Let me think: 小狗")
-    ['let', 'me', 'think', '小', '狗']
+    >>> runs_of("Let me think, it is 小狗")
+    [('let', 'me', 'think', 'it', 'is', '小'), ('me', 'think', 'it', 'is', '小', '狗')]
     """
-    return WORD.findall(text.lower())
-
-
-def runs_of(words):
-    """Every run of RUN words that follow each other, in order."""
-    return [tuple(words[i:i + RUN]) for i in range(len(words) - RUN + 1)]
+    words = WORD.findall(text.lower())
+    return list(zip(*(words[i:] for i in range(RUN))))
 
 
 INSTRUCTIONS = {run for suffix in ANSWER_SUFFIX.values()
-                for run in runs_of(words_of(TEMPLATE.replace("{question}", "") + suffix))}
+                for run in runs_of(TEMPLATE.replace("{question}", "") + suffix)}
 
 
 def repetition(text):
@@ -166,7 +164,7 @@ def repetition(text):
     >>> repetition("a b c d e f"), repetition("wait " * 15)
     (0.0, 0.9)
     """
-    runs = runs_of(words_of(text))
+    runs = runs_of(text)
     return 1 - len(set(runs)) / len(runs) if runs else 0.0
 
 
@@ -218,7 +216,7 @@ def reject_reason(response, truncated, record, args):
         "accuracy": accuracy_reward(response, record) <= args.min_accuracy,
         "length": not args.min_think <= len(think) <= args.max_think,
         "refusal": REFUSAL.search(response),
-        "leak": not INSTRUCTIONS.isdisjoint(runs_of(words_of(response))),
+        "leak": not INSTRUCTIONS.isdisjoint(runs_of(response)),
         "language": in_language(think, record["problem"]) < args.min_language,
         "repetition": repetition(think) > args.max_repetition}
     return next((reason for reason, is_so in failed.items() if is_so), None)
@@ -235,34 +233,23 @@ def choose(record, row, args):
     if not good:
         return None, judged
     best = max(good, key=lambda text: accuracy_reward(text, record))
-    kept = {key: value for key, value in record.items() if key not in ("media_path", "media_root")}
-    return kept | {"process": f"<think>{think_of(best)}</think>"}, judged
+    return as_in_file(record) | {"process": f"<think>{think_of(best)}</think>"}, judged
 
 
 # --------------------------------------------------------------------------------- data
 
-class Prompts(Dataset):
-    """index -> record with its encoded inputs, or with the messages that a server gets (without a
-    processor), or the MediaError; runs in worker processes."""
-
-    def __init__(self, records, processor, args):
-        self.records, self.processor, self.args = records, processor, args
-
-    def __len__(self):
-        return len(self.records)
-
-    def __getitem__(self, index):
-        record = self.records[index]
-        try:
-            vision = load_vision_isolated(record, self.args.decode_timeout,
-                                          **sampling_of(self.args, record))
-        except MediaError as error:
-            return skip_row(record, error)
-        if self.processor is None:
-            return {"record": record, "messages": api_messages(record, vision, self.args.video_url)}
-        # one call of the vision tower for any mixture: ranks of a sharded model stay in step
-        inputs = image_as_video(self.processor, encode(self.processor, record, vision))
-        return {"record": record, "inputs": inputs}
+def prompt_of(processor, args, record):
+    """A record with its encoded inputs, or (without a processor) with the messages that a server
+    gets; or the line of one whose medium cannot be used. Runs in worker processes."""
+    try:
+        vision = load_vision_isolated(record, args.decode_timeout, **sampling_of(args, record))
+    except MediaError as error:
+        return skip_row(record, error)
+    if processor is None:
+        return {"record": record, "messages": api_messages(record, vision, args.video_url)}
+    # one call of the vision tower for any mixture: ranks of a sharded model stay in step
+    inputs = image_as_video(processor, encode(processor, record, vision))
+    return {"record": record, "inputs": inputs}
 
 
 # --------------------------------------------------------- start-up, the same in each stage
@@ -365,7 +352,7 @@ def configuration_of(args, processor):
 
 
 def write_result(records, rows, args):
-    """--out and its side files, from every row that there is. Returns the lines of the report."""
+    """--out and its side files, from every row that there is. Returns the report."""
     kept, rejected, reasons, skipped = [], [], Counter(), Counter()
     for record in records:
         row = rows.get(str(record["problem_id"]), {})
@@ -379,17 +366,16 @@ def write_result(records, rows, args):
             continue
         rejected += [{"problem_id": record["problem_id"], "reason": reason,
                       "solution": record["solution"], "response": text} for reason, text in judged]
-    lines = [f"{len(kept)} of {len(records)} records annotated ({len(kept) / len(records):.1%}; "
-             f"paper: 165k of 260k), {skipped.total()} without response", "",
-             "| responses | count | share |", "|---|---|---|"]
-    lines += [f"| {reason} | {count} | {count / reasons.total():.1%} |"
-              for reason, count in reasons.most_common()]
-    lines += [f"- without response, {count}: {reason}" for reason, count in skipped.most_common(20)]
+    table = [("responses", "count", "share"), *(
+        (reason, n, f"{n / reasons.total():.1%}") for reason, n in reasons.most_common())]
+    report = (f"{len(kept)} of {len(records)} records annotated ({len(kept) / len(records):.1%}; "
+              f"paper: 165k of 260k), {skipped.total()} without response\n\n{markdown(table)}")
+    report += "".join(f"- without response, {count}: {reason}\n"
+                      for reason, count in skipped.most_common(REASONS_SHOWN))
     stem = args.out.removesuffix(".json")
     write_whole({f"{stem}.rejected.jsonl": (json.dumps(row) + "\n" for row in rejected),
-                 f"{stem}.report.md": (line + "\n" for line in lines),
-                 args.out: json_list(map(json.dumps, kept))})
-    return lines
+                 f"{stem}.report.md": [report], args.out: json_list(map(json.dumps, kept))})
+    return report
 
 
 # ------------------------------------------------------------- the model, here or behind a server
@@ -401,20 +387,15 @@ def row_of(sample, answers, seconds):
             "truncated": truncated, "seconds": seconds}
 
 
-def ask_there(share, write, args):
-    """Asks a server for a rank's share of the records."""
-    loader = DataLoader(Prompts(share, None, args), batch_size=None, num_workers=args.num_workers)
-    ask_server(loader, args.samples, row_of, write, args)
-
-
 def ask_here(share, longest_share, write, processor, device, args):
     """Answers a rank's share of the records, a batch at a time, as often as the longest share
     takes: ranks that hold one model in parts make the same number of calls."""
     model = load_model(args, processor.tokenizer, device)
     blank = {"record": {"problem_id": "blank"},
              "inputs": image_as_video(processor, encode_blank(processor))}
-    batches = iter(DataLoader(Prompts(share, processor, args), batch_size=args.batch_size,
-                              collate_fn=list, num_workers=args.num_workers))
+    batches = iter(DataLoader(share, batch_size=args.batch_size, num_workers=args.num_workers,
+                              collate_fn=lambda batch: [prompt_of(processor, args, record)
+                                                        for record in batch]))
     for _ in range(-(-longest_share // args.batch_size)):
         write(ask_model(model, processor.tokenizer, next(batches, []), row_of, args.seed, blank))
 
@@ -430,10 +411,7 @@ def main(args):
         raise InputError(f"{args.data}: {count} records have the problem_id {problem_id}")
     processor = None if args.api_base else load_processor(args)
     out = Path(args.out)
-    try:
-        out.parent.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise InputError(f"cannot write to --out {out}: {error}") from None
+    make_folder_of(out)
     configuration = configuration_of(args, processor)
     rows = read_rows(out.parent, out.stem, configuration)
     todo = unanswered(records, rows)
@@ -446,7 +424,9 @@ def main(args):
     path = out.parent / f"{out.stem}.rank{rank}.jsonl"
     with row_writer(path, len(share), configuration, rank != 0) as write:
         if args.api_base:
-            ask_there(share, write, args)
+            prompts = DataLoader(share, batch_size=None, num_workers=args.num_workers,
+                                 collate_fn=partial(prompt_of, None, args))
+            ask_server(prompts, args.samples, row_of, write, args, len(todo) < len(records))
         elif todo:
             ask_here(share, len(todo[::world]), write, processor, device, args)
     dist.barrier(ranks)
@@ -454,7 +434,7 @@ def main(args):
     # ------------------------------------------------------------------ filter and report
     if rank == 0:
         rows = read_rows(out.parent, out.stem, configuration)
-        print("\n".join(write_result(records, rows, args)))
+        print(write_result(records, rows, args))
 
 
 if __name__ == "__main__":

@@ -33,22 +33,25 @@ import sys
 import threading
 import time
 import traceback
+import warnings
 import zlib
 from collections import Counter, defaultdict
 from concurrent.futures import FIRST_COMPLETED, ThreadPoolExecutor, wait
 from contextlib import contextmanager
 from email.utils import parsedate_to_datetime
-from functools import lru_cache
+from functools import lru_cache, partial
+from glob import escape
 from importlib.metadata import version
 from itertools import chain
 from pathlib import Path
 from typing import Any, NamedTuple
 from urllib.parse import quote
+from zipfile import BadZipFile
 
 import numpy as np
 import requests
 import torch
-from PIL import Image
+from PIL import Image, ImageSequence
 from tqdm import tqdm
 
 PROBLEM_TYPES = ("multiple choice", "numerical", "OCR", "free-form", "regression")
@@ -57,6 +60,9 @@ JPEG_QUALITY = 95  # of frames sent to a server; Pillow's highest sensible value
 # Optional: the seconds that a question is about; the rate of a video kept as a folder of frames
 CLIP_FIELDS = ("video_start", "video_end", "video_fps")
 FRAME_SUFFIXES = (".jpg", ".jpeg", ".png")  # in such a folder
+GIF_FPS = 10.0  # of an animation that does not say how long it shows its frames, as in browsers
+# Half of a character beyond 16 bits, which no tokenizer takes, and zero, which no file name has
+UNUSABLE = re.compile(r"[\ud800-\udfff\0]")
 PATCH = 28  # pixels: one visual token covers 28 x 28 (two merged 14 x 14 patches a side)
 
 # The paper's Figure 11 in the wording of its release, letter for letter: a model trained
@@ -82,14 +88,11 @@ ANSWER_SUFFIX = {
     "free-form": " Please provide your text answer within the <answer> </answer> tags.",
 }
 
-
 # What the readers of images and videos raise on a file that they cannot use.
 MEDIA_FAULTS = (OSError, ValueError, AssertionError, RuntimeError, SyntaxError, EOFError,
                 Image.DecompressionBombError)
 # Bytes that decoding one medium may take; 64 frames of 3840 x 2160 pixels, as floats, fit.
 DECODE_MEMORY = 16 * 2**30
-FRAME_STREAM, TOKEN_STREAM = 1, 2  # last key of record_generator: no two draws share one
-HASHED_BLOCKS, BLOCK_BYTES = 64, 4096  # of each weight file: seconds for any size of model
 
 
 class InputError(ValueError):
@@ -119,32 +122,31 @@ def load_records(path, media_root=None) -> list[dict]:
     path = Path(path)
     try:
         text = path.read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError) as error:
-        raise InputError(f"cannot read the records in {path}: {error}") from None
-    try:
-        if text.lstrip().startswith("["):
-            records = json.loads(text)
-        else:
-            records = [json.loads(line) for line in text.split("\n") if line.strip()]
-    except json.JSONDecodeError as error:
-        raise InputError(f"{path} is neither a JSON list nor JSON lines: {error}") from None
+        records = json.loads(text) if text.lstrip().startswith("[") else [
+            json.loads(line) for line in text.split("\n") if line.strip()]
+    except (OSError, ValueError) as error:
+        raise InputError(f"cannot read {path} as a JSON list or JSON lines: {error}") from None
     if not records:
         raise InputError(f"{path} holds no records")
-    root = Path(media_root) if media_root else path.parent
-    if not root.is_dir():
+    root = os.path.abspath(media_root or path.parent)
+    if not os.path.isdir(root):
         raise InputError(f"media_root {root} is not a folder")
-    root = os.path.abspath(root)
     for i, record in enumerate(records):
         problem = record_problem(record)
         if problem is None:
             record["media_path"] = os.path.normpath(os.path.join(root, record["path"]))
             record["media_root"] = root
-            if not record["media_path"].startswith(root + os.sep):
+            if not record["media_path"].startswith(os.path.join(root, "")):
                 problem = f"field path: {record['path']!r} leaves media_root {root}"
         if problem is not None:
             name = record.get("problem_id", "absent") if isinstance(record, dict) else "absent"
             raise InputError(f"{path}: record {i} (problem_id {name}): {problem}")
     return records
+
+
+def as_in_file(record) -> dict:
+    """A record without what load_records adds to it."""
+    return {key: value for key, value in record.items() if key not in ("media_path", "media_root")}
 
 
 def record_problem(record) -> str | None:
@@ -161,6 +163,11 @@ def record_problem(record) -> str | None:
     for field in REQUIRED_FIELDS[1:]:
         if not isinstance(record[field], str):
             return f"field {field} is not a string: {record[field]!r}"
+        if UNUSABLE.search(record[field]):
+            return f"field {field} has a character that no text has: {record[field]!r}"
+    for field in CLIP_FIELDS:
+        if not isinstance(record.get(field, 0), (int, float)):
+            return f"field {field} is not a number: {record[field]!r}"
     if record["data_type"] not in ("image", "video"):
         return f"field data_type is {record['data_type']!r}, not 'image' or 'video'"
     if record["problem_type"] not in PROBLEM_TYPES:
@@ -169,11 +176,17 @@ def record_problem(record) -> str | None:
         return (f"field solution is {record['solution']!r}: "
                 "it must be a non-empty '<answer>...</answer>'")
     options = record.get("options") or []
-    if not isinstance(options, list) or not all(isinstance(option, str) for option in options):
+    if not isinstance(options, list) or not all(
+            isinstance(option, str) and not UNUSABLE.search(option) for option in options):
         return f"field options is not a list of strings: {options!r}"
     if record["problem_type"] == "multiple choice" and not options:
         return "field options is empty for a multiple-choice question"
     return None
+
+
+def part_of(record) -> dict:
+    """Which part of a video a question is about, or the rate of a folder of frames."""
+    return {field: record[field] for field in CLIP_FIELDS if record.get(field) is not None}
 
 
 def letter(index) -> str:
@@ -205,8 +218,8 @@ def load_vision(record, *, max_frames, min_frames, fps, min_pixels, max_pixels) 
     number, spread evenly over the clip); each frame, or the image, is resized to between
     min_pixels and max_pixels, sides multiples of 28. Raises MediaError "path: reason".
     """
-    path = record["media_path"]
-    if not os.path.realpath(path).startswith(os.path.realpath(record["media_root"]) + os.sep):
+    path, root = record["media_path"], os.path.realpath(record["media_root"])
+    if not os.path.realpath(path).startswith(os.path.join(root, "")):
         raise MediaError(f"{path}: a link that leaves media_root")
     try:
         if not os.path.isdir(path) and os.path.getsize(path) == 0:
@@ -215,11 +228,10 @@ def load_vision(record, *, max_frames, min_frames, fps, min_pixels, max_pixels) 
             return Vision(None, {}, read_image(path, min_pixels, max_pixels))
         sampling = {"fps": fps, "min_frames": min_frames, "max_frames": max_frames,
                     "min_pixels": min_pixels, "max_pixels": max_pixels}
-        clip = {key: record[key] for key in CLIP_FIELDS if key in record}
-        return read_video(path, **sampling, **clip)
+        return read_video(path, **sampling, **part_of(record))
+    except MediaError:
+        raise
     except MEDIA_FAULTS as error:
-        if isinstance(error, MediaError):
-            raise
         reason = str(error).strip().splitlines()
         raise MediaError(f"{path}: {reason[0] if reason else type(error).__name__}") from error
 
@@ -237,7 +249,7 @@ def load_vision_isolated(record, timeout, **limits) -> Vision:
             load_vision_isolated.decoder = None  # the next record gets a new one
             raise MediaError(f"{path}: decoding took more than {timeout:g} seconds")
         answer = decoder.pipe.recv()
-    except (EOFError, ConnectionError):
+    except (EOFError, OSError):  # it died: before this record, at it, or while it was answering
         load_vision_isolated.decoder = None
         status = os.waitstatus_to_exitcode(os.waitpid(decoder.pid, 0)[1])
         raise MediaError(f"{path}: its decoder died (exit status {status})") from None
@@ -261,33 +273,41 @@ def load_vision_of(record, args) -> Vision:
     except OSError as error:
         raise MediaError(f"{record['media_path']}: {error.strerror}") from None
     key = json.dumps([record["media_path"], status.st_size, status.st_mtime_ns, limits,
-                      {field: record[field] for field in CLIP_FIELDS if field in record}])
+                      part_of(record)])
     path = Path(args.frame_cache, hashlib.sha256(key.encode()).hexdigest() + ".npz")
-    if path.exists():
+    try:
         with np.load(path, allow_pickle=False) as kept:
             return Vision(torch.from_numpy(kept["frames"]), json.loads(str(kept["metadata"])), None)
+    except (OSError, ValueError, EOFError, BadZipFile):  # not there yet, or cut off by a power cut
+        pass
     vision = load_vision_isolated(record, args.decode_timeout, **limits)
     keep_frames(path, vision, args.frame_cache_gb * 1e9)
     return vision
 
 
 def keep_frames(path, vision, limit):
-    """Adds a video's frames to the cache, whole or not at all, unless it holds `limit` bytes.
+    """Adds a video's frames to the cache, whole or not at all, unless it holds `limit` bytes or
+    its disk is full.
 
     Nothing is ever removed: when every epoch visits all videos, a full cache that stays as it is
     serves a share of them, one that drops the oldest would serve none.
     """
-    path.parent.mkdir(parents=True, exist_ok=True)
-    if keep_frames.uses % 64 == 0:  # other processes write too: count the files now and then
-        keep_frames.size = sum(entry.stat().st_size for entry in os.scandir(path.parent))
-    keep_frames.uses += 1
-    if keep_frames.size + vision.frames.numel() > limit:
-        return
-    aside = path.with_suffix(f".{os.getpid()}.partial")
-    with open(aside, "wb") as file:
-        np.savez(file, frames=vision.frames.numpy(), metadata=json.dumps(vision.metadata))
-    aside.replace(path)
-    keep_frames.size += vision.frames.numel()
+    aside = Path(aside_of(path))
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        if keep_frames.uses % 64 == 0:  # other processes write too: count the files now and then
+            keep_frames.size = sum(file.stat().st_size for file in path.parent.glob("*.npz"))
+        keep_frames.uses += 1
+        if keep_frames.size + vision.frames.numel() > limit:
+            return
+        with open(aside, "wb") as file:
+            np.savez(file, frames=vision.frames.numpy(), metadata=json.dumps(vision.metadata))
+        aside.replace(path)
+        keep_frames.size += vision.frames.numel()
+    except OSError as error:
+        aside.unlink(missing_ok=True)
+        keep_frames.size = math.inf  # until the files are counted again
+        warnings.warn(f"--frame_cache {path.parent} keeps no more frames: {error.strerror}")
 
 
 keep_frames.uses = keep_frames.size = 0  # calls, and bytes in the cache, as this process knows
@@ -307,9 +327,9 @@ class Decoder:
             self.pipe.close()
             try:
                 self.serve(pipe)
-            except BaseException:  # nothing may return into the parent's code from here
-                traceback.print_exc()
-            os._exit(1)
+            finally:  # whatever happens, nothing may return into the parent's code from here
+                traceback.print_exc()  # the parent will say no more than the exit status
+                os._exit(1)
         pipe.close()
 
     def serve(self, pipe):
@@ -321,7 +341,7 @@ class Decoder:
         while True:
             try:
                 record, timeout, limits = pipe.recv()
-            except (EOFError, ConnectionError):
+            except (EOFError, OSError):  # the parent has ended
                 os._exit(0)
             signal.alarm(math.ceil(timeout) + 1)  # if the parent is no longer there to stop it
             try:
@@ -349,7 +369,7 @@ def read_image(path, min_pixels, max_pixels) -> Image.Image:
 
 
 def read_video(path, **sampling) -> Vision:
-    """The frames as qwen-vl-utils samples and resizes them, decoded by decord; or a folder's."""
+    """The frames as qwen-vl-utils samples and resizes them; decord decodes what is a video file."""
     os.environ.setdefault("FORCE_QWENVL_VIDEO_READER", "decord")
     from decord import DECORDError
     from qwen_vl_utils import vision_process
@@ -358,7 +378,8 @@ def read_video(path, **sampling) -> Vision:
         raise  # qwen-vl-utils calls its fallback inside the `except` of the real reader's error
     vision_process.VIDEO_READER_BACKENDS["torchvision"] = reraise
     vision_process.VIDEO_READER_BACKENDS["decord"] = (
-        read_folder if os.path.isdir(path) else vision_process._read_video_decord)
+        read_pictures if os.path.isdir(path) or path.lower().endswith(".gif") else
+        vision_process._read_video_decord)
     vision_process.logger.setLevel(logging.ERROR)  # its warnings announce that same fallback
     try:
         frames, metadata = vision_process.fetch_video(
@@ -372,24 +393,30 @@ def read_video(path, **sampling) -> Vision:
     return Vision(frames.to(torch.uint8), metadata, None)  # lossless: resizing rounded already
 
 
-def read_folder(element):
-    """qwen-vl-utils' reader for a folder of frames, in the order of their names.
+def read_pictures(element):
+    """qwen-vl-utils' reader for a folder of frames, in the order of their names, and for a GIF.
 
     In the place of its reader of files, so that both are sampled and resized by the same rules.
     Returns frames (T, C, H, W), their metadata and the sampled rate.
     """
     from qwen_vl_utils import vision_process
-    paths = sorted(path for path in Path(element["video"]).iterdir()
-                   if path.suffix.lower() in FRAME_SUFFIXES)
-    fps = element.get("video_fps")
-    if not paths or not fps:
-        raise ValueError("a folder needs frames (.jpg, .png) and the record's field video_fps")
-    start, end, count = vision_process.calculate_video_frame_range(element, len(paths), fps)
+    path = Path(element["video"])
+    if path.is_dir():
+        files = sorted(file for file in path.iterdir() if file.suffix.lower() in FRAME_SUFFIXES)
+        total, fps = len(files), element.get("video_fps")
+        if not files or not fps:
+            raise ValueError("a folder needs frames (.jpg, .png) and the record's field video_fps")
+    else:
+        animation = ImageSequence.Iterator(Image.open(path))
+        shown = [frame.info.get("duration", 0) for frame in animation]  # milliseconds
+        total, fps = len(shown), 1000 * len(shown) / sum(shown) if sum(shown) else GIF_FPS
+    start, end, count = vision_process.calculate_video_frame_range(element, total, fps)
     drawn = vision_process.smart_nframes(element, total_frames=count, video_fps=fps)
     indices = torch.linspace(start, end, drawn).round().long().tolist()  # T of them
-    frames = np.stack([Image.open(paths[i]).convert("RGB") for i in indices])  # (T, H, W, C)
+    frames = (Image.open(files[i]) if path.is_dir() else animation[i] for i in indices)
+    pixels = np.stack([frame.convert("RGB") for frame in frames])  # (T, H, W, C)
     metadata = {"fps": fps, "frames_indices": indices, "total_num_frames": count}
-    return torch.from_numpy(frames).permute(0, 3, 1, 2), metadata, drawn / count * fps
+    return torch.from_numpy(pixels).permute(0, 3, 1, 2), metadata, drawn / count * fps
 
 
 def encode(processor, record, vision: Vision, device=None) -> dict[str, torch.Tensor]:
@@ -424,32 +451,28 @@ def api_messages(record, vision: Vision, video_url="") -> list[dict]:
     A clip within a file, or a folder of frames (CLIP_FIELDS), always goes as frames.
     """
     *_, text = build_messages(record)[0]["content"]
-    part = record.keys() & set(CLIP_FIELDS)
+    kind, path = "image_url", record["path"]
     if vision.frames is None:
-        media = [("image_url", picture_url(vision.image, "PNG"))]
-    elif video_url and not part:
-        media = [("video_url", whole_url(record, video_url))]
-    else:
+        urls = [data_url("image/png", vision.image)]
+    elif not video_url or part_of(record):
         frames = vision.frames.permute(0, 2, 3, 1).numpy()  # (T, H, W, C)
-        media = [("image_url", picture_url(Image.fromarray(frame), "JPEG")) for frame in frames]
-    content = [{"type": kind, kind: {"url": url}} for kind, url in media]
+        urls = [data_url("image/jpeg", Image.fromarray(frame)) for frame in frames]
+    elif video_url == "data":
+        kind, content = "video_url", Path(record["media_path"]).read_bytes()
+        urls = [data_url(mimetypes.guess_type(path)[0] or "video/mp4", content)]
+    else:
+        kind, urls = "video_url", [f"{video_url.rstrip('/')}/{quote(os.path.normpath(path))}"]
+    content = [{"type": kind, kind: {"url": url}} for url in urls]
     return [{"role": "user", "content": [*content, text]}]
 
 
-def picture_url(image, kind) -> str:
-    """A picture as a data: URL; kind is PNG or JPEG."""
-    file = io.BytesIO()
-    image.save(file, kind, **({"quality": JPEG_QUALITY} if kind == "JPEG" else {}))
-    return f"data:image/{kind.lower()};base64,{base64.b64encode(file.getvalue()).decode()}"
-
-
-def whole_url(record, video_url) -> str:
-    """The URL of a record's whole video: its bytes for "data", else its path below video_url."""
-    if video_url != "data":
-        return f"{video_url.rstrip('/')}/{quote(os.path.normpath(record['path']))}"
-    kind = mimetypes.guess_type(record["path"])[0] or "video/mp4"
-    content = base64.b64encode(Path(record["media_path"]).read_bytes()).decode()
-    return f"data:{kind};base64,{content}"
+def data_url(kind, content) -> str:
+    """Bytes, or a picture, as a data: URL."""
+    if isinstance(content, Image.Image):
+        file = io.BytesIO()
+        content.save(file, kind.split("/")[1], quality=JPEG_QUALITY)  # PNG takes no notice of it
+        content = file.getvalue()
+    return f"data:{kind};base64,{base64.b64encode(content).decode()}"
 
 
 def image_as_video(processor, inputs) -> dict[str, torch.Tensor]:
@@ -509,6 +532,14 @@ def seeded_generator(*key, device="cpu") -> torch.Generator:
     return torch.Generator(device).manual_seed(int(state) % 2**63)
 
 
+FRAME_STREAM, TOKEN_STREAM = 1, 2  # last key of record_generator: no two draws share one
+
+
+def record_generator(seed, record, stream) -> torch.Generator:
+    """A generator of the record's own: its draws depend on no batch, no rank and no restart."""
+    return seeded_generator(seed, zlib.crc32(str(record["problem_id"]).encode()), stream)
+
+
 def read_args_line(line) -> list[str]:
     """One line of an @file: `--flag=value`, or nothing when blank or a # comment."""
     line = line.strip()
@@ -544,6 +575,8 @@ def check_answering(args):
     for flag in ("samples", "max_new_tokens", "batch_size", "concurrency"):
         if getattr(args, flag, 1) < 1:
             raise InputError(f"--{flag} is {getattr(args, flag)}: it must be at least 1")
+    if args.api_base and not args.api_base.startswith(("http://", "https://")):
+        raise InputError(f"--api_base {args.api_base} must begin with http:// or https://")
     if args.temperature < 0 or not 0 < args.top_p <= 1:
         raise InputError(f"--temperature {args.temperature} must not be negative, "
                          f"and --top_p {args.top_p} must be above 0 and at most 1")
@@ -573,6 +606,10 @@ class ApiError(RuntimeError):
     """The server gave no usable answer to one request, for the reason given."""
 
 
+class Refused(ApiError):
+    """It would not to a repetition either: the request is at fault, not the server."""
+
+
 def ask_api(args, messages, n, seed):
     """n answers of an OpenAI-compatible server: [(text, tokens, whether it was cut off), ...].
 
@@ -590,7 +627,10 @@ def ask_api(args, messages, n, seed):
 
 def post_api(args, body):
     """The answers to one request, which is repeated while the server fails to give any."""
-    url, key = args.api_base.rstrip("/") + "/chat/completions", os.environ.get(KEY_VARIABLE)
+    url = args.api_base.rstrip("/") + "/chat/completions"
+    key = os.environ.get(KEY_VARIABLE, "").strip()
+    if not (key.isascii() and key.isprintable()):  # no header takes it, and the error quotes it
+        raise InputError(f"{KEY_VARIABLE} holds characters that no key has")
 
     def authorise(request):  # not a header, over which ~/.netrc would win
         request.headers.update({"Authorization": f"Bearer {key}"} if key else {})
@@ -614,7 +654,7 @@ def post_api(args, body):
             raise InputError(f"{url} refuses model {args.model}: {reason} "
                              f"(the key is read from the environment variable {KEY_VARIABLE})")
         if status and status < 500 and status not in REPEATED:
-            raise ApiError(f"{url}: {reason}")
+            raise Refused(f"{url}: {reason}")
         if attempt < args.api_retries:
             time.sleep(pause)
     raise ApiError(f"{url}: {args.api_retries + 1} attempts failed, the last: {reason}")
@@ -628,12 +668,13 @@ def read_choices(reply):
     [('Hi', 2, False)]
     """
     choices = reply["choices"]
-    if not choices:
-        raise ValueError("the reply has no choices")
-    tokens = round(reply["usage"]["completion_tokens"] / len(choices))
     # content is null where the answer was cut off before it began
-    return [(choice["message"]["content"] or "", tokens, choice["finish_reason"] == "length")
-            for choice in choices]
+    texts = [choice["message"]["content"] or "" for choice in choices]
+    if not texts or any(UNUSABLE.search(text) for text in texts):  # TypeError for what is no text
+        raise ValueError("the reply has no choices, or half of a character")
+    tokens = round(reply["usage"]["completion_tokens"] / len(texts))
+    return [(text, tokens, choice["finish_reason"] == "length")
+            for text, choice in zip(texts, choices)]
 
 
 def retry_after(text):
@@ -646,11 +687,12 @@ def retry_after(text):
     return min(max(seconds, 0.0), LONGEST_RETRY_AFTER)
 
 
-def ask_server(samples, n, row_of, write, args):
+def ask_server(samples, n, row_of, write, args, answered=False):
     """Writes row_of(sample, n answers, seconds), or why there is none, for each of the samples;
     args.concurrency at a time. Samples with a "reason" have no medium and are rows already.
 
-    InputError when the server fails MOST_FAILURES requests in a row: it is gone.
+    InputError when the server fails MOST_FAILURES requests in a row: it is gone. What it refuses
+    counts only until it has `answered` once: some requests may be at fault, not all of them.
     """
     running, failed = set(), 0
 
@@ -659,11 +701,10 @@ def ask_server(samples, n, row_of, write, args):
         seed = record_generator(args.seed, record, TOKEN_STREAM).initial_seed() % 2**31
         try:
             answers = ask_api(args, sample["messages"], n, seed)
-            row = row_of(sample, answers, time.perf_counter() - started)
         except ApiError as error:
-            row = skip_row(record, error)
-        write([row])
-        return row.get("reason")
+            write([skip_row(record, error)])
+            return error
+        write([row_of(sample, answers, time.perf_counter() - started)])
 
     with ThreadPoolExecutor(args.concurrency) as pool:
         for sample in chain(samples, [None]):  # None: the last ones are waited for
@@ -673,10 +714,13 @@ def ask_server(samples, n, row_of, write, args):
                 running.add(pool.submit(work, sample))
             while len(running) >= (args.concurrency if sample else 1):
                 done, running = wait(running, return_when=FIRST_COMPLETED)
-                for reason in (future.result() for future in done):
-                    failed = failed + 1 if reason else 0
+                for error in (future.result() for future in done):
+                    if error is None:
+                        answered, failed = True, 0
+                    elif not (answered and isinstance(error, Refused)):
+                        failed += 1
                     if failed >= MOST_FAILURES:
-                        raise InputError(f"{failed} requests in a row failed, the last: {reason}")
+                        raise InputError(f"{failed} requests in a row failed, the last: {error}")
 
 
 # ------------------------------------------------------------- a model on this machine
@@ -761,8 +805,9 @@ def skip_row(record, error):
 
 
 def unanswered(records, rows):
-    """The records that `rows`, by problem_id as text, has no answer to."""
-    return [r for r in records if "output" not in rows.get(str(r["problem_id"]), {})]
+    """The records that `rows`, by problem_id as text, has no answer to; what failed comes last."""
+    todo = [r for r in records if "output" not in rows.get(str(r["problem_id"]), {})]
+    return sorted(todo, key=lambda r: str(r["problem_id"]) in rows)
 
 
 def whole_lines(path):
@@ -771,14 +816,19 @@ def whole_lines(path):
     return data[:data.rfind(b"\n") + 1]
 
 
+def whole_rows(path):
+    """The rows of a file that a kill may have torn."""
+    try:
+        return [json.loads(line) for line in whole_lines(path).splitlines()]
+    except ValueError as error:
+        raise InputError(f"{path} is damaged, remove it: {error}") from None
+
+
 def read_rows(output, stem, configuration):
     """Rows of all ranks and runs, by problem_id as text; an answer wins over an earlier skip."""
     rows = {}
-    for path in sorted(Path(output).glob(f"{stem}.rank*.jsonl")):
-        try:
-            first, *others = map(json.loads, whole_lines(path).splitlines() or [b"{}"])
-        except json.JSONDecodeError as error:
-            raise InputError(f"{path} is damaged, remove it: {error}") from None
+    for path in sorted(Path(output).glob(f"{escape(stem)}.rank*.jsonl")):
+        first, *others = whole_rows(path) or [{}]
         for key, value in configuration.items() if first else ():
             if first.get(key) != value:
                 raise InputError(f"{path} has rows with another {key}: {str(first.get(key))[:60]}, "
@@ -792,24 +842,43 @@ def read_rows(output, stem, configuration):
 @contextmanager
 def row_writer(path, total, configuration=None, quiet=False):
     """write(rows), for any thread, at the end of a file that begins with the configuration."""
-    lock, kept = threading.Lock(), whole_lines(path)
-    with path.open("a", encoding="utf-8") as file, \
+    lock, kept = threading.Lock(), len(whole_lines(path))
+    with path.open("ab", buffering=0) as file, \
             tqdm(total=total, desc=path.stem, disable=quiet) as bar:
-        file.truncate(len(kept))
-        if configuration and not kept:
-            file.write(json.dumps(configuration) + "\n")
-
         def write(rows):
             with lock:
-                file.write("".join(json.dumps(row) + "\n" for row in rows))
-                file.flush()
+                append_rows(file, rows)
                 bar.update(len(rows))
+        file.truncate(kept)
+        if configuration and not kept:
+            append_rows(file, [configuration])
         yield write
 
 
-def record_generator(seed, record, stream) -> torch.Generator:
-    """A generator of the record's own: its draws depend on no batch, no rank and no restart."""
-    return seeded_generator(seed, zlib.crc32(str(record["problem_id"]).encode()), stream)
+def append_rows(file, rows):
+    """Adds rows to a file without a buffer: all of them, or none and an InputError."""
+    size = os.path.getsize(file.name)
+    data = "".join(json.dumps(row) + "\n" for row in rows).encode()
+    with writing(file.name, "The rows in it are whole: make room and repeat the command"):
+        try:
+            while data:  # a disk that is nearly full takes a part
+                data = data[file.write(data):]
+        except OSError:
+            file.truncate(size)
+            raise
+
+
+@contextmanager
+def writing(path, advice=""):
+    """Turns what the disk has against a file into an InputError."""
+    try:
+        yield
+    except OSError as error:
+        raise InputError(f"cannot write {path}: {error.strerror or error}. {advice}".strip()) \
+            from None
+
+
+HASHED_BLOCKS, BLOCK_BYTES = 64, 4096  # of each weight file: seconds for any size of model
 
 
 def model_hash(model):
@@ -832,22 +901,35 @@ def model_hash(model):
     return digest.hexdigest()
 
 
+def aside_of(path) -> str:
+    """Where a file is written until it is whole: each process of each machine has its own."""
+    return f"{path}.{os.uname().nodename}.{os.getpid()}.partial"
+
+
 def write_whole(files):
-    """Writes text files, {path: pieces}: all of them complete, or none."""
-    aside = {path: f"{path}.{os.getpid()}.partial" for path in files}  # other ranks may write too
-    for path, pieces in files.items():
-        with open(aside[path], "w", encoding="utf-8") as file:
-            file.writelines(pieces)
-    for path in files:
-        os.replace(aside[path], path)
+    """Writes text files, {path: pieces}: all of them complete, or none and an InputError."""
+    aside = {path: aside_of(path) for path in files}
+    try:
+        for path, pieces in files.items():
+            with writing(path), open(aside[path], "w", encoding="utf-8") as file:
+                file.writelines(pieces)
+        for path in files:
+            with writing(path):
+                os.replace(aside[path], path)
+    finally:
+        for path in aside.values():
+            Path(path).unlink(missing_ok=True)
+
+
+def make_folder_of(path):
+    """InputError where no file can be: told before the work that the file is for."""
+    with writing(path):
+        Path(path).parent.mkdir(parents=True, exist_ok=True)
 
 
 def json_list(lines):
     """The pieces of a JSON list of already encoded items, one a line."""
-    yield "[\n"
-    for i, line in enumerate(lines):
-        yield (",\n" if i else "") + line
-    yield "\n]\n"
+    return "[\n", ",\n".join(lines), "\n]\n"
 
 
 # ------------------------------------------------------------------------------ the toy
@@ -1103,9 +1185,8 @@ def toy_args_files(out):
     """{name: text} of the configurations, one flag a line."""
     pixels = ("min_pixels", "max_pixels", "image_min_pixels", "image_max_pixels")
     common = "\n".join([f"--media_root={out}", *(f"--{name}={PATCH**2}" for name in pixels)])
-    files = {"ds_zero0.json": """\
-{"zero_optimization": {"stage": 0}, "bf16": {"enabled": "auto"}}
-"""}
+    files = {"ds_zero0.json":
+             '{"zero_optimization": {"stage": 0}, "bf16": {"enabled": "auto"}}\n'}
     for part in TOY_ARGS.split("\n\n"):
         name, *lines = part.splitlines()
         lines = [line if line.startswith("#") else "\n".join(line.split()) for line in lines]
@@ -1143,76 +1224,61 @@ def build_toy(args):
 
 # ------------------------------------------------------------- the recipe: Figure 2 as data
 
-# Figure 2 of the paper: category, source, problem types, questions; then the format of the
-# source's release and, within its folder (video: <source>/, images: <category>/<source>/),
-# the annotation files and the media. {folder} is the folder that the annotation file is in.
-FIGURE_2 = """\
-General (video) | LLaVA-Video-178K | mc | 73000 | llava | */*_mc_v0_1_qa_processed.json | {folder}
-General (video) | LLaVA-Video-178K | free | 10000 | llava | */*_oe_v0_1_qa_processed.json | {folder}
-General (video) | NeXT-QA | mc | 7500 | nextqa | train.csv | NExTVideo
-General (video) | PerceptionTest | mc | 6000 | perception_test | mc_question_train.json | videos
-General (video) | CLEVRER | mc | 8000 | clevrer | train.json | video_train
-General (video) | STAR | mc | 11500 | star | STAR_train.json | Charades_v1_480
-General (image) | A-OKVQA | mc | 4000 | a_okvqa | aokvqa_v1p0_train.json | train2017
-General (image) | IconQA | mc | 2000 | llava | *.json | .
-General (image) | ShareGPT4V | free | 2000 | llava | *.json | .
-General (image) | Visual7W | mc | 1000 | llava | *.json | .
-General (image) | ShareGPT4o | free | 6000 | llava | *.json | .
-Chart | FigureQA | mc | 4000 | llava | *.json | .
-Chart | DVQA | num | 2000 | llava | *.json | .
-Chart | PlotQA | num | 2000 | llava | *.json | .
-Chart | ChartQA | num | 1000 | chartqa | train/train_*.json | train/png
-Chart | MapQA | mc | 1000 | llava | *.json | .
-Chart | TabMWP | mc | 2000 | tabmwp | problems_train.json | tables
-Chart | TabMWP | num | 2000 | tabmwp | problems_train.json | tables
-Chart | Chart2Text | free | 2000 | llava | *.json | .
-Chart | RoBUT SQA | free | 2000 | llava | *.json | .
-Chart | VisualWebInstruct | free | 6000 | llava | *.json | .
-OCR | TextVQA | ocr | 2000 | llava | *.json | .
-OCR | HME100k | ocr | 4000 | llava | *.json | .
-OCR | ChromeWriting | ocr | 2000 | llava | *.json | .
-OCR | IAM | ocr | 2000 | llava | *.json | .
-OCR | Rendered Text | ocr | 4000 | llava | *.json | .
-OCR | TextCaps | ocr | 2000 | llava | *.json | .
-OCR | TextOCR | ocr | 2000 | llava | *.json | .
-Math | CLEVR-Math | num | 1000 | llava | *.json | .
-Math | GEOS | mc | 200 | llava | *.json | .
-Math | Geometry3K | mc | 2000 | geometry3k | train/*/data.json | train/{folder}
-Math | GeoQA+ | mc | 2000 | llava | *.json | .
-Math | UniGeo | mc | 2000 | llava | *.json | .
-Math | Multimath-300K | mc num | 27000 | llava | *.json | .
-Math | Super-CLEVR | num | 1300 | llava | *.json | .
-Knowledge | TQA | mc | 3000 | llava | *.json | .
-Knowledge | AI2D | mc | 4000 | llava | *.json | .
-Knowledge | ScienceQA | mc | 4000 | scienceqa | problems.json | images/train
-Knowledge | PMC-VQA | mc | 6000 | llava | *.json | .
-Knowledge | VQA-RAD | mc | 500 | llava | *.json | .
-Knowledge | GVLQA | mc | 4000 | llava | *.json | .
-Knowledge | ArxivQA | mc | 10000 | arxivqa | arxivqa.jsonl | .
-Knowledge | EXAMS-V | mc | 2000 | llava | *.json | .
-Knowledge | AI2D-gpt4v | free | 4000 | llava | *.json | .
-Spatial | OpenSpaces | reg mc free | 10000 | llava | *.json | .
-Spatial | SpaceLLaVA | reg mc free | 10000 | llava | *.json | .
-"""
+# Figure 2 of the paper: of each category the sources, their problem types and questions.
+FIGURE_2 = {
+    "General (video)": "LLaVA-Video-178K mc 73000, LLaVA-Video-178K free 10000, NeXT-QA mc 7500, "
+                       "PerceptionTest mc 6000, CLEVRER mc 8000, STAR mc 11500",
+    "General (image)": "A-OKVQA mc 4000, IconQA mc 2000, ShareGPT4V free 2000, Visual7W mc 1000, "
+                       "ShareGPT4o free 6000",
+    "Chart": "FigureQA mc 4000, DVQA num 2000, PlotQA num 2000, ChartQA num 1000, MapQA mc 1000, "
+             "TabMWP mc 2000, TabMWP num 2000, Chart2Text free 2000, RoBUT SQA free 2000, "
+             "VisualWebInstruct free 6000",
+    "OCR": "TextVQA ocr 2000, HME100k ocr 4000, ChromeWriting ocr 2000, IAM ocr 2000, "
+           "Rendered Text ocr 4000, TextCaps ocr 2000, TextOCR ocr 2000",
+    "Math": "CLEVR-Math num 1000, GEOS mc 200, Geometry3K mc 2000, GeoQA+ mc 2000, UniGeo mc 2000, "
+            "Multimath-300K mc+num 27000, Super-CLEVR num 1300",
+    "Knowledge": "TQA mc 3000, AI2D mc 4000, ScienceQA mc 4000, PMC-VQA mc 6000, VQA-RAD mc 500, "
+                 "GVLQA mc 4000, ArxivQA mc 10000, EXAMS-V mc 2000, AI2D-gpt4v free 4000",
+    "Spatial": "OpenSpaces reg+mc+free 10000, SpaceLLaVA reg+mc+free 10000"}
 SHORT_TYPES = dict(zip(("mc", "num", "ocr", "free", "reg"), PROBLEM_TYPES))
+# The format of a source's release and, within its folder (videos: <source>/, images:
+# <category>/<source>/), the annotation files and the media; {folder}: where the annotation file is.
+LLAVA_RELEASE = ("llava", "*.json", ".")  # the form that most image sources are also released in
+RELEASES = {
+    "LLaVA-Video-178K mc": ("llava", "*/*_mc_v0_1_qa_processed.json", "{folder}"),
+    "LLaVA-Video-178K free": ("llava", "*/*_oe_v0_1_qa_processed.json", "{folder}"),
+    "NeXT-QA mc": ("nextqa", "train.csv", "NExTVideo"),
+    "PerceptionTest mc": ("perception_test", "mc_question_train.json", "videos"),
+    "CLEVRER mc": ("clevrer", "train.json", "video_train"),
+    "STAR mc": ("star", "STAR_train.json", "Charades_v1_480"),
+    "A-OKVQA mc": ("a_okvqa", "aokvqa_v1p0_train.json", "train2017"),
+    "ChartQA num": ("chartqa", "train/train_*.json", "train/png"),
+    "TabMWP mc": ("tabmwp", "problems_train.json", "tables"),
+    "TabMWP num": ("tabmwp", "problems_train.json", "tables"),
+    "Geometry3K mc": ("geometry3k", "train/*/data.json", "train/{folder}"),
+    "ScienceQA mc": ("scienceqa", "problems.json", "images/train"),
+    "ArxivQA mc": ("arxivqa", "arxivqa.jsonl", ".")}
 
 
 def default_recipe() -> list[dict]:
     """Figure 2 as a recipe: a list of entries, each what is wanted of a source and where it is."""
     recipe = []
-    for line in FIGURE_2.splitlines():
-        category, source, kinds, count, form, annotation, media = line.split(" | ")
-        folder = source if category == "General (video)" else f"{category.split()[0]}/{source}"
-        recipe.append({
-            "source": source, "category": category, "count": int(count), "format": form,
-            "problem_type": [SHORT_TYPES[kind] for kind in kinds.split()],
-            "annotation": f"{folder}/{annotation}", "media": os.path.normpath(f"{folder}/{media}")})
+    for category, line in FIGURE_2.items():
+        for source, kinds, count in (item.rsplit(" ", 2) for item in line.split(", ")):
+            form, annotation, media = RELEASES.get(f"{source} {kinds}", LLAVA_RELEASE)
+            folder = source if category == "General (video)" else f"{category.split()[0]}/{source}"
+            recipe.append({
+                "source": source, "category": category, "count": int(count), "format": form,
+                "problem_type": [SHORT_TYPES[kind] for kind in kinds.split("+")],
+                "annotation": f"{folder}/{annotation}",
+                "media": os.path.normpath(f"{folder}/{media}")})
     return recipe
 
 
 def write_recipe(args):
     """Figure 2 as a file to edit."""
     recipe = default_recipe()
+    make_folder_of(args.out)
     write_whole({args.out: json_list(map(json.dumps, recipe))})
     print(f"{args.out}: {len(recipe)} entries, {sum(e['count'] for e in recipe):,} questions")
 
@@ -1234,6 +1300,9 @@ def read_recipe(path) -> list[dict]:
                 raise InputError(f"{name}: {key} must be a {kind.__name__}, not {entry.get(key)!r}")
         if entry["format"] not in CONVERTERS:
             raise InputError(f"{name}: format {entry['format']!r} is none of {list(CONVERTERS)}")
+        if os.path.isabs(entry["annotation"]) or not entry["annotation"]:
+            raise InputError(f"{name}: annotation {entry['annotation']!r} must be a path below "
+                             "--media_root")
         if entry["count"] < 0:
             raise InputError(f"{name}: count {entry['count']} is negative")
         if not entry["problem_type"] or not set(entry["problem_type"]) <= set(PROBLEM_TYPES):
@@ -1249,10 +1318,12 @@ def read_recipe(path) -> list[dict]:
 def draft(medium, problem, answer, options=(), **more):
     """A question as its source has it: medium below the media folder, options without letters,
     answer as a letter or a text; make_record makes a record of it, or says why not."""
-    return {"medium": medium, "problem": problem, "answer": str(answer),
-            "options": [str(option) for option in options], **more}
+    return {"medium": os.path.normpath(medium), "problem": problem.strip(),
+            "answer": str(answer).strip(), "options": [str(option).strip() for option in options],
+            **more}
 
 
+LETTER = re.compile(r"^\s*\(?[A-Z][.):]\s*")  # of an option that stands alone
 # An option's mark, "A.", "(A)" or "A:", at the start of a line or after a space
 OPTION_MARK = re.compile(r"(?:^|\s)\(?([A-Z])[.):]\s*")
 # How to answer, which our own prompt says: as a whole line or the last sentence of one
@@ -1276,12 +1347,14 @@ def split_options(text):
 
 def marked_options(text):
     """split_options, without a look for hints."""
-    marks = list(OPTION_MARK.finditer(text))
-    first = max((i for i, mark in enumerate(marks) if mark[1] == "A"), default=len(marks))
-    run = []
-    for mark in marks[first:]:
-        if mark[1] == letter(len(run)):  # another letter is part of an option's text
-            run.append(mark)
+    marks, runs = list(OPTION_MARK.finditer(text)), [[]]
+    for first, start in enumerate(marks):
+        if start[1] == "A":
+            runs.append([])
+            for mark in marks[first:]:
+                if mark[1] == letter(len(runs[-1])):  # another letter is part of an option's text
+                    runs[-1].append(mark)
+    run = max(reversed(runs), key=len)  # the last of the longest
     ends = [mark.start() for mark in run[1:]] + [len(text)]
     options = [text[mark.end():end].strip() for mark, end in zip(run, ends)]
     problem = text[:run[0].start()] if len(run) > 1 else text
@@ -1297,12 +1370,12 @@ def from_video_r1(row, folder):
     >>> next(from_video_r1(row, None))["options"]
     ['a cat', 'a dog']
     """
-    options = [re.sub(r"^\s*\(?[A-Z][.):]\s*", "", option) for option in row.get("options") or []]
+    options = [LETTER.sub("", option) for option in row.get("options") or []]
     answer = re.fullmatch(r"\s*<answer>(.*)</answer>\s*", row["solution"], re.DOTALL)[1]
-    more = {key: row[key] for key in ("process", *CLIP_FIELDS)
-            if row.get(key) not in (None, "")}  # a clip may start at 0
+    thought = {"process": row["process"]} if row.get("process") else {}
     yield draft(row["path"], row["problem"], answer, options, kind=row["problem_type"],
-                source=row.get("data_source"), data_type=row.get("data_type"), **more)
+                source=row.get("data_source"), data_type=row.get("data_type"), **thought,
+                **part_of(row))
 
 
 def from_llava(row, folder):
@@ -1323,18 +1396,13 @@ def from_llava(row, folder):
         if (asked["from"], said["from"]) != ("human", "gpt"):
             raise ValueError("the turns are not human, gpt, human, gpt, ...")
         problem, options = split_options(re.sub(r"<(?:image|video)>", "", asked["value"]))
-        yield draft(medium, problem, said["value"].strip(), options,
-                    part=row.get("data_source"))
+        yield draft(medium, problem, said["value"], options, part=row.get("data_source"))
 
 
 @lru_cache(maxsize=1)
 def nextqa_paths(folder):
-    """NExT-QA's map from video names to their paths."""
-    path = folder / "map_vid_vidorID.json"
-    try:
-        return json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise InputError(f"NExT-QA needs {path} beside its questions: {error}") from None
+    """NExT-QA's map from video names to their paths, a file beside its questions."""
+    return next(release_rows(folder / "map_vid_vidorID.json"))
 
 
 def from_nextqa(row, folder):
@@ -1448,8 +1516,8 @@ def from_arxivqa(row, folder):
     """ArxivQA: {image: images/1.jpg, question: What grows?, options: ["A) x", "B) y"],
     label: "B)"}. Its labels come in many spellings; those that mean no option are dropped.
     """
-    options = [re.sub(r"^\s*\(?[A-Z][.):]\s*", "", option) for option in row["options"]]
-    yield draft(row["image"], row["question"], row["label"].strip(), options)
+    options = [LETTER.sub("", option) for option in row["options"]]
+    yield draft(row["image"], row["question"], row["label"], options)
 
 
 def from_chartqa(row, folder):
@@ -1462,6 +1530,10 @@ CONVERTERS = {"video_r1": from_video_r1, "llava": from_llava, "nextqa": from_nex
               "star": from_star, "scienceqa": from_scienceqa, "a_okvqa": from_a_okvqa,
               "tabmwp": from_tabmwp, "geometry3k": from_geometry3k, "arxivqa": from_arxivqa,
               "chartqa": from_chartqa}
+
+
+CHUNK = 1 << 20  # characters of a JSON list that are read at once
+NEXT_ITEM = re.compile(r"[\s,]*")
 
 
 def release_rows(path):
@@ -1506,9 +1578,7 @@ def list_items(file, text):
 
 # ----------------------------------------------- mix: from sources to a file of records
 
-CHUNK = 1 << 20  # characters of a JSON list that are read at once
 SLACK = 1000  # records more than twice the wanted, before the worst are let go
-NEXT_ITEM = re.compile(r"[\s,]*")
 # What a converter raises on a row that is not as its format has it
 MALFORMED = (KeyError, TypeError, IndexError, AttributeError, OverflowError, ValueError)
 MOST_OPTIONS = 26  # letters
@@ -1518,10 +1588,13 @@ MEASURE = re.compile(r"(?<![\w.])(\d+(?:\.\d+)?) ?(m|cm|mm|km|ft|meters?|metres?
 VIDEO_SUFFIXES = {".mp4", ".webm", ".avi", ".mkv", ".mov", ".m4v"}
 # An option that means something only where it stands, or beside the others
 POSITIONED = re.compile(
-    r"\b(?:all|none|both|neither|either|any|two) of (?:(?:the )?(?:above|options|choices|answers|"
-    r"others)|these|those|them)\b|\b(?:listed|mentioned|shown|given|as) (?:above|below)\b"
+    r"\b(?:all|none|both|neither|either|any|one|two) of (?:(?:the )?(?:above|options|choices|"
+    r"answers|others)|these|those|them)\b|\b(?:all|none|both|any) (?:the )?(?:above|options|"
+    r"choices|answers|others)\b|\b(?:listed|mentioned|shown|given|as) (?:above|below)\b"
+    r"|\b(?:all|none|both|neither|either) (?:are|is) (?:correct|right|true|false|wrong|possible)\b"
     r"|\bthe (?:former|latter)\b|\b(?:option|choice|answer)s? \(?[A-Z0-9]\b"
-    r"|(?-i:\b[A-Z]\)? (?:and|or|&) \(?[A-Z]\b)|^\(?[A-Z]\)?\.?$"
+    r"|(?-i:\b[A-Z]\)?(?:,|,? and|,? or| nor| &) \(?[A-Z]\b)|^\(?[A-Z]\)?\.?$"
+    r"|\b(?:only|same as) (?-i:\(?[A-Z]\b)|^(?-i:\(?[A-Z]\)?) only\b"
     r"|^(?:all|none|both|neither|either)\W*$", re.IGNORECASE)
 # Words, and openings, without which a question asks the same
 FILLER = frozenset("a an the is are was were be do does did this please".split())
@@ -1545,13 +1618,16 @@ def wanted_type(answer, options, wanted):
     return texts[0] if texts else None
 
 
-def make_record(found, entry, folder):
-    """(record, None) of a converter's draft, or (None, the reason why it is dropped)."""
-    problem, answer = found["problem"].strip(), found["answer"].strip()
-    wanted = entry["problem_type"]
+class Dropped(Exception):
+    """A question that is left out, for the reason given."""
+
+
+def make_record(found, entry, folder) -> dict:
+    """The record, without its number, of a converter's draft; Dropped where there can be none."""
+    problem, answer, wanted = found["problem"], found["answer"], entry["problem_type"]
     media = entry["media"].replace("{folder}", folder)
     path = os.path.normpath(os.path.join(media, found["medium"]))
-    options = lettered(option.strip() for option in found["options"])
+    options = lettered(found["options"])
     measure = MEASURE.findall(answer) if "regression" in wanted and not options else []
     if "kind" in found:  # the source says so itself
         kind = found["kind"] if found["kind"] in wanted else None
@@ -1561,40 +1637,40 @@ def make_record(found, entry, folder):
     else:
         kind = wanted_type(answer, options, wanted)
     if path.startswith("..") or os.path.isabs(path):
-        return None, "path leaves the media folder"
+        raise Dropped("path leaves the media folder")
     if kind is None:
-        return None, "not of the wanted problem type"
-    answer, reason = verified(problem, answer, options, kind)
-    if reason:
-        return None, reason
+        raise Dropped("not of the wanted problem type")
     source = found.get("source") or "/".join(filter(None, (entry["source"], found.get("part"))))
-    more = {key: found[key] for key in (*CLIP_FIELDS, "process") if key in found}
     video = os.path.splitext(path)[1].lower() in VIDEO_SUFFIXES
-    medium = found.get("data_type") or ("video" if video else "image")
-    return {"problem": problem, "data_type": medium, "problem_type": kind,
-            "options": options if kind == "multiple choice" else [],
-            "solution": f"<answer>{answer}</answer>", "path": f"./{path}",
-            "data_source": source, **more}, None
+    thought = {"process": found["process"]} if "process" in found else {}
+    record = {"problem": problem, "data_type": found.get("data_type") or ("image", "video")[video],
+              "problem_type": kind, "options": options if kind == "multiple choice" else [],
+              "solution": f"<answer>{graded_answer(problem, answer, options, kind)}</answer>",
+              "path": f"./{path}", "data_source": source, **thought, **part_of(found)}
+    if record_problem({"problem_id": 0} | record):  # no stage would read it
+        raise Dropped("malformed row")
+    return record
 
 
-def verified(problem, answer, options, kind):
-    """(the answer as it is graded, None), or (None, what is wrong with the question)."""
+def graded_answer(problem, answer, options, kind) -> str:
+    """The answer, a choice's as its letter; Dropped where the question cannot be graded."""
     from rewards import choice_letter, parse_number
     if not problem:
-        return None, "no question"
+        raise Dropped("no question")
     if not answer:
-        return None, "no answer"
+        raise Dropped("no answer")
     if kind == "multiple choice":
         texts = [option.partition(" ")[2].casefold() for option in options]
         if not 2 <= len(options) <= MOST_OPTIONS:
-            return None, "not 2 to 26 options"
+            raise Dropped("not 2 to 26 options")
         if "" in texts or len(set(texts)) < len(texts):
-            return None, "options are empty or equal"
-        chosen = choice_letter(answer, options)
-        return (chosen, None) if chosen else (None, "answer is not one of the options")
+            raise Dropped("options are empty or equal")
+        answer = choice_letter(answer, options)
+        if not answer:
+            raise Dropped("answer is not one of the options")
     if kind in ("numerical", "regression") and parse_number(answer) is None:
-        return None, "answer is not one number"
-    return answer, None
+        raise Dropped("answer is not one number")
+    return answer
 
 
 def clip_of(record):
@@ -1619,13 +1695,6 @@ def question_key(record) -> int:
     return int.from_bytes(hashlib.blake2b(text.encode(), digest_size=8).digest(), "big")
 
 
-class Benchmarks(NamedTuple):
-    """The media of evaluation files, which no mixture may contain."""
-    tails: set[str]    # "folder/file.mp4", lower case
-    sizes: set[int]    # of the media files, so that few others need to be hashed
-    hashes: set[bytes]
-
-
 def tail(path) -> str:
     """A path's last folder and file: CLEVRER and PerceptionTest share names of files alone.
 
@@ -1640,43 +1709,30 @@ def content_hash(path) -> bytes:
         return hashlib.file_digest(file, "sha256").digest()
 
 
-def benchmark_media(files, media_root) -> Benchmarks:
-    """The media of evaluation files; by path alone where the media are not there to be hashed."""
-    found, absent = Benchmarks(set(), set(), set()), 0
-    for file in files:
-        media = {record["media_path"] for record in load_records(file, media_root)}
-        for path in tqdm(sorted(media), desc=f"hash media of {file}", leave=False):
-            found.tails.add(tail(path))
-            if os.path.isfile(path):
-                found.sizes.add(os.path.getsize(path))
-                found.hashes.add(content_hash(path))
-            else:
-                absent += 1
+def benchmark_media(files, media_root, root):
+    """is_excluded(path), of a path below root: whether an evaluation file has this medium, under
+    this path or another one; by path alone where its media are not there to be hashed."""
+    media = {record["media_path"] for file in files for record in load_records(file, media_root)}
+    there = [path for path in media if os.path.isfile(path)]
+    tails, sizes = set(map(tail, media)), set(map(os.path.getsize, there))
+    hashes = {content_hash(path) for path in tqdm(there, "hash benchmark media", leave=False)}
     if files:
-        print(f"excluded: {len(found.tails)} benchmark media by path, {len(found.hashes)} also by "
-              f"content, {absent} of them not found on this machine")
-    return found
+        print(f"excluded: {len(tails)} benchmark media by path, {len(hashes)} also by content, "
+              f"{len(media) - len(there)} of them not found on this machine")
+
+    @lru_cache(maxsize=None)
+    def is_excluded(path):
+        full = os.path.join(root, path)
+        return tail(path) in tails or (  # sizes are compared so that few media need to be hashed
+            bool(sizes) and os.path.isfile(full) and os.path.getsize(full) in sizes
+            and content_hash(full) in hashes)
+    return is_excluded
 
 
-def in_benchmark(path, root, benchmarks) -> bool:
-    """Whether a benchmark has this medium, under this path or another one."""
-    if tail(path) in benchmarks.tails:
-        return True
-    full = os.path.join(root, path)
-    return (bool(benchmarks.sizes) and os.path.isfile(full)
-            and os.path.getsize(full) in benchmarks.sizes
-            and content_hash(full) in benchmarks.hashes)
-
-
-def annotation_files(entry, root):
-    """The files of an entry's annotation, which may hold *."""
-    return sorted(Path(root).glob(entry["annotation"]))
-
-
-def candidates_of(entry, root, benchmarks, seen, counts):
+def candidates_of(entry, root, is_excluded, seen, counts):
     """The records that an entry's files offer, each once; counts what is dropped, by reason."""
-    convert, excluded = CONVERTERS[entry["format"]], {}  # medium -> whether a benchmark has it
-    for path in annotation_files(entry, root):
+    convert = CONVERTERS[entry["format"]]
+    for path in sorted(Path(root).glob(entry["annotation"])):
         for row in tqdm(release_rows(path), desc=entry["source"], unit=" rows", leave=False):
             counts["rows"] += 1
             try:
@@ -1687,16 +1743,15 @@ def candidates_of(entry, root, benchmarks, seen, counts):
                 drafts = []
                 counts["malformed row"] += 1
             for found in drafts:
-                record, reason = make_record(found, entry, path.parent.name)
-                if record and record["path"] not in excluded:
-                    excluded[record["path"]] = in_benchmark(record["path"], root, benchmarks)
-                key = question_key(record) if record else None
-                if record and excluded[record["path"]]:
-                    reason = "medium of a benchmark"
-                elif key in seen:
-                    reason = "duplicate"
-                if reason:
-                    counts[reason] += 1
+                try:
+                    record = make_record(found, entry, path.parent.name)
+                    key = question_key(record)
+                    if is_excluded(record["path"]):
+                        raise Dropped("medium of a benchmark")
+                    if key in seen:
+                        raise Dropped("duplicate")
+                except Dropped as reason:
+                    counts[str(reason)] += 1
                 else:
                     seen.add(key)
                     yield record
@@ -1757,18 +1812,21 @@ def balance_letters(record, used, rng):
 
 def mix(args):
     """Builds a mixture by a recipe: converts, cleans, samples and balances; writes it whole."""
-    recipe, root = read_recipe(args.recipe), args.media_root or Path(args.recipe).parent
-    absent = [entry["annotation"] for entry in recipe if not annotation_files(entry, root)]
+    recipe, root = read_recipe(args.recipe), Path(args.media_root or Path(args.recipe).parent)
+    if not 0 <= args.val_share < 1:
+        raise InputError(f"--val_share {args.val_share} must be at least 0 and below 1")
+    make_folder_of(args.out)
+    absent = [entry["annotation"] for entry in recipe if not any(root.glob(entry["annotation"]))]
     if absent and not (args.skip_missing and len(absent) < len(recipe)):
         raise InputError(f"{root} lacks {len(absent)} of {len(recipe)} annotation files: "
                          f"{', '.join(absent)}; correct the recipe, or build without them with "
                          "--skip_missing")
-    benchmarks = benchmark_media(args.exclude, args.exclude_root)
+    is_excluded = benchmark_media(args.exclude, args.exclude_root, root)
     lines, report = {"train": [], "val": []}, []
     chosen, taken, used = set(), Counter(), Counter()  # question keys; of each medium; letters
     for i, entry in enumerate(tqdm(recipe, desc="mix")):
         rng, counts = np.random.default_rng([args.seed, i]), Counter()
-        offered = candidates_of(entry, root, benchmarks, set(chosen), counts)
+        offered = candidates_of(entry, root, is_excluded, set(chosen), counts)
         records = spread(offered, entry["count"], args.per_medium, rng, taken)
         for record in records:
             chosen.add(question_key(record))
@@ -1776,7 +1834,7 @@ def mix(args):
             balance_letters(record, used, rng)
             number = len(lines["train"]) + len(lines["val"])
             split = "val" if in_validation(record["path"], args) else "train"
-            lines[split].append(json.dumps({"problem_id": number} | record, ensure_ascii=False))
+            lines[split].append(json.dumps({"problem_id": number} | record))
         report.append((entry, len(records), counts))
     stem = args.out.removesuffix(".json")
     files = {"train": args.out} | ({"val": f"{stem}_val.json"} if args.val_share else {})
@@ -1818,33 +1876,23 @@ def markdown(rows) -> str:
 
 # ------------------------------------------------- check: can every medium be decoded?
 
-def state_of(path):
-    """A file's size and time of change; None where there is none."""
+def state_of(record, args):
+    """What a verdict holds for: the file's size and time of change, and how it is sampled."""
     try:
-        status = os.stat(path)
+        status = os.stat(record["media_path"])
     except OSError:
         return None
-    return [status.st_size, status.st_mtime_ns]
+    return [status.st_size, status.st_mtime_ns, *sampling_of(args, record).values()]
 
 
-class Media(torch.utils.data.Dataset):
-    """index -> what decoding a record's medium has shown; runs in worker processes."""
-
-    def __init__(self, records, args):
-        self.records, self.args = records, args
-
-    def __len__(self):
-        return len(self.records)
-
-    def __getitem__(self, index):
-        record, reason = self.records[index], None
-        state = state_of(record["media_path"])
-        try:
-            load_vision_isolated(record, self.args.decode_timeout, **sampling_of(self.args, record))
-        except MediaError as error:
-            path = record["media_path"]  # left out, so that equal reasons are counted together
-            reason = str(error).removeprefix(f"{path}: ").replace(path, "it")
-        return {"clip": clip_of(record), "state": state, "reason": reason}
+def verdict(args, record):
+    """Why a record's medium cannot be used, or None, by decoding it; in a worker process."""
+    path, state, reason = record["media_path"], state_of(record, args), None
+    try:
+        load_vision_isolated(record, args.decode_timeout, **sampling_of(args, record))
+    except MediaError as error:  # without the path, so that equal reasons are counted together
+        reason = str(error).removeprefix(f"{path}: ").replace(path, "it")
+    return {"clip": clip_of(record), "state": state, "reason": reason}
 
 
 def check(args):
@@ -1853,30 +1901,29 @@ def check(args):
     check_limits(args)
     records = load_records(args.data, args.media_root)
     out = args.out or f"{args.data.removesuffix('.jsonl').removesuffix('.json')}_clean.json"
-    log = Path(f"{out.removesuffix('.json')}.media.jsonl")
-    rows = map(json.loads, whole_lines(log).splitlines())  # of earlier runs
-    good = {tuple(row["clip"]): row["state"] for row in rows if not row["reason"]}
+    stem = out.removesuffix(".json")
+    log = Path(f"{stem}.media.jsonl")
+    make_folder_of(out)
+    good = {tuple(row["clip"]): row["state"] for row in whole_rows(log) if not row["reason"]}
     clips = {clip_of(record): record for record in records}
     todo = [record for clip, record in clips.items()
-            if clip not in good or good[clip] != state_of(record["media_path"])]
+            if clip not in good or good[clip] != state_of(record, args)]
     reasons = {}
-    loader = torch.utils.data.DataLoader(Media(todo, args), batch_size=None, in_order=False,
-                                         num_workers=args.num_workers)
+    loader = torch.utils.data.DataLoader(todo, batch_size=None, collate_fn=partial(verdict, args),
+                                         in_order=False, num_workers=args.num_workers)
     with row_writer(log, len(todo)) as write:
         for row in loader:
             write([row])
             if row["reason"]:
                 reasons[tuple(row["clip"])] = row["reason"]
     clean = [record for record in records if clip_of(record) not in reasons]
-    lines = (json.dumps({key: value for key, value in record.items()
-                         if key not in ("media_path", "media_root")}, ensure_ascii=False)
-             for record in clean)
     lost = Counter(reasons.get(clip_of(record)) for record in records)
     examples = {reason: path for (path, *_), reason in reasons.items()}
     table = markdown([("reason", "media", "records", "one of them")] + [
         (reason, count, lost[reason], examples[reason])
         for reason, count in Counter(reasons.values()).most_common()])
-    write_whole({out: json_list(lines), f"{out.removesuffix('.json')}.report.md": [table]})
+    write_whole({out: json_list(json.dumps(as_in_file(record)) for record in clean),
+                 f"{stem}.report.md": [table]})
     print(f"{table}{out}: {len(clean):,} of {len(records):,} records, "
           f"{len(clips) - len(reasons):,} of {len(clips):,} media")
 
@@ -1884,7 +1931,7 @@ def check(args):
 # ---------------------------------------------------- stats: a file beside Figure 2
 
 def plain(name):
-    """A name as far as spellings agree: letters, digits and +, lower case."""
+    """What spellings of a name agree in: letters, digits and +, lower case."""
     return re.sub(r"[^a-z0-9+]", "", name.lower())
 
 
@@ -1899,11 +1946,10 @@ def figure_rows(records):
         by_source[plain(key[1])].append(key)
     for record in records:
         names = [*str(record.get("data_source")).split("/"), *record["path"].split("/")]
-        known = next((plain(name) for name in names if plain(name) in by_source), None)
-        source = by_source[known][0][1] if known else str(record.get("data_source")).split("/")[0]
-        category = by_source[known][0][0] if known else "not in Figure 2"
-        keys = [key for key in by_source.get(known, ()) if record["problem_type"] in key[2]]
-        key = keys[0] if keys else (category, source, record["problem_type"])
+        known = next((by_source[plain(n)] for n in names if plain(n) in by_source),
+                     [("not in Figure 2", names[0], "")])
+        other = (*known[0][:2], record["problem_type"])  # of a type that Figure 2 does not have
+        key = next((key for key in known if record["problem_type"] in key[2]), other)
         rows.setdefault(key, [0, 0])[0] += 1
     return rows
 

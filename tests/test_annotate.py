@@ -1,6 +1,7 @@
 """Annotation: what a server may do, which responses are kept, and a kill in the middle."""
 import base64
 import doctest
+import errno
 import io
 import json
 import os
@@ -109,6 +110,7 @@ def test_a_server_that_answers_once_whatever_n_is_gets_asked_again_with_another_
 @pytest.mark.parametrize("fault", [
     (500, {}, "out of memory"), (429, {}, "slow down"), (503, {}, ""), None, "{\"choices\": [",
     "[]", "{}", {"choices": []}, {"choices": [{}], "usage": {"completion_tokens": 1}},
+    reply([{"type": "text", "text": "a"}]), reply("half \ud83d"),
     (200, {"Content-Length": "5000"}, '{"choices": [{"mess')])
 def test_a_fault_that_passes_costs_a_repeated_request(fault):
     with Server(lambda body, number: fault if number == 0 else reply("a")) as server:
@@ -146,6 +148,26 @@ def test_pauses_grow_and_the_last_error_is_told_without_the_key():
             assert len(server.requests) == 3
         assert f"3 attempts failed, the last: HTTP 500: {before}<OPENAI" in str(error.value)
         assert KEY[:4] not in str(error.value)
+
+
+@pytest.mark.parametrize("key, sent", [(f" {KEY}\n", KEY), (f"{KEY[:9]}\n{KEY[9:]}", None),
+                                       (f"{KEY}…", None)])
+def test_a_key_with_a_line_break_is_stripped_or_refused_and_never_told(monkeypatch, key, sent):
+    monkeypatch.setenv("OPENAI_API_KEY", key)
+    with Server(lambda body, number: reply("a")) as server:
+        if sent:
+            ask(server)
+            assert server.requests[0][1]["Authorization"] == f"Bearer {sent}"
+            return
+        with pytest.raises(InputError, match="OPENAI_API_KEY holds characters") as error:
+            ask(server)
+    assert KEY[:9] not in str(error.value)
+
+
+def test_an_address_without_a_scheme_is_told_at_once():
+    args = parse_args(["--model", "m", "--data", "d", "--out", "o.json", "--api_base", "host:8000"])
+    with pytest.raises(InputError, match="--api_base host:8000 must begin with http"):
+        annotate.check_flags(args)
 
 
 def test_a_bad_request_is_not_repeated_and_a_wrong_key_ends_the_run():
@@ -375,6 +397,63 @@ def test_a_server_that_is_gone_ends_the_run_early(toy, tmp_path, monkeypatch):
         with pytest.raises(InputError, match="5 requests in a row failed, the last: .*HTTP 500"):
             annotate_toy(toy, tmp_path / "o.json", server)
     assert not (tmp_path / "o.json").exists()
+
+
+def test_questions_that_a_server_refuses_do_not_end_a_run_that_it_answers(
+        toy, tmp_path, monkeypatch):
+    """It refuses 6 of 32 in a row, twice what would end the run; then again, with nothing else to
+    ask; a server that refuses all of them is given up."""
+    monkeypatch.setattr(build_data, "MOST_FAILURES", 3)
+    with Server(lambda body, number: reply("x") if number == 0 or 6 < number < 32 else
+                (400, {}, "too long")) as server:
+        report = annotate_toy(toy, tmp_path / "o.json", server, "--concurrency", "1")[2]
+        assert "6 without response" in report and len(server.requests) == 32
+        assert annotate_toy(toy, tmp_path / "o.json", server, "--min_think", "5")[2] == report
+        assert len(server.requests) == 32 + 6
+    with Server(lambda body, number: (400, {}, "no pictures")) as server:
+        with pytest.raises(InputError, match="3 requests in a row failed, .*no pictures"):
+            annotate_toy(toy, tmp_path / "other.json", server)
+
+
+def test_what_failed_is_asked_for_last():
+    records = [{"problem_id": i} for i in range(4)]
+    rows = {"0": {"reason": "HTTP 500"}, "2": {"output": ["x"]}}
+    assert [r["problem_id"] for r in build_data.unanswered(records, rows)] == [1, 3, 0]
+
+
+def test_names_of_files_are_no_patterns(tmp_path):
+    with build_data.row_writer(tmp_path / "a[1].rank0.jsonl", 1, {"seed": 0}) as write:
+        write([{"problem_id": 7, "output": ["x"]}])
+    assert list(build_data.read_rows(tmp_path, "a[1]", {"seed": 0})) == ["7"]
+
+
+def test_a_full_disk_keeps_the_answers_that_had_come_and_is_one_clear_sentence(
+        toy, right, tmp_path, monkeypatch):
+    """After the configuration and 6 rows there is no room for more, but by part of a row."""
+    out, append, rows = tmp_path / "cot.json", build_data.append_rows, []
+    log = tmp_path / "cot.rank0.jsonl"
+
+    class FullDisk:
+        def __init__(self, file):
+            self.name, self.truncate, self.file = file.name, file.truncate, file
+
+        def write(self, data):
+            self.file.write(data[:9])
+            raise OSError(errno.ENOSPC, "No space left on device")
+
+    def full(file, new):
+        rows.append(new)
+        append(file if len(rows) <= 7 else FullDisk(file), new)
+    monkeypatch.setattr(build_data, "append_rows", full)
+    with Server(right) as server:
+        with pytest.raises(InputError, match="^cannot write .*cot.rank0.jsonl: No space left on "
+                           "device. The rows in it are whole: make room and repeat the command$"):
+            annotate_toy(toy, out, server)
+        assert len(list(map(json.loads, log.read_text().splitlines()))) == 7 and not out.exists()
+        monkeypatch.setattr(build_data, "append_rows", append)
+        asked = len(server.requests)
+        annotate_toy(toy, out, server)
+        assert len(server.requests) - asked == 32 - 6
 
 
 def test_killed_in_the_middle_it_loses_no_answer_that_had_come(toy, right, tmp_path):

@@ -53,12 +53,20 @@ def test_json_and_jsonl_hold_the_same_records(tmp_path):
     ({"solution": "<answer> </answer>"}, "solution"), ({"problem_type": "essay"}, "problem_type"),
     ({"data_type": "audio"}, "data_type"), ({"options": []}, "options"),
     ({"options": None}, "options"), ({"options": "A"}, "options"), ({"path": 3}, "path"),
-    ({"path": "../clip.mp4"}, "path"), ({"path": "/etc/passwd"}, "path")])
+    ({"path": "../clip.mp4"}, "path"), ({"path": "/etc/passwd"}, "path"),
+    ({"path": "a\0.mp4"}, "path"), ({"problem": "What \ud83d?"}, "problem"),
+    ({"options": ["A. a", "B. \ud83d"]}, "options"), ({"video_start": "0:12"}, "video_start")])
 def test_a_bad_record_is_named_by_file_problem_id_and_field(tmp_path, change, field):
     path = write(tmp_path, RECORD, RECORD | {"problem_id": 41} | change)
     with pytest.raises(InputError) as error:
         load_records(path)
     assert all(word in str(error.value) for word in (str(path), "41", f"field {field}"))
+
+
+def test_the_root_of_the_file_system_can_be_media_root(tmp_path):
+    path = clip(tmp_path / "a.mp4")
+    record, = load_records(write(tmp_path, RECORD | {"path": str(path)[1:]}), "/")
+    assert record["media_path"] == str(path) and len(load_vision(record, **LIMITS).frames) == 8
 
 
 @pytest.mark.parametrize("text", ["", "[]", "[1]", "{", '{"a": 1}\n{', "[{}]"])

@@ -1,4 +1,5 @@
 """Checking media: broken files are found, one hang or crash costs one file, a kill is resumed."""
+import errno
 import importlib
 import json
 import os
@@ -10,7 +11,7 @@ import pytest
 from PIL import Image
 
 import build_data
-from build_data import load_records, write_video
+from build_data import InputError, load_records, write_video
 
 
 def record(i, path, **more):
@@ -66,6 +67,53 @@ def test_a_second_run_decodes_only_what_failed_or_changed(data):
     ids, report = check(data)
     assert ids == [0, 1, 4, 5] and "absent" not in report
     assert logged(data)[5:] == ["good.mp4", "noise.mp4", "empty.png", "absent.png"]
+
+
+def test_media_are_decoded_again_for_other_limits(data):
+    assert check(data)[0] == [0, 1, 5]
+    assert check(data, "--min_pixels", 5 * 28 * 28)[0] == [0, 1, 5]
+    assert logged(data)[5:].count("good.mp4") == 1
+
+
+def test_a_damaged_log_is_named(data):
+    (data / "a_clean.media.jsonl").write_text("no row\n")
+    with pytest.raises(InputError, match="a_clean.media.jsonl is damaged, remove it"):
+        check(data)
+
+
+class FullDisk:
+    """A file on a disk that has nine bytes left."""
+
+    def __init__(self, file):
+        self.file, self.name, self.truncate, self.left = file, file.name, file.truncate, 9
+
+    def write(self, data):
+        if not self.left:
+            raise OSError(errno.ENOSPC, "No space left on device")
+        written, self.left = self.file.write(data[:self.left]), 0
+        return written
+
+
+@pytest.mark.parametrize("at", [0, 1, 4])
+def test_a_full_disk_keeps_whole_rows_and_is_one_clear_sentence(data, monkeypatch, at):
+    append, calls = build_data.append_rows, []
+
+    def full(file, rows):
+        calls.append(rows)
+        append(FullDisk(file) if len(calls) > at else file, rows)
+    monkeypatch.setattr(build_data, "append_rows", full)
+    with pytest.raises(InputError, match="^cannot write .*media.jsonl: No space left on device. "
+                       "The rows in it are whole: make room and repeat the command$"):
+        check(data)
+    assert len(logged(data)) == at and not (data / "a_clean.json").exists()
+    monkeypatch.setattr(build_data, "append_rows", append)
+    assert check(data)[0] == [0, 1, 5]
+
+
+def test_a_folder_that_cannot_be_is_told_before_the_work(data):
+    (data / "file").write_text("")
+    with pytest.raises(InputError, match="cannot write .*file/out.json"):
+        check(data, "--out", data / "file" / "out.json")
 
 
 def test_a_decoder_that_hangs_or_crashes_costs_one_medium(data, monkeypatch):

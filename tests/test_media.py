@@ -1,5 +1,7 @@
 """Media of every kind: decoded as they look, or one MediaError that names file and reason."""
+import importlib
 import os
+import resource
 import signal
 import struct
 import time
@@ -91,6 +93,19 @@ def test_a_rotated_clip_stands_upright(tmp_path):
     assert load_vision(record_of(clip), **LIMITS).frames.shape == (8, 3, 112, 56)
 
 
+@pytest.mark.parametrize("milliseconds, fps", [(500, 2.0), (None, 10.0)])
+def test_a_gif_gives_its_frames_and_its_rate(tmp_path, milliseconds, fps):
+    """Without durations ten frames a second, as browsers show it."""
+    first, *others = [Image.new("RGB", (56, 56), (20 * t,) * 3) for t in range(8)]
+    timing = {"duration": milliseconds} if milliseconds else {}
+    first.save(tmp_path / "a.gif", save_all=True, append_images=others, **timing)
+    vision = load_vision_isolated(record_of(tmp_path / "a.gif"), 60, **LIMITS | {"fps": fps})
+    assert vision.metadata == {"fps": fps, "frames_indices": list(range(8)), "total_num_frames": 8}
+    assert torch.allclose(greys(vision), 20.0 * torch.arange(8), atol=4)
+    part = record_of(tmp_path / "a.gif") | {"video_start": 2 / fps, "video_end": 6 / fps}
+    assert abs(greys(load_vision(part, **LIMITS | {"fps": fps}))[0] - 40) < 4
+
+
 def broken_videos(folder):
     """Makes clips that cannot be decoded; yields their paths."""
     data = encode_clip(folder / "whole.mp4", side=(112, 112), count=80,
@@ -99,7 +114,8 @@ def broken_videos(folder):
     for name, kept in (("header.mp4", start), ("half.mp4", (start + len(data)) // 2)):
         (folder / name).write_bytes(data[:kept])
         yield folder / name
-    yield encode_clip(folder / "animation.gif", "gif", "rgb8")  # decord reads none
+    Image.new("RGB", (56, 56)).save(folder / "still.gif")
+    yield folder / "still.gif"
     yield encode_clip(folder / "thin.mp4", side=(4, 2000))
     with av.open(str(folder / "sound.mp4"), "w") as output:
         stream = output.add_stream("aac", rate=16000)
@@ -163,6 +179,7 @@ def decoded(monkeypatch):
     record.decoder = None  # the function keeps its process under its own name
     monkeypatch.setattr(build_data, "load_vision_isolated", record)
     monkeypatch.setattr(build_data.keep_frames, "uses", 0)
+    monkeypatch.setattr(build_data.keep_frames, "size", 0)
     return seen
 
 
@@ -171,6 +188,16 @@ def test_a_cached_video_is_decoded_once_and_is_the_same(tmp_path, decoded):
     first, second = (load_vision_of(clip, cache_flags(tmp_path / "cache")) for _ in range(2))
     assert decoded == ["a.mp4"] and equal_vision(first, second)
     assert equal_vision(first, load_vision_of(clip, cache_flags(None)))
+
+
+@pytest.mark.parametrize("size", [0, 100, 10_000])
+def test_a_cached_file_that_was_cut_off_is_made_again(tmp_path, decoded, size):
+    clip, flags = record_of(encode_clip(tmp_path / "a.mp4")), cache_flags(tmp_path / "cache")
+    first = load_vision_of(clip, flags)
+    kept, = (tmp_path / "cache").iterdir()
+    os.truncate(kept, size)
+    assert all(equal_vision(first, load_vision_of(clip, flags)) for _ in range(2))
+    assert len(decoded) == 2
 
 
 def test_another_file_or_other_frames_are_not_taken_from_the_cache(tmp_path, decoded):
@@ -199,11 +226,28 @@ def test_the_cache_stays_within_its_bound_and_a_broken_file_leaves_nothing(tmp_p
     assert len(os.listdir(tmp_path / "cache")) == 2
 
 
+def test_a_full_disk_costs_the_cache_and_not_the_run(tmp_path, decoded):
+    """No file may grow beyond 100 bytes: frames are decoded each time, the user is told once."""
+    clips = [record_of(encode_clip(tmp_path / f"{i}.mp4")) for i in range(2)]
+    load_vision_of(clips[0], cache_flags(None))  # starts the decoder, which has no such limit
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (100, limits[1]))
+    try:
+        with pytest.warns(UserWarning, match="keeps no more frames: File too large") as told:
+            seen = [load_vision_of(clip, cache_flags(tmp_path / "cache")) for clip in clips * 2]
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    assert equal_vision(seen[0], seen[2]) and equal_vision(seen[1], seen[3])
+    assert len(told) == 1 and os.listdir(tmp_path / "cache") == [] and len(decoded) == 5
+
+
 # ----------------------------------------------------------- decoders that fall or stand still
 
 @pytest.fixture
 def decoder(tmp_path, monkeypatch):
     """Clips whose names say what their decoder does; a fresh decoding process around the test."""
+    for name in ("decord", "qwen_vl_utils"):  # each new decoder would import them, slowly
+        importlib.import_module(name)
     def misbehave(record, **limits):
         if "crash" in record["problem_id"]:
             os.kill(os.getpid(), signal.SIGSEGV)
@@ -227,7 +271,7 @@ class Clips(torch.utils.data.Dataset):
 
     def __getitem__(self, i):
         try:
-            return load_vision_isolated(self.records[i], 2, **LIMITS).frames
+            return load_vision_isolated(self.records[i], 4, **LIMITS).frames
         except MediaError as error:
             return str(error)
 
@@ -238,12 +282,34 @@ def test_a_decoder_that_crashes_or_hangs_costs_exactly_its_sample(decoder, worke
     found = list(DataLoader(Clips(decoder), batch_size=None, num_workers=workers))
     assert time.perf_counter() - start < 60
     for record, result in zip(decoder, found):
-        reason = {"crash.mp4": "its decoder died", "hang.mp4": "more than 2 seconds",
+        reason = {"crash.mp4": "its decoder died", "hang.mp4": "more than 4 seconds",
                   "greedy.mp4": "bytes"}.get(record["problem_id"])
         if reason:
             assert result.startswith(record["media_path"] + ": ") and reason in result
         else:
             assert torch.equal(result, load_vision(record, **LIMITS).frames)
+
+
+def test_a_decoder_that_dies_while_it_answers_costs_its_sample(tmp_path, monkeypatch):
+    """It announces 100 bytes, sends one and ends."""
+    def serve(self, pipe):
+        pipe.recv()
+        os.write(pipe.fileno(), struct.pack("!i", 100) + b"x")
+        os._exit(9)
+    monkeypatch.setattr(build_data.Decoder, "serve", serve)
+    monkeypatch.setattr(load_vision_isolated, "decoder", None)
+    with pytest.raises(MediaError, match=r"a.mp4: its decoder died \(exit status 9\)"):
+        load_vision_isolated(record_of(tmp_path / "a.mp4"), 60, **LIMITS)
+
+
+def test_a_fault_that_nobody_expects_ends_the_decoder_and_is_shown(tmp_path, monkeypatch, capfd):
+    def load_vision(record, **limits):
+        raise KeyError("unexpected")
+    monkeypatch.setattr(build_data, "load_vision", load_vision)
+    monkeypatch.setattr(load_vision_isolated, "decoder", None)
+    with pytest.raises(MediaError, match=r"a.mp4: its decoder died \(exit status 1\)"):
+        load_vision_isolated(record_of(tmp_path / "a.mp4"), 60, **LIMITS)
+    assert "KeyError: 'unexpected'" in capfd.readouterr().err
 
 
 def test_a_decoding_process_ends_with_the_process_that_started_it(tmp_path):

@@ -13,9 +13,9 @@ import numpy as np
 import pytest
 
 import build_data
-from build_data import (InputError, balance_letters, benchmark_media, default_recipe, figure_rows,
-                        in_benchmark, load_records, make_record, release_rows, split_options,
-                        spread, wanted_type)
+from build_data import (Dropped, InputError, balance_letters, default_recipe, draft, figure_rows,
+                        load_records, make_record, release_rows, split_options, spread,
+                        wanted_type)
 from conftest import ROOT, run
 
 ALL_TYPES = ["multiple choice", "numerical", "OCR", "free-form", "regression"]
@@ -24,6 +24,10 @@ ALL_TYPES = ["multiple choice", "numerical", "OCR", "free-form", "regression"]
 def entry(form, annotation, media=".", kinds=ALL_TYPES, count=100, **more):
     return {"source": "S", "category": "Chart", "problem_type": list(kinds), "count": count,
             "format": form, "annotation": annotation, "media": media, **more}
+
+
+def nothing_excluded(path):
+    return False
 
 
 def write(path, data):
@@ -46,9 +50,11 @@ def llava(medium, *turns):
         {"from": ("human", "gpt")[i % 2], "value": text} for i, text in enumerate(turns)]}
 
 
-def dropped(found, kinds=ALL_TYPES):
-    return make_record({"medium": "1.png", "options": [], **found}, entry("llava", "", kinds=kinds),
-                       "")[1]
+def dropped(found):
+    """Why a draft becomes no record."""
+    with pytest.raises(Dropped) as reason:
+        make_record(draft(**{"medium": "1.png"} | found), entry("llava", ""), "")
+    return str(reason.value)
 
 
 def test_worked_examples_in_the_docstrings_hold():
@@ -90,7 +96,9 @@ def test_the_recipe_command_writes_a_recipe_that_mix_reads(tmp_path):
     ({"format": "x"}, "format 'x' is none of"),
     ({"problem_type": ["mc"]}, "problem_type ['mc'] must be one or more of"),
     ({"problem_type": []}, "problem_type [] must be one or more of"),
-    ({"media": None}, "media must be a str, not None")])
+    ({"media": None}, "media must be a str, not None"),
+    ({"annotation": ""}, "annotation '' must be a path below"),
+    ({"annotation": "/data/a.json"}, "annotation '/data/a.json' must be a path below")])
 def test_a_wrong_recipe_names_entry_and_key(tmp_path, change, words):
     write(tmp_path / "recipe.json", [entry("llava", "a.json"), entry("llava", "a.json") | change])
     with pytest.raises(InputError) as error:
@@ -102,7 +110,7 @@ def test_a_wrong_recipe_names_entry_and_key(tmp_path, change, words):
 
 def one(folder, form, annotation, media="."):
     """The only record that a release yields, without its number; letters as in the release."""
-    args = (entry(form, annotation, media), folder, benchmark_media([], None), set(), Counter())
+    args = (entry(form, annotation, media), folder, nothing_excluded, set(), Counter())
     record, = build_data.candidates_of(*args)
     return record
 
@@ -124,7 +132,7 @@ def test_nextqa(tmp_path):
         "solution": "<answer>B</answer>"}
     (tmp_path / "map_vid_vidorID.json").unlink()
     build_data.nextqa_paths.cache_clear()
-    with pytest.raises(InputError, match="NExT-QA needs .*map_vid_vidorID.json"):
+    with pytest.raises(InputError, match="cannot read .*map_vid_vidorID.json"):
         one(tmp_path, "nextqa", "train.csv")
 
 
@@ -155,7 +163,7 @@ def test_clevrer_keeps_choices_with_one_right_and_makes_choices_of_words(tmp_pat
         base | {"question": "Does it move?", "question_type": "descriptive", "answer": "no"}]}])
     counts = Counter()
     records = list(build_data.candidates_of(entry("clevrer", "train.json", "video_train"), tmp_path,
-                                            benchmark_media([], None), set(), counts))
+                                            nothing_excluded, set(), counts))
     assert [(r["problem"], r["problem_type"], r["options"], r["solution"]) for r in records] == [
         ("What comes next?", "multiple choice", ["A. event 0", "B. event 1"], "<answer>B</answer>"),
         ("How many?", "numerical", [], "<answer>3</answer>"),
@@ -204,7 +212,7 @@ def test_tabmwp_has_choices_numbers_and_units(tmp_path):
                          "unit": "$", "ques_type": "free_text", "ans_type": "decimal_number"}}
     write(tmp_path / "a.json", rows)
     records = list(build_data.candidates_of(entry("tabmwp", "a.json", "tables"), tmp_path,
-                                            benchmark_media([], None), set(), Counter()))
+                                            nothing_excluded, set(), Counter()))
     assert [(r["problem"], r["problem_type"], r["solution"], r["path"]) for r in records] == [
         ("Which?", "multiple choice", "<answer>B</answer>", "./tables/1.png"),
         ("How much? (Unit: $)", "numerical", "<answer>1,200.50</answer>", "./tables/2.png")]
@@ -227,7 +235,7 @@ def test_arxivqa_labels_are_normalised_or_dropped(tmp_path, label, solution):
     write(tmp_path / "a.jsonl", json.dumps(row) + "\n\n")
     counts = Counter()
     records = list(build_data.candidates_of(entry("arxivqa", "a.jsonl"), tmp_path,
-                                            benchmark_media([], None), set(), counts))
+                                            nothing_excluded, set(), counts))
     if solution:
         assert records[0]["solution"] == f"<answer>{solution}</answer>"
         assert records[0]["options"] == ["A. x grows", "B. y grows"]
@@ -239,7 +247,7 @@ def test_chartqa_keeps_numbers_and_strips_percent(tmp_path):
     write(tmp_path / "a.json", [{"imgname": "1.png", "query": "How many percent?", "label": "12%"},
                                 {"imgname": "1.png", "query": "Which bar?", "label": "Blue"}])
     item, counts = entry("chartqa", "a.json", "png", kinds=["numerical"]), Counter()
-    record, = build_data.candidates_of(item, tmp_path, benchmark_media([], None), set(), counts)
+    record, = build_data.candidates_of(item, tmp_path, nothing_excluded, set(), counts)
     assert record["solution"] == "<answer>12</answer>" and record["path"] == "./png/1.png"
     assert counts == {"rows": 2, "not of the wanted problem type": 1}
 
@@ -276,6 +284,8 @@ def test_llava_video_178k_multiple_choice_and_several_free_turns(tmp_path):
      "the end.\nQuestion: What?\nChoices:\n(A) 3\n(B) 4", "What?", ["3", "4"]),
     ("What? Options: A. x B. y", "What?", ["x", "y"]),
     ("What?\nA: see C. elegans\nB: y\nC: z", "What?", ["see C. elegans", "y", "z"]),
+    ("Where is John A. Lee?\nA. x\nB. Sam A. Ray\nC. z", "Where is John A. Lee?",
+     ["x", "Sam A. Ray", "z"]),
     ("Is it vitamin A. or not?", "Is it vitamin A. or not?", []),
     ("How many?\nAnswer the question using a single word or phrase.", "How many?", []),
     ("Select the option that fits.", "Select the option that fits.", []),
@@ -305,7 +315,7 @@ def test_real_evaluation_rows_convert(tmp_path):
         pytest.skip("no released rows here")
     rows = json.loads(path.read_text())
     item = entry("video_r1", path.name, kinds=["multiple choice"])
-    args = (item, path.parent, benchmark_media([], None), set(), Counter())
+    args = (item, path.parent, nothing_excluded, set(), Counter())
     records = list(build_data.candidates_of(*args))
     assert len(records) == len(rows)
     assert [r["options"] for r in records] == [row["options"] for row in rows]
@@ -357,9 +367,8 @@ def test_problem_types_are_found_out_not_assumed():
     assert wanted_type("three dogs and 2 cats", [], ["numerical"]) == "numerical"
     assert wanted_type("3", [], ["multiple choice"]) is None
     assert wanted_type("A", ["A. x", "B. y"], ["free-form"]) is None
-    record, _ = make_record({"medium": "1.png", "problem": "How far?", "options": [],
-                             "answer": "The dog is 3.2 meters away."},
-                            entry("llava", "", kinds=["regression", "free-form"]), "")
+    record = make_record(draft("1.png", "How far?", "The dog is 3.2 meters away."),
+                         entry("llava", "", kinds=["regression", "free-form"]), "")
     assert (record["problem"], record["problem_type"], record["solution"]) == (
         "How far? (Unit: meters)", "regression", "<answer>3.2</answer>")
 
@@ -372,6 +381,25 @@ def test_malformed_rows_cost_themselves_and_are_counted(tmp_path):
     assert len(records) == 1
     assert "| S | multiple choice, numerical, OCR, free-form, regression | 3 | 1 | 2 | 7 | " \
            "6 malformed row |" in report
+
+
+def test_a_field_of_another_kind_costs_its_row_and_not_the_run(tmp_path):
+    """What json reads and a record cannot hold: no text, no path, half of a character."""
+    row = {"image_id": 7, "question": "What?", "choices": ["cat", "dog"], "correct_choice_idx": 1}
+    write(tmp_path / "a.json", [row, row | {"question": None}, row | {"question": 3},
+                                row | {"question": "What \ud83d?"},
+                                row | {"choices": ["cat", "\udc00 dog"]}])
+    write(tmp_path / "b.json", [{"imgname": None, "query": "How many?", "label": "3"},
+                                {"imgname": "1\0.png", "query": "How many?", "label": "3"}])
+    released = {"problem": "How many?", "problem_type": "numerical", "path": "1.mp4",
+                "solution": "<answer>3</answer>"}
+    write(tmp_path / "c.json", [released | {"data_type": "audio"},
+                                released | {"data_type": "video", "video_start": "0:12"}])
+    recipe = [entry("a_okvqa", "a.json"), entry("chartqa", "b.json"), entry("video_r1", "c.json")]
+    records, report = mix(tmp_path, recipe)
+    assert [r["path"] for r in records] == ["./000000000007.jpg"]
+    assert [f"{n} malformed row" in report for n in (4, 2)] == [True, True]
+    assert load_records(tmp_path / "out.json")
 
 
 # ------------------------------------------------------------------ duplicates, benchmarks
@@ -416,7 +444,6 @@ def test_media_of_benchmarks_are_left_out_by_folder_and_name_and_by_content(tmp_
                           tmp_path / "bench" / "eval.json")
     assert {r["path"] for r in records} == {"./clevrer2/video_1.mp4", "./copy/third.mp4"}
     assert "2 medium of a benchmark" in report
-    assert not in_benchmark("./copy/other.mp4", tmp_path, benchmark_media([], None))
 
 
 # -------------------------------------------------------------------- sampling and balance
@@ -462,7 +489,9 @@ def test_answer_letters_are_balanced_and_answers_stay_right():
 
 @pytest.mark.parametrize("option", [
     "all of the above", "None of these", "both A and B", "A and C", "Both", "neither.", "None",
-    "options 1 and 2", "the latter", "Both of them", "B", "(c)", "as mentioned above"])
+    "options 1 and 2", "the latter", "Both of them", "B", "(c)", "as mentioned above",
+    "All the above", "None above", "neither A nor B", "A, B", "A, B, and C", "All are correct",
+    "Both are true", "more than one of the above", "Only A", "B only", "Same as A"])
 def test_options_that_refer_to_others_stay_in_their_place(option):
     record = {"problem": "Which?", "options": ["A. right", "B. red", f"C. {option}"],
               "solution": "<answer>A</answer>"}
@@ -513,6 +542,8 @@ def test_validation_is_split_by_medium(tmp_path):
     media = [{record["path"] for record in records} for records in (train, val)]
     assert len(train) + len(val) == 400 and not media[0] & media[1]
     assert 4 <= len(media[1]) <= 16  # 10 of 40 expected
+    with pytest.raises(InputError, match="--val_share 1.0 must be at least 0 and below 1"):
+        mix(tmp_path, [entry("llava", "a.json")], "--val_share", 1.0)
     assert len({r["problem_id"] for r in train + val}) == 400
 
 
@@ -540,9 +571,10 @@ def test_a_kill_leaves_the_old_file_or_the_new_one(tmp_path):
     def fails():
         yield "half a file"
         raise OSError("disk full")
-    with pytest.raises(OSError, match="disk full"):
+    with pytest.raises(InputError, match="cannot write .*out.json: disk full"):
         build_data.write_whole({tmp_path / "new.json": ["x"], tmp_path / "out.json": fails()})
     assert (tmp_path / "out.json").read_bytes() == before and not (tmp_path / "new.json").exists()
+    assert not list(tmp_path.glob("*.partial"))  # a full disk is not kept full
 
 
 def test_memory_does_not_grow_with_the_rows_that_are_not_drawn(tmp_path, monkeypatch):
@@ -555,7 +587,7 @@ def test_memory_does_not_grow_with_the_rows_that_are_not_drawn(tmp_path, monkeyp
             file.write(json.dumps(llava(f"{i % 900}.png", f"What {i}?", "x" * 24_000)) + "\n")
     item, peaks = entry("llava", "a.jsonl", count=20), []
     for _ in range(2):
-        offered = build_data.candidates_of(item, tmp_path, benchmark_media([], None), set(),
+        offered = build_data.candidates_of(item, tmp_path, nothing_excluded, set(),
                                            Counter())
         next(offered)  # what the first row imports
         tracemalloc.start()
