@@ -6,6 +6,7 @@
     python evaluate.py --diff eval_sft/mmvu_16_ordered.json eval_tgrpo/mmvu_16_ordered.json
     python evaluate.py --judge eval/mmvu_16_ordered.json --output eval \
         --model Qwen2.5-VL-72B-Instruct --api_base http://localhost:8000/v1
+    python evaluate.py --report toy/tgrpo       a page that shows a T-GRPO run at work
 
 A benchmark of BENCHMARKS is read from the released eval_*.json or from its own release (the file,
 or the folder it was downloaded to); under another name, a file of records. Scores:
@@ -37,7 +38,9 @@ Shapes: B records of a batch, L tokens, T frames, C channels, H x W pixels, n ro
 K cells, R resamples.
 """
 import argparse
+import base64
 import hashlib
+import html
 import json
 import os
 import re
@@ -50,7 +53,8 @@ from collections import Counter, defaultdict
 from datetime import timedelta
 from fractions import Fraction
 from functools import cache
-from itertools import islice
+from itertools import islice, zip_longest
+from operator import itemgetter
 from pathlib import Path
 from typing import Callable, NamedTuple
 
@@ -65,9 +69,9 @@ from transformers import AutoModelForImageTextToText, AutoProcessor
 
 from build_data import (ANSWER_SUFFIX, FRAME_STREAM, TEMPLATE, InputError, MediaError, api_messages,
                         ask_model, ask_server, check_answering, encode, generation_config, letter,
-                        lettered, load_records, load_vision_isolated, model_hash, provenance,
-                        read_args_line, read_rows, record_generator, row_writer, sampling_of,
-                        skip_row, unanswered, write_whole)
+                        lettered, load_records, load_vision_isolated, model_hash, picture_url,
+                        provenance, read_args_line, read_rows, record_generator, row_writer,
+                        sampling_of, skip_row, unanswered, whole_lines, write_whole)
 from rewards import accuracy_reward, extract_answer, format_reward, parse_number
 
 ORDERS = ("ordered", "shuffled", "reversed", "single_frame", "blind")
@@ -129,9 +133,12 @@ def parse_args(argv=None):
     add("--judge", nargs="+", metavar="RESULT", help="result files: does --model find temporal "
         "reasoning in their responses")
     add("--diff", nargs=2, metavar=("A", "B"), help="two result files: what changed from A to B")
+    add("--report", metavar="RUN", help="--output of a tgrpo.py run: writes report.html, a page of "
+        "some of its questions, frames, responses and rewards; to --output if that is given")
     add("--compare", choices=("paper",), help="print the paper's Table 1 beside these results")
     # data and model
     add("--model", help="Hugging Face directory or name of the model to evaluate, or to judge with")
+    add("--data", help="with --report: the run's records; default: where the run read them")
     add("--media_root", help="folder that the records' paths are relative to; default: the data's")
     add("--output", help="folder for rows and results; completed if it has some")
     # frames and pixels
@@ -1065,11 +1072,273 @@ def judge(path, shared, engine, ranks, args):
     return list(uses.values()), media
 
 
+# -------------------------------------------------------------------- a T-GRPO run as a page
+
+REPORTED = 8  # questions of a page
+FRAME_SIDE, IMAGE_SIDE = 128, 384  # pixels of the longer side, at most
+TINY = 64  # pixels of a side up to which a picture is enlarged to sharp squares
+SHORT = 600  # characters of a response that is shown without a click
+TAG = re.compile(r"(</?(?:think|answer)>)")
+UNFIT = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f\ud800-\udfff]")  # what no page can hold
+PARTS = ("accuracy", "format", "temporal", "length", "R", "A")  # of a response in rollouts.jsonl
+RUN_FLAGS = ("max_frames", "min_frames", "fps", "min_pixels", "max_pixels", "image_min_pixels",
+             "image_max_pixels", "correct_threshold", "alpha", "temporal_test", "temporal_to",
+             "omega", "l_min", "l_max", "scale_advantages")  # what the page depends on
+GLOSSARY = {
+    "accuracy, format": "graded by rewards.py, 0 to 1. Correct: accuracy >= correct_threshold.",
+    "p, p_tilde": "shares of correct responses to ordered and to shuffled frames.",
+    "r_t": "alpha if p >= p_tilde (temporal_test gt: p > p_tilde), else 0 (Eq. 1): did the order "
+           "of the frames help?",
+    "temporal": "r_t for a correct response (Eq. 2); in R (temporal_to advantage: in A).",
+    "length": "omega for a correct response of l_min to l_max tokens (Eq. 5).",
+    "R": "accuracy + format + temporal + length: what the response earns.",
+    "A": "(R - mean) / std within the group of ordered frames (scale_advantages none: R - mean; "
+         "Eq. 3). The update makes responses with A > 0 likelier, with A < 0 less likely."}
+STYLE = """
+:root { color-scheme: light dark }
+body { margin: 0 auto; max-width: 100rem; padding: 0 1rem 5rem; overflow-wrap: anywhere;
+  font: clamp(1rem, 0.85rem + 0.5vw, 1.5rem)/1.45 system-ui, sans-serif }
+h1, h2 { font-size: 1.3em } h3, h4 { font-size: 1em; margin: 1em 0 0.3em }
+ol, ul { margin: 0; padding: 0; list-style: none } label { margin-right: 1em }
+:focus-visible { outline: 3px solid Highlight; outline-offset: 3px }
+nav { position: fixed; inset: auto 0 0 0; padding: 0.4rem; background: Canvas }
+nav, nav ol { display: flex; flex-wrap: wrap; gap: 0.3rem; justify-content: center }
+nav a, button { display: block; padding: 0.3em 0.6em; border: 1px solid; border-radius: 0.4em;
+  font: inherit; color: CanvasText; background: Canvas; text-decoration: none }
+[aria-current] { background: CanvasText; color: Canvas }
+.steps { display: grid; gap: 0 2rem;
+  grid-template-columns: repeat(auto-fit, minmax(min(100%, 28rem), 1fr)) }
+.frames { display: grid; gap: 0.3rem; text-align: center; max-width: 60rem;
+  grid-template-columns: repeat(auto-fill, minmax(min(4rem, 22%), 1fr)) }
+img { display: block; max-width: 100% } .frames img { width: 100% }
+.tiny { image-rendering: pixelated; min-width: 4rem }
+details { margin: 0.4rem 0; padding-left: 0.6rem; border-left: 0.3rem solid }
+.correct { border-color: light-dark(#0a7a33, #5fd38a) }
+.wrong { border-color: light-dark(#b3261e, #ff8a80) }
+summary span { display: inline-block; margin-left: 0.8em }
+.text { white-space: pre-wrap; margin: 0.3em 0; unicode-bidi: isolate } .text b { opacity: 0.6 }
+.think { font-style: italic } .answer { font-weight: bold; background: #fc04 }
+@media print { [hidden] { display: block !important } nav { display: none } }
+"""
+SCRIPT = """
+const sections = [...document.querySelectorAll("section")];
+const links = [...document.querySelectorAll("nav a")];
+const shown = () => Math.max(0, links.findIndex(link => link.hash === location.hash));
+const show = () => sections.forEach((section, i) => {
+  section.hidden = i !== shown();
+  links[i].ariaCurrent = section.hidden ? null : "true";
+});
+const go = by => { location.hash = links.at((shown() + by) % links.length).hash; };
+const keys = new Map([["j", 1], ["ArrowRight", 1], ["k", -1], ["ArrowLeft", -1]]);
+addEventListener("hashchange", () => { show(); sections[shown()].firstChild.focus(); });
+addEventListener("keydown", event => {
+  if (keys.has(event.key) && !event.ctrlKey && !event.metaKey && !event.altKey)
+    go(keys.get(event.key));
+});
+document.getElementById("previous").addEventListener("click", () => go(-1));
+document.getElementById("next").addEventListener("click", () => go(1));
+show();
+"""
+PAGE = """<!DOCTYPE html>
+<html lang="en"><head><meta charset="utf-8">
+<meta http-equiv="Content-Security-Policy" content="default-src 'none'; base-uri 'none';
+  form-action 'none'; img-src data:; style-src 'sha256-{style_hash}';
+  script-src 'sha256-{script_hash}'">
+<meta name="viewport" content="width=device-width, initial-scale=1">
+<title>T-GRPO at work</title><style>{style}</style></head><body>
+<header><h1>T-GRPO at work: {run}</h1>
+<p>{shown} of the {logged} questions in rollouts.jsonl: kinds in turn; in each, those logged at two
+steps first, then those with advantages. Keys: j or → next, k or ← previous.</p>
+<details><summary>What the numbers are</summary><dl>{terms}</dl><p>This run: {flags}</p></details>
+</header><main>{sections}</main>
+<nav aria-label="Questions"><button type="button" id="previous">Previous</button>
+<ol>{links}</ol><button type="button" id="next">Next</button></nav>
+<script>{script}</script></body></html>
+"""
+
+
+def read_rollouts(path):
+    """{(problem_id as text, path): its rows, the earliest step first} of a rollouts.jsonl."""
+    rollouts = defaultdict(list)
+    for number, line in enumerate(whole_lines(path).splitlines(), 1):
+        try:
+            row = json.loads(line)
+            if not all(isinstance(x, str) for x in row["responses"] + row["responses_shuffled"]):
+                raise ValueError("a response is not a text")
+            for name in PARTS:
+                if name in row or name != "temporal":  # which groups without a second one lack
+                    row[name] = [float(x) for x, _ in zip(row[name], row["responses"], strict=True)]
+            row |= {name: float(row[name]) for name in ("p", "p_tilde", "r_t") if name in row}
+            rollouts[str(row["problem_id"]), row["path"]].append(row | {"step": int(row["step"])})
+        except (KeyError, TypeError, ValueError) as error:
+            raise InputError(f"{path}, line {number}, is damaged: {error!r}") from None
+    if not rollouts:
+        raise InputError(f"{path} has no rollouts: --report names the --output of a tgrpo.py run, "
+                         "which writes them every --rollout_steps steps")
+    return {key: sorted(rows, key=lambda row: row["step"]) for key, rows in rollouts.items()}
+
+
+def read_run(path):
+    """The flags of a tgrpo.py run, from the first line of its metrics.jsonl."""
+    try:
+        flags = json.loads(whole_lines(path).partition(b"\n")[0])["arguments"]
+        if missing := {"data", "media_root", *RUN_FLAGS} - flags.keys():
+            raise ValueError(f"without {', '.join(sorted(missing))}")
+        return argparse.Namespace(**flags)
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise InputError(f"{path} does not begin with the flags of a run: {error}") from None
+
+
+def choose(rollouts, records):
+    """Up to REPORTED (record, its rows of the earliest and, if it is another, the latest step).
+
+    Kinds of question, video or image by problem type, take turns. In each, those logged at two
+    steps come first, then those with advantages, then those whose steps lie furthest apart.
+    """
+    kinds = defaultdict(list)
+    for key, rows in rollouts.items():
+        if record := records.get(key):
+            span = rows[-1]["step"] - rows[0]["step"]
+            shown = [rows[0], rows[-1]] if span else rows[:1]
+            dull = not any(any(row["A"]) for row in shown)
+            kinds[record["data_type"], record["problem_type"]].append(
+                ((span == 0, dull, -span), record, shown))
+    turns = zip_longest(*(sorted(kinds[kind], key=itemgetter(0))
+                          for kind in sorted(kinds, reverse=True)))  # videos first
+    found = [question for turn in turns for question in turn if question]
+    later = sorted(found[len(kinds):], key=lambda question: question[0][0])  # logged once: last
+    return [question[1:] for question in (found[:len(kinds)] + later)[:REPORTED]]
+
+
+def safe(value):
+    """Any value as text of a page, also in an attribute; what no page can hold is U+FFFD."""
+    return html.escape(UNFIT.sub("\ufffd", str(value)))
+
+
+def pictures(record, orders, run, timeout):
+    """A medium's frames, or its image, as the run saw them, made smaller: list items of <img>.
+    MediaError where `orders`, the run's, are of another number of frames."""
+    vision = load_vision_isolated(record, timeout, **sampling_of(run, record))
+    images, side, items = [vision.image], IMAGE_SIDE, []
+    if vision.frames is not None:
+        frames = vision.frames.permute(0, 2, 3, 1).numpy()  # (T, H, W, C)
+        images, side = [Image.fromarray(frame) for frame in frames], FRAME_SIDE
+    for number, image in enumerate(images, 1):
+        image.thumbnail((side, side))
+        tiny = max(image.size) <= TINY
+        items.append(f'<li><img class="{"tiny" * tiny}" alt="{record["data_type"]}, {number} of '
+                     f'{len(images)}" src="{picture_url(image, "PNG" if tiny else "JPEG")}">'
+                     f"{number}</li>")
+    if any(sorted(order) != [*range(len(items))] for order in orders if order):
+        raise MediaError(f"{record['path']} has {len(items)} frames, not those of the run")
+    return items
+
+
+def strip(title, items):
+    """Pictures under a heading, each with its place in the video."""
+    return f'<h3>{title}</h3><ol class="frames">{"".join(items)}</ol>'
+
+
+def response_group(title, texts, values, threshold):
+    """Responses under their heading: what each earned, then its text with the tags set apart."""
+    items = []
+    for text, value in zip(texts, values):
+        word, kind, pieces = "correct" if value["accuracy"] >= threshold else "wrong", "", []
+        for piece in TAG.split(text):
+            if TAG.fullmatch(piece):
+                kind = "" if piece.startswith("</") else piece.strip("<>")
+                pieces.append(f"<b>{safe(piece)}</b>")
+            else:
+                pieces.append(f'<span class="{kind}">{safe(piece)}</span>')
+        earned = "".join(f"<span>{key} <b>{number:.3g}</b></span>" for key, number in value.items())
+        items.append(f'<li><details class="{word}"{" open" * (len(text) <= SHORT)}><summary>'
+                     f'<strong>{word}</strong>{earned}</summary><p class="text" dir="auto">'
+                     f'{"".join(pieces)}</p></details></li>')
+    return f"<h4>{len(texts)} responses to {title}</h4><ol>{''.join(items)}</ol>"
+
+
+def step_article(row, record, items, run):
+    """What one step made of a question: both groups, and what their comparison earned."""
+    pieces = [f"<article><h3>Step {row['step']}</h3>"]
+    if items and row.get("frame_order"):
+        pieces.append(strip("Shuffled frames, as the second group saw them",
+                            [items[i] for i in row["frame_order"]]))
+    pieces += [f'<label>{name} <meter min="0" max="1" value="{row[name]}"></meter> '
+               f"{row[name]:.3g}</label>" for name in ("p", "p_tilde") if name in row]
+    earned = [{name: row[name][i] for name in PARTS if name in row} for i in range(len(row["R"]))]
+    groups = [(f"the {record['data_type']}", row["responses"], earned)]
+    if "p_tilde" in row:
+        sign = ("=", "&gt;", "&lt;")[(row["p"] > row["p_tilde"]) - (row["p"] < row["p_tilde"])]
+        pieces.append(f"<p>p {sign} p_tilde, so r_t = {row['r_t']:.3g} for every correct response "
+                      "to the video.</p>")
+        groups.append(("the shuffled frames, compared with and never trained on",
+                       row["responses_shuffled"],
+                       [{"accuracy": accuracy_reward(text, record), "format": format_reward(text)}
+                        for text in row["responses_shuffled"]]))
+    else:
+        pieces.append("<p>No second group: images, and runs with alpha 0, have none.</p>")
+    if not any(row["A"]):
+        pieces.append("<p>All rewards are equal, so every A is 0: this group teaches nothing.</p>")
+    pieces += [response_group(*group, run.correct_threshold) for group in groups]
+    return "".join([*pieces, "</article>"])
+
+
+def question_section(number, record, rows, run, timeout):
+    """A question with its medium, at its earliest and its latest step."""
+    try:
+        items = pictures(record, [row.get("frame_order") for row in rows], run, timeout)
+        medium = strip(f"The {record['data_type']}", items)
+    except MediaError as error:
+        items, medium = [], f"<p>The {record['data_type']} cannot be shown: {safe(error)}</p>"
+    options = "".join(f"<li>{safe(option)}</li>" for option in record.get("options") or ())
+    steps = "".join(step_article(row, record, items, run) for row in rows)
+    once = "<p>Logged at this one step only: there is no later one to compare.</p>"
+    return (f'<section id="q{number}" aria-labelledby="h{number}"><h2 id="h{number}" tabindex="-1" '
+            f'dir="auto">{number}. {safe(record["problem"])}</h2><ul dir="auto">{options}</ul>'
+            f'<p dir="auto">Answer: <b class="answer">{safe(extract_answer(record["solution"]))}'
+            f'</b> ({safe(record["problem_type"])}, problem_id {safe(record["problem_id"])}, '
+            f'{safe(record["path"])})</p>{medium}{once * (len(rows) == 1)}'
+            f'<div class="steps">{steps}</div></section>')
+
+
+def write_report(args):
+    """Writes report.html of the run that --report names, into the run's folder or --output."""
+    folder = Path(args.report)
+    rollouts, run = read_rollouts(folder / "rollouts.jsonl"), read_run(folder / "metrics.jsonl")
+    root = args.media_root or (None if args.data else run.media_root)
+    records = {(str(record["problem_id"]), record["path"]): record
+               for record in load_records(args.data or run.data, root)}
+    chosen = choose(rollouts, records)
+    if not chosen:
+        raise InputError(f"{args.data or run.data} has no question of {folder}/rollouts.jsonl; "
+                         "name the run's records with --data")
+    sections = [question_section(number, record, rows, run, args.decode_timeout)
+                for number, (record, rows) in enumerate(chosen, 1)]
+    links = "".join(f'<li><a href="#q{number}" aria-label="Question {number}">{number}</a></li>'
+                    for number in range(1, len(chosen) + 1))
+    terms = "".join(f"<dt><b>{name}</b></dt><dd>{safe(text)}</dd>"
+                    for name, text in GLOSSARY.items())
+    flags = ", ".join(f"{flag} {getattr(run, flag)}" for flag in RUN_FLAGS)
+    style, script = (base64.b64encode(hashlib.sha256(text.encode()).digest()).decode()
+                     for text in (STYLE, SCRIPT))
+    page = PAGE.format_map({
+        "style": STYLE, "script": SCRIPT, "style_hash": style, "script_hash": script,
+        "run": safe(folder), "shown": len(chosen), "logged": len(rollouts), "terms": terms,
+        "flags": safe(flags), "sections": "".join(sections), "links": links})
+    path = Path(args.output or folder, "report.html")
+    path.parent.mkdir(parents=True, exist_ok=True)
+    write_whole({path: [page]})
+    print(f"{path}: {len(chosen)} questions, {len(page) / 1e6:.1f} MB")
+
+
 # ---------------------------------------------------------------------------------- main
 
 def main(args):
     if args.diff:
         print("\n".join(difference(*map(read_result, args.diff))))
+        return
+    if args.report:
+        write_report(args)
         return
     # --------------------------------------------- inputs, checked before a model is loaded
     check_flags(args)
