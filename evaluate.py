@@ -1165,10 +1165,12 @@ def read_rollouts(path):
             row = json.loads(line)
             if not all(isinstance(x, str) for x in row["responses"] + row["responses_shuffled"]):
                 raise ValueError("a response is not a text")
+            second = bool(row["responses_shuffled"])  # without it nothing is compared
             for name in PARTS:
-                if name in row or name != "temporal":  # which groups without a second one lack
+                if second or name != "temporal":
                     row[name] = [float(x) for x, _ in zip(row[name], row["responses"], strict=True)]
-            row |= {name: float(row[name]) for name in ("p", "p_tilde", "r_t") if name in row}
+            row |= {key: float(row[key]) for key in ("p", "p_tilde", "r_t")[:3 if second else 1]}
+            row["frame_order"] = [int(place) for place in row.get("frame_order") or ()]
             rollouts[str(row["problem_id"]), row["path"]].append(row | {"step": int(row["step"])})
         except (KeyError, TypeError, ValueError) as error:
             raise InputError(f"{path}, line {number}, is damaged: {error!r}") from None
@@ -1260,14 +1262,14 @@ def response_group(title, texts, values, threshold):
 def step_article(row, record, items, run):
     """What one step made of a question: both groups, and what their comparison earned."""
     pieces = [f"<article><h3>Step {row['step']}</h3>"]
-    if items and row.get("frame_order"):
+    if items and row["frame_order"]:
         pieces.append(strip("Shuffled frames, as the second group saw them",
                             [items[i] for i in row["frame_order"]]))
     pieces += [f'<label>{name} <meter min="0" max="1" value="{row[name]}"></meter> '
                f"{row[name]:.3g}</label>" for name in ("p", "p_tilde") if name in row]
     earned = [{name: row[name][i] for name in PARTS if name in row} for i in range(len(row["R"]))]
     groups = [(f"the {record['data_type']}", row["responses"], earned)]
-    if "p_tilde" in row:
+    if row["responses_shuffled"]:
         sign = ("=", "&gt;", "&lt;")[(row["p"] > row["p_tilde"]) - (row["p"] < row["p_tilde"])]
         pieces.append(f"<p>p {sign} p_tilde, so r_t = {row['r_t']:.3g} for every correct response "
                       "to the video.</p>")
@@ -1286,7 +1288,7 @@ def step_article(row, record, items, run):
 def question_section(number, record, rows, run, timeout):
     """A question with its medium, at its earliest and its latest step."""
     try:
-        items = pictures(record, [row.get("frame_order") for row in rows], run, timeout)
+        items = pictures(record, [row["frame_order"] for row in rows], run, timeout)
         medium = strip(f"The {record['data_type']}", items)
     except MediaError as error:
         items, medium = [], f"<p>The {record['data_type']} cannot be shown: {safe(error)}</p>"
