@@ -1099,19 +1099,20 @@ STYLE = """
 body { margin: 0 auto; max-width: 100rem; padding: 0 1rem 5rem; overflow-wrap: anywhere;
   font: clamp(1rem, 0.85rem + 0.5vw, 1.5rem)/1.45 system-ui, sans-serif }
 h1, h2 { font-size: 1.3em } h3, h4 { font-size: 1em; margin: 1em 0 0.3em }
-ol, ul { margin: 0; padding: 0; list-style: none } label { margin-right: 1em }
+ol, ul, figure { margin: 0; padding: 0; list-style: none }
+label { white-space: nowrap; margin-right: 1em } figcaption { font-weight: bold }
 :focus-visible { outline: 3px solid Highlight; outline-offset: 3px }
-nav { position: fixed; inset: auto 0 0 0; padding: 0.4rem; background: Canvas }
-nav, nav ol { display: flex; flex-wrap: wrap; gap: 0.3rem; justify-content: center }
-nav a, button { display: block; padding: 0.3em 0.6em; border: 1px solid; border-radius: 0.4em;
+nav { position: fixed; inset: auto 0 0 0; padding: 0.3rem; background: Canvas }
+nav, nav ol { display: flex; gap: 0.2rem; justify-content: center }
+nav a, button { display: block; padding: 0.3em 0.5em; border: 1px solid; border-radius: 0.4em;
   font: inherit; color: CanvasText; background: Canvas; text-decoration: none }
 [aria-current] { background: CanvasText; color: Canvas }
 .steps { display: grid; gap: 0 2rem;
   grid-template-columns: repeat(auto-fit, minmax(min(100%, 28rem), 1fr)) }
-.frames { display: grid; gap: 0.3rem; text-align: center; max-width: 60rem;
-  grid-template-columns: repeat(auto-fill, minmax(min(4rem, 22%), 1fr)) }
-img { display: block; max-width: 100% } .frames img { width: 100% }
-.tiny { image-rendering: pixelated; min-width: 4rem }
+.video { display: grid; gap: 0.3rem; text-align: center; max-width: 70rem;
+  grid-template-columns: repeat(auto-fill, minmax(max(4rem, 5vw), 1fr)) }
+img { display: block; max-width: 100% } .video img { width: 100% }
+.tiny { image-rendering: pixelated; min-width: 4rem } .image .tiny { min-width: 9rem }
 details { margin: 0.4rem 0; padding-left: 0.6rem; border-left: 0.3rem solid }
 .correct { border-color: light-dark(#0a7a33, #5fd38a) }
 .wrong { border-color: light-dark(#b3261e, #ff8a80) }
@@ -1151,8 +1152,8 @@ PAGE = """<!DOCTYPE html>
 steps first, then those with advantages. Keys: j or → next, k or ← previous.</p>
 <details><summary>What the numbers are</summary><dl>{terms}</dl><p>This run: {flags}</p></details>
 </header><main>{sections}</main>
-<nav aria-label="Questions"><button type="button" id="previous">Previous</button>
-<ol>{links}</ol><button type="button" id="next">Next</button></nav>
+<nav aria-label="Questions"><button id="previous" aria-label="Previous question">←</button>
+<ol>{links}</ol><button id="next" aria-label="Next question">→</button></nav>
 <script>{script}</script></body></html>
 """
 
@@ -1236,9 +1237,10 @@ def pictures(record, orders, run, timeout):
     return items
 
 
-def strip(title, items):
-    """Pictures under a heading, each with its place in the video."""
-    return f'<h3>{title}</h3><ol class="frames">{"".join(items)}</ol>'
+def strip(title, kind, items):
+    """Pictures with their title; kind is image or video."""
+    return (f'<figure><figcaption>{title}</figcaption><ol class="{kind}">{"".join(items)}</ol>'
+            "</figure>")
 
 
 def response_group(title, texts, values, threshold):
@@ -1263,7 +1265,7 @@ def step_article(row, record, items, run):
     """What one step made of a question: both groups, and what their comparison earned."""
     pieces = [f"<article><h3>Step {row['step']}</h3>"]
     if items and row["frame_order"]:
-        pieces.append(strip("Shuffled frames, as the second group saw them",
+        pieces.append(strip("Frames, shuffled for the second group", "video",
                             [items[i] for i in row["frame_order"]]))
     pieces += [f'<label>{name} <meter min="0" max="1" value="{row[name]}"></meter> '
                f"{row[name]:.3g}</label>" for name in ("p", "p_tilde") if name in row]
@@ -1289,7 +1291,7 @@ def question_section(number, record, rows, run, timeout):
     """A question with its medium, at its earliest and its latest step."""
     try:
         items = pictures(record, [row["frame_order"] for row in rows], run, timeout)
-        medium = strip(f"The {record['data_type']}", items)
+        medium = strip(f"The {record['data_type']}", record["data_type"], items)
     except MediaError as error:
         items, medium = [], f"<p>The {record['data_type']} cannot be shown: {safe(error)}</p>"
     options = "".join(f"<li>{safe(option)}</li>" for option in record.get("options") or ())

@@ -156,7 +156,7 @@ def test_frames_stand_in_order_and_in_the_order_that_was_used(run, toy, records)
     page, text = reported(run)
     video = next(part for part in text.split("<section")[1:] if "Step 90" in part)
     strips = [re.findall(r'src="data:image/png;base64,([^"]+)">(\d+)<', part)
-              for part in video.split('<ol class="frames">')[1:]]
+              for part in video.split('<ol class="video">')[1:]]
     assert [[int(number) - 1 for _, number in strip] for strip in strips] == [
         list(range(8)), *ORDERS]
     vision = load_vision(records["video"], max_frames=8, min_frames=4, fps=2, min_pixels=784,
@@ -254,7 +254,7 @@ def test_the_page_can_be_read_without_seeing_it(run):
     assert all(section["aria-labelledby"] in ids for section in page.all("section"))
     assert {link["href"][1:] for link in page.all("a")} <= set(ids)
     assert len(page.all("main")) == len(page.all("nav")) == 1 and page.all("html")[0]["lang"]
-    assert page.texts("button") == ["Previous", "Next"]
+    assert all(button["aria-label"] for button in page.all("button"))
     terms = " ".join(page.texts("dt"))
     assert all(name in terms for name in ("accuracy", "format", "p_tilde", "r_t", *evaluate.PARTS))
     assert all(f"Eq. {number}" in page.texts("dl")[0] for number in (1, 2, 3, 5))
