@@ -6,7 +6,7 @@
     python evaluate.py --diff eval_sft/mmvu_16_ordered.json eval_tgrpo/mmvu_16_ordered.json
     python evaluate.py --judge eval/mmvu_16_ordered.json --output eval \
         --model Qwen2.5-VL-72B-Instruct --api_base http://localhost:8000/v1
-    python evaluate.py --report toy/tgrpo       a page that shows a T-GRPO run at work
+    python evaluate.py --report toy/tgrpo       a T-GRPO run at work, as one page
 
 A benchmark of BENCHMARKS is read from the released eval_*.json or from its own release (the file,
 or the folder it was downloaded to); under another name, a file of records. Scores:
@@ -24,15 +24,14 @@ Each has a 95 % interval: bootstrap over media, since questions share videos. A 
 be read is skipped and named, never replaced; every score stands beside answered/records.
 
 --order tells what a score needs. shuffled, reversed: the order of frames; single_frame (the middle
-one, in every place): motion; blind (grey in every place): sight. Each keeps the prompt's text,
-length and timing: only pixels differ from `ordered`. Images change in blind alone. --judge asks a
-large model which questions need temporal reasoning and which responses use it (Figure 6).
+one, in every place): motion; blind (grey in every place): sight. The prompt's text, length and
+timing stay. --judge asks a large model which questions need temporal reasoning and which responses
+use it (Figure 6).
 
-Every rank holds the whole model and answers a share; with --api_base a server does. --output (one
-folder for all ranks) gets `<name>.records.json` (a benchmark's questions),
-`<name>_<frames>_<order>.rank<r>.jsonl` with a row for each answer, `<name>_<frames>_<order>.json`
-with scores, settings and graded rows, `skipped.jsonl`. The same command, with any number of ranks,
-resumes by problem_id; scores are computed from all rows, old and new.
+Every rank answers a share, with the whole model or through --api_base. --output (one folder for all
+ranks) gets `<name>_<frames>_<order>.rank<r>.jsonl` with a row for each answer, the same name .json
+with scores, settings and graded rows, `<name>.records.json` (a benchmark's questions) and
+`skipped.jsonl`. The same command, on any number of ranks, resumes by problem_id.
 
 Shapes: B records of a batch, L tokens, T frames, C channels, H x W pixels, n rows, M media,
 K cells, R resamples.
@@ -198,8 +197,8 @@ def as_record(problem_id, problem, options, answer, path, **groups):
         options = lettered(options)
     if options and answer not in map(letter, range(len(options))):
         raise ValueError(f"question {problem_id}: the answer {answer!r} is none of {options}")
-    kind = "free-form" if parse_number(answer) is None else "numerical"
-    return {"problem_id": problem_id, "problem": problem, "data_type": "video",
+    kind = "free-form" if parse_number(str(answer)) is None else "numerical"
+    return {"problem_id": str(problem_id), "problem": problem, "data_type": "video",
             "problem_type": "multiple choice" if options else kind, "options": options,
             "solution": f"<answer>{answer}</answer>", "path": path, "groups": groups}
 
@@ -217,8 +216,8 @@ def vsibench(content, path):
     "object_counting", "question": "How many chairs?", "ground_truth": "4", "options": null}
     -> regression over scannet/scene0568_00.mp4; with options, multiple choice."""
     for row in content:
-        record = as_record(str(row["id"]), row["question"], row["options"] or [],
-                           str(row["ground_truth"]), f"{row['dataset']}/{row['scene_name']}.mp4",
+        record = as_record(row["id"], row["question"], row["options"] or [], row["ground_truth"],
+                           f"{row['dataset']}/{row['scene_name']}.mp4",
                            task=row["question_type"], dataset=row["dataset"])
         if not row["options"]:
             record["problem_type"] = "regression"
@@ -242,15 +241,13 @@ VIDEOMMMU_BEFORE = (  # the benchmark's own words; the quiz is an image, the vid
 VIDEOMMMU_AFTER = "\nPlease ignore the Quiz question in last frame of the video."
 
 
-def subject_groups(subject, disciplines):
-    """{"subject", and "discipline" where `disciplines` has the subject}."""
+def subject_groups(path, disciplines):
+    """{"subject"} of Science/dev_Biology_3.mp4 or videos/Biology/3.mp4, and its "discipline"
+    where `disciplines` has the subject."""
+    named = re.fullmatch(r"[a-z]+_(\w+)_\d+", Path(path).stem)
+    subject = named[1] if named else Path(path).parent.name
     return {"subject": subject} | {"discipline": key for key, names in disciplines.items()
                                    if subject in names.split()}
-
-
-def videommmu_groups(video_id):
-    """The groups of "dev_Basic_Medical_Science_3": subject Basic_Medical_Science of Medicine."""
-    return subject_groups("_".join(video_id.split("_")[1:-1]), VIDEOMMMU_SUBJECTS)
 
 
 def videommmu(content, path):
@@ -258,15 +255,16 @@ def videommmu(content, path):
     "down"], "answer": "B", ...}} -> Science/dev_Biology_3.mp4 with the track's instruction."""
     track = part_of(path, VIDEOMMMU_TRACKS)
     for i, row in enumerate(content.values() if isinstance(content, dict) else content):
-        options = row["options"] or []
         problem = (VIDEOMMMU_BEFORE + row["question"] if track == "adaptation"
                    else row["question"] + VIDEOMMMU_AFTER)
-        groups = videommmu_groups(row["id"])
-        yield as_record(f"{track}/{i}", problem, options, str(row["answer"]),
+        groups = subject_groups(f"{row['id']}.mp4", VIDEOMMMU_SUBJECTS)
+        if "discipline" not in groups:  # the folder of its video
+            raise ValueError(f"question {i}: the id {row['id']!r} names no subject of VideoMMMU")
+        yield as_record(f"{track}/{i}", problem, row["options"] or [], row["answer"],
                         f"{groups['discipline']}/{row['id']}.mp4", track=track, **groups)
 
 
-MMVU_SUBJECTS = {  # the benchmark's four disciplines and 27 subjects
+MMVU_SUBJECTS = {  # discipline -> its subjects
     "Engineering": "Biomedical_Engineering Civil_Engineering Computer_Science "
                    "Electrical_Engineering Electronics_and_Communication Materials_Science "
                    "Mechanical_Engineering",
@@ -277,21 +275,16 @@ MMVU_SUBJECTS = {  # the benchmark's four disciplines and 27 subjects
 }
 
 
-def mmvu_groups(path):
-    """The groups of videos/Chemistry/0.mp4: subject Chemistry of Science."""
-    return subject_groups(Path(path).parent.name, MMVU_SUBJECTS)
-
-
 def mmvu(content, path):
     """{"id": "validation_1", "video": "https://.../videos/Chemistry/0.mp4", "question_type":
     "multiple-choice", "question": "How many?", "choices": {"A": "10.0", ...}, "answer": "A"}
     -> videos/Chemistry/0.mp4. Open-ended questions are left out, as in the paper."""
     for row in content:
         if row["question_type"] == "multiple-choice":
-            video = "videos/" + row["video"].partition("/videos/")[2]
+            video = "videos/" + row["video"].split("/videos/")[1]
             options = [f"{key}. {text}" for key, text in sorted(row["choices"].items()) if text]
             yield as_record(row["id"], row["question"], options, row["answer"], video,
-                            **mmvu_groups(video))
+                            **subject_groups(video, MMVU_SUBJECTS))
 
 
 MVBENCH_FPS = 3  # of the task that is released as folders of frames
@@ -436,10 +429,10 @@ def released_groups(name, row):
     """The groups of a row of the released eval_*.json, from what its fields tell."""
     task = str(row.get("original_question_type", "")).lower().replace(" ", "_")
     if name == "mmvu":
-        return mmvu_groups(row["path"])
+        return subject_groups(row["path"], MMVU_SUBJECTS)
     if name == "videommmu":  # three tracks of 300 that follow one another, read off its rows
         return {"track": VIDEOMMMU_TRACKS[min(int(row["problem_id"]) // 300, 2)],
-                **videommmu_groups(Path(row["path"]).stem)}
+                **subject_groups(row["path"], VIDEOMMMU_SUBJECTS)}
     if name == "vsibench" and VSIBENCH_TASKS.fullmatch(task) or (
             name == "mvbench" and task in MVBENCH_FOLDERS):
         return {"task": task}
@@ -500,18 +493,17 @@ def bootstrap_mean(values, media, seed, cells=None):
     sums, counts = np.zeros((2, medium.max() + 1, len(names)))  # (M, K) each
     np.add.at(sums, (medium, cell), values)
     np.add.at(counts, (medium, cell), 1)
-    votes = Counter(LEVELS.sub("", name) for name in names)
-    weights = np.array([1 / votes[LEVELS.sub("", name)] for name in names])  # (K,)
+    voters = [LEVELS.sub("", name) for name in names]
+    weights = np.array([1 / voters.count(voter) for voter in voters])  # (K,)
 
     def statistic(sums, counts):  # (..., K) each -> (...)
         present = weights * (counts > 0)  # a resample may leave a cell empty
         return (sums / np.maximum(counts, 1) * present).sum(-1) / present.sum(-1)
 
-    mean = float(statistic(sums.sum(0), counts.sum(0)))
-    if len(sums) == 1:
+    mean, M = float(statistic(sums.sum(0), counts.sum(0))), len(sums)
+    if M == 1:
         return mean, None, None
-    chances = np.full(len(sums), 1 / len(sums))
-    drawn = np.random.default_rng(seed).multinomial(len(sums), chances, RESAMPLES)  # (R, M)
+    drawn = np.random.default_rng(seed).multinomial(M, np.full(M, 1 / M), RESAMPLES)  # (R, M)
     low, high = np.percentile(statistic(drawn @ sums, drawn @ counts), INTERVAL)
     return mean, float(low), float(high)
 
@@ -520,8 +512,8 @@ def interval(values, media, seed, cells=None):
     """bootstrap_mean as {"mean", "low", "high", "n"}; None without values."""
     if not values:
         return None
-    found = bootstrap_mean([float(value) for value in values], media, seed, cells)
-    return dict(zip(("mean", "low", "high"), found)) | {"n": len(values)}
+    mean, low, high = bootstrap_mean(values, media, seed, cells)
+    return {"mean": mean, "low": low, "high": high, "n": len(values)}
 
 
 def shuffle_frames(frames, generator):
@@ -593,50 +585,46 @@ def usable(overalls, records):
             if not overall.by or all(overall.by in groups_of(record) for record in records)}
 
 
-def measure(rows, metrics, overall, ordered, seed):
-    """{metric: {"mean", "low", "high", "n"}} over the rows that have the metric.
+def with_score(rows, overall, ordered):
+    """The rows with their score and, where `ordered`, {problem_id as text: row}, has the same
+    question, with the drop from there."""
+    scored = [row | {"score": overall.score(row)} for row in rows]
+    for row in scored:
+        if before := ordered.get(str(row["problem_id"])):
+            row["drop"] = overall.score(before) - row["score"]
+    return scored
 
-    `ordered` has the rows of the ordered frames by problem_id as text: they make the drop.
-    """
-    found = {}
+
+def measure(rows, count, metrics, seed, by=""):
+    """One group: {"answered", "records", each metric with rows: {"mean", "low", "high", "n"}};
+    `by` names the groups whose means are averaged."""
+    found = {"answered": len(rows), "records": count}
     for metric in metrics:
-        pairs = [(row, row[metric]) for row in rows if metric in row]
-        if metric == "score":
-            pairs = [(row, overall.score(row)) for row in rows]
-        elif metric == "drop":
-            earlier = ((row, ordered.get(str(row["problem_id"]))) for row in rows)
-            pairs = [(row, overall.score(before) - overall.score(row))
-                     for row, before in earlier if before]
-        if pairs:
-            cells = [groups_of(row)[overall.by] for row, _ in pairs] if overall.by else None
-            rows_with, values = zip(*pairs)
-            found[metric] = interval(values, [row["path"] for row in rows_with], seed, cells)
+        if having := [row for row in rows if metric in row]:
+            found[metric] = interval([row[metric] for row in having],
+                                     [row["path"] for row in having], seed,
+                                     by and [groups_of(row)[by] for row in having])
     return found
 
 
 def score(records, graded, seed, overalls=PLAIN, ordered=()):
-    """Group -> {"answered", "records", each metric with rows: {"mean", "low", "high", "n"}}.
-
-    Groups are "all", each "<kind>: <name>" of groups_of and each of the overalls that averages
-    over groups.
-    """
+    """Group -> what `measure` finds. Groups are each of the overalls that averages over groups,
+    "all" and each "<kind>: <name>" of groups_of."""
     overalls = usable(overalls, records)
-    plain = Overall(next(iter(overalls.values())).metric)
     ordered = {str(row["problem_id"]): row for row in ordered}
+    scores = {name: measure(with_score(graded, overall, ordered), len(records),
+                            ("score", "drop"), seed, overall.by)
+              for name, overall in overalls.items() if overall.by}
 
     def labels(record):
         return ["all", *(f"{kind}: {name}" for kind, name in groups_of(record).items())]
     members = defaultdict(list)
-    for row in graded:
+    for row in with_score(graded, Overall(next(iter(overalls.values())).metric), ordered):
         for label in labels(row):
             members[label].append(row)
-    groups = [(name, graded, len(records), ("score", "drop"), overall)
-              for name, overall in overalls.items() if overall.by]
     counts = Counter(label for record in records for label in labels(record))
-    groups += [(label, members[label], count, METRICS, plain) for label, count in counts.items()]
-    return {name: {"answered": len(rows), "records": count,
-                   **measure(rows, metrics, overall, ordered, seed)}
-            for name, rows, count, metrics, overall in groups}
+    return scores | {label: measure(members[label], count, METRICS, seed)
+                     for label, count in counts.items()}
 
 
 # ------------------------------------------------------------------------------ tables
