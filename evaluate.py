@@ -403,26 +403,26 @@ VSIBENCH_TASKS = re.compile(
     r"object_rel_direction_(easy|medium|hard)|object_(rel_distance|abs_distance|counting|"
     r"size_estimation)|room_size_estimation|route_planning|obj_appearance_order")
 
-PAPER = (  # Table 1 of arXiv 2503.21776: model, frames, then the columns of BENCHMARKS
-    ("GPT-4o", "-", 34.0, 61.2, 75.4, None, None, 71.9),
-    ("LLaMA-VID", "-", None, None, None, 41.9, 45.6, None),
-    ("VideoLLaMA2", "-", None, None, 44.8, 54.6, None, 47.9),
-    ("LongVA-7B", "-", 29.2, 23.9, None, None, 56.9, 52.6),
-    ("VILA-1.5-8B", "-", 28.9, 20.8, None, None, 58.8, None),
-    ("VILA-1.5-40B", "-", 31.2, 34.0, None, None, None, 60.1),
-    ("Video-UTR-7B", "-", None, None, None, 58.8, 59.7, 52.6),
-    ("LLaVA-OneVision-7B", "-", 32.4, 33.8, 49.2, 56.7, None, 58.2),
-    ("Kangaroo-8B", "-", None, None, None, 61.1, 62.5, 56.0),
-    ("Qwen2.5-VL-7B (CoT)", 16, 27.7, 47.8, 59.2, 57.4, 72.2, 53.1),
-    ("Qwen2.5-VL-7B-SFT", 16, 31.8, 47.4, 61.3, 59.4, 69.2, 52.8),
-    ("Qwen2.5-VL-7B (CoT)", 32, 30.1, 48.1, 60.0, 59.0, 72.6, 56.6),
-    ("Qwen2.5-VL-7B-SFT", 32, 33.3, 49.4, 63.5, 60.5, 69.9, 55.4),
-    ("Qwen2.5-VL-7B (CoT)", 64, 31.4, 50.4, 60.0, 59.2, 72.9, 59.6),
-    ("Qwen2.5-VL-7B-SFT", 64, 34.8, 49.4, 61.6, 60.6, 70.0, 58.8),
-    ("Video-R1-7B", 16, 34.6, 49.8, 64.2, 62.7, 72.6, 57.4),
-    ("Video-R1-7B", 32, 35.8, 52.3, 63.8, 63.9, 73.2, 59.3),
-    ("Video-R1-7B", 64, 37.1, 52.4, 63.8, 64.8, 73.2, 61.4),
-)
+# Table 1 of arXiv 2503.21776: model, frames, then the columns of BENCHMARKS
+PAPER = """\
+GPT-4o              |  - | 34.0 | 61.2 | 75.4 |    - |    - | 71.9
+LLaMA-VID           |  - |    - |    - |    - | 41.9 | 45.6 |    -
+VideoLLaMA2         |  - |    - |    - | 44.8 | 54.6 |    - | 47.9
+LongVA-7B           |  - | 29.2 | 23.9 |    - |    - | 56.9 | 52.6
+VILA-1.5-8B         |  - | 28.9 | 20.8 |    - |    - | 58.8 |    -
+VILA-1.5-40B        |  - | 31.2 | 34.0 |    - |    - |    - | 60.1
+Video-UTR-7B        |  - |    - |    - |    - | 58.8 | 59.7 | 52.6
+LLaVA-OneVision-7B  |  - | 32.4 | 33.8 | 49.2 | 56.7 |    - | 58.2
+Kangaroo-8B         |  - |    - |    - |    - | 61.1 | 62.5 | 56.0
+Qwen2.5-VL-7B (CoT) | 16 | 27.7 | 47.8 | 59.2 | 57.4 | 72.2 | 53.1
+Qwen2.5-VL-7B-SFT   | 16 | 31.8 | 47.4 | 61.3 | 59.4 | 69.2 | 52.8
+Qwen2.5-VL-7B (CoT) | 32 | 30.1 | 48.1 | 60.0 | 59.0 | 72.6 | 56.6
+Qwen2.5-VL-7B-SFT   | 32 | 33.3 | 49.4 | 63.5 | 60.5 | 69.9 | 55.4
+Qwen2.5-VL-7B (CoT) | 64 | 31.4 | 50.4 | 60.0 | 59.2 | 72.9 | 59.6
+Qwen2.5-VL-7B-SFT   | 64 | 34.8 | 49.4 | 61.6 | 60.6 | 70.0 | 58.8
+Video-R1-7B         | 16 | 34.6 | 49.8 | 64.2 | 62.7 | 72.6 | 57.4
+Video-R1-7B         | 32 | 35.8 | 52.3 | 63.8 | 63.9 | 73.2 | 59.3
+Video-R1-7B         | 64 | 37.1 | 52.4 | 63.8 | 64.8 | 73.2 | 61.4"""
 
 
 def released_groups(name, row):
@@ -673,49 +673,45 @@ def summary(results, compare):
 
     A cell without n/N stands for a whole benchmark answered.
     """
-    ours = defaultdict(lambda: [""] * len(BENCHMARKS))
+    ours = defaultdict(lambda: dict.fromkeys(BENCHMARKS, ""))
     for result in results:
-        name, whole = result["benchmark"], BENCHMARKS[result["benchmark"]].size
-        row = result["scores"][result["overall"]]
-        model = result["arguments"]["model"] + (
-            "" if result["order"] == "ordered" else f" ({result['order']})")
+        name, row = result["benchmark"], result["scores"][result["overall"]]
         text = cell("score", row.get("score"))
-        if result["answered"] < whole:
-            text += f" {result['answered']}/{whole}"
+        if result["answered"] < BENCHMARKS[name].size:
+            text += f" {result['answered']}/{BENCHMARKS[name].size}"
         if "drop" in row:
             text += f", drop {cell('drop', row['drop'])}"
-        ours[model, result["frames"]][list(BENCHMARKS).index(name)] = text.strip()
-    rows = [[model, str(frames), *cells] for (model, frames), cells in sorted(ours.items())]
+        order = "" if result["order"] == "ordered" else f" ({result['order']})"
+        ours[result["arguments"]["model"] + order, result["frames"]][name] = text.strip()
+    rows = [[model, str(frames), *cells.values()]
+            for (model, frames), cells in sorted(ours.items())]
     if compare:
-        rows += [[f"{model}, paper", str(frames), *("-" if x is None else str(x) for x in cells)]
-                 for model, frames, *cells in PAPER]
+        for line in PAPER.splitlines():
+            model, *cells = map(str.strip, line.split("|"))
+            rows.append([f"{model}, paper", *cells])
     return markdown(["Models", "Frames", *(b.title for b in BENCHMARKS.values())], rows)
 
 
 def difference(a, b):
     """What changed from result a to result b, as lines: paired scores, then changed questions."""
-    before = {str(row["problem_id"]): row for row in a["rows"]}
-    after = {str(row["problem_id"]): row for row in b["rows"]}
+    before, after = ({str(row["problem_id"]): row for row in result["rows"]} for result in (a, b))
     old, new = ([rows[key] for key in before if key in after] for rows in (before, after))
     if not old:
         raise InputError("the two results have no question in common")
     lines = [f"{key} differs: {str(a['configuration'].get(key))[:60]} | {str(value)[:60]}"
              for key, value in b["configuration"].items() if a["configuration"].get(key) != value]
-    overalls = overalls_of(a["benchmark"])
     # with b's rows as the ordered ones, the "drop" of a's rows is b - a
-    seed = a["arguments"]["seed"]
+    overalls, seed = overalls_of(a["benchmark"]), a["arguments"]["seed"]
     scores, there = score(old, old, seed, overalls, new), score(new, new, seed, overalls)
     groups, hidden = shown_groups(scores)
     lines += markdown(["group", "questions", "A", "B", "B - A"], [
         [group, str(scores[group]["answered"]), cell("score", scores[group]["score"]),
          cell("score", there.get(group, {}).get("score")), cell("drop", scores[group]["drop"])]
         for group in groups]) + hidden
-    for first, second in zip(old, new):
-        if first["accuracy"] != second["accuracy"]:
-            lines.append(f"{first['problem_id']}: {first['accuracy']:.2f} -> "
-                         f"{second['accuracy']:.2f}, answer {first['prediction'][:40]!r} -> "
-                         f"{second['prediction'][:40]!r}, truth "
-                         f"{extract_answer(first['solution'])[:40]!r}: {first['problem'][:80]!r}")
+    lines += [f"{first['problem_id']}: {first['accuracy']:.2f} -> {second['accuracy']:.2f}, answer "
+              f"{first['prediction'][:40]!r} -> {second['prediction'][:40]!r}, truth "
+              f"{extract_answer(first['solution'])[:40]!r}: {first['problem'][:80]!r}"
+              for first, second in zip(old, new) if first["accuracy"] != second["accuracy"]]
     return lines + [f"{len(old)} questions compared; {len(before) - len(old)} only in A, "
                     f"{len(after) - len(old)} only in B"]
 
@@ -926,7 +922,8 @@ def plan_tasks(args, benchmarks, shared):
 
 
 def write_result(task, rows, args):
-    """<stem>.json, complete or absent, from every row that --output has. Returns its content."""
+    """Writes <stem>.json, complete or absent, from every row that --output has, and prints the
+    scores with what is missing from them."""
     graded, ordered = grade(task.records, rows, args.correct_threshold), []
     if args.order != "ordered":
         stem = task.stem.removesuffix(args.order) + "ordered"
@@ -948,7 +945,13 @@ def write_result(task, rows, args):
               "written": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
               **provenance(), "rows": graded}
     write_whole({f"{args.output}/{task.stem}.json": [json.dumps(result, indent=1)]})
-    return result
+    print("\n".join(table(task.stem, result["scores"])))
+    size = BENCHMARKS[task.name].size if task.name in BENCHMARKS else result["records"]
+    if result["records"] != size:
+        print(f"{task.name}: {result['records']} of the {size} questions that the paper counts")
+    if skipped := result["skipped"]:
+        print(f"skipped {len(skipped)}, named in {args.output}/skipped.jsonl; the first: "
+              f"{skipped[0]['reason']}")
 
 
 def read_result(path):
@@ -957,17 +960,6 @@ def read_result(path):
     if not isinstance(result, dict) or "configuration" not in result:
         raise InputError(f"{path} is not a result: <name>_<frames>_<order>.json of an --output")
     return result
-
-
-def print_result(task, result, args):
-    """The result's table and, beside it, what is missing from it."""
-    print("\n".join(table(task.stem, result["scores"])))
-    size = BENCHMARKS[task.name].size if task.name in BENCHMARKS else result["records"]
-    if result["records"] != size:
-        print(f"{task.name}: {result['records']} of the {size} questions that the paper counts")
-    if result["skipped"]:
-        print(f"skipped {len(result['skipped'])}, named in {args.output}/skipped.jsonl; "
-              f"the first: {result['skipped'][0]['reason']}")
 
 
 # ------------------------------------------------------------- the model, here or behind a server
@@ -1087,24 +1079,23 @@ STYLE = """
 body { margin: 0 auto; max-width: 100rem; padding: 0 1rem 5rem; overflow-wrap: anywhere;
   font: clamp(1rem, 0.85rem + 0.5vw, 1.5rem)/1.45 system-ui, sans-serif }
 h1, h2 { font-size: 1.3em } h3, h4 { font-size: 1em; margin: 1em 0 0.3em }
-ol, ul, figure { margin: 0; padding: 0; list-style: none }
-label { white-space: nowrap; margin-right: 1em } figcaption { font-weight: bold }
+ol, ul, figure { margin: 0; padding: 0; list-style: none } figcaption { font-weight: bold }
 :focus-visible { outline: 3px solid Highlight; outline-offset: 3px }
 nav { position: fixed; inset: auto 0 0 0; padding: 0.3rem; background: Canvas }
 nav, nav ol { display: flex; gap: 0.2rem; justify-content: center }
 nav a, button { display: block; padding: 0.3em 0.5em; border: 1px solid; border-radius: 0.4em;
   font: inherit; color: CanvasText; background: Canvas; text-decoration: none }
-[aria-current] { background: CanvasText; color: Canvas }
+nav a[aria-current] { background: CanvasText; color: Canvas }
 .steps { display: grid; gap: 0 2rem;
   grid-template-columns: repeat(auto-fit, minmax(min(100%, 28rem), 1fr)) }
 .video { display: grid; gap: 0.3rem; text-align: center; max-width: 70rem;
   grid-template-columns: repeat(auto-fill, minmax(max(4rem, 5vw), 1fr)) }
 img { display: block; max-width: 100% } .video img { width: 100% }
-.tiny { image-rendering: pixelated; min-width: 4rem } .image .tiny { min-width: 9rem }
+.tiny { image-rendering: pixelated } .image .tiny { min-width: 9rem }
 details { margin: 0.4rem 0; padding-left: 0.6rem; border-left: 0.3rem solid }
 .correct { border-color: light-dark(#0a7a33, #5fd38a) }
 .wrong { border-color: light-dark(#b3261e, #ff8a80) }
-summary span { display: inline-block; margin-left: 0.8em }
+label, summary span { display: inline-block; margin-right: 0.8em }
 .text { white-space: pre-wrap; margin: 0.3em 0; unicode-bidi: isolate } .text b { opacity: 0.6 }
 .think { font-style: italic } .answer { font-weight: bold; background: #fc04 }
 @media print { [hidden] { display: block !important } nav { display: none } }
@@ -1118,14 +1109,12 @@ const show = () => sections.forEach((section, i) => {
   links[i].ariaCurrent = section.hidden ? null : "true";
 });
 const go = by => { location.hash = links.at((shown() + by) % links.length).hash; };
-const keys = new Map([["j", 1], ["ArrowRight", 1], ["k", -1], ["ArrowLeft", -1]]);
-addEventListener("hashchange", () => { show(); sections[shown()].firstChild.focus(); });
-addEventListener("keydown", event => {
-  if (keys.has(event.key) && !event.ctrlKey && !event.metaKey && !event.altKey)
-    go(keys.get(event.key));
-});
-document.getElementById("previous").addEventListener("click", () => go(-1));
-document.getElementById("next").addEventListener("click", () => go(1));
+const keys = {j: 1, ArrowRight: 1, k: -1, ArrowLeft: -1};
+onkeydown = event => {
+  if (keys[event.key] && !event.ctrlKey && !event.metaKey && !event.altKey) go(keys[event.key]);
+};
+onhashchange = () => { show(); sections[shown()].firstChild.focus(); };
+document.querySelectorAll("button").forEach(b => { b.onclick = () => go(Number(b.value)); });
 show();
 """
 PAGE = """<!DOCTYPE html>
@@ -1140,27 +1129,29 @@ PAGE = """<!DOCTYPE html>
 steps first, then those with advantages. Keys: j or → next, k or ← previous.</p>
 <details><summary>What the numbers are</summary><dl>{terms}</dl><p>This run: {flags}</p></details>
 </header><main>{sections}</main>
-<nav aria-label="Questions"><button id="previous" aria-label="Previous question">←</button>
-<ol>{links}</ol><button id="next" aria-label="Next question">→</button></nav>
+<nav aria-label="Questions"><button value="-1" aria-label="Previous question">←</button>
+<ol>{links}</ol><button value="1" aria-label="Next question">→</button></nav>
 <script>{script}</script></body></html>
 """
 
 
 def read_rollouts(path):
-    """{(problem_id as text, path): its rows, the earliest step first} of a rollouts.jsonl."""
+    """{(problem_id as text, path): its rows, the earliest step first} of a rollouts.jsonl; a row
+    is {"step", "texts", "shuffled" texts, "earned" by each text, "order" of frames, "p", ...}."""
     rollouts = defaultdict(list)
     for number, line in enumerate(whole_lines(path).splitlines(), 1):
         try:
             row = json.loads(line)
-            if not all(isinstance(x, str) for x in row["responses"] + row["responses_shuffled"]):
+            texts, shuffled = row["responses"], row["responses_shuffled"]
+            if not all(isinstance(text, str) for text in texts + shuffled):
                 raise ValueError("a response is not a text")
-            second = bool(row["responses_shuffled"])  # without it nothing is compared
-            for name in PARTS:
-                if second or name != "temporal":
-                    row[name] = [float(x) for x, _ in zip(row[name], row["responses"], strict=True)]
-            row |= {key: float(row[key]) for key in ("p", "p_tilde", "r_t")[:3 if second else 1]}
-            row["frame_order"] = [int(place) for place in row.get("frame_order") or ()]
-            rollouts[str(row["problem_id"]), row["path"]].append(row | {"step": int(row["step"])})
+            parts = [name for name in PARTS if shuffled or name != "temporal"]
+            table = zip(texts, *(map(float, row[name]) for name in parts), strict=True)
+            rollouts[str(row["problem_id"]), row["path"]].append({
+                "step": int(row["step"]), "texts": texts, "shuffled": shuffled,
+                "earned": [dict(zip(parts, values)) for _, *values in table],
+                "order": [int(place) for place in row.get("frame_order") or ()],
+                **{key: float(row[key]) for key in ("p", "p_tilde", "r_t")[:3 if shuffled else 1]}})
         except (KeyError, TypeError, ValueError) as error:
             raise InputError(f"{path}, line {number}, is damaged: {error!r}") from None
     if not rollouts:
@@ -1191,7 +1182,7 @@ def choose(rollouts, records):
         if record := records.get(key):
             span = rows[-1]["step"] - rows[0]["step"]
             shown = [rows[0], rows[-1]] if span else rows[:1]
-            dull = not any(any(row["A"]) for row in shown)
+            dull = not any(response["A"] for row in shown for response in row["earned"])
             kinds[record["data_type"], record["problem_type"]].append(
                 ((span == 0, dull, -span), record, shown))
     turns = zip_longest(*(sorted(kinds[kind], key=itemgetter(0))
@@ -1219,7 +1210,7 @@ def pictures(record, orders, run, timeout):
         tiny = max(image.size) <= TINY
         items.append(f'<li><img class="{"tiny" * tiny}" alt="{record["data_type"]}, {number} of '
                      f'{len(images)}" src="{picture_url(image, "PNG" if tiny else "JPEG")}">'
-                     f"{number}</li>")
+                     f"{number if side == FRAME_SIDE else ''}</li>")
     if any(sorted(order) != [*range(len(items))] for order in orders if order):
         raise MediaError(f"{record['path']} has {len(items)} frames, not those of the run")
     return items
@@ -1231,54 +1222,54 @@ def strip(title, kind, items):
             "</figure>")
 
 
-def response_group(title, texts, values, threshold):
+def response_group(title, texts, earned, threshold):
     """Responses under their heading: what each earned, then its text with the tags set apart."""
     items = []
-    for text, value in zip(texts, values):
-        word, kind, pieces = "correct" if value["accuracy"] >= threshold else "wrong", "", []
+    for text, values in zip(texts, earned):
+        word, kind, pieces = "correct" if values["accuracy"] >= threshold else "wrong", "", []
         for piece in TAG.split(text):
             if TAG.fullmatch(piece):
                 kind = "" if piece.startswith("</") else piece.strip("<>")
                 pieces.append(f"<b>{safe(piece)}</b>")
             else:
                 pieces.append(f'<span class="{kind}">{safe(piece)}</span>')
-        earned = "".join(f"<span>{key} <b>{number:.3g}</b></span>" for key, number in value.items())
+        shown = "".join(f"<span>{key} <b>{value:.3g}</b></span>" for key, value in values.items())
         items.append(f'<li><details class="{word}"{" open" * (len(text) <= SHORT)}><summary>'
-                     f'<strong>{word}</strong>{earned}</summary><p class="text" dir="auto">'
-                     f'{"".join(pieces)}</p></details></li>')
+                     f'<span><strong>{word}</strong></span>{shown}</summary><p class="text" '
+                     f'dir="auto">{"".join(pieces)}</p></details></li>')
     return f"<h4>{len(texts)} responses to {title}</h4><ol>{''.join(items)}</ol>"
 
 
 def step_article(row, record, items, run):
     """What one step made of a question: both groups, and what their comparison earned."""
+    kind, second = record["data_type"], row["shuffled"]
     pieces = [f"<article><h3>Step {row['step']}</h3>"]
-    if items and row["frame_order"]:
-        pieces.append(strip("Frames, shuffled for the second group", "video",
-                            [items[i] for i in row["frame_order"]]))
+    if items and row["order"]:
+        pieces.append(strip("Frames, shuffled for the second group", kind,
+                            [items[place] for place in row["order"]]))
     pieces += [f'<label>{name} <meter min="0" max="1" value="{row[name]}"></meter> '
                f"{row[name]:.3g}</label>" for name in ("p", "p_tilde") if name in row]
-    earned = [{name: row[name][i] for name in PARTS if name in row} for i in range(len(row["R"]))]
-    groups = [(f"the {record['data_type']}", row["responses"], earned)]
-    if row["responses_shuffled"]:
+    if second:
         sign = ("=", "&gt;", "&lt;")[(row["p"] > row["p_tilde"]) - (row["p"] < row["p_tilde"])]
         pieces.append(f"<p>p {sign} p_tilde, so r_t = {row['r_t']:.3g} for every correct response "
-                      "to the video.</p>")
-        groups.append(("the shuffled frames, compared with and never trained on",
-                       row["responses_shuffled"],
-                       [{"accuracy": accuracy_reward(text, record), "format": format_reward(text)}
-                        for text in row["responses_shuffled"]]))
+                      f"to the {kind}.</p>")
     else:
         pieces.append("<p>No second group: images, and runs with alpha 0, have none.</p>")
-    if not any(row["A"]):
+    if not any(values["A"] for values in row["earned"]):
         pieces.append("<p>All rewards are equal, so every A is 0: this group teaches nothing.</p>")
-    pieces += [response_group(*group, run.correct_threshold) for group in groups]
+    pieces.append(response_group(f"the {kind}", row["texts"], row["earned"], run.correct_threshold))
+    if second:
+        earned = [{"accuracy": accuracy_reward(text, record), "format": format_reward(text)}
+                  for text in second]
+        pieces.append(response_group("the shuffled frames, compared with and never trained on",
+                                     second, earned, run.correct_threshold))
     return "".join([*pieces, "</article>"])
 
 
 def question_section(number, record, rows, run, timeout):
     """A question with its medium, at its earliest and its latest step."""
     try:
-        items = pictures(record, [row["frame_order"] for row in rows], run, timeout)
+        items = pictures(record, [row["order"] for row in rows], run, timeout)
         medium = strip(f"The {record['data_type']}", record["data_type"], items)
     except MediaError as error:
         items, medium = [], f"<p>The {record['data_type']} cannot be shown: {safe(error)}</p>"
@@ -1361,12 +1352,13 @@ def main(args):
     for task in tasks:
         rows = complete(task, engine, ranks, args)
         if rank == 0:
-            print_result(task, write_result(task, rows, args), args)
+            write_result(task, rows, args)
     if rank == 0 and not args.judge:
-        files = [path for name in BENCHMARKS for order in ("ordered", args.order)
-                 for path in Path(args.output).glob(f"{name}_*_{order}.json")]
-        if files or args.compare:
-            print("\n".join(summary(map(read_result, dict.fromkeys(files)), args.compare)))
+        names = re.compile(rf"({'|'.join(BENCHMARKS)})_\d+_(ordered|{args.order})[.]json")
+        results = [read_result(path) for path in Path(args.output).iterdir()
+                   if names.fullmatch(path.name)]
+        if results or args.compare:
+            print("\n".join(summary(results, args.compare)))
 
 
 if __name__ == "__main__":
