@@ -398,6 +398,7 @@ BENCHMARKS = {
     "videomme": Benchmark("VideoMME (wo sub)", 2700, ("*.json", "*.jsonl", "videomme/*.parquet"),
                           videomme, PLAIN),
 }
+RECORDS = Benchmark("a file of records", 0, (), list, PLAIN)
 LEVELS = re.compile("_(easy|medium|hard)$")  # VSI-Bench makes one task of these first
 VSIBENCH_TASKS = re.compile(
     r"object_rel_direction_(easy|medium|hard)|object_(rel_distance|abs_distance|counting|"
@@ -508,14 +509,6 @@ def bootstrap_mean(values, media, seed, cells=None):
     return mean, float(low), float(high)
 
 
-def interval(values, media, seed, cells=None):
-    """bootstrap_mean as {"mean", "low", "high", "n"}; None without values."""
-    if not values:
-        return None
-    mean, low, high = bootstrap_mean(values, media, seed, cells)
-    return {"mean": mean, "low": low, "high": high, "n": len(values)}
-
-
 def shuffle_frames(frames, generator):
     """The (T, C, H, W) frames in a random order that is never the given one when T > 1."""
     if len(frames) < 2:
@@ -574,11 +567,6 @@ def groups_of(record):
         "data_source": str(record.get("data_source"))})}
 
 
-def overalls_of(name):
-    """The ways to sum a benchmark up; the plain mean for a file of records."""
-    return BENCHMARKS[name].overalls if name in BENCHMARKS else PLAIN
-
-
 def usable(overalls, records):
     """The overalls whose groups every record names; the first is the benchmark's headline."""
     return {name: overall for name, overall in overalls.items()
@@ -595,26 +583,27 @@ def with_score(rows, overall, ordered):
     return scored
 
 
-def measure(rows, count, metrics, seed, by=""):
-    """One group: {"answered", "records", each metric with rows: {"mean", "low", "high", "n"}};
-    `by` names the groups whose means are averaged."""
-    found = {"answered": len(rows), "records": count}
+def measure(rows, metrics, seed, by=""):
+    """{metric: {"mean", "low", "high", "n"}} over the rows that have it, for each metric that a row
+    has; `by` names the groups whose means are averaged."""
+    found = {}
     for metric in metrics:
         if having := [row for row in rows if metric in row]:
-            found[metric] = interval([row[metric] for row in having],
-                                     [row["path"] for row in having], seed,
-                                     by and [groups_of(row)[by] for row in having])
+            cells = [groups_of(row)[by] for row in having] if by else None
+            mean, low, high = bootstrap_mean([row[metric] for row in having],
+                                             [row["path"] for row in having], seed, cells)
+            found[metric] = {"mean": mean, "low": low, "high": high, "n": len(having)}
     return found
 
 
 def score(records, graded, seed, overalls=PLAIN, ordered=()):
-    """Group -> what `measure` finds. Groups are each of the overalls that averages over groups,
-    "all" and each "<kind>: <name>" of groups_of."""
+    """Group -> {"answered", "records", what `measure` finds}. Groups are each of the overalls that
+    averages over groups, "all" and each "<kind>: <name>" of groups_of."""
     overalls = usable(overalls, records)
     ordered = {str(row["problem_id"]): row for row in ordered}
-    scores = {name: measure(with_score(graded, overall, ordered), len(records),
-                            ("score", "drop"), seed, overall.by)
-              for name, overall in overalls.items() if overall.by}
+    scores = {name: {"answered": len(graded), "records": len(records), **measure(
+        with_score(graded, overall, ordered), ("score", "drop"), seed, overall.by)}
+        for name, overall in overalls.items() if overall.by}
 
     def labels(record):
         return ["all", *(f"{kind}: {name}" for kind, name in groups_of(record).items())]
@@ -622,9 +611,10 @@ def score(records, graded, seed, overalls=PLAIN, ordered=()):
     for row in with_score(graded, Overall(next(iter(overalls.values())).metric), ordered):
         for label in labels(row):
             members[label].append(row)
-    counts = Counter(label for record in records for label in labels(record))
-    return scores | {label: measure(members[label], count, METRICS, seed)
-                     for label, count in counts.items()}
+    for label, count in Counter(label for record in records for label in labels(record)).items():
+        scores[label] = {"answered": len(members[label]), "records": count,
+                         **measure(members[label], METRICS, seed)}
+    return scores
 
 
 # ------------------------------------------------------------------------------ tables
@@ -701,8 +691,9 @@ def difference(a, b):
     lines = [f"{key} differs: {str(a['configuration'].get(key))[:60]} | {str(value)[:60]}"
              for key, value in b["configuration"].items() if a["configuration"].get(key) != value]
     # with b's rows as the ordered ones, the "drop" of a's rows is b - a
-    overalls, seed = overalls_of(a["benchmark"]), a["arguments"]["seed"]
-    scores, there = score(old, old, seed, overalls, new), score(new, new, seed, overalls)
+    overalls = BENCHMARKS.get(a["benchmark"], RECORDS).overalls
+    scores, there = (score(rows, rows, a["arguments"]["seed"], overalls, new)
+                     for rows in (old, new))
     groups, hidden = shown_groups(scores)
     lines += markdown(["group", "questions", "A", "B", "B - A"], [
         [group, str(scores[group]["answered"]), cell("score", scores[group]["score"]),
@@ -890,8 +881,7 @@ def load_model(args, tokenizer, device):
 
 def records_hash(records):
     """A hash of what is asked; where the media lie does not matter."""
-    place = ("media_path", "media_root")
-    asked = [{key: value for key, value in record.items() if key not in place}
+    asked = [{key: record[key] for key in record.keys() - {"media_path", "media_root"}}
              for record in records]
     return hashlib.sha256(json.dumps(asked, sort_keys=True).encode()).hexdigest()
 
@@ -929,12 +919,12 @@ def write_result(task, rows, args):
         stem = task.stem.removesuffix(args.order) + "ordered"
         ordered = grade(task.records, read_rows(args.output, stem, task.configuration),
                         args.correct_threshold)
-    overalls = overalls_of(task.name)
+    benchmark = BENCHMARKS.get(task.name, RECORDS)
     answers = [row for row in rows.values() if "output" in row]
     whole = json.dumps(task.configuration, sort_keys=True).encode()
     result = {"benchmark": task.name, "frames": task.frames, "order": args.order,
-              "overall": next(iter(usable(overalls, task.records))),
-              "scores": score(task.records, graded, args.seed, overalls, ordered),
+              "overall": next(iter(usable(benchmark.overalls, task.records))),
+              "scores": score(task.records, graded, args.seed, benchmark.overalls, ordered),
               "answered": len(graded), "records": len(task.records),
               "tokens": sum(row["tokens"] for row in answers),
               "rank_seconds": sum(row["seconds"] for row in answers),  # of generation
@@ -946,9 +936,9 @@ def write_result(task, rows, args):
               **provenance(), "rows": graded}
     write_whole({f"{args.output}/{task.stem}.json": [json.dumps(result, indent=1)]})
     print("\n".join(table(task.stem, result["scores"])))
-    size = BENCHMARKS[task.name].size if task.name in BENCHMARKS else result["records"]
-    if result["records"] != size:
-        print(f"{task.name}: {result['records']} of the {size} questions that the paper counts")
+    if benchmark.size not in (0, len(task.records)):
+        print(f"{task.name}: {len(task.records)} of the {benchmark.size} questions that the paper "
+              "counts")
     if skipped := result["skipped"]:
         print(f"skipped {len(skipped)}, named in {args.output}/skipped.jsonl; the first: "
               f"{skipped[0]['reason']}")
@@ -1031,25 +1021,25 @@ def verdicts(stem, prompt, rows, shared, engine, ranks, args):
 
 
 def judge(path, shared, engine, ranks, args):
-    """The verdicts on a result file, as two lists: whether a response to a question that needs
-    temporal reasoning uses it; its medium. Leaves <stem>.judge.json; a question without verdict
-    is in neither."""
+    """[{"uses": whether the response uses temporal reasoning, "path" of its medium}, ...] for the
+    questions of a result file that need it. Leaves <stem>.judge.json; what the judge does not
+    decide is in neither."""
     rows = {str(row["problem_id"]): row for row in read_result(path)["rows"]}
     rest, stem = (shared, engine, ranks, args), Path(path).stem
     needs = verdicts(f"{stem}.questions", JUDGE_QUESTION, rows.values(), *rest)
     needed = [row for key, row in rows.items() if needs.get(key)]
     uses = verdicts(f"{stem}.responses", JUDGE_RESPONSE, needed, *rest)
-    media = [rows[key]["path"] for key in uses]
+    found = [{"uses": value, "path": rows[key]["path"]} for key, value in uses.items()]
     if dist.get_rank() == 0:
         print(f"{stem}: {len(rows)} questions answered, {len(needs)} judged, {len(needed)} need "
               "temporal reasoning")
         write_whole({f"{args.output}/{stem}.judge.json": [json.dumps({
             "questions": len(rows), "judged": len(needs), "needs": len(needed),
-            "uses": interval(list(uses.values()), media, args.seed), "judge": args.model,
+            "uses": measure(found, ["uses"], args.seed).get("uses"), "judge": args.model,
             "configuration": shared, "prompts": [JUDGE_QUESTION, JUDGE_RESPONSE], **provenance(),
             "rows": [{"problem_id": row["problem_id"], "needs": needs[key], "uses": uses.get(key)}
                      for key, row in rows.items() if key in needs]}, indent=1)]})
-    return list(uses.values()), media
+    return found
 
 
 # -------------------------------------------------------------------- a T-GRPO run as a page
@@ -1340,13 +1330,11 @@ def main(args):
     engine = engine_of(args, processor, device)
 
     # ------------------------------------------------------------------- verdicts of a judge
-    uses, media = [], []
-    for path in args.judge or ():
-        for found, more in zip((uses, media), judge(path, shared, engine, ranks, args)):
-            found += more
+    uses = [row for path in args.judge or () for row in judge(path, shared, engine, ranks, args)]
     if args.judge and rank == 0:  # Figure 6's number
-        print(f"temporal reasoning in {cell('uses', interval(uses, media, args.seed)) or '-'} % of "
-              f"{len(uses)} responses to questions that need it")
+        share = cell("uses", measure(uses, ["uses"], args.seed).get("uses"))
+        print(f"temporal reasoning in {share or '-'} % of {len(uses)} responses to questions that "
+              "need it")
 
     # ---------------------------------------------------------------- answers, then scores
     for task in tasks:
