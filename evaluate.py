@@ -179,7 +179,7 @@ def check_flags(args):
     wanted = ["output", "model"] + ["benchmark"] * (not args.judge)
     missing = [flag for flag in wanted if not getattr(args, flag)]
     if missing:
-        raise InputError(f"--{missing[0]} is needed (only --diff does without a model)")
+        raise InputError(f"--{missing[0]} is needed (only --diff and --report do without)")
     if min(args.frames) < args.min_frames:
         raise InputError(f"--frames {min(args.frames)} is below --min_frames {args.min_frames}")
 
