@@ -53,7 +53,6 @@ from datetime import timedelta
 from fractions import Fraction
 from functools import cache
 from itertools import islice, zip_longest
-from operator import itemgetter
 from pathlib import Path
 from typing import Callable, NamedTuple
 
@@ -798,8 +797,14 @@ class Prompts(Dataset):
 
     def __getitem__(self, index):
         record = self.records[index]
-        if "judge_prompt" in record:
-            return {"record": record, "size": [], **self.text_alone(record["judge_prompt"])}
+        if "judge_prompt" in record:  # a text without a medium
+            sample = {"record": record, "size": []}
+            text = {"type": "text", "text": record["judge_prompt"]}
+            messages = [{"role": "user", "content": [text]}]
+            if self.processor is None:
+                return sample | {"messages": messages}
+            prompt = self.processor.apply_chat_template(messages, add_generation_prompt=True)
+            return sample | {"inputs": dict(self.processor(text=[prompt], return_tensors="pt"))}
         try:
             vision = load_vision_isolated(record, self.args.decode_timeout,
                                           **sampling_of(self.args, record))
@@ -812,14 +817,6 @@ class Prompts(Dataset):
         if self.processor is None:
             return {"record": record, "size": size, "messages": api_messages(record, vision)}
         return {"record": record, "size": size, "inputs": encode(self.processor, record, vision)}
-
-    def text_alone(self, text):
-        """What a judge gets: a question without a medium."""
-        messages = [{"role": "user", "content": [{"type": "text", "text": text}]}]
-        if self.processor is None:
-            return {"messages": messages}
-        prompt = self.processor.apply_chat_template(messages, add_generation_prompt=True)
-        return {"inputs": dict(self.processor(text=[prompt], return_tensors="pt"))}
 
 
 # --------------------------------------------------------- start-up, the same in each stage
@@ -947,7 +944,7 @@ def write_result(task, rows, args):
 def read_result(path):
     """A result file of write_result."""
     result = read_file(Path(path))
-    if not isinstance(result, dict) or "configuration" not in result:
+    if not isinstance(result, dict) or not {"benchmark", "configuration", "rows"} <= result.keys():
         raise InputError(f"{path} is not a result: <name>_<frames>_<order>.json of an --output")
     return result
 
@@ -1161,7 +1158,7 @@ def read_run(path):
         raise InputError(f"{path} does not begin with the flags of a run: {error}") from None
 
 
-def choose(rollouts, records):
+def pick_questions(rollouts, records):
     """Up to REPORTED (record, its rows of the earliest and, if it is another, the latest step).
 
     Kinds of question, video or image by problem type, take turns. In each, those logged at two
@@ -1175,7 +1172,7 @@ def choose(rollouts, records):
             dull = not any(response["A"] for row in shown for response in row["earned"])
             kinds[record["data_type"], record["problem_type"]].append(
                 ((span == 0, dull, -span), record, shown))
-    turns = zip_longest(*(sorted(kinds[kind], key=itemgetter(0))
+    turns = zip_longest(*(sorted(kinds[kind], key=lambda question: question[0])
                           for kind in sorted(kinds, reverse=True)))  # videos first
     found = [question for turn in turns for question in turn if question]
     later = sorted(found[len(kinds):], key=lambda question: question[0][0])  # logged once: last
@@ -1281,7 +1278,7 @@ def write_report(args):
     root = args.media_root or (None if args.data else run.media_root)
     records = {(str(record["problem_id"]), record["path"]): record
                for record in load_records(args.data or run.data, root)}
-    chosen = choose(rollouts, records)
+    chosen = pick_questions(rollouts, records)
     if not chosen:
         raise InputError(f"{args.data or run.data} has no question of {folder}/rollouts.jsonl; "
                          "name the run's records with --data")

@@ -193,7 +193,7 @@ def test_kinds_of_question_take_turns_and_those_logged_twice_come_first():
         ("5", ""): [row(1, [0.0]), row(90, [0.0])],  # nothing to learn from
         ("6", ""): [row(1, [0.0]), row(80, [1.0])], ("7", ""): [row(1, [1.0]), row(30, [0.0])],
         ("25", ""): [row(3, [1.0]), row(5, [1.0])]}
-    chosen = evaluate.choose(rollouts, records)
+    chosen = evaluate.pick_questions(rollouts, records)
     assert len(chosen) == evaluate.REPORTED == 8
     assert [record["problem_id"] for record, _ in chosen] == [6, 25, 7, 5, 20, 21, 0, 22]
     assert [len(rows) for _, rows in chosen] == [2, 2, 2, 2, 1, 1, 1, 1]
