@@ -1260,7 +1260,8 @@ def question_section(number, record, rows, run, timeout):
         medium = strip(f"The {record['data_type']}", record["data_type"], items)
     except MediaError as error:
         items, medium = [], f"<p>The {record['data_type']} cannot be shown: {safe(error)}</p>"
-    options = "".join(f"<li>{safe(option)}</li>" for option in record.get("options") or ())
+    choices = record["options"] if record["problem_type"] == "multiple choice" else ()
+    options = "".join(f"<li>{safe(option)}</li>" for option in choices)
     steps = "".join(step_article(row, record, items, run) for row in rows)
     once = "<p>Logged at this one step only: there is no later one to compare.</p>"
     return (f'<section id="q{number}" aria-labelledby="h{number}"><h2 id="h{number}" tabindex="-1" '
