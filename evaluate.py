@@ -1133,10 +1133,10 @@ def read_rollouts(path):
             if not all(isinstance(text, str) for text in texts + shuffled):
                 raise ValueError("a response is not a text")
             parts = [name for name in PARTS if shuffled or name != "temporal"]
-            table = zip(texts, *(map(float, row[name]) for name in parts), strict=True)
+            lines = zip(texts, *(map(float, row[name]) for name in parts), strict=True)
             rollouts[str(row["problem_id"]), row["path"]].append({
                 "step": int(row["step"]), "texts": texts, "shuffled": shuffled,
-                "earned": [dict(zip(parts, values)) for _, *values in table],
+                "earned": [dict(zip(parts, values)) for _, *values in lines],
                 "order": [int(place) for place in row.get("frame_order") or ()],
                 **{key: float(row[key]) for key in ("p", "p_tilde", "r_t")[:3 if shuffled else 1]}})
         except (KeyError, TypeError, ValueError) as error:
@@ -1297,8 +1297,11 @@ def write_report(args):
         "run": safe(folder), "shown": len(chosen), "logged": len(rollouts), "terms": terms,
         "flags": safe(flags), "sections": "".join(sections), "links": links})
     path = Path(args.output or folder, "report.html")
-    path.parent.mkdir(parents=True, exist_ok=True)
-    write_whole({path: [page]})
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        write_whole({path: [page]})
+    except OSError as error:
+        raise InputError(f"cannot write {path}, name another folder as --output: {error}") from None
     print(f"{path}: {len(chosen)} questions, {len(page) / 1e6:.1f} MB")
 
 

@@ -336,6 +336,10 @@ def test_a_medium_that_cannot_be_read_is_named_in_its_place(run, toy, records, t
 def test_records_of_another_run_are_refused_and_output_is_obeyed(run, toy, tmp_path):
     with pytest.raises(InputError, match="has no question of .*name the run's records with --data"):
         reported(run, "--data", toy / "test.json", "--media_root", toy)
+    (tmp_path / "file").write_text("")
+    with pytest.raises(InputError, match="cannot write .*file/report.html, name another folder"):
+        evaluate.main(evaluate.parse_args(["--report", str(run), "--output",
+                                           str(tmp_path / "file")]))
     evaluate.main(evaluate.parse_args(["--report", str(run), "--output", str(tmp_path / "new")]))
     assert (tmp_path / "new/report.html").read_text() == reported(run)[1]
 
