@@ -215,8 +215,8 @@ def test_no_text_of_a_model_or_a_record_becomes_markup(toy, tmp_path):
     page, text = reported(folder)
     assert len(page.all("script")) == 1 and page.all("img") == []
     assert {tag.strip("/") for tag, _ in page.elements} == set(
-        "html head meta title style body header h1 p details summary dl dt dd main section h2 ul li "
-        "b div article h3 label meter h4 ol strong span nav button a script".split())
+        "html head meta title style body header h1 p details summary dl dt dd main section h2 ul "
+        "li b div article h3 label meter h4 ol strong span nav button a script".split())
     assert not any(name.startswith("on") or name == "style" for _, attributes in page.elements
                    for name in attributes)
     wanted = [re.sub("[\0\x1b\ud800]", "\ufffd", response) for response in HOSTILE]
