@@ -6,6 +6,7 @@
     python evaluate.py --diff eval_sft/mmvu_16_ordered.json eval_tgrpo/mmvu_16_ordered.json
     python evaluate.py --judge eval/mmvu_16_ordered.json --output eval \
         --model Qwen2.5-VL-72B-Instruct --api_base http://localhost:8000/v1
+    python evaluate.py --report toy/tgrpo       a T-GRPO run at work, as one page
 
 A benchmark of BENCHMARKS is read from the released eval_*.json or from its own release (the file,
 or the folder it was downloaded to); under another name, a file of records. Scores:
@@ -23,21 +24,22 @@ Each has a 95 % interval: bootstrap over media, since questions share videos. A 
 be read is skipped and named, never replaced; every score stands beside answered/records.
 
 --order tells what a score needs. shuffled, reversed: the order of frames; single_frame (the middle
-one, in every place): motion; blind (grey in every place): sight. Each keeps the prompt's text,
-length and timing: only pixels differ from `ordered`. Images change in blind alone. --judge asks a
-large model which questions need temporal reasoning and which responses use it (Figure 6).
+one, in every place): motion; blind (grey in every place): sight. The prompt's text, length and
+timing stay. --judge asks a large model which questions need temporal reasoning and which responses
+use it (Figure 6).
 
-Every rank holds the whole model and answers a share; with --api_base a server does. --output (one
-folder for all ranks) gets `<name>.records.json` (a benchmark's questions),
-`<name>_<frames>_<order>.rank<r>.jsonl` with a row for each answer, `<name>_<frames>_<order>.json`
-with scores, settings and graded rows, `skipped.jsonl`. The same command, with any number of ranks,
-resumes by problem_id; scores are computed from all rows, old and new.
+Every rank answers a share, with the whole model or through --api_base. --output (one folder for all
+ranks) gets `<name>_<frames>_<order>.rank<r>.jsonl` with a row for each answer, the same name .json
+with scores, settings and graded rows, `<name>.records.json` (a benchmark's questions) and
+`skipped.jsonl`. The same command, on any number of ranks, resumes by problem_id.
 
 Shapes: B records of a batch, L tokens, T frames, C channels, H x W pixels, n rows, M media,
 K cells, R resamples.
 """
 import argparse
+import base64
 import hashlib
+import html
 import json
 import os
 import re
@@ -50,7 +52,7 @@ from collections import Counter, defaultdict
 from datetime import timedelta
 from fractions import Fraction
 from functools import cache
-from itertools import islice
+from itertools import islice, zip_longest
 from pathlib import Path
 from typing import Callable, NamedTuple
 
@@ -65,9 +67,9 @@ from transformers import AutoModelForImageTextToText, AutoProcessor
 
 from build_data import (ANSWER_SUFFIX, FRAME_STREAM, TEMPLATE, InputError, MediaError, api_messages,
                         ask_model, ask_server, check_answering, encode, generation_config, letter,
-                        lettered, load_records, load_vision_isolated, model_hash, provenance,
-                        read_args_line, read_rows, record_generator, row_writer, sampling_of,
-                        skip_row, unanswered, write_whole)
+                        lettered, load_records, load_vision_isolated, model_hash, picture_url,
+                        provenance, read_args_line, read_rows, record_generator, row_writer,
+                        sampling_of, skip_row, unanswered, whole_lines, write_whole)
 from rewards import accuracy_reward, extract_answer, format_reward, parse_number
 
 ORDERS = ("ordered", "shuffled", "reversed", "single_frame", "blind")
@@ -129,9 +131,12 @@ def parse_args(argv=None):
     add("--judge", nargs="+", metavar="RESULT", help="result files: does --model find temporal "
         "reasoning in their responses")
     add("--diff", nargs=2, metavar=("A", "B"), help="two result files: what changed from A to B")
+    add("--report", metavar="RUN", help="--output of a tgrpo.py run: writes report.html, a page of "
+        "some of its questions, frames, responses and rewards; to --output if that is given")
     add("--compare", choices=("paper",), help="print the paper's Table 1 beside these results")
     # data and model
     add("--model", help="Hugging Face directory or name of the model to evaluate, or to judge with")
+    add("--data", help="with --report: the run's records; default: where the run read them")
     add("--media_root", help="folder that the records' paths are relative to; default: the data's")
     add("--output", help="folder for rows and results; completed if it has some")
     # frames and pixels
@@ -173,7 +178,7 @@ def check_flags(args):
     wanted = ["output", "model"] + ["benchmark"] * (not args.judge)
     missing = [flag for flag in wanted if not getattr(args, flag)]
     if missing:
-        raise InputError(f"--{missing[0]} is needed (only --diff does without a model)")
+        raise InputError(f"--{missing[0]} is needed (only --diff and --report do without)")
     if min(args.frames) < args.min_frames:
         raise InputError(f"--frames {min(args.frames)} is below --min_frames {args.min_frames}")
 
@@ -191,8 +196,8 @@ def as_record(problem_id, problem, options, answer, path, **groups):
         options = lettered(options)
     if options and answer not in map(letter, range(len(options))):
         raise ValueError(f"question {problem_id}: the answer {answer!r} is none of {options}")
-    kind = "free-form" if parse_number(answer) is None else "numerical"
-    return {"problem_id": problem_id, "problem": problem, "data_type": "video",
+    kind = "free-form" if parse_number(str(answer)) is None else "numerical"
+    return {"problem_id": str(problem_id), "problem": problem, "data_type": "video",
             "problem_type": "multiple choice" if options else kind, "options": options,
             "solution": f"<answer>{answer}</answer>", "path": path, "groups": groups}
 
@@ -210,8 +215,8 @@ def vsibench(content, path):
     "object_counting", "question": "How many chairs?", "ground_truth": "4", "options": null}
     -> regression over scannet/scene0568_00.mp4; with options, multiple choice."""
     for row in content:
-        record = as_record(str(row["id"]), row["question"], row["options"] or [],
-                           str(row["ground_truth"]), f"{row['dataset']}/{row['scene_name']}.mp4",
+        record = as_record(row["id"], row["question"], row["options"] or [], row["ground_truth"],
+                           f"{row['dataset']}/{row['scene_name']}.mp4",
                            task=row["question_type"], dataset=row["dataset"])
         if not row["options"]:
             record["problem_type"] = "regression"
@@ -235,15 +240,13 @@ VIDEOMMMU_BEFORE = (  # the benchmark's own words; the quiz is an image, the vid
 VIDEOMMMU_AFTER = "\nPlease ignore the Quiz question in last frame of the video."
 
 
-def subject_groups(subject, disciplines):
-    """{"subject", and "discipline" where `disciplines` has the subject}."""
+def subject_groups(path, disciplines):
+    """{"subject"} of Science/dev_Biology_3.mp4 or videos/Biology/3.mp4, and its "discipline"
+    where `disciplines` has the subject."""
+    named = re.fullmatch(r"[a-z]+_(\w+)_\d+", Path(path).stem)
+    subject = named[1] if named else Path(path).parent.name
     return {"subject": subject} | {"discipline": key for key, names in disciplines.items()
                                    if subject in names.split()}
-
-
-def videommmu_groups(video_id):
-    """The groups of "dev_Basic_Medical_Science_3": subject Basic_Medical_Science of Medicine."""
-    return subject_groups("_".join(video_id.split("_")[1:-1]), VIDEOMMMU_SUBJECTS)
 
 
 def videommmu(content, path):
@@ -251,15 +254,16 @@ def videommmu(content, path):
     "down"], "answer": "B", ...}} -> Science/dev_Biology_3.mp4 with the track's instruction."""
     track = part_of(path, VIDEOMMMU_TRACKS)
     for i, row in enumerate(content.values() if isinstance(content, dict) else content):
-        options = row["options"] or []
         problem = (VIDEOMMMU_BEFORE + row["question"] if track == "adaptation"
                    else row["question"] + VIDEOMMMU_AFTER)
-        groups = videommmu_groups(row["id"])
-        yield as_record(f"{track}/{i}", problem, options, str(row["answer"]),
+        groups = subject_groups(f"{row['id']}.mp4", VIDEOMMMU_SUBJECTS)
+        if "discipline" not in groups:  # the folder of its video
+            raise ValueError(f"question {i}: the id {row['id']!r} names no subject of VideoMMMU")
+        yield as_record(f"{track}/{i}", problem, row["options"] or [], row["answer"],
                         f"{groups['discipline']}/{row['id']}.mp4", track=track, **groups)
 
 
-MMVU_SUBJECTS = {  # the benchmark's four disciplines and 27 subjects
+MMVU_SUBJECTS = {  # discipline -> its subjects
     "Engineering": "Biomedical_Engineering Civil_Engineering Computer_Science "
                    "Electrical_Engineering Electronics_and_Communication Materials_Science "
                    "Mechanical_Engineering",
@@ -270,21 +274,16 @@ MMVU_SUBJECTS = {  # the benchmark's four disciplines and 27 subjects
 }
 
 
-def mmvu_groups(path):
-    """The groups of videos/Chemistry/0.mp4: subject Chemistry of Science."""
-    return subject_groups(Path(path).parent.name, MMVU_SUBJECTS)
-
-
 def mmvu(content, path):
     """{"id": "validation_1", "video": "https://.../videos/Chemistry/0.mp4", "question_type":
     "multiple-choice", "question": "How many?", "choices": {"A": "10.0", ...}, "answer": "A"}
     -> videos/Chemistry/0.mp4. Open-ended questions are left out, as in the paper."""
     for row in content:
         if row["question_type"] == "multiple-choice":
-            video = "videos/" + row["video"].partition("/videos/")[2]
+            video = "videos/" + row["video"].split("/videos/")[1]
             options = [f"{key}. {text}" for key, text in sorted(row["choices"].items()) if text]
             yield as_record(row["id"], row["question"], options, row["answer"], video,
-                            **mmvu_groups(video))
+                            **subject_groups(video, MMVU_SUBJECTS))
 
 
 MVBENCH_FPS = 3  # of the task that is released as folders of frames
@@ -398,41 +397,42 @@ BENCHMARKS = {
     "videomme": Benchmark("VideoMME (wo sub)", 2700, ("*.json", "*.jsonl", "videomme/*.parquet"),
                           videomme, PLAIN),
 }
+RECORDS = Benchmark("a file of records", 0, (), list, PLAIN)
 LEVELS = re.compile("_(easy|medium|hard)$")  # VSI-Bench makes one task of these first
 VSIBENCH_TASKS = re.compile(
     r"object_rel_direction_(easy|medium|hard)|object_(rel_distance|abs_distance|counting|"
     r"size_estimation)|room_size_estimation|route_planning|obj_appearance_order")
 
-PAPER = (  # Table 1 of arXiv 2503.21776: model, frames, then the columns of BENCHMARKS
-    ("GPT-4o", "-", 34.0, 61.2, 75.4, None, None, 71.9),
-    ("LLaMA-VID", "-", None, None, None, 41.9, 45.6, None),
-    ("VideoLLaMA2", "-", None, None, 44.8, 54.6, None, 47.9),
-    ("LongVA-7B", "-", 29.2, 23.9, None, None, 56.9, 52.6),
-    ("VILA-1.5-8B", "-", 28.9, 20.8, None, None, 58.8, None),
-    ("VILA-1.5-40B", "-", 31.2, 34.0, None, None, None, 60.1),
-    ("Video-UTR-7B", "-", None, None, None, 58.8, 59.7, 52.6),
-    ("LLaVA-OneVision-7B", "-", 32.4, 33.8, 49.2, 56.7, None, 58.2),
-    ("Kangaroo-8B", "-", None, None, None, 61.1, 62.5, 56.0),
-    ("Qwen2.5-VL-7B (CoT)", 16, 27.7, 47.8, 59.2, 57.4, 72.2, 53.1),
-    ("Qwen2.5-VL-7B-SFT", 16, 31.8, 47.4, 61.3, 59.4, 69.2, 52.8),
-    ("Qwen2.5-VL-7B (CoT)", 32, 30.1, 48.1, 60.0, 59.0, 72.6, 56.6),
-    ("Qwen2.5-VL-7B-SFT", 32, 33.3, 49.4, 63.5, 60.5, 69.9, 55.4),
-    ("Qwen2.5-VL-7B (CoT)", 64, 31.4, 50.4, 60.0, 59.2, 72.9, 59.6),
-    ("Qwen2.5-VL-7B-SFT", 64, 34.8, 49.4, 61.6, 60.6, 70.0, 58.8),
-    ("Video-R1-7B", 16, 34.6, 49.8, 64.2, 62.7, 72.6, 57.4),
-    ("Video-R1-7B", 32, 35.8, 52.3, 63.8, 63.9, 73.2, 59.3),
-    ("Video-R1-7B", 64, 37.1, 52.4, 63.8, 64.8, 73.2, 61.4),
-)
+# Table 1 of arXiv 2503.21776: model, frames, then the columns of BENCHMARKS
+PAPER = """\
+GPT-4o              |  - | 34.0 | 61.2 | 75.4 |    - |    - | 71.9
+LLaMA-VID           |  - |    - |    - |    - | 41.9 | 45.6 |    -
+VideoLLaMA2         |  - |    - |    - | 44.8 | 54.6 |    - | 47.9
+LongVA-7B           |  - | 29.2 | 23.9 |    - |    - | 56.9 | 52.6
+VILA-1.5-8B         |  - | 28.9 | 20.8 |    - |    - | 58.8 |    -
+VILA-1.5-40B        |  - | 31.2 | 34.0 |    - |    - |    - | 60.1
+Video-UTR-7B        |  - |    - |    - |    - | 58.8 | 59.7 | 52.6
+LLaVA-OneVision-7B  |  - | 32.4 | 33.8 | 49.2 | 56.7 |    - | 58.2
+Kangaroo-8B         |  - |    - |    - |    - | 61.1 | 62.5 | 56.0
+Qwen2.5-VL-7B (CoT) | 16 | 27.7 | 47.8 | 59.2 | 57.4 | 72.2 | 53.1
+Qwen2.5-VL-7B-SFT   | 16 | 31.8 | 47.4 | 61.3 | 59.4 | 69.2 | 52.8
+Qwen2.5-VL-7B (CoT) | 32 | 30.1 | 48.1 | 60.0 | 59.0 | 72.6 | 56.6
+Qwen2.5-VL-7B-SFT   | 32 | 33.3 | 49.4 | 63.5 | 60.5 | 69.9 | 55.4
+Qwen2.5-VL-7B (CoT) | 64 | 31.4 | 50.4 | 60.0 | 59.2 | 72.9 | 59.6
+Qwen2.5-VL-7B-SFT   | 64 | 34.8 | 49.4 | 61.6 | 60.6 | 70.0 | 58.8
+Video-R1-7B         | 16 | 34.6 | 49.8 | 64.2 | 62.7 | 72.6 | 57.4
+Video-R1-7B         | 32 | 35.8 | 52.3 | 63.8 | 63.9 | 73.2 | 59.3
+Video-R1-7B         | 64 | 37.1 | 52.4 | 63.8 | 64.8 | 73.2 | 61.4"""
 
 
 def released_groups(name, row):
     """The groups of a row of the released eval_*.json, from what its fields tell."""
     task = str(row.get("original_question_type", "")).lower().replace(" ", "_")
     if name == "mmvu":
-        return mmvu_groups(row["path"])
+        return subject_groups(row["path"], MMVU_SUBJECTS)
     if name == "videommmu":  # three tracks of 300 that follow one another, read off its rows
         return {"track": VIDEOMMMU_TRACKS[min(int(row["problem_id"]) // 300, 2)],
-                **videommmu_groups(Path(row["path"]).stem)}
+                **subject_groups(row["path"], VIDEOMMMU_SUBJECTS)}
     if name == "vsibench" and VSIBENCH_TASKS.fullmatch(task) or (
             name == "mvbench" and task in MVBENCH_FOLDERS):
         return {"task": task}
@@ -493,28 +493,19 @@ def bootstrap_mean(values, media, seed, cells=None):
     sums, counts = np.zeros((2, medium.max() + 1, len(names)))  # (M, K) each
     np.add.at(sums, (medium, cell), values)
     np.add.at(counts, (medium, cell), 1)
-    votes = Counter(LEVELS.sub("", name) for name in names)
-    weights = np.array([1 / votes[LEVELS.sub("", name)] for name in names])  # (K,)
+    voters = [LEVELS.sub("", name) for name in names]
+    weights = np.array([1 / voters.count(voter) for voter in voters])  # (K,)
 
     def statistic(sums, counts):  # (..., K) each -> (...)
         present = weights * (counts > 0)  # a resample may leave a cell empty
         return (sums / np.maximum(counts, 1) * present).sum(-1) / present.sum(-1)
 
-    mean = float(statistic(sums.sum(0), counts.sum(0)))
-    if len(sums) == 1:
+    mean, M = float(statistic(sums.sum(0), counts.sum(0))), len(sums)
+    if M == 1:
         return mean, None, None
-    chances = np.full(len(sums), 1 / len(sums))
-    drawn = np.random.default_rng(seed).multinomial(len(sums), chances, RESAMPLES)  # (R, M)
+    drawn = np.random.default_rng(seed).multinomial(M, np.full(M, 1 / M), RESAMPLES)  # (R, M)
     low, high = np.percentile(statistic(drawn @ sums, drawn @ counts), INTERVAL)
     return mean, float(low), float(high)
-
-
-def interval(values, media, seed, cells=None):
-    """bootstrap_mean as {"mean", "low", "high", "n"}; None without values."""
-    if not values:
-        return None
-    found = bootstrap_mean([float(value) for value in values], media, seed, cells)
-    return dict(zip(("mean", "low", "high"), found)) | {"n": len(values)}
 
 
 def shuffle_frames(frames, generator):
@@ -575,61 +566,54 @@ def groups_of(record):
         "data_source": str(record.get("data_source"))})}
 
 
-def overalls_of(name):
-    """The ways to sum a benchmark up; the plain mean for a file of records."""
-    return BENCHMARKS[name].overalls if name in BENCHMARKS else PLAIN
-
-
 def usable(overalls, records):
     """The overalls whose groups every record names; the first is the benchmark's headline."""
     return {name: overall for name, overall in overalls.items()
             if not overall.by or all(overall.by in groups_of(record) for record in records)}
 
 
-def measure(rows, metrics, overall, ordered, seed):
-    """{metric: {"mean", "low", "high", "n"}} over the rows that have the metric.
+def with_score(rows, overall, ordered):
+    """The rows with their score and, where `ordered`, {problem_id as text: row}, has the same
+    question, with the drop from there."""
+    scored = [row | {"score": overall.score(row)} for row in rows]
+    for row in scored:
+        if before := ordered.get(str(row["problem_id"])):
+            row["drop"] = overall.score(before) - row["score"]
+    return scored
 
-    `ordered` has the rows of the ordered frames by problem_id as text: they make the drop.
-    """
+
+def measure(rows, metrics, seed, by=""):
+    """{metric: {"mean", "low", "high", "n"}} over the rows that have it, for each metric that a row
+    has; `by` names the groups whose means are averaged."""
     found = {}
     for metric in metrics:
-        pairs = [(row, row[metric]) for row in rows if metric in row]
-        if metric == "score":
-            pairs = [(row, overall.score(row)) for row in rows]
-        elif metric == "drop":
-            earlier = ((row, ordered.get(str(row["problem_id"]))) for row in rows)
-            pairs = [(row, overall.score(before) - overall.score(row))
-                     for row, before in earlier if before]
-        if pairs:
-            cells = [groups_of(row)[overall.by] for row, _ in pairs] if overall.by else None
-            rows_with, values = zip(*pairs)
-            found[metric] = interval(values, [row["path"] for row in rows_with], seed, cells)
+        if having := [row for row in rows if metric in row]:
+            cells = [groups_of(row)[by] for row in having] if by else None
+            mean, low, high = bootstrap_mean([row[metric] for row in having],
+                                             [row["path"] for row in having], seed, cells)
+            found[metric] = {"mean": mean, "low": low, "high": high, "n": len(having)}
     return found
 
 
 def score(records, graded, seed, overalls=PLAIN, ordered=()):
-    """Group -> {"answered", "records", each metric with rows: {"mean", "low", "high", "n"}}.
-
-    Groups are "all", each "<kind>: <name>" of groups_of and each of the overalls that averages
-    over groups.
-    """
+    """Group -> {"answered", "records", what `measure` finds}. Groups are each of the overalls that
+    averages over groups, "all" and each "<kind>: <name>" of groups_of."""
     overalls = usable(overalls, records)
-    plain = Overall(next(iter(overalls.values())).metric)
     ordered = {str(row["problem_id"]): row for row in ordered}
+    scores = {name: {"answered": len(graded), "records": len(records), **measure(
+        with_score(graded, overall, ordered), ("score", "drop"), seed, overall.by)}
+        for name, overall in overalls.items() if overall.by}
 
     def labels(record):
         return ["all", *(f"{kind}: {name}" for kind, name in groups_of(record).items())]
     members = defaultdict(list)
-    for row in graded:
+    for row in with_score(graded, Overall(next(iter(overalls.values())).metric), ordered):
         for label in labels(row):
             members[label].append(row)
-    groups = [(name, graded, len(records), ("score", "drop"), overall)
-              for name, overall in overalls.items() if overall.by]
-    counts = Counter(label for record in records for label in labels(record))
-    groups += [(label, members[label], count, METRICS, plain) for label, count in counts.items()]
-    return {name: {"answered": len(rows), "records": count,
-                   **measure(rows, metrics, overall, ordered, seed)}
-            for name, rows, count, metrics, overall in groups}
+    for label, count in Counter(label for record in records for label in labels(record)).items():
+        scores[label] = {"answered": len(members[label]), "records": count,
+                         **measure(members[label], METRICS, seed)}
+    return scores
 
 
 # ------------------------------------------------------------------------------ tables
@@ -678,49 +662,46 @@ def summary(results, compare):
 
     A cell without n/N stands for a whole benchmark answered.
     """
-    ours = defaultdict(lambda: [""] * len(BENCHMARKS))
+    ours = defaultdict(lambda: dict.fromkeys(BENCHMARKS, ""))
     for result in results:
-        name, whole = result["benchmark"], BENCHMARKS[result["benchmark"]].size
-        row = result["scores"][result["overall"]]
-        model = result["arguments"]["model"] + (
-            "" if result["order"] == "ordered" else f" ({result['order']})")
+        name, row = result["benchmark"], result["scores"][result["overall"]]
         text = cell("score", row.get("score"))
-        if result["answered"] < whole:
-            text += f" {result['answered']}/{whole}"
+        if result["answered"] < BENCHMARKS[name].size:
+            text += f" {result['answered']}/{BENCHMARKS[name].size}"
         if "drop" in row:
             text += f", drop {cell('drop', row['drop'])}"
-        ours[model, result["frames"]][list(BENCHMARKS).index(name)] = text.strip()
-    rows = [[model, str(frames), *cells] for (model, frames), cells in sorted(ours.items())]
+        order = "" if result["order"] == "ordered" else f" ({result['order']})"
+        ours[result["arguments"]["model"] + order, result["frames"]][name] = text.strip()
+    rows = [[model, str(frames), *cells.values()]
+            for (model, frames), cells in sorted(ours.items())]
     if compare:
-        rows += [[f"{model}, paper", str(frames), *("-" if x is None else str(x) for x in cells)]
-                 for model, frames, *cells in PAPER]
+        for line in PAPER.splitlines():
+            model, *cells = map(str.strip, line.split("|"))
+            rows.append([f"{model}, paper", *cells])
     return markdown(["Models", "Frames", *(b.title for b in BENCHMARKS.values())], rows)
 
 
 def difference(a, b):
     """What changed from result a to result b, as lines: paired scores, then changed questions."""
-    before = {str(row["problem_id"]): row for row in a["rows"]}
-    after = {str(row["problem_id"]): row for row in b["rows"]}
+    before, after = ({str(row["problem_id"]): row for row in result["rows"]} for result in (a, b))
     old, new = ([rows[key] for key in before if key in after] for rows in (before, after))
     if not old:
         raise InputError("the two results have no question in common")
     lines = [f"{key} differs: {str(a['configuration'].get(key))[:60]} | {str(value)[:60]}"
              for key, value in b["configuration"].items() if a["configuration"].get(key) != value]
-    overalls = overalls_of(a["benchmark"])
     # with b's rows as the ordered ones, the "drop" of a's rows is b - a
-    seed = a["arguments"]["seed"]
-    scores, there = score(old, old, seed, overalls, new), score(new, new, seed, overalls)
+    overalls = BENCHMARKS.get(a["benchmark"], RECORDS).overalls
+    scores, there = (score(rows, rows, a["arguments"]["seed"], overalls, new)
+                     for rows in (old, new))
     groups, hidden = shown_groups(scores)
     lines += markdown(["group", "questions", "A", "B", "B - A"], [
         [group, str(scores[group]["answered"]), cell("score", scores[group]["score"]),
          cell("score", there.get(group, {}).get("score")), cell("drop", scores[group]["drop"])]
         for group in groups]) + hidden
-    for first, second in zip(old, new):
-        if first["accuracy"] != second["accuracy"]:
-            lines.append(f"{first['problem_id']}: {first['accuracy']:.2f} -> "
-                         f"{second['accuracy']:.2f}, answer {first['prediction'][:40]!r} -> "
-                         f"{second['prediction'][:40]!r}, truth "
-                         f"{extract_answer(first['solution'])[:40]!r}: {first['problem'][:80]!r}")
+    lines += [f"{first['problem_id']}: {first['accuracy']:.2f} -> {second['accuracy']:.2f}, answer "
+              f"{first['prediction'][:40]!r} -> {second['prediction'][:40]!r}, truth "
+              f"{extract_answer(first['solution'])[:40]!r}: {first['problem'][:80]!r}"
+              for first, second in zip(old, new) if first["accuracy"] != second["accuracy"]]
     return lines + [f"{len(old)} questions compared; {len(before) - len(old)} only in A, "
                     f"{len(after) - len(old)} only in B"]
 
@@ -816,8 +797,14 @@ class Prompts(Dataset):
 
     def __getitem__(self, index):
         record = self.records[index]
-        if "judge_prompt" in record:
-            return {"record": record, "size": [], **self.text_alone(record["judge_prompt"])}
+        if "judge_prompt" in record:  # a text without a medium
+            sample = {"record": record, "size": []}
+            text = {"type": "text", "text": record["judge_prompt"]}
+            messages = [{"role": "user", "content": [text]}]
+            if self.processor is None:
+                return sample | {"messages": messages}
+            prompt = self.processor.apply_chat_template(messages, add_generation_prompt=True)
+            return sample | {"inputs": dict(self.processor(text=[prompt], return_tensors="pt"))}
         try:
             vision = load_vision_isolated(record, self.args.decode_timeout,
                                           **sampling_of(self.args, record))
@@ -830,14 +817,6 @@ class Prompts(Dataset):
         if self.processor is None:
             return {"record": record, "size": size, "messages": api_messages(record, vision)}
         return {"record": record, "size": size, "inputs": encode(self.processor, record, vision)}
-
-    def text_alone(self, text):
-        """What a judge gets: a question without a medium."""
-        messages = [{"role": "user", "content": [{"type": "text", "text": text}]}]
-        if self.processor is None:
-            return {"messages": messages}
-        prompt = self.processor.apply_chat_template(messages, add_generation_prompt=True)
-        return {"inputs": dict(self.processor(text=[prompt], return_tensors="pt"))}
 
 
 # --------------------------------------------------------- start-up, the same in each stage
@@ -899,8 +878,7 @@ def load_model(args, tokenizer, device):
 
 def records_hash(records):
     """A hash of what is asked; where the media lie does not matter."""
-    place = ("media_path", "media_root")
-    asked = [{key: value for key, value in record.items() if key not in place}
+    asked = [{key: record[key] for key in record.keys() - {"media_path", "media_root"}}
              for record in records]
     return hashlib.sha256(json.dumps(asked, sort_keys=True).encode()).hexdigest()
 
@@ -931,18 +909,19 @@ def plan_tasks(args, benchmarks, shared):
 
 
 def write_result(task, rows, args):
-    """<stem>.json, complete or absent, from every row that --output has. Returns its content."""
+    """Writes <stem>.json, complete or absent, from every row that --output has, and prints the
+    scores with what is missing from them."""
     graded, ordered = grade(task.records, rows, args.correct_threshold), []
     if args.order != "ordered":
         stem = task.stem.removesuffix(args.order) + "ordered"
         ordered = grade(task.records, read_rows(args.output, stem, task.configuration),
                         args.correct_threshold)
-    overalls = overalls_of(task.name)
+    benchmark = BENCHMARKS.get(task.name, RECORDS)
     answers = [row for row in rows.values() if "output" in row]
     whole = json.dumps(task.configuration, sort_keys=True).encode()
     result = {"benchmark": task.name, "frames": task.frames, "order": args.order,
-              "overall": next(iter(usable(overalls, task.records))),
-              "scores": score(task.records, graded, args.seed, overalls, ordered),
+              "overall": next(iter(usable(benchmark.overalls, task.records))),
+              "scores": score(task.records, graded, args.seed, benchmark.overalls, ordered),
               "answered": len(graded), "records": len(task.records),
               "tokens": sum(row["tokens"] for row in answers),
               "rank_seconds": sum(row["seconds"] for row in answers),  # of generation
@@ -953,26 +932,21 @@ def write_result(task, rows, args):
               "written": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
               **provenance(), "rows": graded}
     write_whole({f"{args.output}/{task.stem}.json": [json.dumps(result, indent=1)]})
-    return result
+    print("\n".join(table(task.stem, result["scores"])))
+    if benchmark.size not in (0, len(task.records)):
+        print(f"{task.name}: {len(task.records)} of the {benchmark.size} questions that the paper "
+              "counts")
+    if skipped := result["skipped"]:
+        print(f"skipped {len(skipped)}, named in {args.output}/skipped.jsonl; the first: "
+              f"{skipped[0]['reason']}")
 
 
 def read_result(path):
     """A result file of write_result."""
     result = read_file(Path(path))
-    if not isinstance(result, dict) or "configuration" not in result:
+    if not isinstance(result, dict) or not {"benchmark", "configuration", "rows"} <= result.keys():
         raise InputError(f"{path} is not a result: <name>_<frames>_<order>.json of an --output")
     return result
-
-
-def print_result(task, result, args):
-    """The result's table and, beside it, what is missing from it."""
-    print("\n".join(table(task.stem, result["scores"])))
-    size = BENCHMARKS[task.name].size if task.name in BENCHMARKS else result["records"]
-    if result["records"] != size:
-        print(f"{task.name}: {result['records']} of the {size} questions that the paper counts")
-    if result["skipped"]:
-        print(f"skipped {len(result['skipped'])}, named in {args.output}/skipped.jsonl; "
-              f"the first: {result['skipped'][0]['reason']}")
 
 
 # ------------------------------------------------------------- the model, here or behind a server
@@ -1044,25 +1018,291 @@ def verdicts(stem, prompt, rows, shared, engine, ranks, args):
 
 
 def judge(path, shared, engine, ranks, args):
-    """The verdicts on a result file, as two lists: whether a response to a question that needs
-    temporal reasoning uses it; its medium. Leaves <stem>.judge.json; a question without verdict
-    is in neither."""
+    """[{"uses": whether the response uses temporal reasoning, "path" of its medium}, ...] for the
+    questions of a result file that need it. Leaves <stem>.judge.json; what the judge does not
+    decide is in neither."""
     rows = {str(row["problem_id"]): row for row in read_result(path)["rows"]}
     rest, stem = (shared, engine, ranks, args), Path(path).stem
     needs = verdicts(f"{stem}.questions", JUDGE_QUESTION, rows.values(), *rest)
     needed = [row for key, row in rows.items() if needs.get(key)]
     uses = verdicts(f"{stem}.responses", JUDGE_RESPONSE, needed, *rest)
-    media = [rows[key]["path"] for key in uses]
+    found = [{"uses": value, "path": rows[key]["path"]} for key, value in uses.items()]
     if dist.get_rank() == 0:
         print(f"{stem}: {len(rows)} questions answered, {len(needs)} judged, {len(needed)} need "
               "temporal reasoning")
         write_whole({f"{args.output}/{stem}.judge.json": [json.dumps({
             "questions": len(rows), "judged": len(needs), "needs": len(needed),
-            "uses": interval(list(uses.values()), media, args.seed), "judge": args.model,
+            "uses": measure(found, ["uses"], args.seed).get("uses"), "judge": args.model,
             "configuration": shared, "prompts": [JUDGE_QUESTION, JUDGE_RESPONSE], **provenance(),
             "rows": [{"problem_id": row["problem_id"], "needs": needs[key], "uses": uses.get(key)}
                      for key, row in rows.items() if key in needs]}, indent=1)]})
-    return list(uses.values()), media
+    return found
+
+
+# -------------------------------------------------------------------- a T-GRPO run as a page
+
+REPORTED = 8  # questions of a page
+FRAME_SIDE, IMAGE_SIDE = 128, 384  # pixels of the longer side, at most
+TINY = 64  # pixels of a side up to which a picture is enlarged to sharp squares
+SHORT = 600  # characters of a response that is shown without a click
+TAG = re.compile(r"(</?(?:think|answer)>)")
+UNFIT = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f\ud800-\udfff]")  # what no page can hold
+PARTS = ("accuracy", "format", "temporal", "length", "R", "A")  # of a response in rollouts.jsonl
+RUN_FLAGS = ("max_frames", "min_frames", "fps", "min_pixels", "max_pixels", "image_min_pixels",
+             "image_max_pixels", "correct_threshold", "alpha", "temporal_test", "temporal_to",
+             "omega", "l_min", "l_max", "scale_advantages")  # what the page depends on
+GLOSSARY = {
+    "accuracy, format": "graded by rewards.py, 0 to 1. Correct: accuracy >= correct_threshold.",
+    "p, p_tilde": "shares of correct responses to ordered and to shuffled frames.",
+    "r_t": "alpha if p >= p_tilde (temporal_test gt: p > p_tilde), else 0 (Eq. 1): did the order "
+           "of the frames help?",
+    "temporal": "r_t for a correct response (Eq. 2); in R (temporal_to advantage: in A).",
+    "length": "omega for a correct response of l_min to l_max tokens (Eq. 5).",
+    "R": "accuracy + format + temporal + length: what the response earns.",
+    "A": "(R - mean) / std within the group of ordered frames (scale_advantages none: R - mean; "
+         "Eq. 3). The update makes responses with A > 0 likelier, with A < 0 less likely."}
+STYLE = """
+:root { color-scheme: light dark }
+body { margin: 0 auto; max-width: 100rem; padding: 0 1rem 5rem; overflow-wrap: anywhere;
+  font: clamp(1rem, 0.85rem + 0.5vw, 1.5rem)/1.45 system-ui, sans-serif }
+h1, h2 { font-size: 1.3em } h3, h4 { font-size: 1em; margin: 1em 0 0.3em }
+ol, ul, figure { margin: 0; padding: 0; list-style: none } figcaption { font-weight: bold }
+:focus-visible { outline: 3px solid Highlight; outline-offset: 3px }
+nav { position: fixed; inset: auto 0 0 0; padding: 0.3rem; background: Canvas }
+nav, nav ol { display: flex; gap: 0.2rem; justify-content: center }
+nav a, button { display: block; padding: 0.3em 0.5em; border: 1px solid; border-radius: 0.4em;
+  font: inherit; color: CanvasText; background: Canvas; text-decoration: none }
+nav a[aria-current] { background: CanvasText; color: Canvas }
+.steps { display: grid; gap: 0 2rem;
+  grid-template-columns: repeat(auto-fit, minmax(min(100%, 28rem), 1fr)) }
+.video { display: grid; gap: 0.3rem; text-align: center; max-width: 70rem;
+  grid-template-columns: repeat(auto-fill, minmax(max(4rem, 5vw), 1fr)) }
+img { display: block; max-width: 100% } .video img { width: 100% }
+.tiny { image-rendering: pixelated } .image .tiny { min-width: 9rem }
+details { margin: 0.4rem 0; padding-left: 0.6rem; border-left: 0.3rem solid }
+.correct { border-color: light-dark(#0a7a33, #5fd38a) }
+.wrong { border-color: light-dark(#b3261e, #ff8a80) }
+label, summary span { display: inline-block; margin-right: 0.8em }
+.text { white-space: pre-wrap; margin: 0.3em 0; unicode-bidi: isolate } .text b { opacity: 0.6 }
+.think { font-style: italic } .answer { font-weight: bold; background: #fc04 }
+@media print { [hidden] { display: block !important } nav { display: none } }
+"""
+SCRIPT = """
+const sections = [...document.querySelectorAll("section")];
+const links = [...document.querySelectorAll("nav a")];
+const shown = () => Math.max(0, links.findIndex(link => link.hash === location.hash));
+const show = () => sections.forEach((section, i) => {
+  section.hidden = i !== shown();
+  links[i].ariaCurrent = section.hidden ? null : "true";
+});
+const go = by => { location.hash = links.at((shown() + by) % links.length).hash; };
+const keys = {j: 1, ArrowRight: 1, k: -1, ArrowLeft: -1};
+onkeydown = event => {
+  if (keys[event.key] && !event.ctrlKey && !event.metaKey && !event.altKey) go(keys[event.key]);
+};
+onhashchange = () => { show(); sections[shown()].firstChild.focus(); };
+document.querySelectorAll("button").forEach(b => { b.onclick = () => go(Number(b.value)); });
+show();
+"""
+PAGE = """<!DOCTYPE html>
+<html lang="en"><head><meta charset="utf-8">
+<meta http-equiv="Content-Security-Policy" content="default-src 'none'; base-uri 'none';
+  form-action 'none'; img-src data:; style-src 'sha256-{style_hash}';
+  script-src 'sha256-{script_hash}'">
+<meta name="viewport" content="width=device-width, initial-scale=1">
+<title>T-GRPO at work</title><style>{style}</style></head><body>
+<header><h1>T-GRPO at work: {run}</h1>
+<p>{shown} of the {logged} questions in rollouts.jsonl: kinds in turn; in each, those logged at two
+steps first, then those with advantages. Keys: j or → next, k or ← previous.</p>
+<details><summary>What the numbers are</summary><dl>{terms}</dl><p>This run: {flags}</p></details>
+</header><main>{sections}</main>
+<nav aria-label="Questions"><button value="-1" aria-label="Previous question">←</button>
+<ol>{links}</ol><button value="1" aria-label="Next question">→</button></nav>
+<script>{script}</script></body></html>
+"""
+
+
+def read_rollouts(path):
+    """{(problem_id as text, path): its rows, the earliest step first} of a rollouts.jsonl; a row
+    is {"step", "texts", "shuffled" texts, "earned" by each text, "order" of frames, "p", ...}."""
+    rollouts = defaultdict(list)
+    for number, line in enumerate(whole_lines(path).splitlines(), 1):
+        try:
+            row = json.loads(line)
+            texts, shuffled = row["responses"], row["responses_shuffled"]
+            if not all(isinstance(text, str) for text in texts + shuffled):
+                raise ValueError("a response is not a text")
+            parts = [name for name in PARTS if shuffled or name != "temporal"]
+            lines = zip(texts, *(map(float, row[name]) for name in parts), strict=True)
+            rollouts[str(row["problem_id"]), row["path"]].append({
+                "step": int(row["step"]), "texts": texts, "shuffled": shuffled,
+                "earned": [dict(zip(parts, values)) for _, *values in lines],
+                "order": [int(place) for place in row.get("frame_order") or ()],
+                **{key: float(row[key]) for key in ("p", "p_tilde", "r_t")[:3 if shuffled else 1]}})
+        except (KeyError, TypeError, ValueError) as error:
+            raise InputError(f"{path}, line {number}, is damaged: {error!r}") from None
+    if not rollouts:
+        raise InputError(f"{path} has no rollouts: --report names the --output of a tgrpo.py run, "
+                         "which writes them every --rollout_steps steps")
+    return {key: sorted(rows, key=lambda row: row["step"]) for key, rows in rollouts.items()}
+
+
+def read_run(path):
+    """The flags of a tgrpo.py run, from the first line of its metrics.jsonl."""
+    try:
+        flags = json.loads(whole_lines(path).partition(b"\n")[0])["arguments"]
+        if missing := {"data", "media_root", *RUN_FLAGS} - flags.keys():
+            raise ValueError(f"without {', '.join(sorted(missing))}")
+        return argparse.Namespace(**flags)
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise InputError(f"{path} does not begin with the flags of a run: {error}") from None
+
+
+def pick_questions(rollouts, records):
+    """Up to REPORTED (record, its rows of the earliest and, if it is another, the latest step).
+
+    Kinds of question, video or image by problem type, take turns. In each, those logged at two
+    steps come first, then those with advantages, then those whose steps lie furthest apart.
+    """
+    kinds = defaultdict(list)
+    for key, rows in rollouts.items():
+        if record := records.get(key):
+            span = rows[-1]["step"] - rows[0]["step"]
+            shown = [rows[0], rows[-1]] if span else rows[:1]
+            dull = not any(response["A"] for row in shown for response in row["earned"])
+            kinds[record["data_type"], record["problem_type"]].append(
+                ((span == 0, dull, -span), record, shown))
+    turns = zip_longest(*(sorted(kinds[kind], key=lambda question: question[0])
+                          for kind in sorted(kinds, reverse=True)))  # videos first
+    found = [question for turn in turns for question in turn if question]
+    later = sorted(found[len(kinds):], key=lambda question: question[0][0])  # logged once: last
+    return [question[1:] for question in (found[:len(kinds)] + later)[:REPORTED]]
+
+
+def safe(value):
+    """Any value as text of a page, also in an attribute; what no page can hold is U+FFFD."""
+    return html.escape(UNFIT.sub("\ufffd", str(value)))
+
+
+def pictures(record, orders, run, timeout):
+    """A medium's frames, or its image, as the run saw them, made smaller: list items of <img>.
+    MediaError where `orders`, the run's, are of another number of frames."""
+    vision = load_vision_isolated(record, timeout, **sampling_of(run, record))
+    images, side, items = [vision.image], IMAGE_SIDE, []
+    if vision.frames is not None:
+        frames = vision.frames.permute(0, 2, 3, 1).numpy()  # (T, H, W, C)
+        images, side = [Image.fromarray(frame) for frame in frames], FRAME_SIDE
+    for number, image in enumerate(images, 1):
+        image.thumbnail((side, side))
+        tiny = max(image.size) <= TINY
+        items.append(f'<li><img class="{"tiny" * tiny}" alt="{record["data_type"]}, {number} of '
+                     f'{len(images)}" src="{picture_url(image, "PNG" if tiny else "JPEG")}">'
+                     f"{number if side == FRAME_SIDE else ''}</li>")
+    if any(sorted(order) != [*range(len(items))] for order in orders if order):
+        raise MediaError(f"{record['path']} has {len(items)} frames, not those of the run")
+    return items
+
+
+def strip(title, kind, items):
+    """Pictures with their title; kind is image or video."""
+    return (f'<figure><figcaption>{title}</figcaption><ol class="{kind}">{"".join(items)}</ol>'
+            "</figure>")
+
+
+def response_group(title, texts, earned, threshold):
+    """Responses under their heading: what each earned, then its text with the tags set apart."""
+    items = []
+    for text, values in zip(texts, earned):
+        word, kind, pieces = "correct" if values["accuracy"] >= threshold else "wrong", "", []
+        for piece in TAG.split(text):
+            if TAG.fullmatch(piece):
+                kind = "" if piece.startswith("</") else piece.strip("<>")
+                pieces.append(f"<b>{safe(piece)}</b>")
+            else:
+                pieces.append(f'<span class="{kind}">{safe(piece)}</span>')
+        shown = "".join(f"<span>{key} <b>{value:.3g}</b></span>" for key, value in values.items())
+        items.append(f'<li><details class="{word}"{" open" * (len(text) <= SHORT)}><summary>'
+                     f'<span><strong>{word}</strong></span>{shown}</summary><p class="text" '
+                     f'dir="auto">{"".join(pieces)}</p></details></li>')
+    return f"<h4>{len(texts)} responses to {title}</h4><ol>{''.join(items)}</ol>"
+
+
+def step_article(row, record, items, run):
+    """What one step made of a question: both groups, and what their comparison earned."""
+    kind, second = record["data_type"], row["shuffled"]
+    pieces = [f"<article><h3>Step {row['step']}</h3>"]
+    if items and row["order"]:
+        pieces.append(strip("Frames, shuffled for the second group", kind,
+                            [items[place] for place in row["order"]]))
+    pieces += [f'<label>{name} <meter min="0" max="1" value="{row[name]}"></meter> '
+               f"{row[name]:.3g}</label>" for name in ("p", "p_tilde") if name in row]
+    if second:
+        sign = ("=", "&gt;", "&lt;")[(row["p"] > row["p_tilde"]) - (row["p"] < row["p_tilde"])]
+        pieces.append(f"<p>p {sign} p_tilde, so r_t = {row['r_t']:.3g} for every correct response "
+                      f"to the {kind}.</p>")
+    else:
+        pieces.append("<p>No second group: images, and runs with alpha 0, have none.</p>")
+    if not any(values["A"] for values in row["earned"]):
+        pieces.append("<p>All rewards are equal, so every A is 0: this group teaches nothing.</p>")
+    pieces.append(response_group(f"the {kind}", row["texts"], row["earned"], run.correct_threshold))
+    if second:
+        earned = [{"accuracy": accuracy_reward(text, record), "format": format_reward(text)}
+                  for text in second]
+        pieces.append(response_group("the shuffled frames, compared with and never trained on",
+                                     second, earned, run.correct_threshold))
+    return "".join([*pieces, "</article>"])
+
+
+def question_section(number, record, rows, run, timeout):
+    """A question with its medium, at its earliest and its latest step."""
+    try:
+        items = pictures(record, [row["order"] for row in rows], run, timeout)
+        medium = strip(f"The {record['data_type']}", record["data_type"], items)
+    except MediaError as error:
+        items, medium = [], f"<p>The {record['data_type']} cannot be shown: {safe(error)}</p>"
+    choices = record["options"] if record["problem_type"] == "multiple choice" else ()
+    options = "".join(f"<li>{safe(option)}</li>" for option in choices)
+    steps = "".join(step_article(row, record, items, run) for row in rows)
+    once = "<p>Logged at this one step only: there is no later one to compare.</p>"
+    return (f'<section id="q{number}" aria-labelledby="h{number}"><h2 id="h{number}" tabindex="-1" '
+            f'dir="auto">{number}. {safe(record["problem"])}</h2><ul dir="auto">{options}</ul>'
+            f'<p dir="auto">Answer: <b class="answer">{safe(extract_answer(record["solution"]))}'
+            f'</b> ({safe(record["problem_type"])}, problem_id {safe(record["problem_id"])}, '
+            f'{safe(record["path"])})</p>{medium}{once * (len(rows) == 1)}'
+            f'<div class="steps">{steps}</div></section>')
+
+
+def write_report(args):
+    """Writes report.html of the run that --report names, into the run's folder or --output."""
+    folder = Path(args.report)
+    rollouts, run = read_rollouts(folder / "rollouts.jsonl"), read_run(folder / "metrics.jsonl")
+    root = args.media_root or (None if args.data else run.media_root)
+    records = {(str(record["problem_id"]), record["path"]): record
+               for record in load_records(args.data or run.data, root)}
+    chosen = pick_questions(rollouts, records)
+    if not chosen:
+        raise InputError(f"{args.data or run.data} has no question of {folder}/rollouts.jsonl; "
+                         "name the run's records with --data")
+    sections = [question_section(number, record, rows, run, args.decode_timeout)
+                for number, (record, rows) in enumerate(chosen, 1)]
+    links = "".join(f'<li><a href="#q{number}" aria-label="Question {number}">{number}</a></li>'
+                    for number in range(1, len(chosen) + 1))
+    terms = "".join(f"<dt><b>{name}</b></dt><dd>{safe(text)}</dd>"
+                    for name, text in GLOSSARY.items())
+    flags = ", ".join(f"{flag} {getattr(run, flag)}" for flag in RUN_FLAGS)
+    style, script = (base64.b64encode(hashlib.sha256(text.encode()).digest()).decode()
+                     for text in (STYLE, SCRIPT))
+    page = PAGE.format_map({
+        "style": STYLE, "script": SCRIPT, "style_hash": style, "script_hash": script,
+        "run": safe(folder), "shown": len(chosen), "logged": len(rollouts), "terms": terms,
+        "flags": safe(flags), "sections": "".join(sections), "links": links})
+    path = Path(args.output or folder, "report.html")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        write_whole({path: [page]})
+    except OSError as error:
+        raise InputError(f"cannot write {path}, name another folder as --output: {error}") from None
+    print(f"{path}: {len(chosen)} questions, {len(page) / 1e6:.1f} MB")
 
 
 # ---------------------------------------------------------------------------------- main
@@ -1070,6 +1310,9 @@ def judge(path, shared, engine, ranks, args):
 def main(args):
     if args.diff:
         print("\n".join(difference(*map(read_result, args.diff))))
+        return
+    if args.report:
+        write_report(args)
         return
     # --------------------------------------------- inputs, checked before a model is loaded
     check_flags(args)
@@ -1088,24 +1331,23 @@ def main(args):
     engine = engine_of(args, processor, device)
 
     # ------------------------------------------------------------------- verdicts of a judge
-    uses, media = [], []
-    for path in args.judge or ():
-        for found, more in zip((uses, media), judge(path, shared, engine, ranks, args)):
-            found += more
+    uses = [row for path in args.judge or () for row in judge(path, shared, engine, ranks, args)]
     if args.judge and rank == 0:  # Figure 6's number
-        print(f"temporal reasoning in {cell('uses', interval(uses, media, args.seed)) or '-'} % of "
-              f"{len(uses)} responses to questions that need it")
+        share = cell("uses", measure(uses, ["uses"], args.seed).get("uses"))
+        print(f"temporal reasoning in {share or '-'} % of {len(uses)} responses to questions that "
+              "need it")
 
     # ---------------------------------------------------------------- answers, then scores
     for task in tasks:
         rows = complete(task, engine, ranks, args)
         if rank == 0:
-            print_result(task, write_result(task, rows, args), args)
+            write_result(task, rows, args)
     if rank == 0 and not args.judge:
-        files = [path for name in BENCHMARKS for order in ("ordered", args.order)
-                 for path in Path(args.output).glob(f"{name}_*_{order}.json")]
-        if files or args.compare:
-            print("\n".join(summary(map(read_result, dict.fromkeys(files)), args.compare)))
+        names = re.compile(rf"({'|'.join(BENCHMARKS)})_\d+_(ordered|{args.order})[.]json")
+        results = [read_result(path) for path in Path(args.output).iterdir()
+                   if names.fullmatch(path.name)]
+        if results or args.compare:
+            print("\n".join(summary(results, args.compare)))
 
 
 if __name__ == "__main__":

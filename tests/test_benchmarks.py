@@ -95,6 +95,23 @@ def test_videommmu_has_an_instruction_for_each_track_and_open_questions(tmp_path
     assert 0 < graded[1]["accuracy"] < 1  # as free-form text it is graded by ROUGE
 
 
+def test_an_unknown_subject_of_videommmu_is_named(tmp_path):
+    put(tmp_path / "perception.json", {"0": {"id": "dev_Alchemy_3", "question": "Q?",
+                                             "options": ["up", "down"], "answer": "A"}})
+    with pytest.raises(InputError, match="perception.json is not as VideoMMMU is released: .*"
+                                         "the id 'dev_Alchemy_3' names no subject of VideoMMMU"):
+        read("videommmu", tmp_path / "perception.json", tmp_path)
+
+
+def test_subjects_of_like_names_are_told_apart():
+    subjects = evaluate.VIDEOMMMU_SUBJECTS
+    assert sum(len(names.split()) for names in subjects.values()) == 30
+    for discipline, names in subjects.items():
+        for name in names.split():
+            assert evaluate.subject_groups(f"./Art/validation_{name}_12.mp4", subjects) == {
+                "subject": name, "discipline": discipline}
+
+
 def test_mmvu_keeps_its_multiple_choice_questions(tmp_path):
     base = "https://huggingface.co/datasets/yale-nlp/MMVU/resolve/main/videos"
     put(tmp_path / "MMVU/validation.json", [
@@ -382,6 +399,19 @@ def test_a_release_is_answered_and_stands_in_the_paper_s_table(toy, mmvu, tmp_pa
     assert " 5/625" in ours.split("|")[5] and str(toy) in ours
     assert [x.strip() for x in theirs.strip("|").split("|")] == [
         "Video-R1-7B, paper", "64", "37.1", "52.4", "63.8", "64.8", "73.2", "61.4"]
+
+
+def test_a_file_of_records_beside_a_benchmark_of_a_like_name_stays_out_of_its_table(
+        toy, mmvu, tmp_path, capsys, server):
+    server.reply = lambda content, attempt: (200, "<answer>A</answer>")
+    evaluated(toy, mmvu, tmp_path, *server.flags)
+    given = flags(toy, tmp_path, *server.flags, "--media_root", str(mmvu))
+    given[given.index("--benchmark") + 1] = f"mmvu_again={tmp_path}/mmvu.records.json"
+    capsys.readouterr()
+    evaluate.main(evaluate.parse_args(given))
+    lines = capsys.readouterr().out.splitlines()
+    assert sum(line.startswith("| served") for line in lines) == 1
+    assert (tmp_path / "mmvu_again_8_ordered.json").exists()
 
 
 def test_no_medium_at_all_is_an_error_before_the_model_is_loaded(toy, mmvu, tmp_path):
