@@ -49,7 +49,6 @@ import torch.distributed as dist
 from deepspeed.accelerator import get_accelerator
 from torch.utils.data import DataLoader
 from transformers import AutoModelForImageTextToText, AutoProcessor
-from transformers.integrations.deepspeed import set_hf_deepspeed_config
 
 from build_data import (ANSWER_SUFFIX, TEMPLATE, InputError, MediaError, api_messages, as_in_file,
                         ask_model, ask_server, check_answering, encode, encode_blank,
@@ -295,20 +294,8 @@ def precision():
     return torch.float32 if get_accelerator().device_name() == "cpu" else torch.bfloat16
 
 
-class Sharding:
-    """Asks transformers to load a model in parts, each parameter read by rank 0 and split at once:
-    no rank ever holds a whole copy. Its own HfDeepSpeedConfig needs accelerate; this does not."""
-
-    def __init__(self, config):
-        self.config = config
-
-    def is_zero3(self):
-        return True
-
-
 def load_model(args, tokenizer, device):
     """The model, set to answer as the flags say; with --deepspeed_config, this rank's part."""
-    sharding = None
     if args.deepspeed_config:
         try:
             config = json.loads(Path(args.deepspeed_config).read_text(encoding="utf-8"))
@@ -319,8 +306,6 @@ def load_model(args, tokenizer, device):
             raise InputError(f"{args.deepspeed_config} has stage {stage}: only 3 shards weights")
         config["bf16"] = {"enabled": precision() == torch.bfloat16}
         config["train_micro_batch_size_per_gpu"] = 1  # asked for, of no consequence
-        sharding = Sharding(config)
-        set_hf_deepspeed_config(sharding)
     try:
         model = AutoModelForImageTextToText.from_pretrained(
             args.model, dtype=precision(), attn_implementation=args.attn_implementation,
@@ -328,10 +313,10 @@ def load_model(args, tokenizer, device):
     except (OSError, ValueError, ImportError) as error:
         raise InputError(f"cannot load --model {args.model}: {error}") from None
     model.generation_config = generation_config(model, tokenizer, args, args.samples)
-    if sharding is None:
+    if not args.deepspeed_config:
         return model.to(device).eval()
-    engine, *_ = deepspeed.initialize(model=model, config=config)
-    engine.module.sharding = sharding  # kept alive: generate() asks it whether ranks keep step
+    deepspeed.zero.Init(module=model, config_dict_or_path=config)  # split parameter by parameter
+    engine, *_ = deepspeed.initialize(model=model.to(device), config=config)  # to: the buffers
     return engine.module.eval()
 
 

@@ -777,7 +777,9 @@ def respond(model, samples, seed):
     batch = {key: value.to(model.device) for key, value in batch.items()}  # ids (B, L)
     # generate draws from torch's own generator: seeded for each batch, by its first record
     torch.manual_seed(record_generator(seed, samples[0]["record"], TOKEN_STREAM).initial_seed())
-    ids = model.generate(**batch)[:, batch["input_ids"].shape[1]:]  # (B n, response's L)
+    sharded = hasattr(next(model.parameters()), "ds_id")  # by ZeRO-3: ranks must keep step
+    ids = model.generate(**batch, synced_gpus=sharded)
+    ids = ids[:, batch["input_ids"].shape[1]:]  # (B n, response's L)
     return [cut_at_end(row, config.eos_token_id) for row in ids.tolist()]
 
 
@@ -1167,6 +1169,8 @@ tgrpo.args
 --max_new_tokens=40 --chunk_size=8
 # responses are about 20 tokens long, so the window of the length reward is too
 --l_min=16 --l_max=24 --save_steps=50
+# every response is kept, for evaluate.py --report
+--rollout_steps=1
 
 annotate.args
 # its own chains of thought: python annotate.py @{out}/annotate.args; then train on them:

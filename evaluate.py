@@ -67,7 +67,7 @@ from transformers import AutoModelForImageTextToText, AutoProcessor
 
 from build_data import (ANSWER_SUFFIX, FRAME_STREAM, TEMPLATE, InputError, MediaError, api_messages,
                         ask_model, ask_server, check_answering, encode, generation_config, letter,
-                        lettered, load_records, load_vision_isolated, model_hash, picture_url,
+                        lettered, load_records, load_vision_isolated, model_hash, data_url,
                         provenance, read_args_line, read_rows, record_generator, row_writer,
                         sampling_of, skip_row, unanswered, whole_lines, write_whole)
 from rewards import accuracy_reward, extract_answer, format_reward, parse_number
@@ -969,16 +969,17 @@ def by_length(samples, size):
 
 
 def engine_of(args, processor, device):
-    """What answers: (share, write, args) -> None, through a server or on this machine."""
+    """What answers: (share, write, args, answered) -> None, through a server, which may have
+    `answered` others, or on this machine."""
     model = cache(lambda: load_model(args, processor.tokenizer, device))  # when first needed
     # the next window is decoded while this one is answered
     ahead = -(-WINDOW * args.batch_size // args.num_workers) if args.num_workers else None
 
-    def engine(share, write, task_args):
+    def engine(share, write, task_args, answered=False):
         loader = DataLoader(Prompts(share, processor, task_args), batch_size=None,
                             num_workers=args.num_workers, prefetch_factor=ahead)
         if args.api_base:
-            return ask_server(loader, 1, row_of, write, args)
+            return ask_server(loader, 1, row_of, write, args, answered)
         for samples in by_length(loader, args.batch_size):
             write(ask_model(model(), processor.tokenizer, samples, row_of, args.seed))
     return engine
@@ -997,7 +998,8 @@ def complete(task, engine, ranks, args):
                 for row in (row for row in rows if "reason" in row):
                     with open(output / "skipped.jsonl", "a", encoding="utf-8") as file:
                         file.write(json.dumps({"result": task.stem, **row}) + "\n")
-            engine(share, write, argparse.Namespace(**vars(args), max_frames=task.frames))
+            engine(share, write, argparse.Namespace(**vars(args), max_frames=task.frames),
+                   len(todo) < len(task.records))
     dist.barrier(ranks)
     return read_rows(output, task.stem, task.configuration)
 
@@ -1195,8 +1197,9 @@ def pictures(record, orders, run, timeout):
     for number, image in enumerate(images, 1):
         image.thumbnail((side, side))
         tiny = max(image.size) <= TINY
+        url = data_url("image/png" if tiny else "image/jpeg", image)
         items.append(f'<li><img class="{"tiny" * tiny}" alt="{record["data_type"]}, {number} of '
-                     f'{len(images)}" src="{picture_url(image, "PNG" if tiny else "JPEG")}">'
+                     f'{len(images)}" src="{url}">'
                      f"{number if side == FRAME_SIDE else ''}</li>")
     if any(sorted(order) != [*range(len(items))] for order in orders if order):
         raise MediaError(f"{record['path']} has {len(items)} frames, not those of the run")

@@ -45,7 +45,6 @@ from torch.utils.data import DataLoader, Dataset
 from tqdm import tqdm
 from transformers import AttentionInterface, AutoModelForImageTextToText, AutoProcessor
 from transformers.cache_utils import Cache, DynamicLayer
-from transformers.integrations.deepspeed import set_hf_deepspeed_config
 
 from build_data import (InputError, MediaError, check_limits, encode, encode_blank,
                         forbidden_tokens, load_records, load_vision_of, pad_batch, provenance,
@@ -678,32 +677,20 @@ def load_processor(args):
                          f"preprocessor and chat template): {error}") from None
 
 
-class Sharding:
-    """Asks transformers to load a model in parts, each parameter read by rank 0 and split at once:
-    no rank ever holds a whole copy. Its own HfDeepSpeedConfig needs accelerate; this does not."""
-
-    def __init__(self, config):
-        self.config = config
-
-    def is_zero3(self):
-        return True
-
-
 def load_model(args, config):
     """The model's weights, from safetensors only, in the precision of the DeepSpeed config; under
-    ZeRO-3 this rank's part of them."""
+    ZeRO-3 this rank's part of them. The files are mapped, not read, and split parameter by
+    parameter: a whole copy is never held."""
     dtype = torch.bfloat16 if config.get("bf16", {}).get("enabled") else torch.float32
-    if config.get("zero_optimization", {}).get("stage", 0) == 3:
-        sharding = Sharding(config)  # transformers keeps a weak reference: until we return
-        set_hf_deepspeed_config(sharding)
     try:
         model = AutoModelForImageTextToText.from_pretrained(
             args.model, dtype=dtype, attn_implementation=args.attn_implementation,
             use_safetensors=True)
     except (OSError, ValueError, ImportError) as error:
         raise InputError(f"cannot load --model {args.model}: {error}") from None
-    # loading in parts leaves a record of names by which save_pretrained would write wrong ones
-    model._weight_conversions = None
+    if config.get("zero_optimization", {}).get("stage", 0) == 3:
+        deepspeed.zero.Init(module=model, config_dict_or_path=config)
+        model.to(get_accelerator().current_device_name())  # the buffers: the rest is there
     return model
 
 
