@@ -24,7 +24,7 @@ and a record gets the best response that passes. Not tested: whether the thought
 --out is a file of records with `process`, ready for sft.py. Beside cot.json: `cot.rank<r>.jsonl`,
 each response as it came; `cot.rejected.jsonl`, responses of the records that were left out, with
 the reason; `cot.report.md`, the counts. The same command resumes by problem_id, on any number of
-ranks, and asks again for what failed; with other thresholds it filters again and asks for nothing.
+ranks, and asks only for what failed; other thresholds filter the same responses again.
 
 Shapes: B records of a batch, L tokens.
 """
@@ -116,7 +116,7 @@ def parse_args(argv=None):
     add("--batch_size", type=int, default=8, help="records answered together on a rank")
     add("--attn_implementation", default="sdpa", help="sdpa, eager or flash_attention_2")
     add("--deepspeed_config",
-        help="DeepSpeed's JSON file: ZeRO stage, offload, precision, monitors")
+        help="DeepSpeed's JSON file of stage 3: splits the model over the ranks")
     add("--num_workers", type=int, default=2, help="processes that decode media ahead of need")
     add("--decode_timeout", type=float, default=120, help="seconds until a medium is given up")
     add("--seed", type=int, default=0, help="seed of every random draw")
@@ -304,8 +304,9 @@ def load_model(args, tokenizer, device):
             raise InputError(f"--deepspeed_config {args.deepspeed_config}: {error!r}") from None
         if stage != 3:
             raise InputError(f"{args.deepspeed_config} has stage {stage}: only 3 shards weights")
-        config["bf16"] = {"enabled": precision() == torch.bfloat16}
-        config["train_micro_batch_size_per_gpu"] = 1  # asked for, of no consequence
+        config = {"zero_optimization": config["zero_optimization"],
+                  "bf16": {"enabled": precision() == torch.bfloat16},
+                  "train_micro_batch_size_per_gpu": 1}  # asked for, of no consequence
     try:
         model = AutoModelForImageTextToText.from_pretrained(
             args.model, dtype=precision(), attn_implementation=args.attn_implementation,

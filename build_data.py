@@ -37,7 +37,7 @@ import warnings
 import zlib
 from collections import Counter, defaultdict
 from concurrent.futures import FIRST_COMPLETED, ThreadPoolExecutor, wait
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from email.utils import parsedate_to_datetime
 from functools import lru_cache, partial
 from glob import escape
@@ -166,7 +166,7 @@ def record_problem(record) -> str | None:
         if UNUSABLE.search(record[field]):
             return f"field {field} has a character that no text has: {record[field]!r}"
     for field in CLIP_FIELDS:
-        if not isinstance(record.get(field, 0), (int, float)):
+        if not isinstance(record.get(field) or 0, (int, float)):
             return f"field {field} is not a number: {record[field]!r}"
     if record["data_type"] not in ("image", "video"):
         return f"field data_type is {record['data_type']!r}, not 'image' or 'video'"
@@ -305,7 +305,8 @@ def keep_frames(path, vision, limit):
         aside.replace(path)
         keep_frames.size += vision.frames.numel()
     except OSError as error:
-        aside.unlink(missing_ok=True)
+        with suppress(OSError):
+            aside.unlink()
         keep_frames.size = math.inf  # until the files are counted again
         warnings.warn(f"--frame_cache {path.parent} keeps no more frames: {error.strerror}")
 
@@ -845,8 +846,9 @@ def read_rows(output, stem, configuration):
 def row_writer(path, total, configuration=None, quiet=False):
     """write(rows), for any thread, at the end of a file that begins with the configuration."""
     lock, kept = threading.Lock(), len(whole_lines(path))
-    with path.open("ab", buffering=0) as file, \
-            tqdm(total=total, desc=path.stem, disable=quiet) as bar:
+    with writing(path):
+        file = path.open("ab", buffering=0)
+    with file, tqdm(total=total, desc=path.stem, disable=quiet) as bar:
         def write(rows):
             with lock:
                 append_rows(file, rows)
@@ -920,7 +922,8 @@ def write_whole(files):
                 os.replace(aside[path], path)
     finally:
         for path in aside.values():
-            Path(path).unlink(missing_ok=True)
+            with suppress(OSError):
+                os.unlink(path)
 
 
 def make_folder_of(path):
@@ -1390,7 +1393,7 @@ def from_llava(row, folder):
     ...     {"from": "gpt", "value": "B. a dog"}]}
     >>> next(from_llava(row, None))  # doctest: +NORMALIZE_WHITESPACE
     {'medium': '1.png', 'problem': 'What moves?', 'answer': 'B. a dog',
-     'options': ['a cat', 'a dog'], 'part': None}
+     'options': ['a cat', 'a dog'], 'part': None, 'data_type': None}
     """
     medium = row.get("video") or row["image"]
     if isinstance(medium, list):
@@ -1400,7 +1403,8 @@ def from_llava(row, folder):
         if (asked["from"], said["from"]) != ("human", "gpt"):
             raise ValueError("the turns are not human, gpt, human, gpt, ...")
         problem, options = split_options(re.sub(r"<(?:image|video)>", "", asked["value"]))
-        yield draft(medium, problem, said["value"], options, part=row.get("data_source"))
+        yield draft(medium, problem, said["value"], options, part=row.get("data_source"),
+                    data_type="video" if row.get("video") else None)
 
 
 @lru_cache(maxsize=1)
@@ -1889,7 +1893,7 @@ def state_of(record, args):
     return [status.st_size, status.st_mtime_ns, *sampling_of(args, record).values()]
 
 
-def verdict(args, record):
+def judge_medium(args, record):
     """Why a record's medium cannot be used, or None, by decoding it; in a worker process."""
     path, state, reason = record["media_path"], state_of(record, args), None
     try:
@@ -1913,7 +1917,7 @@ def check(args):
     todo = [record for clip, record in clips.items()
             if clip not in good or good[clip] != state_of(record, args)]
     reasons = {}
-    loader = torch.utils.data.DataLoader(todo, batch_size=None, collate_fn=partial(verdict, args),
+    loader = torch.utils.data.DataLoader(todo, batch_size=None, collate_fn=partial(judge_medium, args),
                                          in_order=False, num_workers=args.num_workers)
     with row_writer(log, len(todo)) as write:
         for row in loader:

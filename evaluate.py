@@ -66,10 +66,10 @@ from torch.utils.data import DataLoader, Dataset
 from transformers import AutoModelForImageTextToText, AutoProcessor
 
 from build_data import (ANSWER_SUFFIX, FRAME_STREAM, TEMPLATE, InputError, MediaError, api_messages,
-                        ask_model, ask_server, check_answering, encode, generation_config, letter,
-                        lettered, load_records, load_vision_isolated, model_hash, data_url,
+                        ask_model, ask_server, check_answering, data_url, encode, generation_config,
+                        letter, lettered, load_records, load_vision_isolated, model_hash,
                         provenance, read_args_line, read_rows, record_generator, row_writer,
-                        sampling_of, skip_row, unanswered, whole_lines, write_whole)
+                        sampling_of, skip_row, unanswered, whole_lines, write_whole, writing)
 from rewards import accuracy_reward, extract_answer, format_reward, parse_number
 
 ORDERS = ("ordered", "shuffled", "reversed", "single_frame", "blind")
@@ -202,7 +202,7 @@ def as_record(problem_id, problem, options, answer, path, **groups):
             "solution": f"<answer>{answer}</answer>", "path": path, "groups": groups}
 
 
-def part_of(path, names):
+def named_part(path, names):
     """Which of `names` a release's file is about: its own name or its folder's says so."""
     for text in (path.stem, path.parent.name):
         if text.lower() in names:
@@ -252,7 +252,7 @@ def subject_groups(path, disciplines):
 def videommmu(content, path):
     """adaptation.json {"0": {"id": "dev_Biology_3", "question": "Which?", "options": ["up",
     "down"], "answer": "B", ...}} -> Science/dev_Biology_3.mp4 with the track's instruction."""
-    track = part_of(path, VIDEOMMMU_TRACKS)
+    track = named_part(path, VIDEOMMMU_TRACKS)
     for i, row in enumerate(content.values() if isinstance(content, dict) else content):
         problem = (VIDEOMMMU_BEFORE + row["question"] if track == "adaptation"
                    else row["question"] + VIDEOMMMU_AFTER)
@@ -306,7 +306,7 @@ def mvbench(content, path):
     """json/action_sequence.json [{"video": "ZS9XR.mp4", "question": "What first?", "candidates":
     ["up", "down"], "answer": "down", "start": 11.1, "end": 19.6}]
     -> video/star/Charades_v1_480/ZS9XR.mp4, video_start 11.1, video_end 19.6, answer B."""
-    task = part_of(path, MVBENCH_FOLDERS)
+    task = named_part(path, MVBENCH_FOLDERS)
     for i, row in enumerate(content):
         answer = letter(row["candidates"].index(row["answer"]))
         record = as_record(f"{task}/{i}", row["question"], row["candidates"], answer,
@@ -328,7 +328,7 @@ def tempcompass(content, path):
     Option 2: down", "answer": "Option 2: down"}]}} -> videos/12.mp4, options up and down, answer
     B. All four tasks are multiple choice, as in the paper: yes_no of "yes" and "no", captioning
     of the pieces of information that it offers. Rows with video_id and dim are read too."""
-    task = part_of(path, TEMPCOMPASS_TASKS)
+    task = named_part(path, TEMPCOMPASS_TASKS)
     rows = content if isinstance(content, list) else [
         {"video_id": video, "dim": dim, **row} for video, dims in content.items()
         for dim, questions in dims.items() for row in questions]
@@ -628,7 +628,7 @@ def cell(metric, value):
     return shown[0] if len(shown) == 1 else f"{shown[0]} [{shown[1]}, {shown[2]}]"
 
 
-def markdown(head, rows):
+def table_lines(head, rows):
     """The lines of a Markdown table whose columns have one width each."""
     widths = [max(map(len, column)) for column in zip(head, *rows)]
     rows = [head, ["-" * width for width in widths], *rows]
@@ -654,7 +654,7 @@ def table(stem, scores):
     groups, hidden = shown_groups(scores)
     rows = [[group, f"{scores[group]['answered']}/{scores[group]['records']}",
              *(cell(metric, scores[group].get(metric)) for metric in shown)] for group in groups]
-    return markdown([stem, "answered", *shown], rows) + hidden
+    return table_lines([stem, "answered", *shown], rows) + hidden
 
 
 def summary(results, compare):
@@ -678,11 +678,14 @@ def summary(results, compare):
         for line in PAPER.splitlines():
             model, *cells = map(str.strip, line.split("|"))
             rows.append([f"{model}, paper", *cells])
-    return markdown(["Models", "Frames", *(b.title for b in BENCHMARKS.values())], rows)
+    return table_lines(["Models", "Frames", *(b.title for b in BENCHMARKS.values())], rows)
 
 
 def difference(a, b):
     """What changed from result a to result b, as lines: paired scores, then changed questions."""
+    if a["benchmark"] != b["benchmark"]:
+        raise InputError(f"these are results of {a['benchmark']} and of {b['benchmark']}: their "
+                         "questions cannot be paired")
     before, after = ({str(row["problem_id"]): row for row in result["rows"]} for result in (a, b))
     old, new = ([rows[key] for key in before if key in after] for rows in (before, after))
     if not old:
@@ -694,7 +697,7 @@ def difference(a, b):
     scores, there = (score(rows, rows, a["arguments"]["seed"], overalls, new)
                      for rows in (old, new))
     groups, hidden = shown_groups(scores)
-    lines += markdown(["group", "questions", "A", "B", "B - A"], [
+    lines += table_lines(["group", "questions", "A", "B", "B - A"], [
         [group, str(scores[group]["answered"]), cell("score", scores[group]["score"]),
          cell("score", there.get(group, {}).get("score")), cell("drop", scores[group]["drop"])]
         for group in groups]) + hidden
@@ -726,8 +729,9 @@ def read_file(path):
         except ImportError:
             raise InputError(f"{path} needs the package pyarrow (pip install pyarrow); releases "
                              "as JSON need nothing") from None
-        return parquet.read_table(path).to_pylist()
     try:
+        if path.suffix == ".parquet":
+            return parquet.read_table(path).to_pylist()
         text = path.read_text(encoding="utf-8")
         if path.suffix == ".jsonl":
             return [json.loads(line) for line in text.split("\n") if line.strip()]
@@ -988,6 +992,7 @@ def engine_of(args, processor, device):
 def complete(task, engine, ranks, args):
     """Answers what a task lacks, each rank a share. Returns the rows of all ranks and runs."""
     rank, output = dist.get_rank(), Path(args.output)
+    skipped = output / "skipped.jsonl"
     todo = unanswered(task.records, read_rows(output, task.stem, task.configuration))
     dist.barrier(ranks)  # all ranks have read the rows before one adds to them
     if share := todo[rank::dist.get_world_size()]:
@@ -995,9 +1000,10 @@ def complete(task, engine, ranks, args):
         with row_writer(path, len(share), task.configuration, rank != 0) as write_rows:
             def write(rows):
                 write_rows(rows)
-                for row in (row for row in rows if "reason" in row):
-                    with open(output / "skipped.jsonl", "a", encoding="utf-8") as file:
-                        file.write(json.dumps({"result": task.stem, **row}) + "\n")
+                named = [json.dumps({"result": task.stem, **row}) + "\n"
+                         for row in rows if "reason" in row]
+                with writing(skipped), open(skipped, "a", encoding="utf-8") as file:
+                    file.writelines(named)
             engine(share, write, argparse.Namespace(**vars(args), max_frames=task.frames),
                    len(todo) < len(task.records))
     dist.barrier(ranks)

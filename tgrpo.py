@@ -662,7 +662,7 @@ def read_deepspeed_config(args):
     if config.get("bf16", {}).get("enabled") == "auto":  # bf16 where there is an accelerator
         config["bf16"]["enabled"] = get_accelerator().device_name() != "cpu"
     config.setdefault("zero_force_ds_cpu_optimizer", False)  # torch's AdamW, also offloaded
-    return config | ours
+    return {key: value for key, value in config.items() if value != "auto"} | ours
 
 
 def load_processor(args):
@@ -679,8 +679,8 @@ def load_processor(args):
 
 def load_model(args, config):
     """The model's weights, from safetensors only, in the precision of the DeepSpeed config; under
-    ZeRO-3 this rank's part of them. The files are mapped, not read, and split parameter by
-    parameter: a whole copy is never held."""
+    ZeRO-3 this rank's part of them. Files of that precision are mapped, not read, and split
+    parameter by parameter: with an accelerator no process holds a whole copy."""
     dtype = torch.bfloat16 if config.get("bf16", {}).get("enabled") else torch.float32
     try:
         model = AutoModelForImageTextToText.from_pretrained(

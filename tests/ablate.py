@@ -94,7 +94,7 @@ def parse_args(argv=None):
     run.add_argument("--toy", default="toy", help="folder that build_data.py toy wrote")
     run.add_argument("--out", help="folder of the runs; default: TOY/ablations")
     run.add_argument("--seeds", type=int, default=5, help="seeds 0 to SEEDS - 1")
-    run.add_argument("--steps", type=int, default=75, help="steps of every T-GRPO run")
+    run.add_argument("--steps", type=int, default=60, help="steps of every T-GRPO run")
     run.add_argument("--jobs", type=int, default=2, help="commands at a time, a thread each")
     run.add_argument("--only", nargs="+", metavar="NAME", choices=CONFIGS, default=list(CONFIGS),
                      help=f"these and their cold starts only: {', '.join(CONFIGS)}")
