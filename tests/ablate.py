@@ -57,7 +57,7 @@ PAIRS = [("tgrpo", "grpo"), ("advantage", "grpo"), ("unscaled", "grpo-unscaled")
 # Columns of the table: a measure of the results' file, and its heading.
 MEASURES = {"ordered": "ordered, %", "shuffled": "shuffled, %", "gap": "gap",
             "order": "needs order, %", "static": "does not, %", "conflict": "conflict, %",
-            "agree": "agree, %", "tokens": "tokens", "seconds": "training, s"}
+            "agree": "agree, %", "tokens": "tokens"}
 PAIR_MEASURES = ("ordered", "gap", "order", "conflict")
 ORDERS = ("ordered", "shuffled")
 # Kinds of toy questions (build_data.py's toy_question) whose answer depends on the order of the
@@ -419,8 +419,8 @@ def read_results(path) -> dict:
 def table_of(results) -> str:
     """Two tables: each configuration, and what the temporal reward adds in each of its forms."""
     runs = results["runs"]
-    rows = [["configuration", *MEASURES.values(), "ordered: less T-GRPO's", "gap: less T-GRPO's",
-             "seeds"]]
+    rows = [["configuration", *MEASURES.values(), "training, s (fastest seed)",
+             "ordered: less T-GRPO's", "gap: less T-GRPO's", "seeds"]]
     absent = [name for name in CONFIGS if not by_seed(runs, name)]
     for name in [name for name in CONFIGS if name not in absent]:
         found = by_seed(runs, name).values()
@@ -428,6 +428,7 @@ def table_of(results) -> str:
             [cell(paired(runs, name, "tgrpo", measure), "+") for measure in ("ordered", "gap")]
         rows.append([f"`{name}`: {CONFIGS[name][0]}",
                      *(cell([run[measure] for run in found]) for measure in MEASURES),
+                     f"{min(run['seconds'] for run in found):.0f}",
                      *differences, str(len(found))])
     pairs = [["with less without the temporal reward", *map(MEASURES.get, PAIR_MEASURES), "seeds"]]
     for name, other in PAIRS:
