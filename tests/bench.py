@@ -243,6 +243,8 @@ def memory_of(form, frames):
 
 def row(args, frames, prompts):
     """One line of the table: seconds, ratios and megabytes."""
+    # first: the naive form's gigabytes should not stand beside those of this process
+    memory = [memory_of(form, frames) for form in ("naive", "ours")] if prompts == 1 else []
     case = Case(args, frames, prompts)
     result = {"frames": frames, "prompts": prompts,
               "prompt_tokens": case.inputs["input_ids"].shape[1]}
@@ -255,8 +257,7 @@ def row(args, frames, prompts):
     steps = [times["rollout"][i] + prompts * (times["logps"][i] + times["backward"][i])
              for i in (0, 1)]
     result |= {"step_naive_s": steps[0], "step_s": steps[1], "step_ratio": steps[0] / steps[1]}
-    if prompts == 1:
-        memory = [memory_of(form, frames) for form in ("naive", "ours")]
+    if memory:
         result |= {"memory_naive_mb": memory[0] / MIB, "memory_mb": memory[1] / MIB,
                    "memory_ratio": memory[0] / memory[1]}
     return result
