@@ -1917,8 +1917,9 @@ def check(args):
     todo = [record for clip, record in clips.items()
             if clip not in good or good[clip] != state_of(record, args)]
     reasons = {}
-    loader = torch.utils.data.DataLoader(todo, batch_size=None, collate_fn=partial(judge_medium, args),
-                                         in_order=False, num_workers=args.num_workers)
+    loader = torch.utils.data.DataLoader(
+        todo, batch_size=None, collate_fn=partial(judge_medium, args), in_order=False,
+        num_workers=args.num_workers)
     with row_writer(log, len(todo)) as write:
         for row in loader:
             write([row])

@@ -1002,8 +1002,9 @@ def complete(task, engine, ranks, args):
                 write_rows(rows)
                 named = [json.dumps({"result": task.stem, **row}) + "\n"
                          for row in rows if "reason" in row]
-                with writing(skipped), open(skipped, "a", encoding="utf-8") as file:
-                    file.writelines(named)
+                if named:
+                    with writing(skipped), open(skipped, "a", encoding="utf-8") as file:
+                        file.writelines(named)
             engine(share, write, argparse.Namespace(**vars(args), max_frames=task.frames),
                    len(todo) < len(task.records))
     dist.barrier(ranks)
@@ -1308,9 +1309,9 @@ def write_report(args):
     path = Path(args.output or folder, "report.html")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        write_whole({path: [page]})
     except OSError as error:
         raise InputError(f"cannot write {path}, name another folder as --output: {error}") from None
+    write_whole({path: [page]})
     print(f"{path}: {len(chosen)} questions, {len(page) / 1e6:.1f} MB")
 
 
