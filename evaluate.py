@@ -5,7 +5,7 @@
         --benchmark mmvu=eval_mmvu.json mvbench=MVBench/ --frames 16 32 64 --compare paper
     python evaluate.py --diff eval_sft/mmvu_16_ordered.json eval_tgrpo/mmvu_16_ordered.json
     python evaluate.py --judge eval/mmvu_16_ordered.json --output eval \
-        --model Qwen2.5-VL-72B-Instruct --api_base http://localhost:8000/v1
+        --model Qwen/Qwen2.5-VL-72B-Instruct --api_base http://localhost:8000/v1
     python evaluate.py --report toy/tgrpo       a T-GRPO run at work, as one page
 
 A benchmark of BENCHMARKS is read from the released eval_*.json or from its own release (the file,

@@ -570,7 +570,7 @@ def main(args):
         skipped_count += len(skipped)
         if rank == 0:
             row = {"optim/loss": loss, "optim/learning_rate": learning_rate(step, args),
-                   "response/tokens": total_tokens, "data/skipped": len(skipped),
+                   "response/total_tokens": total_tokens, "data/skipped": len(skipped),
                    "time/data": waited, "time/step": time.perf_counter() - started}
             norm = engine.get_global_grad_norm() if finite else None
             if norm is not None:  # DeepSpeed keeps none at stage 0 in fp32

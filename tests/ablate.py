@@ -1,9 +1,10 @@
 """The paper's ablations at toy scale, each with several seeds: runs, table, pictures.
 
     python build_data.py toy --out toy
-    python tests/ablate.py run                       # hours; killed at any time, it goes on
-    python tests/ablate.py table                     # Markdown, from tests/ablations.json
-    python tests/ablate.py plot                      # assets/*.png, needs matplotlib
+    python tests/ablate.py run                  # hours; killed at any time, it goes on
+    python tests/ablate.py table                # Markdown, from tests/ablations.json
+    python tests/ablate.py plot                 # assets/*.png, needs matplotlib
+    python tests/ablate.py table --json toy/ablations.json         # from what `run` wrote here
 
 `run` makes one cold start a seed and, from it, a run of tgrpo.py for each row of CONFIGS with its
 evaluation on ordered and on shuffled frames:
@@ -58,7 +59,7 @@ PAIRS = [("tgrpo", "grpo"), ("advantage", "grpo"), ("unscaled", "grpo-unscaled")
 MEASURES = {"ordered": "ordered, %", "shuffled": "shuffled, %", "gap": "gap",
             "order": "needs order, %", "static": "does not, %", "conflict": "conflict, %",
             "agree": "agree, %", "tokens": "tokens"}
-PAIR_MEASURES = ("ordered", "gap", "order", "conflict")
+MAIN_MEASURES = ("ordered", "gap", "order", "conflict")  # of the first two tables
 ORDERS = ("ordered", "shuffled")
 # Kinds of toy questions (build_data.py's toy_question) whose answer depends on the order of the
 # frames. A telling colour gives none away: it is right in half of the direction questions.
@@ -105,15 +106,20 @@ def parse_args(argv=None):
     plot.add_argument("runs", nargs="*", metavar="RUN_DIR",
                       help="outputs of tgrpo.py to draw; folders of the same name are seeds of one "
                            "line. Default: tgrpo and grpo from the results")
-    plot.add_argument("--png", default=str(ROOT / "assets" / "curves.png"),
-                      help="the curves; advantages.png is written beside it")
+    plot.add_argument("--png", help="the curves; advantages.png is written beside it. Default: in "
+                                    "the first RUN_DIR, or assets/curves.png")
     plot.set_defaults(function=plot_all)
-    for command in (run, table, plot):
+    run.add_argument("--json", help="the results' file; default: OUT.json")
+    for command in (table, plot):
         command.add_argument("--json", default=str(ROOT / "tests" / "ablations.json"),
                              help="the results' file")
     args = parser.parse_args(argv)
+    if args.command == "plot":
+        args.png = args.png or str(Path(args.runs[0] if args.runs else ROOT / "assets")
+                                   / "curves.png")
     if args.command == "run":
         args.out = args.out or f"{args.toy}/ablations"
+        args.json = args.json or f"{args.out}.json"
         for name in ("seeds", "steps", "jobs"):
             if getattr(args, name) < 1:
                 parser.error(f"--{name} must be positive, not {getattr(args, name)}")
@@ -417,31 +423,35 @@ def read_results(path) -> dict:
 
 
 def table_of(results) -> str:
-    """Two tables: each configuration, and what the temporal reward adds in each of its forms."""
+    """Three tables: each configuration; what the temporal reward adds in each of its forms; and
+    the rest that was measured."""
     runs = results["runs"]
-    rows = [["configuration", *MEASURES.values(), "training, s (fastest seed)",
-             "ordered: less T-GRPO's", "gap: less T-GRPO's", "seeds"]]
     absent = [name for name in CONFIGS if not by_seed(runs, name)]
+    rows = [["configuration", *map(MEASURES.get, MAIN_MEASURES), "ordered: less T-GRPO's",
+             "gap: less T-GRPO's", "seeds"]]
+    others = [measure for measure in MEASURES if measure not in MAIN_MEASURES]
+    rest = [["configuration", *map(MEASURES.get, others), "training, s (fastest seed)"]]
     for name in [name for name in CONFIGS if name not in absent]:
         found = by_seed(runs, name).values()
+        means = {measure: cell([run[measure] for run in found]) for measure in MEASURES}
         differences = ["", ""] if name == "tgrpo" else \
             [cell(paired(runs, name, "tgrpo", measure), "+") for measure in ("ordered", "gap")]
-        rows.append([f"`{name}`: {CONFIGS[name][0]}",
-                     *(cell([run[measure] for run in found]) for measure in MEASURES),
-                     f"{min(run['seconds'] for run in found):.0f}",
+        rows.append([f"`{name}`: {CONFIGS[name][0]}", *map(means.get, MAIN_MEASURES),
                      *differences, str(len(found))])
-    pairs = [["with less without the temporal reward", *map(MEASURES.get, PAIR_MEASURES), "seeds"]]
+        rest.append([f"`{name}`", *map(means.get, others),
+                     f"{min(run['seconds'] for run in found):.0f}"])
+    pairs = [["with less without the temporal reward", *map(MEASURES.get, MAIN_MEASURES), "seeds"]]
     for name, other in PAIRS:
-        differences = {measure: paired(runs, name, other, measure) for measure in PAIR_MEASURES}
+        differences = {measure: paired(runs, name, other, measure) for measure in MAIN_MEASURES}
         pairs.append([f"`{name}` less `{other}`",
                       *(cell(values, "+") for values in differences.values()),
                       str(len(differences["ordered"]))])
     versions = ", ".join(f"{name} {found}" for name, found in results["versions"].items())
     made = [f"T-GRPO of {results['steps']} steps; {versions}; {results['threads']} thread a run."]
-    unfinished = [f"Not finished for any seed: {', '.join(absent)}."] if absent else []
+    unfinished = [f"Not run: {', '.join(absent)}."] if absent else []
     skipped = sum(run["skipped"] for run in runs)
     missing = [f"Questions that were skipped: {skipped}."] if skipped else []
-    return "\n\n".join([markdown(rows), markdown(pairs), *made, *unfinished, *missing])
+    return "\n\n".join([*map(markdown, (rows, pairs, rest)), *made, *unfinished, *missing])
 
 
 def markdown(rows) -> str:
