@@ -559,26 +559,36 @@ def provenance() -> dict:
             "git_commit": commit or None}
 
 
+# Flags, of whichever script has them, that must be above zero; and that must not be below it
+POSITIVE = ("fps", "max_new_tokens", "max_steps", "num_train_epochs", "updates_per_rollout",
+            "prompts_per_rank", "per_rank_batch_size", "gradient_accumulation_steps", "samples",
+            "batch_size", "concurrency", "rollout_steps", "decode_timeout", "timeout_minutes",
+            "chunk_memory")
+NOT_NEGATIVE = ("alpha", "omega", "beta", "epsilon", "chunk_size", "learning_rate", "warmup_steps",
+                "weight_decay", "max_grad_norm", "save_steps", "keep_checkpoints", "max_skipped",
+                "num_workers", "frame_cache_gb", "seed")
+
+
 def check_limits(args):
-    """InputError for flags of frames and pixels that no medium could meet."""
+    """InputError for flags outside their range, or that no medium could meet."""
     for low, high in (("min_frames", "max_frames"), ("min_pixels", "max_pixels"),
                       ("image_min_pixels", "image_max_pixels")):
         if not 0 < getattr(args, low) <= getattr(args, high, math.inf):
             raise InputError(f"--{low} {getattr(args, low)} must be positive and not above "
                              f"--{high} {getattr(args, high)}")
-    if args.fps <= 0:
-        raise InputError(f"--fps {args.fps} must be positive")
+    for names, low, must in ((POSITIVE, 0, "be positive"), (NOT_NEGATIVE, -1, "not be negative")):
+        for name in names:
+            value = getattr(args, name, 1)
+            if not (value > 0 or value == 0 > low):  # NaN is neither
+                raise InputError(f"--{name} {value} must {must}")
 
 
 def check_answering(args):
     """check_limits, and InputError for flags with which no model can answer."""
     check_limits(args)
-    for flag in ("samples", "max_new_tokens", "batch_size", "concurrency"):
-        if getattr(args, flag, 1) < 1:
-            raise InputError(f"--{flag} is {getattr(args, flag)}: it must be at least 1")
     if args.api_base and not args.api_base.startswith(("http://", "https://")):
         raise InputError(f"--api_base {args.api_base} must begin with http:// or https://")
-    if args.temperature < 0 or not 0 < args.top_p <= 1:
+    if not args.temperature >= 0 or not 0 < args.top_p <= 1:
         raise InputError(f"--temperature {args.temperature} must not be negative, "
                          f"and --top_p {args.top_p} must be above 0 and at most 1")
 
@@ -739,10 +749,11 @@ def stop_tokens(model, tokenizer):
 
 
 def forbidden_tokens(model, tokenizer):
-    """Ids that must not be sampled: visual placeholders, and ids that no token has."""
-    ids = tokenizer.convert_tokens_to_ids(list(FORBIDDEN_TOKENS))
+    """Ids that must not be sampled: visual placeholders, other special tokens (a decoded text does
+    not show them, its length does) but for the ends, and ids that no token has."""
+    ids = {*tokenizer.convert_tokens_to_ids(list(FORBIDDEN_TOKENS)), *tokenizer.all_special_ids}
     beyond = range(len(tokenizer), model.config.get_text_config().vocab_size)
-    return sorted({i for i in ids if i is not None} | set(beyond))
+    return sorted((ids | set(beyond)) - {None, *stop_tokens(model, tokenizer)})
 
 
 def generation_config(model, tokenizer, args, n=1):

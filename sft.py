@@ -11,7 +11,7 @@ micro-batches; prompt and visual tokens carry none.
 
 Left out on purpose: packing (rows are padded to the longest of the micro-batch).
 
-Shapes: B records of a micro-batch, L tokens, V vocabulary.
+Shapes: B records of a micro-batch, L tokens, N target tokens, V vocabulary.
 """
 import argparse
 import errno
@@ -39,15 +39,16 @@ from torch.utils.data import DataLoader, Dataset
 from tqdm import tqdm
 from transformers import AutoModelForImageTextToText, AutoProcessor
 
-from build_data import (InputError, MediaError, check_limits, encode, encode_blank, image_as_video,
-                        load_records, load_vision_of, pad_batch, provenance, read_args_line,
-                        seeded_generator, skip_row)
+from build_data import (InputError, MediaError, as_in_file, check_limits, encode, encode_blank,
+                        image_as_video, load_records, load_vision_of, pad_batch, provenance,
+                        read_args_line, seeded_generator, skip_row)
 
 # What a resumed run may change: it paces the run or says where things are.
 FREE_ARGUMENTS = {"data", "media_root", "output", "deepspeed_config", "num_workers",
                   "decode_timeout", "frame_cache", "frame_cache_gb", "save_steps",
-                  "keep_checkpoints", "max_skipped", "resume", "timeout_minutes", "local_rank",
-                  "max_steps", "num_train_epochs"}
+                  "keep_checkpoints", "max_skipped", "resume", "timeout_minutes", "local_rank"}
+# As well, where the learning rate does not decay towards the end
+LENGTH_ARGUMENTS = {"max_steps", "num_train_epochs"}
 FULL_DISK = (errno.ENOSPC, errno.EDQUOT)
 SHOWN_SKIPPED = 10  # reasons that are printed when --max_skipped stops a run
 ORDER_STREAM = 0  # first key of the data order's generators
@@ -129,10 +130,9 @@ def continue_positions(positions, labels):
     return torch.where(response, counted, positions)  # (3, B, L)
 
 
-def target_loss(logits, labels):
-    """Summed -log p of the labelled tokens; logits (B, L, V), labels (B, L) not yet shifted."""
-    return F.cross_entropy(logits[:, :-1].float().flatten(0, 1), labels[:, 1:].flatten(),
-                           ignore_index=IGNORED, reduction="sum")
+def target_loss(logits, target):
+    """Summed -log p of N target tokens (N,), from the logits (N, V) that predict them."""
+    return F.cross_entropy(logits.float(), target, reduction="sum")
 
 
 def learning_rate(step, args):
@@ -233,7 +233,7 @@ def read_deepspeed_config(args):
         if config.get(key, "auto") != "auto":
             raise InputError(f"remove {key!r} from {args.deepspeed_config}: "
                              "this script's own flags decide it")
-    if config.get("fp16", {}).get("enabled"):
+    if config.pop("fp16", {}).get("enabled", False) not in (False, "auto"):
         raise InputError(f"{args.deepspeed_config} enables fp16: use bf16, or neither for fp32")
     if config.get("bf16", {}).get("enabled") == "auto":  # bf16 where there is an accelerator
         config["bf16"]["enabled"] = get_accelerator().device_name() != "cpu"
@@ -271,11 +271,12 @@ def load_model(args, config):
 
 
 def start_engine(model, args, config):
-    """DeepSpeed's engine around the model, with torch's AdamW."""
-    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad],
-                                  lr=args.learning_rate, betas=(0.9, args.adam_beta2),
-                                  weight_decay=args.weight_decay)
+    """DeepSpeed's engine around the model, with torch's AdamW; each step sets its learning rate."""
+    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=0.0,
+                                  betas=(0.9, args.adam_beta2), weight_decay=args.weight_decay)
     engine, *_ = deepspeed.initialize(model=model, optimizer=optimizer, config=config)
+    if engine.zero_optimization_stage() == 0:
+        optimizer.state.clear()  # in bf16 DeepSpeed has tried a step, which would count as one
     return engine
 
 
@@ -284,10 +285,9 @@ def start_engine(model, args, config):
 def run_identity(args, config, records) -> dict:
     """What a resumed run must share with the run that it continues: every argument that its
     numbers depend on, the records, and how DeepSpeed splits the state over ranks."""
-    fields = ("problem_id", "problem", "options", "solution", "path", "process")
-    text = json.dumps([[record.get(field) for field in fields] for record in records])
-    return {**{f"--{name}": value for name, value in vars(args).items()
-               if name not in FREE_ARGUMENTS},
+    text = json.dumps([as_in_file(record) for record in records])
+    free = FREE_ARGUMENTS | (LENGTH_ARGUMENTS if args.lr_schedule == "constant" else set())
+    return {**{f"--{name}": value for name, value in vars(args).items() if name not in free},
             "records of --data": hashlib.sha256(text.encode()).hexdigest()[:12],
             "number of processes": dist.get_world_size(),
             "ZeRO stage": config.get("zero_optimization", {}).get("stage", 0)}
@@ -296,23 +296,30 @@ def run_identity(args, config, records) -> dict:
 def open_output(args, identity) -> int:
     """Makes --output. Returns the step to start from: 0, or with --resume the newest checkpoint's.
 
-    Without --resume a folder that holds a run is refused: nothing is ever written over.
+    A folder that holds a model, or without --resume a run, is refused: nothing is written over.
     """
     output = Path(args.output)
     try:
         output.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise InputError(f"cannot write to --output {output}: {error}") from None
-    used = (output / "metrics.jsonl").exists() and not args.resume
     steps = checkpoint_steps(output)
+    run = bool(steps) or (output / "metrics.jsonl").exists()
+    used = not args.resume if run else (output / "config.json").exists()
     # the ranks agree before any of them writes; one that sees another disk is found out here
-    found = gather_objects((used, max(steps, default=0)))
-    if any(rank_used for rank_used, _ in found):
-        raise InputError(f"--output {output} holds a run: continue it with --resume, "
+    probe = output / "shared.probe"
+    if dist.get_rank() == 0:
+        probe.touch()
+    dist.barrier()
+    found = gather_objects((used, max(steps, default=0), probe.exists()))
+    if dist.get_rank() == 0:
+        probe.unlink()
+    if any(rank_used for rank_used, *_ in found):
+        raise InputError(f"--output {output} holds a run or a model: continue a run with --resume, "
                          "or name another folder")
     if len(set(found)) > 1:
-        raise InputError(f"ranks see different checkpoints in --output {output}: it must be on "
-                         f"storage that all nodes share ({sorted({step for _, step in found})})")
+        raise InputError(f"ranks see different files in --output {output}: it must be on storage "
+                         f"that all nodes share (newest checkpoints: {[n for _, n, _ in found]})")
     first_step = found[0][1]
     if first_step:
         check_identity(output / f"checkpoint-{first_step}", identity)
@@ -335,15 +342,14 @@ def check_identity(checkpoint, identity):
     if changed:
         raise InputError(
             f"--resume: {checkpoint} belongs to another run: {'; '.join(changed)}. Give what it "
-            "had, or start in another --output (DeepSpeed's zero_to_fp32.py, in the checkpoint's "
-            "folder, turns it into weights for --model)")
+            "had, or start another --output from its weights (README, 'When something breaks')")
 
 
 def open_log(args, name, first_step):
     """<output>/<name>.jsonl for appending; on --resume without the steps that will be redone.
     The first line of metrics.jsonl says how to repeat the run."""
     path, lines = Path(args.output) / f"{name}.jsonl", []
-    if args.resume and path.exists():
+    if first_step and path.exists():
         for line in path.read_text(encoding="utf-8").splitlines():
             try:
                 step = json.loads(line).get("step", 0)
@@ -365,9 +371,8 @@ def save_checkpoint(engine, args, step, identity):
     Only then those older than the newest --keep_checkpoints are removed."""
     output = Path(args.output)
     aside, whole = output / f"checkpoint-{step}.partial", output / f"checkpoint-{step}"
-    if whole.exists():
+    if any(gather_objects(whole.exists())):  # all have looked before any of them writes
         return
-    dist.barrier()  # no rank creates it before all have seen that it is not there
     try:
         engine.save_checkpoint(str(aside), tag="state")
         if dist.get_rank() == 0:
@@ -390,11 +395,6 @@ def checkpoint_steps(output) -> list[int]:
     """The steps of the complete checkpoints in a folder."""
     names = [path.name.removeprefix("checkpoint-") for path in output.glob("checkpoint-*")]
     return [int(name) for name in names if name.isdigit()]
-
-
-def load_checkpoint(engine, args, step):
-    """Weights and optimizer of checkpoint-<step>."""
-    engine.load_checkpoint(str(Path(args.output) / f"checkpoint-{step}"), tag="state")
 
 
 def stop_on_sigterm() -> list:
@@ -427,7 +427,8 @@ def check_skipped(args, skipped, drawn):
     """InputError when more than --max_skipped of the questions so far (of 100 when fewer were
     drawn) had media that cannot be used."""
     if skipped > args.max_skipped * max(drawn, 100):
-        lines = (Path(args.output) / "skipped.jsonl").read_text(encoding="utf-8").splitlines()
+        path = Path(args.output) / "skipped.jsonl"  # just written: another node may not see it yet
+        lines = path.read_text(encoding="utf-8").splitlines() if dist.get_rank() == 0 else []
         shown = "".join(f"\n  {json.loads(line)['reason']}" for line in lines[-SHOWN_SKIPPED:])
         raise InputError(f"{skipped} of {drawn} questions had media that cannot be used, above "
                          f"--max_skipped {args.max_skipped:g}. All are in {args.output}/"
@@ -466,18 +467,27 @@ def save_model(engine, processor, output):
     dist.barrier()
 
 
-def all_reduce_sum(values, device):
-    """Sums a list of numbers over ranks."""
-    total = torch.tensor(values, dtype=torch.float64, device=device)
-    dist.all_reduce(total)
-    return total.tolist()
-
-
 def gather_objects(value) -> list:
     """The value of every rank, on every rank."""
     values = [None] * dist.get_world_size()
     dist.all_gather_object(values, value)
     return values
+
+
+# ------------------------------------------------------------------------------ the model
+
+def batch_loss(engine, batch):
+    """target_loss of a padded micro-batch: input_ids, labels (B, L) and the rest of the inputs.
+    Only the places that predict a target token reach the vocabulary."""
+    batch = dict(batch)
+    labels = batch.pop("labels")  # (B, L)
+    keys = ("input_ids", "attention_mask", "mm_token_type_ids", "video_grid_thw",
+            "second_per_grid_ts")
+    positions, _ = engine.module.model.get_rope_index(**{key: batch[key] for key in keys})
+    target = F.pad(labels[:, 1:], (0, 1), value=IGNORED)  # (B, L): what each place predicts
+    logits = engine(**batch, position_ids=continue_positions(positions, labels), use_cache=False,
+                    logits_to_keep=target != IGNORED).logits  # (N, V)
+    return target_loss(logits, target[target != IGNORED])
 
 
 # ---------------------------------------------------------------------------------- main
@@ -506,7 +516,7 @@ def main(args):
     engine.train()
     infinite = watch_gradients(engine.module, device)
     if first_step:
-        load_checkpoint(engine, args, first_step)
+        engine.load_checkpoint(str(Path(args.output) / f"checkpoint-{first_step}"), tag="state")
 
     # ------------------------------------------------------------------------- data order
     step_size = args.per_rank_batch_size * args.gradient_accumulation_steps  # a rank, a step
@@ -541,27 +551,22 @@ def main(args):
             # a rank whose whole micro-batch is broken still makes the calls of the others
             micro_batches.append(pad_batch(good or [blank], pad_values, "right"))
         tokens = sum((batch["labels"][:, 1:] != IGNORED).sum().item() for batch in micro_batches)
-        total_tokens, = all_reduce_sum([tokens], device)
+        total_tokens = sum(gather_objects(tokens))
         waited = time.perf_counter() - started
 
         loss_sum = 0.0
-        for i, batch in enumerate(micro_batches):
+        for i, batch in enumerate(micro_batches if total_tokens else []):
             batch = {key: value.to(device, non_blocking=True) for key, value in batch.items()}
-            labels = batch.pop("labels")  # (B, L)
             engine.set_gradient_accumulation_boundary(i == len(micro_batches) - 1)
-            keys = ("input_ids", "attention_mask", "mm_token_type_ids", "video_grid_thw",
-                    "second_per_grid_ts")
-            positions, _ = engine.module.model.get_rope_index(**{key: batch[key] for key in keys})
-            logits = engine(**batch, position_ids=continue_positions(positions, labels),
-                            use_cache=False).logits  # (B, L, V)
-            loss = target_loss(logits, labels)
+            loss = batch_loss(engine, batch)
             loss_sum += loss.item()
-            engine.backward(loss * world / max(total_tokens, 1))  # DeepSpeed averages over ranks
+            engine.backward(loss * world / total_tokens)  # DeepSpeed averages over ranks
         for group in engine.optimizer.param_groups:
             group["lr"] = learning_rate(step, args)
-        loss, bad = all_reduce_sum([loss_sum / max(total_tokens, 1), infinite.item()], device)
-        finite = math.isfinite(loss) and bad == 0
-        if finite:
+        losses, bad = zip(*gather_objects((loss_sum / max(total_tokens, 1), infinite.item())))
+        loss, trained = sum(losses), total_tokens > 0
+        finite = math.isfinite(loss) and sum(bad) == 0
+        if finite and trained:
             engine.step()
 
         ids = [sample["problem_id"] for sample in drawn if "labels" in sample]
@@ -569,10 +574,11 @@ def main(args):
         skipped = [row for rows, _, _ in gathered for row in rows]
         skipped_count += len(skipped)
         if rank == 0:
-            row = {"optim/loss": loss, "optim/learning_rate": learning_rate(step, args),
+            row = {**({"optim/loss": loss} if trained else {}),
+                   "optim/learning_rate": learning_rate(step, args),
                    "response/total_tokens": total_tokens, "data/skipped": len(skipped),
                    "time/data": waited, "time/step": time.perf_counter() - started}
-            norm = engine.get_global_grad_norm() if finite else None
+            norm = engine.get_global_grad_norm() if finite and trained else None
             if norm is not None:  # DeepSpeed keeps none at stage 0 in fp32
                 row["optim/grad_norm"] = float(norm)
             for line in skipped:

@@ -46,7 +46,7 @@ from tqdm import tqdm
 from transformers import AttentionInterface, AutoModelForImageTextToText, AutoProcessor
 from transformers.cache_utils import Cache, DynamicLayer
 
-from build_data import (InputError, MediaError, check_limits, encode, encode_blank,
+from build_data import (InputError, MediaError, as_in_file, check_limits, encode, encode_blank,
                         forbidden_tokens, load_records, load_vision_of, pad_batch, provenance,
                         read_args_line, seeded_generator, skip_row, stop_tokens)
 from rewards import accuracy_reward, format_reward, length_reward
@@ -58,7 +58,8 @@ STD_EPSILON = 1e-4  # added to the standard deviation in Eq. 3, as in the releas
 FREE_ARGUMENTS = {"data", "media_root", "output", "deepspeed_config", "num_workers",
                   "decode_timeout", "frame_cache", "frame_cache_gb", "save_steps",
                   "keep_checkpoints", "max_skipped", "resume", "timeout_minutes", "local_rank",
-                  "max_steps", "rollout_steps", "chunk_size", "chunk_memory"}
+                  "rollout_steps", "chunk_size", "chunk_memory"}
+LENGTH_ARGUMENTS = {"max_steps"}  # as well, where the learning rate does not decay towards the end
 FULL_DISK = (errno.ENOSPC, errno.EDQUOT)
 SHOWN_SKIPPED = 10  # reasons that are printed when --max_skipped stops a run
 # First key of the generators: the three kinds of draw never share one.
@@ -136,10 +137,13 @@ def parse_args(argv=None):
     add("--timeout_minutes", type=float, default=30, help="longest wait for another rank")
     add("--local_rank", type=int, default=-1, help="set by the deepspeed launcher; not used")
     args = parser.parse_args(argv)
-    for name in ("G", "max_new_tokens", "updates_per_rollout", "prompts_per_rank", "temperature",
-                 "max_steps", "rollout_steps"):
-        if getattr(args, name) <= 0:
-            parser.error(f"--{name} must be positive, not {getattr(args, name)}")
+    if args.G < 2:
+        parser.error("--G must be at least 2: an advantage compares responses of one group")
+    if not args.temperature > 0 or not 0 < args.top_p <= 1:
+        parser.error(f"--temperature {args.temperature} must be positive, and --top_p {args.top_p} "
+                     "above 0 and at most 1")
+    if args.l_min > args.l_max:
+        parser.error(f"--l_min {args.l_min} is above --l_max {args.l_max}")
     if args.alpha and args.G_tilde < 1:
         parser.error("--G_tilde must be positive: p_tilde is its share of correct responses "
                      "(for plain GRPO use --alpha 0)")
@@ -538,20 +542,6 @@ def chunk_that_fits(model, args):
     return int(min(args.G, max(1, args.chunk_memory * 2**30 // response)))
 
 
-class HandOver(torch.autograd.Function):
-    """A zero whose gradients with respect to a prompt's keys and values (1, heads, P, dim) are the
-    given ones, of all tokens but the last: the sum of kv * gradient, without computing it."""
-
-    @staticmethod
-    def forward(ctx, gradients, *attached):
-        ctx.gradients = gradients
-        return attached[0].new_zeros(())
-
-    @staticmethod
-    def backward(ctx, scale):
-        return None, *(F.pad(gradient * scale, (0, 0, 0, 1)) for gradient in ctx.gradients)
-
-
 def begin_backward(engine, blank):
     """A backward of zeros through every parameter, before the first group of an optimizer step.
 
@@ -575,7 +565,8 @@ def backward_group(engine, inputs, responses, lengths, chunk_loss, chunk_size, t
     are complete after this group, ranks may average them.
     """
     output, *positions = run_prompt(engine, inputs)  # (a)
-    leaves = [kv.detach().requires_grad_() for pair in prompt_cache(output) for kv in pair]  # (b)
+    attached = [kv for pair in prompt_cache(output) for kv in pair]
+    leaves = [kv.detach().requires_grad_() for kv in attached]  # (b)
     cache = list(zip(leaves[::2], leaves[1::2]))
     engine.set_gradient_accumulation_boundary(False)
     for rows, chunk in chunks_of(responses, lengths, chunk_size):  # (c)
@@ -583,8 +574,7 @@ def backward_group(engine, inputs, responses, lengths, chunk_loss, chunk_size, t
         engine.backward(chunk_loss(rows, *token_logps(logits, chunk, temperature)))
     engine.set_gradient_accumulation_boundary(last)
     # (d); the zero term lets every parameter take part in the last backward, as DeepSpeed expects
-    attached = [kv for layer in output.past_key_values.layers for kv in (layer.keys, layer.values)]
-    engine.backward(HandOver.apply([leaf.grad for leaf in leaves], *attached)
+    engine.backward(sum((kv * leaf.grad).sum() for kv, leaf in zip(attached, leaves))
                     + 0.0 * output.logits.sum())
 
 
@@ -657,7 +647,7 @@ def read_deepspeed_config(args):
         if config.get(key, "auto") != "auto":
             raise InputError(f"remove {key!r} from {args.deepspeed_config}: "
                              "this script's own flags decide it")
-    if config.get("fp16", {}).get("enabled"):
+    if config.pop("fp16", {}).get("enabled", False) not in (False, "auto"):
         raise InputError(f"{args.deepspeed_config} enables fp16: use bf16, or neither for fp32")
     if config.get("bf16", {}).get("enabled") == "auto":  # bf16 where there is an accelerator
         config["bf16"]["enabled"] = get_accelerator().device_name() != "cpu"
@@ -695,11 +685,12 @@ def load_model(args, config):
 
 
 def start_engine(model, args, config):
-    """DeepSpeed's engine around the model, with torch's AdamW."""
-    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad],
-                                  lr=args.learning_rate, betas=(0.9, args.adam_beta2),
-                                  weight_decay=args.weight_decay)
+    """DeepSpeed's engine around the model, with torch's AdamW; each step sets its learning rate."""
+    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=0.0,
+                                  betas=(0.9, args.adam_beta2), weight_decay=args.weight_decay)
     engine, *_ = deepspeed.initialize(model=model, optimizer=optimizer, config=config)
+    if engine.zero_optimization_stage() == 0:
+        optimizer.state.clear()  # in bf16 DeepSpeed has tried a step, which would count as one
     return engine
 
 
@@ -708,10 +699,9 @@ def start_engine(model, args, config):
 def run_identity(args, config, records) -> dict:
     """What a resumed run must share with the run that it continues: every argument that its
     numbers depend on, the records, and how DeepSpeed splits the state over ranks."""
-    fields = ("problem_id", "problem", "options", "solution", "path", "process")
-    text = json.dumps([[record.get(field) for field in fields] for record in records])
-    return {**{f"--{name}": value for name, value in vars(args).items()
-               if name not in FREE_ARGUMENTS},
+    text = json.dumps([as_in_file(record) for record in records])
+    free = FREE_ARGUMENTS | (LENGTH_ARGUMENTS if args.lr_schedule == "constant" else set())
+    return {**{f"--{name}": value for name, value in vars(args).items() if name not in free},
             "records of --data": hashlib.sha256(text.encode()).hexdigest()[:12],
             "number of processes": dist.get_world_size(),
             "ZeRO stage": config.get("zero_optimization", {}).get("stage", 0)}
@@ -720,23 +710,30 @@ def run_identity(args, config, records) -> dict:
 def open_output(args, identity) -> int:
     """Makes --output. Returns the step to start from: 0, or with --resume the newest checkpoint's.
 
-    Without --resume a folder that holds a run is refused: nothing is ever written over.
+    A folder that holds a model, or without --resume a run, is refused: nothing is written over.
     """
     output = Path(args.output)
     try:
         output.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise InputError(f"cannot write to --output {output}: {error}") from None
-    used = (output / "metrics.jsonl").exists() and not args.resume
     steps = checkpoint_steps(output)
+    run = bool(steps) or (output / "metrics.jsonl").exists()
+    used = not args.resume if run else (output / "config.json").exists()
     # the ranks agree before any of them writes; one that sees another disk is found out here
-    found = gather_objects((used, max(steps, default=0)))
-    if any(rank_used for rank_used, _ in found):
-        raise InputError(f"--output {output} holds a run: continue it with --resume, "
+    probe = output / "shared.probe"
+    if dist.get_rank() == 0:
+        probe.touch()
+    dist.barrier()
+    found = gather_objects((used, max(steps, default=0), probe.exists()))
+    if dist.get_rank() == 0:
+        probe.unlink()
+    if any(rank_used for rank_used, *_ in found):
+        raise InputError(f"--output {output} holds a run or a model: continue a run with --resume, "
                          "or name another folder")
     if len(set(found)) > 1:
-        raise InputError(f"ranks see different checkpoints in --output {output}: it must be on "
-                         f"storage that all nodes share ({sorted({step for _, step in found})})")
+        raise InputError(f"ranks see different files in --output {output}: it must be on storage "
+                         f"that all nodes share (newest checkpoints: {[n for _, n, _ in found]})")
     first_step = found[0][1]
     if first_step:
         check_identity(output / f"checkpoint-{first_step}", identity)
@@ -759,15 +756,14 @@ def check_identity(checkpoint, identity):
     if changed:
         raise InputError(
             f"--resume: {checkpoint} belongs to another run: {'; '.join(changed)}. Give what it "
-            "had, or start in another --output (DeepSpeed's zero_to_fp32.py, in the checkpoint's "
-            "folder, turns it into weights for --model)")
+            "had, or start another --output from its weights (README, 'When something breaks')")
 
 
 def open_log(args, name, first_step):
     """<output>/<name>.jsonl for appending; on --resume without the steps that will be redone.
     The first line of metrics.jsonl says how to repeat the run."""
     path, lines = Path(args.output) / f"{name}.jsonl", []
-    if args.resume and path.exists():
+    if first_step and path.exists():
         for line in path.read_text(encoding="utf-8").splitlines():
             try:
                 step = json.loads(line).get("step", 0)
@@ -789,9 +785,8 @@ def save_checkpoint(engine, args, step, identity):
     Only then those older than the newest --keep_checkpoints are removed."""
     output = Path(args.output)
     aside, whole = output / f"checkpoint-{step}.partial", output / f"checkpoint-{step}"
-    if whole.exists():
+    if any(gather_objects(whole.exists())):  # all have looked before any of them writes
         return
-    dist.barrier()  # no rank creates it before all have seen that it is not there
     try:
         engine.save_checkpoint(str(aside), tag="state")
         if dist.get_rank() == 0:
@@ -814,11 +809,6 @@ def checkpoint_steps(output) -> list[int]:
     """The steps of the complete checkpoints in a folder."""
     names = [path.name.removeprefix("checkpoint-") for path in output.glob("checkpoint-*")]
     return [int(name) for name in names if name.isdigit()]
-
-
-def load_checkpoint(engine, args, step):
-    """Weights and optimizer of checkpoint-<step>."""
-    engine.load_checkpoint(str(Path(args.output) / f"checkpoint-{step}"), tag="state")
 
 
 def stop_on_sigterm() -> list:
@@ -851,7 +841,8 @@ def check_skipped(args, skipped, drawn):
     """InputError when more than --max_skipped of the questions so far (of 100 when fewer were
     drawn) had media that cannot be used."""
     if skipped > args.max_skipped * max(drawn, 100):
-        lines = (Path(args.output) / "skipped.jsonl").read_text(encoding="utf-8").splitlines()
+        path = Path(args.output) / "skipped.jsonl"  # just written: another node may not see it yet
+        lines = path.read_text(encoding="utf-8").splitlines() if dist.get_rank() == 0 else []
         shown = "".join(f"\n  {json.loads(line)['reason']}" for line in lines[-SHOWN_SKIPPED:])
         raise InputError(f"{skipped} of {drawn} questions had media that cannot be used, above "
                          f"--max_skipped {args.max_skipped:g}. All are in {args.output}/"
@@ -888,13 +879,6 @@ def save_model(engine, processor, output):
             path.replace(Path(output) / path.name)  # config.json last: it makes it a model
         aside.rmdir()
     dist.barrier()
-
-
-def all_reduce_sum(values, device):
-    """Sums a list of numbers over ranks."""
-    total = torch.tensor(values, dtype=torch.float64, device=device)
-    dist.all_reduce(total)
-    return total.tolist()
 
 
 def gather_objects(value) -> list:
@@ -1023,8 +1007,7 @@ def update(engine, reference, samples, blank, weight, args, metrics, infinite):
             backward_group(engine, *group, chunk_loss, args.chunk_size, args.temperature,
                            last=i == len(samples) - 1)
         loss, _ = metrics.get("optim/loss", (0.0, 0))
-        bad, = all_reduce_sum([infinite.item() + (not math.isfinite(loss))], engine.device)
-        if bad:
+        if any(gather_objects(infinite.item() > 0 or not math.isfinite(loss))):
             return False
         engine.step()
     return True
@@ -1045,7 +1028,8 @@ def note_policy(metrics, logps, old_logps, ref_logps, entropy, mask, advantages,
     """Per-token metrics of a chunk, (n, L) each, over the tokens inside the mask."""
     inside = mask.bool()
     ratio = torch.exp(logps - old_logps)  # (n, L)
-    clipped = torch.where(advantages[:, None] > 0, ratio > 1 + epsilon, ratio < 1 - epsilon)
+    A = advantages[:, None]  # (n, 1)
+    clipped = torch.where(A > 0, ratio > 1 + epsilon, ratio < 1 - epsilon) & (A != 0)  # (n, L)
     note(metrics, "policy/entropy", entropy[inside].tolist())
     note(metrics, "policy/clip_rate", clipped[inside].tolist())
     if ref_logps is not None:
@@ -1117,7 +1101,7 @@ def report(args, engine, logs, step, metrics, samples, skipped, clock, bar, fini
         row["policy/ratio_max"] = max(ratios)
     row |= {"optim/learning_rate": learning_rate(step, args),
             "data/skipped": sum(len(rank_skipped) for _, _, rank_skipped, _ in gathered)}
-    norm = engine.get_global_grad_norm() if finite else None
+    norm = engine.get_global_grad_norm() if finite and "optim/loss" in row else None
     if norm is not None:  # DeepSpeed keeps none at stage 0 in fp32
         row["optim/grad_norm"] = float(norm)
     for _, rank_rollouts, rank_skipped, _ in gathered:
@@ -1157,7 +1141,7 @@ def main(args):
         sampler = sampling_copy(engine.module, args, device)
     reference = start_reference(args, config) if args.beta else None
     if first_step:
-        load_checkpoint(engine, args, first_step)
+        engine.load_checkpoint(str(Path(args.output) / f"checkpoint-{first_step}"), tag="state")
 
     # ------------------------------------------------------------------------- data order
     per_step = args.prompts_per_rank
@@ -1199,7 +1183,7 @@ def main(args):
             note_sample(metrics, sample)
         clock.append(time.perf_counter())
         # 6. clipped update; every group counts the same, on whichever rank it is
-        groups, = all_reduce_sum([len(samples)], device)
+        groups = sum(gather_objects(len(samples)))
         for group in engine.optimizer.param_groups:
             group["lr"] = learning_rate(step, args)
         finite = not groups or update(engine, reference, samples, blank, world / groups, args,
@@ -1215,7 +1199,9 @@ def main(args):
             ids = [row["problem_id"] for _, rows, _, _ in gathered for row in rows]
             raise InputError(f"step {step + 1}: the loss or a gradient is not finite; problem_ids "
                              f"{ids}, see the last lines of {args.output}/rollouts.jsonl. "
-                             "Continue with --resume from the last checkpoint")
+                             "--resume would come to this step again: change what makes it so, and "
+                             "start another --output from the last checkpoint's weights (README, "
+                             "'When something breaks')")
         check_skipped(args, skipped_count, (step + 1) * per_step * world)
         stop = any(count for *_, count in gathered)
         if stop or args.save_steps and (step + 1) % args.save_steps == 0:

@@ -5,6 +5,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+import tgrpo as train
 from conftest import run
 
 SMALL = ["--min_pixels=784", "--max_pixels=784", "--image_min_pixels=784", "--max_frames=8",
@@ -118,6 +119,11 @@ def test_grpo_without_reference_or_shuffled_group_on_a_frozen_vision_tower(toy, 
     (["--min_pixels", "1000"], "--min_pixels 1000"),
     (["--nonsense", "1"], "--nonsense"),
     (["--G_tilde", "0"], "--alpha 0"),
+    (["--G", "1"], "--G must be at least 2"),
+    (["--top_p", "0"], "--top_p 0.0"),
+    (["--temperature", "nan"], "--temperature nan"),
+    (["--keep_checkpoints", "-1"], "--keep_checkpoints -1 must not be negative"),
+    (["--max_steps", "0"], "--max_steps 0 must be positive"),
 ])
 def test_bad_input_is_one_line_that_says_what_to_do(toy, tmp_path, change, words):
     change = [word.format(media=toy / "media") for word in change]
@@ -129,3 +135,91 @@ def test_bad_input_is_one_line_that_says_what_to_do(toy, tmp_path, change, words
 def test_a_folder_with_checkpoints_is_not_started_over(toy, mixed):
     result = run(*tgrpo(toy, mixed[0]), check=False)
     assert result.returncode == 1 and "--resume" in result.stderr.splitlines()[-1]
+
+
+@pytest.fixture
+def opened(tmp_path, monkeypatch):
+    """open_output of a run of one rank in tmp_path/run, with these flags."""
+    monkeypatch.setattr(train.dist, "get_rank", lambda: 0)
+    monkeypatch.setattr(train.dist, "get_world_size", lambda: 1)
+    monkeypatch.setattr(train.dist, "barrier", lambda: None)
+    monkeypatch.setattr(train, "gather_objects", lambda value: [value])
+
+    def call(*flags):
+        args = train.parse_args(["--model", "m", "--data", "d", "--output",
+                                 str(tmp_path / "run"), *flags])
+        return train.open_output(args, train.run_identity(args, {}, []))
+    return call
+
+
+def test_a_model_or_a_lone_checkpoint_is_not_written_over(tmp_path, opened):
+    (tmp_path / "run" / "checkpoint-2").mkdir(parents=True)
+    with pytest.raises(train.InputError, match="--resume"):
+        opened()
+    (tmp_path / "run" / "checkpoint-2").rmdir()
+    (tmp_path / "run" / "config.json").write_text("{}")
+    for flags in ([], ["--resume"]):
+        with pytest.raises(train.InputError, match="a model"):
+            opened(*flags)
+    (tmp_path / "run" / "metrics.jsonl").write_text("")
+    assert opened("--resume") == 0
+    assert sorted(path.name for path in (tmp_path / "run").iterdir()) == \
+        ["config.json", "metrics.jsonl"]
+
+
+def test_an_output_that_a_node_does_not_share_is_found_at_the_start(monkeypatch, opened):
+    monkeypatch.setattr(train, "gather_objects", lambda value: [value, (False, 0, False)])
+    with pytest.raises(train.InputError, match="storage that all nodes share"):
+        opened()
+
+
+def test_a_schedule_that_decays_to_the_end_binds_the_end(tmp_path, opened):
+    for schedule, bound in (("constant", False), ("cosine", True)):
+        flags = ["--lr_schedule", schedule]
+        (tmp_path / "run" / "checkpoint-2").mkdir(parents=True, exist_ok=True)
+        args = train.parse_args(["--model", "m", "--data", "d", "--output", "o", *flags])
+        (tmp_path / "run" / "checkpoint-2" / "run.json").write_text(
+            json.dumps(train.run_identity(args, {}, [])))
+        assert opened("--resume", *flags) == 2
+        if bound:
+            with pytest.raises(train.InputError, match="--max_steps was 1000, is 2000"):
+                opened("--resume", "--max_steps", "2000", *flags)
+        else:
+            assert opened("--resume", "--max_steps", "2000", *flags) == 2
+
+
+def test_a_log_that_no_checkpoint_vouches_for_starts_anew(tmp_path, opened):
+    (tmp_path / "metrics.jsonl").write_text('{"arguments": "of another run"}\n{"step": 1}\n')
+    args = train.parse_args(["--model", "m", "--data", "d", "--output", str(tmp_path), "--resume"])
+    train.open_log(args, "metrics", 0).close()
+    header, = lines(tmp_path, "metrics")
+    assert header["arguments"]["model"] == "m"
+
+
+@pytest.mark.parametrize("stage", [0, 3])
+def test_in_bf16_the_policy_starts_as_its_reference_and_steps_are_counted_right(toy, tmp_path,
+                                                                                stage):
+    """What every accelerator runs in: on CPU the config has to say so."""
+    config = tmp_path / "bf16.json"  # fp16 as in files that come from elsewhere
+    config.write_text(json.dumps({"bf16": {"enabled": True}, "fp16": {"enabled": "auto"},
+                                  "zero_optimization": {"stage": stage}}))
+    run(*tgrpo(toy, tmp_path / "run", "--deepspeed_config", config, "--max_steps", 2,
+               "--prompts_per_rank", 2, "--save_steps", 2))
+    first = lines(tmp_path / "run", "metrics")[1]
+    assert first["policy/kl"] == 0 and first["policy/ratio_max"] == 1
+    weights = load_file(tmp_path / "run" / "model.safetensors")
+    assert {value.dtype for value in weights.values()} == {torch.bfloat16}
+    state = tmp_path / "run" / "checkpoint-2" / "state"
+    file, = state.glob("*optim_states.pt" if stage else "mp_rank_00_model_states.pt")
+    counts = set()
+
+    def look(value):
+        if isinstance(value, dict):
+            counts.update([int(value["step"])] if "exp_avg" in value else [])
+            for part in value.values():
+                look(part)
+        elif isinstance(value, list):
+            for part in value:
+                look(part)
+    look(torch.load(file, weights_only=False))
+    assert counts == {2}

@@ -5,8 +5,10 @@ import math
 import pytest
 import torch
 import torch.nn.functional as F
+from safetensors.torch import load_file
 
 import sft
+from bench import PlainEngine
 from build_data import load_records, load_vision, pad_batch
 from conftest import run
 from test_build_data import LIMITS
@@ -48,23 +50,35 @@ def test_prompt_and_target_are_what_the_chat_template_makes_of_both(examples, pr
 
 
 def test_the_loss_is_the_sum_over_labelled_tokens_by_hand():
-    logits = torch.zeros(1, 4, 8)  # uniform over 8 tokens
-    labels = torch.tensor([[sft.IGNORED, sft.IGNORED, 3, 5]])
-    assert sft.target_loss(logits, labels).item() == pytest.approx(2 * math.log(8))
+    logits = torch.zeros(2, 8)  # uniform over 8 tokens
+    assert sft.target_loss(logits, torch.tensor([3, 5])).item() == pytest.approx(2 * math.log(8))
 
 
-def test_the_loss_of_a_padded_batch_is_the_sum_of_its_rows(model, processor, examples):
+def test_the_loss_of_a_padded_batch_is_that_of_its_rows_over_all_logits(model, processor, examples):
+    """In a batch, and with the logits of target tokens alone: as of each row by itself with all."""
     pads = {"input_ids": processor.tokenizer.pad_token_id, "attention_mask": 0,
             "mm_token_type_ids": 0, "labels": sft.IGNORED}
 
-    def loss(rows):
-        batch = pad_batch(rows, pads, "right")
-        labels = batch.pop("labels")
-        with torch.no_grad():
-            return sft.target_loss(model(**batch).logits, labels).item()
+    def gradients(loss):
+        model.zero_grad()
+        loss.backward()
+        return torch.cat([p.grad.flatten() for p in model.parameters()])
+
+    def plain_loss(row):
+        row = dict(row)
+        labels = row.pop("labels")
+        logits = model(**row).logits  # (1, L, V)
+        return F.cross_entropy(logits[0, :-1], labels[0, 1:], reduction="sum",
+                               ignore_index=sft.IGNORED)
     rows = [example for _, example in examples]
     assert len({row["input_ids"].shape[1] for row in rows}) > 1
-    assert loss(rows) == pytest.approx(sum(loss([row]) for row in rows), rel=1e-5)
+    loss = sft.batch_loss(PlainEngine(model), pad_batch(rows, pads, "right"))
+    expected = sum(map(plain_loss, rows))
+    assert loss.item() == pytest.approx(expected.item(), rel=1e-5)
+    ours, naive = gradients(loss), gradients(expected)
+    assert (ours - naive).norm() < 1e-4 * naive.norm()
+    blank = rows[0] | {"labels": torch.full_like(rows[0]["labels"], sft.IGNORED)}
+    assert not gradients(sft.batch_loss(PlainEngine(model), blank)).any()  # of no target: zeros
 
 
 def test_a_response_is_learned_where_a_rollout_samples_it(model, examples):
@@ -120,3 +134,19 @@ def test_records_without_process_are_refused(toy, tmp_path):
                  tmp_path, check=False)
     assert result.returncode == 1 and "Traceback" not in result.stderr
     assert "process" in result.stderr.splitlines()[-1]
+
+
+def test_steps_without_a_usable_record_leave_the_weights_alone(toy, tmp_path):
+    records = json.loads((toy / "cot.json").read_text())
+    (toy / "media" / "rotten.png").write_bytes(b"rotten")
+    for record in records:
+        record |= {"path": "./media/rotten.png", "data_type": "image"}
+    (tmp_path / "cot.json").write_text(json.dumps(records))
+    run("sft.py", "--model", toy / "model", "--data", tmp_path / "cot.json", "--media_root", toy,
+        "--output", tmp_path / "run", "--max_skipped", 1, "--num_train_epochs", 0.3, *SMALL)
+    _, *rows = [json.loads(line)
+                for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
+    assert rows and not any({"optim/loss", "optim/grad_norm"} & row.keys() for row in rows)
+    before, after = (load_file(folder / "model.safetensors")
+                     for folder in (toy / "model", tmp_path / "run"))
+    assert all(torch.equal(before[name], after[name]) for name in before)

@@ -237,6 +237,23 @@ def test_vision_tokens_are_never_sampled_and_nothing_follows_the_end(model, proc
     assert (after == options["eos_ids"][0]).all()
 
 
+def test_no_special_token_but_an_end_can_be_sampled(model, processor):
+    """A decoded response does not show them, and its length would count them."""
+    tokenizer = processor.tokenizer
+    special = set(tokenizer.all_special_ids)
+    assert special - set(tgrpo.forbidden_tokens(model, tokenizer)) == \
+        set(tgrpo.stop_tokens(model, tokenizer))
+
+
+def test_a_token_is_clipped_where_its_gradient_is_cut_off():
+    """By advantage and ratio: up and too far up, up and down, no advantage, down and too far down."""
+    A, ratio = torch.tensor([1.0, 1.0, 0.0, -1.0]), torch.tensor([1.3, 0.5, 0.5, 0.7])
+    metrics, zeros = {}, torch.zeros(4, 1)
+    tgrpo.note_policy(metrics, ratio.log()[:, None], zeros, None, zeros, zeros + 1, A, 0.2)
+    assert metrics["policy/clip_rate"] == (2, 4)
+    assert metrics["policy/ratio_max"] == pytest.approx(1.3)
+
+
 def test_ordered_and_shuffled_inputs_differ_only_in_frame_order(toy, processor):
     from build_data import load_records
     args = tgrpo.parse_args(["--model", "m", "--data", "d", "--output", "o", "--min_pixels=784",
