@@ -1,7 +1,7 @@
 """Speed and memory of a T-GRPO step beside the naive form, on this machine.
 
     python tests/bench.py                                     # about 12 minutes on 2 CPU cores
-    python tests/bench.py --ablate                            # the rollout's ideas, one turned off
+    python tests/bench.py --ablate                            # each idea turned off
     python tests/bench.py --hidden 2048 --heads 16 --kv_heads 2 --mlp 11008 --layers 2 \\
         --vision_hidden 1280 --vision_depth 4 --vision_mlp 3420 --vocabulary 151936  # 3B's layers
 
@@ -62,9 +62,10 @@ def parse_args():
     # the measurement
     add("--repeats", type=int, default=3, help="turns; medians are reported")
     add("--json", help="file for the results")
-    add("--ablate", action="store_true", help="tokens a second with one idea of the rollout off")
+    add("--ablate", action="store_true", help="rollout and update with one idea turned off")
     add("--seed", type=int, default=0, help="seed of weights, frames and responses")
-    add("--memory_of", choices=("naive", "ours"), help="internal: measure one form's memory")
+    add("--memory_of", choices=("naive", "ours", "autograd"),
+        help="internal: measure one form's memory")
     return parser.parse_args()
 
 
@@ -213,7 +214,8 @@ def peak_memory(args):
     """Bytes that one update (reference log-probs, forward, backward) adds at its peak."""
     case = Case(args, args.frames[0])
     actions = case.actions()
-    which = ("naive", "ours").index(args.memory_of)
+    if args.memory_of == "autograd":
+        tgrpo.token_logps = autograd_logps
     case.model.requires_grad_(True)
     for p in case.model.parameters():
         p.grad = torch.zeros_like(p)  # both forms need them
@@ -226,7 +228,7 @@ def peak_memory(args):
         accelerator.reset_peak_memory_stats()
         start = accelerator.memory_allocated()
     for name in ("logps", "backward"):
-        actions[name][which]()
+        actions[name][args.memory_of != "naive"]()
     if on_cpu:
         return resident_maximum() - start
     return accelerator.max_memory_allocated() - start
@@ -272,7 +274,14 @@ def copied_prefill(model, prompts, counts):
     return tgrpo.SharedPrompts(layers, mask, [1] * len(rows)), logits, position
 
 
-PREFILL, GROWING = tgrpo.prefill, tgrpo.GrowingLayer
+def autograd_logps(logits, responses, temperature):
+    """tgrpo.token_logps without a gradient of its own, nor pieces."""
+    log_probs = (logits.float() / temperature).log_softmax(-1)  # (n, L, V)
+    logps = log_probs.gather(-1, responses[..., None])[..., 0]  # (n, L)
+    return logps, -(log_probs.exp() * log_probs).sum(-1).detach()
+
+
+PREFILL, GROWING, TOKEN_LOGPS = tgrpo.prefill, tgrpo.GrowingLayer, tgrpo.token_logps
 
 
 def two_rollouts(model, prompts, args, generator):
@@ -285,8 +294,20 @@ def two_rollouts(model, prompts, args, generator):
 
 
 def ablate(args):
-    """Prints the rollout's tokens a second with each idea turned off, for 1 and more prompts."""
-    print("| turned off | " + " | ".join(f"{p} prompts, tok/s" for p in args.prompts)
+    """Prints the update's seconds and memory with each idea turned off, then the rollout's tokens
+    a second, for 1 and more prompts."""
+    print("| turned off | forward + backward, s | memory, MB |\n|---|---|---|")
+    naive, ours = Case(args, args.frames[0]).actions()["backward"]
+    for name, form, logps, function in (
+            ("nothing", "ours", TOKEN_LOGPS, ours),
+            ("the logits' gradient by hand, in pieces", "autograd", autograd_logps, ours),
+            ("the prompt run once for its group", "naive", TOKEN_LOGPS, naive)):
+        tgrpo.token_logps = logps
+        times = [seconds(function) for _ in range(args.repeats + 1)][1:]
+        memory = memory_of(form, args.frames[0]) / MIB
+        print(f"| {name} | {statistics.median(times):.2f} | {memory:.0f} |", flush=True)
+    tgrpo.token_logps = TOKEN_LOGPS
+    print("\n| turned off | " + " | ".join(f"{p} prompts, tok/s" for p in args.prompts)
           + " |\n|---" + "|---" * len(args.prompts) + "|")
     cases = [Case(args, args.frames[0], prompts) for prompts in args.prompts]
     for name, prefill, layer, function in (
@@ -306,11 +327,11 @@ def ablate(args):
 
 def main():
     args = parse_args()
-    if args.ablate:
-        ablate(args)
-        return
     if args.memory_of:
         print(peak_memory(args))
+        return
+    if args.ablate:
+        ablate(args)
         return
     cases = [(args.frames[0], prompts) for prompts in args.prompts] + \
         [(frames, 1) for frames in args.frames[1:]]

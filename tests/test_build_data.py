@@ -232,9 +232,11 @@ def test_padding_does_not_change_a_record_s_logits(model, processor, samples):
 # ----------------------------------------------------------------------------------- toy
 
 def test_the_toy_repeats_for_a_seed_and_differs_for_another(tmp_path):
-    for name, seed in (("a", 3), ("b", 3), ("c", 4)):
-        run("build_data.py", "toy", "--out", tmp_path / name, "--cot", 12, "--train", 4,
-            "--test", 4, "--seed", seed)
+    sizes = ["--cot", "12", "--train", "4", "--test", "4"]
+    run("build_data.py", "toy", "--out", tmp_path / "a", *sizes, "--seed", 3)
+    for name, seed in (("b", "3"), ("c", "4")):
+        args = build_data.parse_args(["toy", "--out", str(tmp_path / name), *sizes, "--seed", seed])
+        args.run(args)
     files = [path.relative_to(tmp_path / "a") for path in (tmp_path / "a").rglob("*")
              if path.suffix in (".mp4", ".png", ".json", ".safetensors")]
     assert len(files) > 25

@@ -415,7 +415,7 @@ def test_the_defaults_are_the_papers():
     (["--benchmark", "a/b=test.json"], "is not NAME=FILE"),
     (["--benchmark", "toy=absent.json"], "absent.json"),
     (["--frames", "2"], "--frames 2 is below --min_frames 4"),
-    (["--batch_size", "0"], "--batch_size is 0"),
+    (["--batch_size", "0"], "--batch_size 0 must be positive"),
     (["--top_p", "0"], "--top_p 0.0"),
     (["--model", "no/model/here"], "--model no/model/here has no usable processor"),
 ])

@@ -125,16 +125,20 @@ def test_grpo_without_reference_or_shuffled_group_on_a_frozen_vision_tower(toy, 
     (["--keep_checkpoints", "-1"], "--keep_checkpoints -1 must not be negative"),
     (["--max_steps", "0"], "--max_steps 0 must be positive"),
 ])
-def test_bad_input_is_one_line_that_says_what_to_do(toy, tmp_path, change, words):
+def test_bad_input_is_named_before_a_run_starts(toy, tmp_path, capsys, change, words):
+    script, *flags = tgrpo(toy, tmp_path / "out")
     change = [word.format(media=toy / "media") for word in change]
+    with pytest.raises((train.InputError, SystemExit)) as error:
+        train.main(train.parse_args([str(flag) for flag in [*flags, *change]]))
+    assert words in f"{error.value}{capsys.readouterr().err}"
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("change, status", [(["--data", "absent.json"], 1), (["--G", "zero"], 2)])
+def test_bad_input_is_one_line(toy, tmp_path, change, status):
     result = run(*tgrpo(toy, tmp_path / "out"), *change, check=False)
-    assert result.returncode not in (0, None) and "Traceback" not in result.stderr
-    assert words in result.stderr.splitlines()[-1]
-
-
-def test_a_folder_with_checkpoints_is_not_started_over(toy, mixed):
-    result = run(*tgrpo(toy, mixed[0]), check=False)
-    assert result.returncode == 1 and "--resume" in result.stderr.splitlines()[-1]
+    assert result.returncode == status and "Traceback" not in result.stderr
+    assert change[1] in result.stderr.splitlines()[-1]
 
 
 @pytest.fixture

@@ -10,7 +10,7 @@ from safetensors.torch import load_file
 import sft
 from bench import PlainEngine
 from build_data import load_records, load_vision, pad_batch
-from conftest import run
+from conftest import run, together
 from test_build_data import LIMITS
 
 SMALL = ["--min_pixels=784", "--max_pixels=784", "--image_min_pixels=784", "--max_frames=8",
@@ -102,29 +102,37 @@ def metrics(output):
     return [json.loads(line) for line in (output / "metrics.jsonl").read_text().splitlines()]
 
 
-def test_the_split_into_micro_batches_and_ranks_changes_nothing(toy, tmp_path):
-    """One rank x 8 records, one rank x 2 x 4 accumulated, two ranks x 4: the same losses."""
-    losses = {}
-    for name, batch, accumulation, ranks in (("a", 8, 1, 0), ("b", 2, 4, 0), ("c", 4, 1, 2)):
+@pytest.fixture(scope="module")
+def on_two_ranks(toy, tmp_path_factory):
+    """ZeRO-3, two ranks x 4 records, three steps, with gradient checkpointing."""
+    output = tmp_path_factory.mktemp("ranks") / "run"
+    run("sft.py", "--model", toy / "model", "--data", toy / "cot.json", "--output", output,
+        "--per_rank_batch_size", 4, "--gradient_accumulation_steps", 1, "--num_train_epochs", 0.5,
+        "--gradient_checkpointing", *SMALL, ranks=2)
+    return output
+
+
+def test_the_split_into_micro_batches_and_ranks_changes_nothing(toy, tmp_path, on_two_ranks):
+    """Two ranks x 4 records, one rank x 8, one rank x 2 x 4 accumulated: the same losses."""
+    losses = [row["optim/loss"] for row in metrics(on_two_ranks)[1:]]
+    assert len(losses) == 3 and losses[-1] < losses[0]
+
+    def others(batch, accumulation):
         run("sft.py", "--model", toy / "model", "--data", toy / "cot.json", "--output",
-            tmp_path / name, "--per_rank_batch_size", batch, "--gradient_accumulation_steps",
-            accumulation, "--num_train_epochs", 0.5, *SMALL, ranks=ranks)
-        losses[name] = [row["optim/loss"] for row in metrics(tmp_path / name)[1:]]
-    assert len(losses["a"]) == 3 and losses["a"][-1] < losses["a"][0]
-    assert losses["b"] == pytest.approx(losses["a"], rel=1e-4)
-    assert losses["c"] == pytest.approx(losses["a"], rel=1e-4)
+            tmp_path / str(batch), "--per_rank_batch_size", batch,
+            "--gradient_accumulation_steps", accumulation, "--num_train_epochs", 0.5, *SMALL)
+        return [row["optim/loss"] for row in metrics(tmp_path / str(batch))[1:]]
+    for found in together(lambda: others(8, 1), lambda: others(2, 4)):
+        assert losses == pytest.approx(found, rel=1e-4)
 
 
-def test_the_final_folder_is_a_hugging_face_model(toy, tmp_path):
+def test_the_final_folder_is_a_hugging_face_model(toy, on_two_ranks):
     from transformers import AutoModelForImageTextToText, AutoProcessor
-    run("sft.py", "--model", toy / "model", "--data", toy / "cot.json", "--output", tmp_path,
-        "--per_rank_batch_size", 8, "--num_train_epochs", 0.5, "--gradient_checkpointing", *SMALL,
-        ranks=2)
-    trained = AutoModelForImageTextToText.from_pretrained(tmp_path).state_dict()
+    trained = AutoModelForImageTextToText.from_pretrained(on_two_ranks).state_dict()
     start = AutoModelForImageTextToText.from_pretrained(toy / "model").state_dict()
     assert trained.keys() == start.keys()
     assert all(not torch.equal(trained[name], start[name]) for name in trained)
-    assert AutoProcessor.from_pretrained(tmp_path).chat_template
+    assert AutoProcessor.from_pretrained(on_two_ranks).chat_template
     assert F.cosine_similarity(trained["lm_head.weight"].flatten(),
                                start["lm_head.weight"].flatten(), dim=0) > 0.9
 

@@ -246,7 +246,7 @@ def test_no_special_token_but_an_end_can_be_sampled(model, processor):
 
 
 def test_a_token_is_clipped_where_its_gradient_is_cut_off():
-    """By advantage and ratio: up and too far up, up and down, no advantage, down and too far down."""
+    """Of four, too far up where A > 0 and too far down where A < 0; never where A is 0."""
     A, ratio = torch.tensor([1.0, 1.0, 0.0, -1.0]), torch.tensor([1.3, 0.5, 0.5, 0.7])
     metrics, zeros = {}, torch.zeros(4, 1)
     tgrpo.note_policy(metrics, ratio.log()[:, None], zeros, None, zeros, zeros + 1, A, 0.2)
