@@ -328,7 +328,7 @@ def worked_example() -> tuple[list, list]:
 def test_the_worked_example_is_what_the_code_computes():
     ordered, shuffled = worked_example()
     assert len(ordered) == 8 and len(shuffled) == 4
-    record = {"problem_id": 1176, "problem_type": "regression", "solution": "<answer>9</answer>"}
+    record = {"problem_id": 985, "problem_type": "regression", "solution": "<answer>9</answer>"}
     texts, lengths = [row[0] for row in ordered], [int(row[1]) for row in ordered]
 
     def grade(alpha):
@@ -340,12 +340,12 @@ def test_the_worked_example_is_what_the_code_computes():
                sample["A"], grade(0)["A"]]
     for i, values in enumerate(zip(*(column.tolist() for column in columns))):
         assert list(ordered[i][2:]) == pytest.approx(values, abs=0.0051), i
-    assert (parts["p"], parts["p_tilde"], parts["r_t"]) == (0.5, 0.25, 0.3)
+    assert (parts["p"], parts["p_tilde"], parts["r_t"]) == (0.625, 0.5, 0.3)
     text = README.split("### One group of one step")[1].split("\n## ")[0]
-    assert all(words in text for words in ("4/8", "1/4", "$r_t = 0.3$"))
+    assert all(words in text for words in ("5/8", "2/4", "$r_t = 0.3$"))
     mean, spread = sample["R"].mean().item(), sample["R"].std().item()
     assert f"{mean:.3f}" in text and f"{spread:.3f}" in text
-    assert [row[2] for row in shuffled] == pytest.approx([0.11, 0.44, 1, 0])
+    assert [row[2] for row in shuffled] == pytest.approx([0.89, 0.33, 0.22, 0.56])
 
 
 # -------------------------------------------------------------------------------- plots

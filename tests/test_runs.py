@@ -1,12 +1,13 @@
 """tgrpo.py from the command line: alone and on two ranks, killed, resumed, and fed bad input."""
 import json
+import textwrap
 
 import pytest
 import torch
 from safetensors.torch import load_file
 
 import tgrpo as train
-from conftest import run
+from conftest import ROOT, run
 
 SMALL = ["--min_pixels=784", "--max_pixels=784", "--image_min_pixels=784", "--max_frames=8",
          "--max_new_tokens=10", "--learning_rate=1e-3", "--num_workers=1", "--rollout_steps=1",
@@ -93,6 +94,21 @@ def test_the_result_is_a_model_that_differs_from_its_start(mixed, toy):
     assert not equal_weights(mixed[0], toy / "model")
     assert sorted(path.name for path in mixed[0].glob("checkpoint-*")) == \
         ["checkpoint-2", "checkpoint-4"]
+
+
+def test_the_readme_gets_the_weights_out_of_a_checkpoint(mixed, toy, tmp_path):
+    """Of a run on two ranks, ZeRO-3, in one process: the last checkpoint's are the result's."""
+    code, = [block for block in (ROOT / "README.md").read_text().split("```python\n")
+             if block.lstrip().startswith("from deepspeed.utils.zero_to_fp32")]
+    code = textwrap.dedent(code.split("  ```")[0])
+    for name, path in (("sft", toy / "model"), ("tgrpo/checkpoint-100", mixed[0] / "checkpoint-4"),
+                       ("weights", tmp_path / "weights")):
+        assert code.count(f'"{name}"') == 1
+        code = code.replace(f'"{name}"', repr(str(path)))
+    exec(code)
+    assert equal_weights(tmp_path / "weights", mixed[0])
+    train.load_processor(train.parse_args(["--model", str(tmp_path / "weights"), "--data", "d",
+                                           "--output", "o"]))
 
 
 def test_grpo_without_reference_or_shuffled_group_on_a_frozen_vision_tower(toy, tmp_path):
