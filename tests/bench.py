@@ -1,6 +1,6 @@
 """Speed and memory of a T-GRPO step beside the naive form, on this machine.
 
-    python tests/bench.py                                     # about 12 minutes on 2 CPU cores
+    python tests/bench.py                                     # about 20 minutes on 2 CPU cores
     python tests/bench.py --ablate                            # each idea turned off
     python tests/bench.py --hidden 2048 --heads 16 --kv_heads 2 --mlp 11008 --layers 2 \\
         --vision_hidden 1280 --vision_depth 4 --vision_mlp 3420 --vocabulary 151936  # 3B's layers
