@@ -576,11 +576,12 @@ def check_limits(args):
         if not 0 < getattr(args, low) <= getattr(args, high, math.inf):
             raise InputError(f"--{low} {getattr(args, low)} must be positive and not above "
                              f"--{high} {getattr(args, high)}")
-    for names, low, must in ((POSITIVE, 0, "be positive"), (NOT_NEGATIVE, -1, "not be negative")):
-        for name in names:
-            value = getattr(args, name, 1)
-            if not (value > 0 or value == 0 > low):  # NaN is neither
-                raise InputError(f"--{name} {value} must {must}")
+    for name in POSITIVE:
+        if not getattr(args, name, 1) > 0:  # nor NaN
+            raise InputError(f"--{name} {getattr(args, name)} must be positive")
+    for name in NOT_NEGATIVE:
+        if not getattr(args, name, 0) >= 0:
+            raise InputError(f"--{name} {getattr(args, name)} must not be negative")
 
 
 def check_answering(args):

@@ -1,4 +1,5 @@
 """Tests import the scripts from the repository's top level and share one small toy."""
+import json
 import os
 import socket
 import subprocess
@@ -8,8 +9,11 @@ from pathlib import Path
 
 import pytest
 
-# the tests' matrices are small, and threads of several processes that share cores wait for each other
+# small matrices gain nothing from threads, and those of several processes wait for each other
 os.environ.setdefault("OMP_NUM_THREADS", "1")
+
+import torch  # noqa: E402
+from safetensors.torch import load_file  # noqa: E402
 
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
@@ -39,6 +43,25 @@ def together(*calls):
     """Calls all at once, and returns what they returned: runs spend their time in one thread."""
     with ThreadPoolExecutor(len(calls)) as pool:
         return [future.result() for future in [pool.submit(call) for call in calls]]
+
+
+def break_media(toy, split, out, name, every=1):
+    """Writes the toy's records of a split to a file; every first, or first of `every`, shows a file
+    of the media folder that is no medium. Returns them."""
+    (toy / "media" / name).write_bytes(b"rotten")
+    records = json.loads((toy / f"{split}.json").read_text())
+    for record in records[::every]:
+        record |= {"path": f"./media/{name}",
+                   "data_type": "video" if name.endswith(".mp4") else "image"}
+    out.write_text(json.dumps(records))
+    return records
+
+
+def equal_weights(a, b):
+    """Whether the models in two folders have the same weights, bit for bit."""
+    first, second = (load_file(folder / "model.safetensors") for folder in (a, b))
+    assert first.keys() == second.keys()
+    return all(torch.equal(first[name], second[name]) for name in first)
 
 
 @pytest.fixture(scope="session")

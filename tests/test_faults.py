@@ -3,10 +3,8 @@ import json
 import time
 
 import pytest
-import torch
-from safetensors.torch import load_file
 
-from conftest import ROOT, run, together
+from conftest import ROOT, break_media, equal_weights, run, together
 
 LIMITS = ["--min_pixels=784", "--max_pixels=784", "--image_min_pixels=784", "--max_frames=8",
           "--num_workers=1", "--learning_rate=1e-3", "--save_steps=2"]
@@ -41,9 +39,7 @@ def same_run(a, b):
         if (a / f"{name}.jsonl").exists():
             assert rows(a, name) == rows(b, name), name
     assert [row["step"] for row in rows(a, "metrics")] == [1, 2, 3, 4, 5]
-    first, second = (load_file(folder / "model.safetensors") for folder in (a, b))
-    assert first.keys() == second.keys()
-    assert all(torch.equal(first[name], second[name]) for name in first)
+    assert equal_weights(a, b)
 
 
 @pytest.fixture(scope="module")
@@ -100,6 +96,7 @@ def test_sigterm_ends_the_step_writes_a_checkpoint_and_says_how_to_go_on(
     assert "--resume" in stopped.stderr + stopped.stdout
     assert sorted(path.name for path in output.glob("checkpoint-*")) == \
         ["checkpoint-2", "checkpoint-3"]
+    assert (output / "checkpoint-3" / "run.json").exists()
     assert not (output / "model.safetensors").exists()
     run(*command(toy, script, output, 0, "--resume", "--keep_checkpoints=1"))
     assert [path.name for path in output.glob("checkpoint-*")] == ["checkpoint-4"]
@@ -147,11 +144,7 @@ def test_resuming_with_other_arguments_data_or_zero_stage_is_refused_by_name(toy
 
 
 def test_too_many_broken_media_stop_the_run_with_their_names(toy, tmp_path):
-    records = json.loads((toy / "train.json").read_text())
-    (toy / "media" / "rotten.mp4").write_bytes(b"rotten")
-    for record in records:
-        record |= {"path": "./media/rotten.mp4", "data_type": "video"}
-    (tmp_path / "data.json").write_text(json.dumps(records))
+    break_media(toy, "train", tmp_path / "data.json", "rotten.mp4")
     result = run(*command(toy, "tgrpo", tmp_path / "run", 0, "--data", tmp_path / "data.json",
                           "--prompts_per_rank=6", "--max_skipped=0.1"), check=False)
     assert result.returncode == 1 and "Traceback" not in result.stderr

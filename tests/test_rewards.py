@@ -352,9 +352,10 @@ def test_100000_characters_of_anything_cost_less_than_a_second(wrap):
                  (rewards.parse_number, text), (rewards.choice_letter, text, OPTIONS)]
         if wrap == "{}":
             calls += [(rewards.multiple_choice, text, text, OPTIONS),
-                      (rewards.regression, text, text)]
+                      (rewards.numerical, text, text), (rewards.regression, text, text)]
             calls += [(grade, text, truth) for grade in (rewards.ocr, rewards.free_form)
-                      for truth in ("the cat sat " * 100, text, words)]
+                      for truth in ("a", "the cat sat " * 100, text, words)]
+            calls += [(grade, words, text) for grade in (rewards.ocr, rewards.free_form)]
         for function, *arguments in calls:
             spent = seconds(function, *arguments)
             assert spent < SECONDS, (function.__name__, unit, wrap, spent)
@@ -402,6 +403,7 @@ def test_no_string_raises_or_leaves_the_unit_interval():
         assert letter in ("", "A", "B", "C", "D"), text
         assert rewards.numerical(text, text) == (number is not None), text
         assert rewards.multiple_choice(text, text, OPTIONS) == (letter != ""), text
+        assert rewards.numerical(text, before) in (0.0, 1.0)
         grades = [rewards.regression(text, before)]
         if count % FUZZ_TEXT_EVERY == 0:
             grades += [rewards.ocr(text, before), rewards.free_form(text, before)]

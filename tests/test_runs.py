@@ -7,7 +7,7 @@ import torch
 from safetensors.torch import load_file
 
 import tgrpo as train
-from conftest import ROOT, run
+from conftest import ROOT, break_media, equal_weights, run
 
 SMALL = ["--min_pixels=784", "--max_pixels=784", "--image_min_pixels=784", "--max_frames=8",
          "--max_new_tokens=10", "--learning_rate=1e-3", "--num_workers=1", "--rollout_steps=1",
@@ -23,21 +23,11 @@ def lines(output, name):
     return [json.loads(line) for line in (output / f"{name}.jsonl").read_text().splitlines()]
 
 
-def equal_weights(a, b):
-    a, b = load_file(a / "model.safetensors"), load_file(b / "model.safetensors")
-    assert a.keys() == b.keys()
-    return all(torch.equal(a[name], b[name]) for name in a)
-
-
 @pytest.fixture(scope="module")
 def mixed(toy, tmp_path_factory):
     """A run on two ranks, ZeRO-3: images and videos, and every third medium broken."""
     out = tmp_path_factory.mktemp("mixed")
-    records = json.loads((toy / "train.json").read_text())
-    (toy / "media" / "broken.mp4").write_bytes(b"broken")
-    for record in records[::3]:
-        record |= {"path": "./media/broken.mp4", "data_type": "video"}
-    (out / "data.json").write_text(json.dumps(records))
+    records = break_media(toy, "train", out / "data.json", "broken.mp4", every=3)
     run(*tgrpo(toy, out / "run", "--prompts_per_rank", 2, "--max_steps", 4, "--save_steps", 2,
                "--updates_per_rollout", 2, "--chunk_size", 2, data=out / "data.json"), ranks=2)
     return out / "run", records
@@ -142,7 +132,7 @@ def test_grpo_without_reference_or_shuffled_group_on_a_frozen_vision_tower(toy, 
     (["--max_steps", "0"], "--max_steps 0 must be positive"),
 ])
 def test_bad_input_is_named_before_a_run_starts(toy, tmp_path, capsys, change, words):
-    script, *flags = tgrpo(toy, tmp_path / "out")
+    _, *flags = tgrpo(toy, tmp_path / "out")
     change = [word.format(media=toy / "media") for word in change]
     with pytest.raises((train.InputError, SystemExit)) as error:
         train.main(train.parse_args([str(flag) for flag in [*flags, *change]]))
@@ -182,6 +172,8 @@ def test_a_model_or_a_lone_checkpoint_is_not_written_over(tmp_path, opened):
         with pytest.raises(train.InputError, match="a model"):
             opened(*flags)
     (tmp_path / "run" / "metrics.jsonl").write_text("")
+    with pytest.raises(train.InputError, match="--resume"):
+        opened()
     assert opened("--resume") == 0
     assert sorted(path.name for path in (tmp_path / "run").iterdir()) == \
         ["config.json", "metrics.jsonl"]

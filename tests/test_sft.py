@@ -5,12 +5,11 @@ import math
 import pytest
 import torch
 import torch.nn.functional as F
-from safetensors.torch import load_file
 
 import sft
 from bench import PlainEngine
 from build_data import load_records, load_vision, pad_batch
-from conftest import run, together
+from conftest import break_media, equal_weights, run, together
 from test_build_data import LIMITS
 
 SMALL = ["--min_pixels=784", "--max_pixels=784", "--image_min_pixels=784", "--max_frames=8",
@@ -145,16 +144,9 @@ def test_records_without_process_are_refused(toy, tmp_path):
 
 
 def test_steps_without_a_usable_record_leave_the_weights_alone(toy, tmp_path):
-    records = json.loads((toy / "cot.json").read_text())
-    (toy / "media" / "rotten.png").write_bytes(b"rotten")
-    for record in records:
-        record |= {"path": "./media/rotten.png", "data_type": "image"}
-    (tmp_path / "cot.json").write_text(json.dumps(records))
+    break_media(toy, "cot", tmp_path / "cot.json", "rotten.png")
     run("sft.py", "--model", toy / "model", "--data", tmp_path / "cot.json", "--media_root", toy,
         "--output", tmp_path / "run", "--max_skipped", 1, "--num_train_epochs", 0.3, *SMALL)
-    _, *rows = [json.loads(line)
-                for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
+    _, *rows = metrics(tmp_path / "run")
     assert rows and not any({"optim/loss", "optim/grad_norm"} & row.keys() for row in rows)
-    before, after = (load_file(folder / "model.safetensors")
-                     for folder in (toy / "model", tmp_path / "run"))
-    assert all(torch.equal(before[name], after[name]) for name in before)
+    assert equal_weights(toy / "model", tmp_path / "run")
