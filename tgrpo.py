@@ -52,13 +52,13 @@ from build_data import (InputError, MediaError, as_in_file, check_limits, encode
 from rewards import accuracy_reward, format_reward, length_reward
 
 PIECE = 512  # tokens whose logits are turned into log-probabilities together
-BLOCK = 128  # tokens by which the buffers of a rollout's keys and values grow
+BLOCK = 96  # tokens by which the buffers of a rollout's keys and values grow
 STD_EPSILON = 1e-4  # added to the standard deviation in Eq. 3, as in the released code
 # What a resumed run may change: it paces the run or says where things are.
 FREE_ARGUMENTS = {"data", "media_root", "output", "deepspeed_config", "num_workers",
                   "decode_timeout", "frame_cache", "frame_cache_gb", "save_steps",
                   "keep_checkpoints", "max_skipped", "resume", "timeout_minutes", "local_rank",
-                  "rollout_steps", "chunk_size", "chunk_memory"}
+                  "rollout_steps", "chunk_size", "chunk_memory", "compile"}
 LENGTH_ARGUMENTS = {"max_steps"}  # as well, where the learning rate does not decay towards the end
 FULL_DISK = (errno.ENOSPC, errno.EDQUOT)
 SHOWN_SKIPPED = 10  # reasons that are printed when --max_skipped stops a run
@@ -123,6 +123,8 @@ def parse_args(argv=None):
     add("--attn_implementation", default="sdpa", help="sdpa, eager or flash_attention_2")
     add("--deepspeed_config", default=str(Path(__file__).parent / "ds_zero3.json"),
         help="DeepSpeed's JSON file: ZeRO stage, offload, precision, monitors")
+    add("--compile", action="store_true",
+        help="torch.compile the decoding step: a minute at a time at first, then faster rollouts")
     add("--num_workers", type=int, default=2, help="processes that decode media ahead of need")
     add("--decode_timeout", type=float, default=120, help="seconds until a medium is given up")
     add("--frame_cache", help="folder that keeps decoded frames for later epochs and runs")
@@ -301,116 +303,133 @@ def sample_tokens(logits, temperature, top_p, generator):
     return torch.searchsorted(cumulative, draws, right=True)[:, 0].clamp(max=probs.shape[1] - 1)
 
 
-class GrowingLayer(DynamicLayer):
-    """Keys and values of one layer in buffers with room for BLOCK more tokens: appending one
-    writes one, where concatenation would copy all that came before."""
+class GroupCache(Cache):
+    """What the n rows of a rollout attend to. Of their prompts: each one's keys and values once,
+    not once a response; row i stands in place `slots[i]` of S prompts x C places. Of their own
+    tokens: buffers, written in place, with room for BLOCK more at a time."""
 
-    def update(self, keys, values, *_, **__):
-        if not self.is_initialized:
-            self.lazy_initialization(keys, values)
-            self.buffers = [keys[:, :, :0], values[:, :, :0]]  # (n, h, 0, dim)
-        start = self.get_seq_length()
-        end = start + keys.shape[2]
-        if end > self.buffers[0].shape[2]:
-            self.buffers = [F.pad(buffer, (0, 0, 0, BLOCK)) for buffer in self.buffers]
-        for buffer, new in zip(self.buffers, (keys, values)):
-            buffer[:, :, start:end] = new
-        self.keys, self.values = (buffer[:, :, :end] for buffer in self.buffers)
-        return self.keys, self.values  # (n, h, t, dim)
-
-    def batch_select_indices(self, indices):
-        self.buffers = [buffer[indices] for buffer in self.buffers]
-        self.keys, self.values = (buffer[:, :, :self.keys.shape[2]] for buffer in self.buffers)
-
-
-class SharedPrompts:
-    """What decoding rows attend to of their prompts: each prompt's keys and values once, not
-    once a response. Row i stands in place `slots[i]` of S prompts x C places."""
-
-    def __init__(self, layers, mask, counts):
-        self.layers = layers  # [(keys, values)], (S, h, P, dim) each
+    def __init__(self, prompts, mask, counts):
+        super().__init__(layers=[])
+        self.prompts = prompts  # [(keys, values)] a layer, (S, h, dim, P) and (S, h, P, dim)
         self.padding = mask[:, None, None] == 0 if (mask == 0).any() else None  # (S, 1, 1, P)
-        self.S, self.C = len(counts), max(counts)
-        self.slots = torch.cat([s * self.C + torch.arange(count, device=mask.device)
+        self.slots = torch.cat([s * max(counts) + torch.arange(count, device=mask.device)
                                 for s, count in enumerate(counts)])  # (n,)
-        self.place_rows()
+        self.place_rows(len(counts) * max(counts))
+        self.own = [tuple(values.new_empty(len(self.slots), values.shape[1], 0, values.shape[3])
+                          for _ in "kv") for _, values in prompts]  # (n, h, room, dim)
+        self.at = torch.zeros(1, dtype=torch.int64, device=mask.device)
 
-    def place_rows(self):
+    def place_rows(self, places):
         """The row in each place (S C,); what stands in an empty one is computed and dropped."""
-        self.rows = torch.zeros(self.S * self.C, dtype=torch.int64, device=self.slots.device)
+        self.rows = torch.zeros(places, dtype=torch.int64, device=self.slots.device)
         self.rows[self.slots] = torch.arange(len(self.slots), device=self.slots.device)
 
     def select(self, alive):
         """Keeps the rows of the (n,) mask, and the prompts that still have one."""
-        prompts, kept = (self.slots[alive] // self.C).unique(return_inverse=True)
-        self.slots = kept * self.C + self.slots[alive] % self.C
-        if len(prompts) < self.S:
-            self.S = len(prompts)
-            self.layers = [(keys[prompts], values[prompts]) for keys, values in self.layers]
-            self.padding = None if self.padding is None else self.padding[prompts]
-        self.place_rows()
+        S = len(self.prompts[0][0])
+        C = len(self.rows) // S
+        left, kept = (self.slots[alive] // C).unique(return_inverse=True)
+        self.slots = kept * C + self.slots[alive] % C
+        if len(left) < S:
+            self.prompts = [(keys[left], values[left]) for keys, values in self.prompts]
+            self.padding = None if self.padding is None else self.padding[left]
+        self.place_rows(len(left) * C)
+        self.own = [(keys[alive], values[alive]) for keys, values in self.own]
+
+    def go_to(self, t):
+        """The next tokens are the rows' own number t, from 0: makes room, hides what is later."""
+        room = self.own[0][0].shape[2]
+        if t == room:
+            room += BLOCK
+            self.own = [tuple(F.pad(buffer, (0, 0, 0, BLOCK)) for buffer in layer)
+                        for layer in self.own]
+        self.at.fill_(t)
+        self.later = torch.arange(room, device=self.at.device) > t  # (room,)
+
+    def update(self, keys, values, layer, *_, **__):
+        """Called by the model: writes the tokens' (n, h, 1, dim), returns the layer's buffers."""
+        for buffer, new in zip(self.own[layer], (keys, values)):
+            buffer.index_copy_(2, self.at, new)
+        return self.own[layer]
 
     def stack(self, x):
         """(n, h, r, k) of the rows -> (S, h, C r, k): one sequence of queries for each prompt."""
-        places = x.index_select(0, self.rows).unflatten(0, (self.S, self.C))
+        places = x.index_select(0, self.rows).unflatten(0, (self.prompts[0][0].shape[0], -1))
         return places.transpose(1, 2).flatten(2, 3)
 
     def unstack(self, x):
         """The inverse: (S, h, C r, k) -> (n, h, r, k)."""
-        places = x.unflatten(2, (self.C, -1)).transpose(1, 2).flatten(0, 1)
+        C = self.rows.shape[0] // x.shape[0]
+        places = x.unflatten(2, (C, -1)).transpose(1, 2).flatten(0, 1)
         return places.index_select(0, self.slots)
 
 
-def shared_prompt_attention(module, query, keys, values, prompts, *, scaling, **_):
+def softmax_and_lse(scores):
+    """The softmax over the last axis, and the logarithm of what it divides by, (..., 1)."""
+    weights = scores.softmax(-1, dtype=torch.float32)
+    return weights, scores.amax(-1, keepdim=True) - weights.amax(-1, keepdim=True).log()
+
+
+def group_attention(module, query, keys, values, cache, *, scaling, **_):
     """Attention of n rows' next tokens (n, H, 1, dim) to their prompts and their own tokens
-    (n, h, t, dim): a prompt's keys are multiplied with the queries of all its rows at once.
+    (n, h, room, dim): a prompt's keys are multiplied with the queries of all its rows at once.
 
-    `prompts` comes where transformers passes the attention mask. H query heads share h heads of
-    keys, r = H / h each.
+    The two parts have a softmax each, and are weighted by its share of the common one: with
+    Z the sums of exponentials, a = (Z_1 a_1 + Z_2 a_2) / (Z_1 + Z_2). The GroupCache comes where
+    transformers passes a mask. H query heads share h heads of keys, r = H / h each.
     """
-    n, h, t, dim = keys.shape
-    prompt_keys, prompt_values = prompts.layers[module.layer_idx]  # (S, h, P, dim)
+    n, h, _, dim = keys.shape
+    prompt_keys, prompt_values = cache.prompts[module.layer_idx]  # (S, h, dim, P), (S, h, P, dim)
     query = (query * scaling).view(n, h, -1, dim)  # (n, h, r, dim)
-    seen = prompts.stack(query) @ prompt_keys.transpose(-1, -2)  # (S, h, C r, P)
-    if prompts.padding is not None:
-        seen.masked_fill_(prompts.padding, -torch.inf)
-    scores = torch.cat([prompts.unstack(seen), query @ keys.transpose(-1, -2)], -1)
-    weights = scores.softmax(-1, dtype=torch.float32).to(values.dtype)  # (n, h, r, P + t)
-    seen, own = weights.split([weights.shape[-1] - t, t], -1)
-    attended = prompts.unstack(prompts.stack(seen) @ prompt_values) + own @ values
-    return attended.reshape(n, 1, -1, dim), None  # (n, 1, H, dim)
+    scores = cache.stack(query) @ prompt_keys  # (S, h, C r, P)
+    if cache.padding is not None:
+        scores.masked_fill_(cache.padding, -torch.inf)
+    weights, prompt_lse = softmax_and_lse(scores)  # (S, h, C r, P), (S, h, C r, 1)
+    prompt = cache.unstack(weights.to(values.dtype) @ prompt_values)  # (n, h, r, dim)
+    scores = (query @ keys.transpose(-1, -2)).masked_fill_(cache.later, -torch.inf)
+    weights, own_lse = softmax_and_lse(scores)  # (n, h, r, room), (n, h, r, 1)
+    own = weights.to(values.dtype) @ values  # (n, h, r, dim)
+    share = (cache.unstack(prompt_lse) - own_lse).sigmoid()  # Z_1 / (Z_1 + Z_2)
+    return own.lerp(prompt, share.to(own.dtype)).view(n, 1, -1, dim), None  # (n, 1, H, dim)
 
 
-AttentionInterface.register("shared_prompt", shared_prompt_attention)
+AttentionInterface.register("group", group_attention)
 
 
 def prefill(model, prompts, counts):
-    """Runs each prompt once, a video's two orders side by side: S prompt rows in all.
+    """Runs each prompt once, a video's two orders side by side: S prompt rows in all, of which
+    row s gets counts[s] responses.
 
     Prompts differ in length: keys and values are padded on the left to the longest. Returns the
-    SharedPrompts, and logits (N, V) and position (N, 1) of each row's first response token.
+    GroupCache, and logits (N, V) and position (N, 1) of each row's first response token.
     """
     layers, masks, logits, positions = [], [], [], []
     longest = max(inputs["input_ids"].shape[1] for inputs in prompts)
-    for inputs, count in zip(prompts, counts):
+    for inputs in prompts:
         output, _, position = run_prompt(model, inputs)
         left = longest - inputs["input_ids"].shape[1]
         layers.append([[F.pad(kv, (0, 0, left, 0)) for kv in (layer.keys, layer.values)]
                        for layer in output.past_key_values.layers])  # (B, h, P, dim) each
         masks.append(F.pad(inputs["attention_mask"], (left, 0)))  # (B, P)
-        rows = torch.arange(len(count), device=position.device).repeat_interleave(
-            torch.tensor(count, device=position.device))  # (sum of count,): prompt of each row
-        logits.append(output.logits[rows, -1])
-        positions.append(position[rows])
-    layers = [(torch.cat(keys), torch.cat(values)) for keys, values in
-              (zip(*layer_of_prompts) for layer_of_prompts in zip(*layers))]
-    shared = SharedPrompts(layers, torch.cat(masks), [n for count in counts for n in count])
-    return shared, torch.cat(logits), torch.cat(positions)
+        logits.append(output.logits[:, -1])  # (B, V)
+        positions.append(position)  # (B, 1)
+    layers = [(torch.cat(keys).transpose(-1, -2).contiguous(), torch.cat(values)) for keys, values
+              in (zip(*layer_of_prompts) for layer_of_prompts in zip(*layers))]
+    counts = torch.tensor(counts, device=masks[0].device)
+    return GroupCache(layers, torch.cat(masks), counts.tolist()), \
+        torch.cat(logits).repeat_interleave(counts, 0), \
+        torch.cat(positions).repeat_interleave(counts, 0)
 
 
-@torch.no_grad()
+def decode(model, tokens, position, cache):
+    """Logits (n, V) after one more token (n,) a row, at its position (n, 1)."""
+    return model(input_ids=tokens[:, None], position_ids=position.expand(3, -1, -1),
+                 past_key_values=cache, attention_mask={"full_attention": cache},
+                 use_cache=True).logits[:, -1]
+
+
 def rollout(model, prompts, counts, *, max_new_tokens, temperature, top_p, eos_ids, forbidden_ids,
-            generator):
+            generator, decode=decode):
     """Samples counts[i][b] responses to row b of prompts[i], all of them in one decode batch.
 
     prompts: encoded inputs of B rows each (a video's two orders side by side: B = 2).
@@ -418,32 +437,30 @@ def rollout(model, prompts, counts, *, max_new_tokens, temperature, top_p, eos_i
     collective call, so that ranks need not wait for each other's longest response.
     Returns one (count, L) tensor of ids for each prompt row; end tokens fill it up.
     """
-    shared, logits, position = prefill(model, prompts, counts)
+    counts = [n for count in counts for n in count]
+    device = prompts[0]["input_ids"].device
+    rows = torch.arange(sum(counts), device=device)  # (n,): the rows that still decode, N at first
+    ids = torch.full((len(rows), max_new_tokens), eos_ids[0], device=device)  # (N, L)
+    eos = torch.tensor(eos_ids, device=device)
     config = model.config.get_text_config()
-    usual, config._attn_implementation = config._attn_implementation, "shared_prompt"
-    cache = Cache(layers=[GrowingLayer() for _ in shared.layers])
-    device, eos = logits.device, torch.tensor(eos_ids, device=logits.device)
-    rows = torch.arange(len(logits), device=device)  # (n,): the rows that still decode
-    ids = torch.full((len(logits), max_new_tokens), eos_ids[0], device=device)  # (N, L)
-    for t in range(max_new_tokens):
-        logits[:, forbidden_ids] = -torch.inf  # (n, V)
-        tokens = sample_tokens(logits, temperature, top_p, generator)  # (n,)
-        ids[rows, t] = tokens
-        alive = ~torch.isin(tokens, eos)  # (n,)
-        left = int(alive.sum())
-        if left == 0 or t + 1 == max_new_tokens:
-            break
-        if left < len(rows):
-            rows, tokens, position = rows[alive], tokens[alive], position[alive]
-            shared.select(alive)
-            if t:
-                cache.batch_select_indices(alive.nonzero()[:, 0])
-        logits = model(input_ids=tokens[:, None], past_key_values=cache, use_cache=True,
-                       attention_mask={"full_attention": shared},
-                       position_ids=(position + t).expand(3, -1, -1),  # (3, n, 1)
-                       ).logits[:, -1]  # (n, V)
+    with torch.inference_mode():  # faster than no_grad; what it makes must not meet autograd
+        cache, logits, position = prefill(model, prompts, counts)
+        usual, config._attn_implementation = config._attn_implementation, "group"
+        for t in range(max_new_tokens):
+            logits[:, forbidden_ids] = -torch.inf  # (n, V)
+            tokens = sample_tokens(logits, temperature, top_p, generator)  # (n,)
+            ids[rows, t] = tokens
+            alive = ~torch.isin(tokens, eos)  # (n,)
+            left = int(alive.sum())
+            if left == 0 or t + 1 == max_new_tokens:
+                break
+            if left < len(rows):
+                rows, tokens, position = rows[alive], tokens[alive], position[alive]
+                cache.select(alive)
+            cache.go_to(t)
+            logits = decode(model, tokens, position + t, cache)  # (n, V)
     config._attn_implementation = usual
-    return ids[:, :t + 1].split([n for count in counts for n in count])
+    return ids[:, :t + 1].split(counts)
 
 
 # -------------------------------------- update: the prompt is encoded once for its group
@@ -474,10 +491,11 @@ class TokenLogps(torch.autograd.Function):
     @staticmethod
     def forward(ctx, logits, ids, temperature):  # (N, V), (N,)
         logps, entropy = logits.new_empty(2, len(ids), dtype=torch.float32)  # (N,) each
-        for rows in torch.arange(len(ids), device=ids.device).split(PIECE):
-            log_probs = (logits[rows].float() / temperature).log_softmax(-1)  # (PIECE, V)
-            logps[rows] = log_probs.gather(1, ids[rows, None])[:, 0]
-            entropy[rows] = -(log_probs.exp() * log_probs).sum(-1)
+        tensors = logits, ids, logps, entropy
+        for piece, chosen, logp, h in zip(*(x.split(PIECE) for x in tensors)):
+            log_probs = (piece.float() / temperature).log_softmax(-1)  # (PIECE, V)
+            logp.copy_(log_probs.gather(1, chosen[:, None])[:, 0])
+            h.copy_(-log_probs.exp().mul_(log_probs).sum(-1))
         ctx.save_for_backward(logits, ids)
         ctx.temperature = temperature
         ctx.mark_non_differentiable(entropy)
@@ -488,11 +506,10 @@ class TokenLogps(torch.autograd.Function):
         """d log p_i / d logit_j = (1[i = j] - p_j) / temperature."""
         logits, ids = ctx.saved_tensors
         gradient, result = gradient / ctx.temperature, torch.empty_like(logits)  # (N,), (N, V)
-        for rows in torch.arange(len(ids), device=ids.device).split(PIECE):
-            probs = (logits[rows].float() / ctx.temperature).softmax(-1)  # (PIECE, V)
-            probs *= -gradient[rows, None]
-            result[rows] = probs.scatter_add_(1, ids[rows, None], gradient[rows, None]).to(
-                result.dtype)
+        tensors = logits, ids, gradient, result
+        for piece, chosen, g, out in zip(*(x.split(PIECE) for x in tensors)):
+            probs = (piece.float() / ctx.temperature).softmax(-1)  # (PIECE, V)
+            out.copy_(probs.mul_(-g[:, None]).scatter_add_(1, chosen[:, None], g[:, None]))
         return result, None, None
 
 
@@ -920,7 +937,7 @@ def gather_weights(engine, sampler):
             target.data.copy_(source.data)
 
 
-def sample_responses(model, samples, args, generator, eos_ids, forbidden_ids):
+def sample_responses(model, samples, args, generator, eos_ids, forbidden_ids, decode=decode):
     """Steps 1 and 2 for the questions of a rank: adds responses (G, L) and, where frames were
     shuffled, responses_shuffled (G_tilde, L) to each sample."""
     prompts, counts = [], []
@@ -933,7 +950,7 @@ def sample_responses(model, samples, args, generator, eos_ids, forbidden_ids):
         return
     groups = iter(rollout(model, prompts, counts, max_new_tokens=args.max_new_tokens,
                           temperature=args.temperature, top_p=args.top_p, eos_ids=eos_ids,
-                          forbidden_ids=forbidden_ids, generator=generator))
+                          forbidden_ids=forbidden_ids, generator=generator, decode=decode))
     for sample in samples:
         sample["responses"] = next(groups)
         if "shuffled" in sample:
@@ -1139,6 +1156,7 @@ def main(args):
     sampler = engine.module
     if engine.zero_optimization_partition_weights():  # ZeRO-3: sampling needs whole weights
         sampler = sampling_copy(engine.module, args, device)
+    decode_step = torch.compile(decode, dynamic=True) if args.compile else decode
     reference = start_reference(args, config) if args.beta else None
     if first_step:
         engine.load_checkpoint(str(Path(args.output) / f"checkpoint-{first_step}"), tag="state")
@@ -1176,7 +1194,7 @@ def main(args):
         if sampler is not engine.module:
             gather_weights(engine, sampler)
         generator = seeded_generator(ROLLOUT_STREAM, args.seed, step, rank, device=device)
-        sample_responses(sampler, samples, args, generator, eos_ids, forbidden_ids)
+        sample_responses(sampler, samples, args, generator, eos_ids, forbidden_ids, decode_step)
         # 3. to 5. rewards and advantages
         for sample in samples:
             grade_group(sample, tokenizer, eos_ids, args)

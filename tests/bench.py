@@ -13,6 +13,7 @@ that leave the batch save is not in here. Memory is the growth of a process of i
 update (maximum resident set on CPU, maximum allocated on an accelerator).
 """
 import argparse
+import functools
 import json
 import statistics
 import subprocess
@@ -23,7 +24,6 @@ from pathlib import Path
 import torch
 import torch.nn.functional as F
 from deepspeed.accelerator import get_accelerator
-from transformers.cache_utils import DynamicLayer
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
@@ -118,12 +118,12 @@ class PlainEngine:
         pass
 
 
-def our_rollout(model, prompts, args, generator):
+def our_rollout(model, prompts, args, generator, decode=tgrpo.decode):
     """The same tokens for several prompts in one decode."""
     both = [pad_batch(prompt, {}, "left") for prompt in prompts]
     tgrpo.rollout(model, both, [[args.G, args.G_tilde]] * len(both), temperature=1.0, top_p=1.0,
                   max_new_tokens=args.max_new_tokens, eos_ids=[UNUSED], forbidden_ids=[],
-                  generator=generator)
+                  generator=generator, decode=decode)
 
 
 def our_backward(model, inputs, responses, A, ref, chunk_size):
@@ -267,11 +267,12 @@ def row(args, frames, prompts):
 
 def copied_prefill(model, prompts, counts):
     """tgrpo.prefill with a copy of its prompt for every row, as generate makes it."""
-    shared, logits, position = PREFILL(model, prompts, counts)
-    rows = shared.slots // shared.C
-    layers = [(keys[rows], values[rows]) for keys, values in shared.layers]
-    mask = torch.ones(len(rows), layers[0][0].shape[2], device=rows.device)
-    return tgrpo.SharedPrompts(layers, mask, [1] * len(rows)), logits, position
+    cache, logits, position = PREFILL(model, prompts, counts)
+    rows = torch.tensor([s for s, count in enumerate(counts) for _ in range(count)],
+                        device=logits.device)
+    layers = [(keys[rows], values[rows]) for keys, values in cache.prompts]
+    mask = torch.ones(len(rows), layers[0][1].shape[2], device=logits.device)
+    return tgrpo.GroupCache(layers, mask, [1] * len(rows)), logits, position
 
 
 def autograd_logps(logits, responses, temperature):
@@ -281,7 +282,7 @@ def autograd_logps(logits, responses, temperature):
     return logps, -(log_probs.exp() * log_probs).sum(-1).detach()
 
 
-PREFILL, GROWING, TOKEN_LOGPS = tgrpo.prefill, tgrpo.GrowingLayer, tgrpo.token_logps
+PREFILL, BLOCK, TOKEN_LOGPS = tgrpo.prefill, tgrpo.BLOCK, tgrpo.token_logps
 
 
 def two_rollouts(model, prompts, args, generator):
@@ -310,12 +311,14 @@ def ablate(args):
     print("\n| turned off | " + " | ".join(f"{p} prompts, tok/s" for p in args.prompts)
           + " |\n|---" + "|---" * len(args.prompts) + "|")
     cases = [Case(args, args.frames[0], prompts) for prompts in args.prompts]
-    for name, prefill, layer, function in (
-            ("nothing", PREFILL, GROWING, our_rollout),
-            ("one copy of a prompt for all its rows", copied_prefill, GROWING, our_rollout),
-            ("buffers that grow in blocks", PREFILL, DynamicLayer, our_rollout),
-            ("all orders and prompts in one decode", PREFILL, GROWING, two_rollouts)):
-        tgrpo.prefill, tgrpo.GrowingLayer = prefill, layer
+    compiled = functools.partial(our_rollout, decode=torch.compile(tgrpo.decode, dynamic=True))
+    for name, prefill, block, function in (
+            ("nothing", PREFILL, BLOCK, our_rollout),
+            ("nothing, with --compile", PREFILL, BLOCK, compiled),
+            ("one copy of a prompt for all its rows", copied_prefill, BLOCK, our_rollout),
+            ("buffers that grow in blocks", PREFILL, 1, our_rollout),
+            ("all orders and prompts in one decode", PREFILL, BLOCK, two_rollouts)):
+        tgrpo.prefill, tgrpo.BLOCK = prefill, block
         rates = []
         for case, prompts in zip(cases, args.prompts):
             times = [seconds(lambda: function(case.model, case.prompts, args, case.generator))

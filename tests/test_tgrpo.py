@@ -197,6 +197,25 @@ def test_logits_along_the_cache_equal_a_full_forward(model, processor, samples, 
         assert torch.allclose(logits, full[mask[:, t], t], atol=1e-4), t
 
 
+@pytest.mark.parametrize("end_every, left", [
+    (240, 2), pytest.param(40, 1, marks=pytest.mark.slow)])  # for one row torch compiles anew
+def test_the_compiled_decoding_step_gives_the_same_logits(model, processor, samples, recorded,
+                                                          end_every, left):
+    """The same rollout twice: buffers grow, and all of 7 rows but `left` leave early."""
+    prompts = [samples["video"][1], samples["image"][1]]
+    model.generation_config.eos_token_id = list(range(0, 488, end_every))
+    compiled = torch.compile(tgrpo.decode, dynamic=True, fullgraph=True)
+    groups = [tgrpo.rollout(model, prompts, [[4], [3]], decode=step,
+                            **sampling(processor, model, seed=1, max_new_tokens=110))
+              for step in (tgrpo.decode, compiled)]
+    for eager, other in zip(*groups):
+        assert torch.equal(eager, other)
+    half = len(recorded) // 2
+    assert half > tgrpo.BLOCK and len(recorded[half - 1]) == left
+    for eager, other in zip(recorded[:half], recorded[half:]):
+        torch.testing.assert_close(other, eager, rtol=1e-4, atol=1e-4)
+
+
 def test_greedy_rollout_equals_generate(model, processor, samples):
     options = sampling(processor, model, top_p=1e-6)  # a nucleus of one token
     ids, = tgrpo.rollout(model, [samples["video"][1]], [[1]], **options)
