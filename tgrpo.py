@@ -423,9 +423,9 @@ def prefill(model, prompts, counts):
 
 def decode(model, tokens, position, cache):
     """Logits (n, V) after one more token (n,) a row, at its position (n, 1)."""
-    return model(input_ids=tokens[:, None], position_ids=position.expand(3, -1, -1),
-                 past_key_values=cache, attention_mask={"full_attention": cache},
-                 use_cache=True).logits[:, -1]
+    return model.forward(  # without hooks: DeepSpeed's timers are of no use here, nor compiled
+        input_ids=tokens[:, None], position_ids=position.expand(3, -1, -1), past_key_values=cache,
+        attention_mask={"full_attention": cache}, use_cache=True).logits[:, -1]
 
 
 def rollout(model, prompts, counts, *, max_new_tokens, temperature, top_p, eos_ids, forbidden_ids,
