@@ -52,7 +52,8 @@ from build_data import (InputError, MediaError, as_in_file, check_limits, encode
 from rewards import accuracy_reward, format_reward, length_reward
 
 PIECE = 512  # tokens whose logits are turned into log-probabilities together
-BLOCK = 96  # tokens by which the buffers of a rollout's keys and values grow
+# Tokens by which the buffers of a rollout's keys and values grow; no usual head size, or --compile
+BLOCK = 96  # would take the two for one number and compile again.
 STD_EPSILON = 1e-4  # added to the standard deviation in Eq. 3, as in the released code
 # What a resumed run may change: it paces the run or says where things are.
 FREE_ARGUMENTS = {"data", "media_root", "output", "deepspeed_config", "num_workers",
@@ -124,7 +125,7 @@ def parse_args(argv=None):
     add("--deepspeed_config", default=str(Path(__file__).parent / "ds_zero3.json"),
         help="DeepSpeed's JSON file: ZeRO stage, offload, precision, monitors")
     add("--compile", action="store_true",
-        help="torch.compile the decoding step: a minute at a time at first, then faster rollouts")
+        help="torch.compile the decoding step: slow at first, for each kind of shape, then faster")
     add("--num_workers", type=int, default=2, help="processes that decode media ahead of need")
     add("--decode_timeout", type=float, default=120, help="seconds until a medium is given up")
     add("--frame_cache", help="folder that keeps decoded frames for later epochs and runs")

@@ -116,6 +116,19 @@ def test_grpo_without_reference_or_shuffled_group_on_a_frozen_vision_tower(toy, 
     assert list((tmp_path / "frames").glob("*.npz"))
 
 
+@pytest.mark.slow
+def test_a_compiled_decoding_step_makes_the_same_run(toy, tmp_path):
+    """Where the policy samples (ZeRO-0), and where a copy of its weights does (ZeRO-3)."""
+    for output, flags in (("plain", []), ("compiled", ["--compile"])):
+        run(*tgrpo(toy, tmp_path / output, "--prompts_per_rank", 2, "--max_steps", 4,
+                   "--deepspeed_config", toy / "ds_zero0.json", *flags))
+    one, other = (lines(tmp_path / output, "rollouts") for output in ("plain", "compiled"))
+    assert [row["responses"] for row in one] == [row["responses"] for row in other]
+    run(*tgrpo(toy, tmp_path / "two", "--prompts_per_rank", 2, "--max_steps", 2, "--compile"),
+        ranks=2)
+    assert len(lines(tmp_path / "two", "metrics")) == 3
+
+
 @pytest.mark.parametrize("change, words", [
     (["--data", "absent.json"], "absent.json"),
     (["--model", "{media}"], "processor"),
