@@ -24,6 +24,7 @@ from pathlib import Path
 import torch
 import torch.nn.functional as F
 from deepspeed.accelerator import get_accelerator
+from tqdm import tqdm
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
@@ -143,16 +144,13 @@ def whole(responses):
 # ---------------------------------------------------------------------------- measurement
 
 class Case:
-    """Model, prompts and responses of a measurement."""
+    """Model, prompts and responses of a measurement; `like`: another one with the same model."""
 
-    def __init__(self, args, frames, prompts=1):
-        self.args, self.device = args, get_accelerator().current_device_name()
+    def __init__(self, args, frames, prompts=1, like=None):
+        self.args, self.frames = args, frames
+        self.device = get_accelerator().current_device_name()
         tokenizer = toy_tokenizer([TEMPLATE] * 2)
-        model = toy_model(tokenizer, args.seed, args.hidden, args.layers, args.heads,
-                          args.kv_heads, args.mlp, args.vision_hidden, args.vision_depth,
-                          args.vision_mlp)
-        model.resize_token_embeddings(args.vocabulary, mean_resizing=False)
-        self.model = model.to(self.device, getattr(torch, args.dtype))
+        self.model = like.model if like else self.random_model(tokenizer)
         generator = seeded_generator(args.seed)
         record = {"problem": "Which way does it move?", "problem_type": "free-form",
                   "data_type": "video", "media_path": ""}
@@ -170,6 +168,14 @@ class Case:
         self.A = torch.randn(args.G, generator=generator).to(self.device)
         self.ref = torch.zeros(args.G, args.max_new_tokens, device=self.device) - 5
         self.generator = seeded_generator(args.seed, device=self.device)
+
+    def random_model(self, tokenizer):
+        args = self.args
+        model = toy_model(tokenizer, args.seed, args.hidden, args.layers, args.heads,
+                          args.kv_heads, args.mlp, args.vision_hidden, args.vision_depth,
+                          args.vision_mlp)
+        model.resize_token_embeddings(args.vocabulary, mean_resizing=False)
+        return model.to(self.device, getattr(torch, args.dtype))
 
     def actions(self):
         """{name: (naive, ours)}, each a function of one question but the rollout: of all."""
@@ -192,16 +198,19 @@ def seconds(function):
     return time.perf_counter() - start
 
 
-def medians(pairs, repeats):
-    """{name: (naive, ours)} median seconds; the forms take turns, after one turn to warm up."""
-    times = {name: ([], []) for name in pairs}
-    for turn in range(repeats + 1):
-        for name, forms in pairs.items():
-            for form, kept in zip(forms, times[name]):
-                elapsed = seconds(form)
-                if turn:
-                    kept.append(elapsed)
-    return {name: tuple(map(statistics.median, kept)) for name, kept in times.items()}
+def medians(cases, repeats):
+    """For each case {name: (naive, ours)}: median seconds. All take turns, so that what else the
+    machine does falls on all of them; after one turn to warm up."""
+    actions = [case.actions() for case in cases]
+    times = [{name: ([], []) for name in pairs} for pairs in actions]
+    for turn in tqdm(range(repeats + 1), desc="turns"):
+        for pairs, kept in zip(actions, times):
+            for name, forms in pairs.items():
+                for i, form in enumerate(forms):
+                    elapsed = seconds(form)
+                    if turn:
+                        kept[name][i].append(elapsed)
+    return [{name: tuple(map(statistics.median, kept[name])) for name in kept} for kept in times]
 
 
 def resident_maximum():
@@ -243,14 +252,11 @@ def memory_of(form, frames):
 
 # ---------------------------------------------------------------------------------- table
 
-def row(args, frames, prompts):
-    """One line of the table: seconds, ratios and megabytes."""
-    # first: the naive form's gigabytes should not stand beside those of this process
-    memory = [memory_of(form, frames) for form in ("naive", "ours")] if prompts == 1 else []
-    case = Case(args, frames, prompts)
-    result = {"frames": frames, "prompts": prompts,
+def row(case, times, memory):
+    """One line of the table: seconds, ratios and megabytes, from a case's median times."""
+    args, prompts = case.args, len(case.prompts)
+    result = {"frames": case.frames, "prompts": prompts,
               "prompt_tokens": case.inputs["input_ids"].shape[1]}
-    times = medians(case.actions(), args.repeats)
     tokens = prompts * (args.G + args.G_tilde) * args.max_new_tokens
     for name, (naive, ours) in times.items():
         result |= {f"{name}_naive_s": naive, f"{name}_s": ours, f"{name}_ratio": naive / ours}
@@ -338,13 +344,16 @@ def main():
         return
     cases = [(args.frames[0], prompts) for prompts in args.prompts] + \
         [(frames, 1) for frames in args.frames[1:]]
+    # memory first: the naive form's gigabytes should not stand beside those of this process
+    memory = [[memory_of(form, frames) for form in ("naive", "ours")] if prompts == 1 else []
+              for frames, prompts in cases]
+    first = Case(args, *cases[0])
+    cases = [first] + [Case(args, *case, like=first) for case in cases[1:]]
+    results = list(map(row, cases, medians(cases, args.repeats), memory))
     head = ("frames", "prompts", "tokens", "rollout tok/s", "x", "log-probs s", "x", "fwd+bwd s",
             "x", "step s", "x", "memory MB", "x")
     print("| " + " | ".join(head) + " |\n" + "|---" * len(head) + "|")
-    results = []
-    for frames, prompts in cases:
-        result = row(args, frames, prompts)
-        results.append(result)
+    for result in results:
         cells = [f"{result[key]}" for key in ("frames", "prompts", "prompt_tokens")]
         for value, ratio, digits in (
                 ("tokens_per_s", "rollout_ratio", 0), ("logps_s", "logps_ratio", 2),
@@ -352,7 +361,7 @@ def main():
                 ("memory_mb", "memory_ratio", 0)):
             cells += [f"{result[value]:.{digits}f}", f"{result[ratio]:.1f}"] \
                 if value in result else ["", ""]
-        print("| " + " | ".join(cells) + " |", flush=True)
+        print("| " + " | ".join(cells) + " |")
     if args.json:
         report = {"arguments": vars(args), "torch": torch.__version__,
                   "device": get_accelerator().device_name(),
