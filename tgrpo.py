@@ -416,10 +416,9 @@ def prefill(model, prompts, counts):
         positions.append(position)  # (B, 1)
     layers = [(torch.cat(keys).transpose(-1, -2).contiguous(), torch.cat(values)) for keys, values
               in (zip(*layer_of_prompts) for layer_of_prompts in zip(*layers))]
-    counts = torch.tensor(counts, device=masks[0].device)
-    return GroupCache(layers, torch.cat(masks), counts.tolist()), \
-        torch.cat(logits).repeat_interleave(counts, 0), \
-        torch.cat(positions).repeat_interleave(counts, 0)
+    cache = GroupCache(layers, torch.cat(masks), counts)
+    rows = torch.tensor(counts, device=cache.rows.device)  # (S,)
+    return cache, *(torch.cat(x).repeat_interleave(rows, 0) for x in (logits, positions))
 
 
 def decode(model, tokens, position, cache):

@@ -304,7 +304,8 @@ def ablate(args):
     """Prints the update's seconds and memory with each idea turned off, then the rollout's tokens
     a second, for 1 and more prompts."""
     print("| turned off | forward + backward, s | memory, MB |\n|---|---|---|")
-    naive, ours = Case(args, args.frames[0]).actions()["backward"]
+    first = Case(args, args.frames[0])
+    naive, ours = first.actions()["backward"]
     for name, form, logps, function in (
             ("nothing", "ours", TOKEN_LOGPS, ours),
             ("the logits' gradient by hand, in pieces", "autograd", autograd_logps, ours),
@@ -316,7 +317,7 @@ def ablate(args):
     tgrpo.token_logps = TOKEN_LOGPS
     print("\n| turned off | " + " | ".join(f"{p} prompts, tok/s" for p in args.prompts)
           + " |\n|---" + "|---" * len(args.prompts) + "|")
-    cases = [Case(args, args.frames[0], prompts) for prompts in args.prompts]
+    cases = [Case(args, args.frames[0], prompts, like=first) for prompts in args.prompts]
     compiled = functools.partial(our_rollout, decode=torch.compile(tgrpo.decode, dynamic=True))
     for name, prefill, block, function in (
             ("nothing", PREFILL, BLOCK, our_rollout),
