@@ -1,22 +1,24 @@
 """Speed and memory of a T-GRPO step beside the naive form, on this machine.
 
-    python tests/bench.py                                     # about 20 minutes on 2 CPU cores
+    python tests/bench.py                                     # about 12 minutes on 2 CPU cores
     python tests/bench.py --ablate                            # each idea turned off
     python tests/bench.py --hidden 2048 --heads 16 --kv_heads 2 --mlp 11008 --layers 2 \\
         --vision_hidden 1280 --vision_depth 4 --vision_mlp 3420 --vocabulary 151936  # 3B's layers
 
 Naive is what earlier systems do: two `generate` calls with num_return_sequences for the rollout;
 policy and reference run over G full copies of prompt, pixels and response; one backward through
-the policy's. Both forms are timed in turn on the same random Qwen2.5-VL, the same prompts and
-responses; every number is the median of --repeats turns. No response ends early, so what rows
-that leave the batch save is not in here. Memory is the growth of a process of its own during one
-update (maximum resident set on CPU, maximum allocated on an accelerator).
+the policy's. All forms work on the same random Qwen2.5-VL, the same prompts and responses. Each
+has a process of its own, as in use, so that none works in the memory that another has cut up. The
+processes with the same number of frames take turns; every number is the median of --repeats turns.
+No response ends early, so what rows that leave the batch save is not in here. Memory is the growth
+of a form's process during its first update (maximum resident set on CPU, maximum allocated on an
+accelerator).
 """
 import argparse
 import functools
 import json
+import multiprocessing
 import statistics
-import subprocess
 import sys
 import time
 from pathlib import Path
@@ -35,20 +37,28 @@ from build_data import (PATCH, TEMPLATE, Vision, encode, pad_batch, seeded_gener
 BETA, EPSILON = 0.04, 0.2  # tgrpo.py's defaults
 UNUSED = -1  # an end token that no row can sample: every response gets its full length
 MIB = 2**20
+ABLATIONS = {  # form: what is measured, and the idea that the form does without
+    "autograd": ("backward", "the logits' gradient by hand, in pieces"),
+    "naive": ("backward", "the prompt run once for its group"),
+    "compiled": ("rollout", "nothing, with --compile"),
+    "copies": ("rollout", "one copy of a prompt for all its rows"),
+    "no_blocks": ("rollout", "buffers that grow in blocks"),
+    "separate": ("rollout", "all orders and prompts in one decode")}
 
 
-def parse_args():
+def parse_args(argv=None):
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     add = parser.add_argument
-    # the model: about 10 million parameters
-    add("--hidden", type=int, default=256, help="width of the language model")
-    add("--layers", type=int, default=8, help="layers of the language model")
-    add("--heads", type=int, default=4, help="query heads of the language model")
-    add("--kv_heads", type=int, default=2, help="key and value heads of the language model")
-    add("--mlp", type=int, default=1024, help="width of the language model's MLP")
+    # the model: 11 million parameters; MLP and vision tower have about the same share of the work
+    # on a video's tokens as in Qwen2.5-VL-3B
+    add("--hidden", type=int, default=320, help="width of the language model")
+    add("--layers", type=int, default=4, help="layers of the language model")
+    add("--heads", type=int, default=5, help="query heads of the language model")
+    add("--kv_heads", type=int, default=1, help="key and value heads of the language model")
+    add("--mlp", type=int, default=1720, help="width of the language model's MLP")
     add("--vision_hidden", type=int, default=160, help="width of the vision tower")
-    add("--vision_depth", type=int, default=4, help="layers of the vision tower")
-    add("--vision_mlp", type=int, default=480, help="width of the vision tower's MLP")
+    add("--vision_depth", type=int, default=5, help="layers of the vision tower")
+    add("--vision_mlp", type=int, default=428, help="width of the vision tower's MLP")
     add("--vocabulary", type=int, default=4096, help="tokens of the vocabulary")
     add("--dtype", default="float32", help="float32 or bfloat16")
     # the step
@@ -61,13 +71,12 @@ def parse_args():
     add("--max_new_tokens", type=int, default=256, help="tokens of a response")
     add("--chunk_size", type=int, default=8, help="responses of one forward and backward")
     # the measurement
-    add("--repeats", type=int, default=3, help="turns; medians are reported")
+    add("--repeats", type=int, default=5, help="turns; medians are reported")
     add("--json", help="file for the results")
-    add("--ablate", action="store_true", help="rollout and update with one idea turned off")
+    add("--ablate", nargs="*", choices=ABLATIONS,
+        help="update and rollout with one idea turned off: each of these, or all")
     add("--seed", type=int, default=0, help="seed of weights, frames and responses")
-    add("--memory_of", choices=("naive", "ours", "autograd"),
-        help="internal: measure one form's memory")
-    return parser.parse_args()
+    return parser.parse_args(argv)
 
 
 # ------------------------------------------------------------------------- the naive form
@@ -79,20 +88,28 @@ def naive_rollout(model, prompt, args):
                        max_new_tokens=args.max_new_tokens, min_new_tokens=args.max_new_tokens)
 
 
-def naive_logits(model, inputs, responses):
-    """Logits (n, L, V) of a plain forward over n full copies of prompt, pixels and response."""
+def naive_forward(model, inputs, responses):
+    """ids (n, P + L) and logits (n, P + L, V) over n full copies of prompt, pixels and response."""
     n, L = responses.shape
-    P = inputs["input_ids"].shape[1]
     batch = {key: torch.cat([value] * n) for key, value in inputs.items()}
     batch["input_ids"] = torch.cat([batch["input_ids"], responses], 1)
     batch["attention_mask"] = torch.ones_like(batch["input_ids"])
     batch["mm_token_type_ids"] = F.pad(batch["mm_token_type_ids"], (0, L))
-    return model(**batch, use_cache=False).logits[:, P - 1:-1]
+    return batch["input_ids"], model(**batch, use_cache=False).logits
+
+
+def naive_logits(model, inputs, responses):
+    """Logits (n, L, V) that predict each response token."""
+    return naive_forward(model, inputs, responses)[1][:, -responses.shape[1] - 1:-1]
 
 
 def naive_logps(model, inputs, responses):
-    return naive_logits(model, inputs, responses).float().log_softmax(-1).gather(
-        -1, responses[..., None])[..., 0]  # (n, L)
+    """(n, L): those of all tokens, row by row, of which the responses' are kept, as in the
+    released code (_get_per_token_logps of its grpo_trainer.py)."""
+    ids, logits = naive_forward(model, inputs, responses)
+    logps = [row[:-1].float().log_softmax(-1).gather(1, chosen[1:, None])[:, 0]
+             for chosen, row in zip(ids, logits)]  # n times (P + L - 1,)
+    return torch.stack(logps)[:, -responses.shape[1]:]
 
 
 def naive_backward(model, inputs, responses, A, ref):
@@ -141,16 +158,44 @@ def whole(responses):
     return torch.full((len(responses),), responses.shape[1])
 
 
-# ---------------------------------------------------------------------------- measurement
+# ------------------------------------------------------------- ours with one idea turned off
+
+def copied_prefill(model, prompts, counts, prefill=tgrpo.prefill):
+    """tgrpo.prefill with a copy of its prompt for every row, as generate makes it."""
+    cache, logits, position = prefill(model, prompts, counts)
+    rows = torch.tensor([s for s, count in enumerate(counts) for _ in range(count)],
+                        device=logits.device)
+    layers = [(keys[rows], values[rows]) for keys, values in cache.prompts]
+    mask = torch.ones(len(rows), layers[0][1].shape[2], device=logits.device)
+    return tgrpo.GroupCache(layers, mask, [1] * len(rows)), logits, position
+
+
+def autograd_logps(logits, responses, temperature):
+    """tgrpo.token_logps without a gradient of its own, nor pieces."""
+    log_probs = (logits.float() / temperature).log_softmax(-1)  # (n, L, V)
+    logps = log_probs.gather(-1, responses[..., None])[..., 0]  # (n, L)
+    return logps, -(log_probs.exp() * log_probs).sum(-1).detach()
+
+
+def separate_rollouts(model, prompts, args, generator):
+    """Ordered and shuffled rows one after the other, prompt by prompt."""
+    for prompt in prompts:
+        for inputs, count in zip(prompt, (args.G, args.G_tilde)):
+            tgrpo.rollout(model, [inputs], [[count]], temperature=1.0, top_p=1.0,
+                          max_new_tokens=args.max_new_tokens, eos_ids=[UNUSED], forbidden_ids=[],
+                          generator=generator)
+
+
+# ------------------------------------------------------------------------------ the forms
 
 class Case:
-    """Model, prompts and responses of a measurement; `like`: another one with the same model."""
+    """A random model, prompts of so many frames, and responses to the first of them."""
 
-    def __init__(self, args, frames, prompts=1, like=None):
+    def __init__(self, args, frames, prompts=1):
         self.args, self.frames = args, frames
         self.device = get_accelerator().current_device_name()
         tokenizer = toy_tokenizer([TEMPLATE] * 2)
-        self.model = like.model if like else self.random_model(tokenizer)
+        self.model = self.random_model(tokenizer)
         generator = seeded_generator(args.seed)
         record = {"problem": "Which way does it move?", "problem_type": "free-form",
                   "data_type": "video", "media_path": ""}
@@ -174,20 +219,85 @@ class Case:
         model = toy_model(tokenizer, args.seed, args.hidden, args.layers, args.heads,
                           args.kv_heads, args.mlp, args.vision_hidden, args.vision_depth,
                           args.vision_mlp)
+        torch.manual_seed(args.seed)  # the words that it adds are random
         model.resize_token_embeddings(args.vocabulary, mean_resizing=False)
         return model.to(self.device, getattr(torch, args.dtype))
 
-    def actions(self):
-        """{name: (naive, ours)}, each a function of one question but the rollout: of all."""
-        chunk = self.args.chunk_size
+    def actions(self, form):
+        """{name: function} of one of FORMS: log-probs and update of one question, the rollout of
+        all. What the form turns off is changed in tgrpo, for the whole process."""
         policy = (self.model, self.inputs, self.responses)
+        if form == "naive":
+            return {
+                "rollout": lambda: [naive_rollout(self.model, p, self.args) for p in self.prompts],
+                "logps": lambda: torch.no_grad()(naive_logps)(*policy),
+                "backward": lambda: naive_backward(*policy, self.A, self.ref)}
+        setattr(tgrpo, *FORMS[form].get("tgrpo", ("BLOCK", tgrpo.BLOCK)))
+        rollout = FORMS[form].get("rollout", our_rollout)
+        chunk = self.args.chunk_size
         return {
-            "rollout": (lambda: [naive_rollout(self.model, p, self.args) for p in self.prompts],
-                        lambda: our_rollout(self.model, self.prompts, self.args, self.generator)),
-            "logps": (lambda: torch.no_grad()(naive_logps)(*policy),
-                      lambda: tgrpo.group_logps(*policy, whole(self.responses), chunk)),
-            "backward": (lambda: naive_backward(*policy, self.A, self.ref),
-                         lambda: our_backward(*policy, self.A, self.ref, chunk))}
+            "rollout": lambda: rollout(self.model, self.prompts, self.args, self.generator),
+            "logps": lambda: tgrpo.group_logps(*policy, whole(self.responses), chunk),
+            "backward": lambda: our_backward(*policy, self.A, self.ref, chunk)}
+
+
+def compiled_rollout(*given):
+    our_rollout(*given, decode=compiled_decode())
+
+
+@functools.cache
+def compiled_decode():
+    return torch.compile(tgrpo.decode, dynamic=True)
+
+
+FORMS = {  # name: what differs from ours
+    "naive": {}, "ours": {},
+    "compiled": {"rollout": compiled_rollout},
+    "separate": {"rollout": separate_rollouts},
+    "copies": {"tgrpo": ("prefill", copied_prefill)},
+    "no_blocks": {"tgrpo": ("BLOCK", 1)},
+    "autograd": {"tgrpo": ("token_logps", autograd_logps)}}
+
+
+# ---------------------------------------------------------------------------- measurement
+
+class Worker:
+    """A process that has one form of one case: worker(action) runs it there, and returns its
+    seconds, or for "memory" bytes."""
+
+    def __init__(self, args, form, frames, prompts=1):
+        spawn = multiprocessing.get_context("spawn")  # a fork would inherit this one's threads
+        self.pipe, theirs = spawn.Pipe()
+        self.process = spawn.Process(target=serve, args=(theirs, args, form, frames, prompts),
+                                     name=f"{form!r}, {frames} frames", daemon=True)
+        self.process.start()
+        theirs.close()  # now its end is seen here, too
+
+    def __call__(self, action):
+        try:
+            self.pipe.send(action)
+            return self.pipe.recv()
+        except (EOFError, OSError):
+            sys.exit(f"the process of {self.process.name} has ended: see its error above; without "
+                     "one it was killed, likely for memory: lower --G, --frames or --vocabulary")
+
+    def stop(self):
+        self.pipe.close()
+        self.process.join()
+
+
+def serve(pipe, args, form, frames, prompts):
+    """The work of a Worker's process: until the other end closes the pipe."""
+    case = Case(args, frames, prompts)
+    actions = case.actions(form)
+    try:
+        while True:
+            action = pipe.recv()
+            pipe.send(peak_memory(case.model, actions) if action == "memory"
+                      else seconds(actions[action]))
+            get_accelerator().empty_cache()  # the other processes need the room
+    except EOFError:
+        pass
 
 
 def seconds(function):
@@ -198,19 +308,16 @@ def seconds(function):
     return time.perf_counter() - start
 
 
-def medians(cases, repeats):
-    """For each case {name: (naive, ours)}: median seconds. All take turns, so that what else the
+def medians(work, repeats):
+    """{key: median seconds} of {key: (worker, action)}. All take turns, so that what else the
     machine does falls on all of them; after one turn to warm up."""
-    actions = [case.actions() for case in cases]
-    times = [{name: ([], []) for name in pairs} for pairs in actions]
+    times = {key: [] for key in work}
     for turn in tqdm(range(repeats + 1), desc="turns"):
-        for pairs, kept in zip(actions, times):
-            for name, forms in pairs.items():
-                for i, form in enumerate(forms):
-                    elapsed = seconds(form)
-                    if turn:
-                        kept[name][i].append(elapsed)
-    return [{name: tuple(map(statistics.median, kept[name])) for name in kept} for kept in times]
+        for key, (worker, action) in work.items():
+            elapsed = worker(action)
+            if turn:
+                times[key].append(elapsed)
+    return {key: statistics.median(kept) for key, kept in times.items()}
 
 
 def resident_maximum():
@@ -219,15 +326,10 @@ def resident_maximum():
     return int(line.split()[1]) * 1024
 
 
-def peak_memory(args):
+def peak_memory(model, actions):
     """Bytes that one update (reference log-probs, forward, backward) adds at its peak."""
-    case = Case(args, args.frames[0])
-    actions = case.actions()
-    if args.memory_of == "autograd":
-        tgrpo.token_logps = autograd_logps
-    case.model.requires_grad_(True)
-    for p in case.model.parameters():
-        p.grad = torch.zeros_like(p)  # both forms need them
+    for p in model.parameters():
+        p.grad = torch.zeros_like(p)  # all forms need them
     accelerator = get_accelerator()
     on_cpu = accelerator.device_name() == "cpu"
     if on_cpu:
@@ -237,120 +339,49 @@ def peak_memory(args):
         accelerator.reset_peak_memory_stats()
         start = accelerator.memory_allocated()
     for name in ("logps", "backward"):
-        actions[name][args.memory_of != "naive"]()
-    if on_cpu:
-        return resident_maximum() - start
-    return accelerator.max_memory_allocated() - start
+        actions[name]()
+    return (resident_maximum() if on_cpu else accelerator.max_memory_allocated()) - start
 
 
-def memory_of(form, frames):
-    """peak_memory() of one form, in a process of its own with the same flags."""
-    command = [sys.executable, *sys.argv, "--memory_of", form, "--frames", str(frames)]
-    said = subprocess.run(command, capture_output=True, text=True, check=True).stdout
-    return int(said.split()[-1])
+# --------------------------------------------------------------------------------- tables
+
+def measure(args, frames, prompts):
+    """Lines of the table for so many frames: a dictionary for each number of prompts."""
+    one = {form: Worker(args, form, frames) for form in ("naive", "ours")}
+    memory = {form: worker("memory") / MIB for form, worker in one.items()}  # still fresh
+    work = {(action, form): (worker, action) for form, worker in one.items()
+            for action in ("rollout", "logps", "backward")}
+    work |= {("rollout", p): (Worker(args, "ours", frames, p), "rollout")
+             for p in prompts if p > 1}
+    times = medians(work, args.repeats)
+    for worker, _ in work.values():
+        worker.stop()
+    length = Case(args, frames).inputs["input_ids"].shape[1]
+    return [{"frames": frames, "prompts": p, "prompt_tokens": length,
+             **line(args, p, times, memory)} for p in prompts]
 
 
-# ---------------------------------------------------------------------------------- table
-
-def row(case, times, memory):
-    """One line of the table: seconds, ratios and megabytes, from a case's median times."""
-    args, prompts = case.args, len(case.prompts)
-    result = {"frames": case.frames, "prompts": prompts,
-              "prompt_tokens": case.inputs["input_ids"].shape[1]}
-    tokens = prompts * (args.G + args.G_tilde) * args.max_new_tokens
-    for name, (naive, ours) in times.items():
+def line(args, prompts, times, memory):
+    """Seconds, ratios and megabytes of a step with so many prompts."""
+    # the naive form, and in both log-probs and update, take one prompt after the other
+    seconds = {"rollout": (prompts * times["rollout", "naive"],
+                           times["rollout", "ours" if prompts == 1 else prompts])}
+    seconds |= {action: (times[action, "naive"], times[action, "ours"])
+                for action in ("logps", "backward")}
+    seconds["step"] = tuple(rollout + prompts * (logps + backward)
+                            for rollout, logps, backward in zip(*seconds.values()))
+    result = {}
+    for name, (naive, ours) in seconds.items():
         result |= {f"{name}_naive_s": naive, f"{name}_s": ours, f"{name}_ratio": naive / ours}
-    result["tokens_per_s_naive"], result["tokens_per_s"] = (tokens / t for t in times["rollout"])
-    # a step: the rollout of all prompts; log-probs of the reference and an update for each
-    steps = [times["rollout"][i] + prompts * (times["logps"][i] + times["backward"][i])
-             for i in (0, 1)]
-    result |= {"step_naive_s": steps[0], "step_s": steps[1], "step_ratio": steps[0] / steps[1]}
-    if memory:
-        result |= {"memory_naive_mb": memory[0] / MIB, "memory_mb": memory[1] / MIB,
-                   "memory_ratio": memory[0] / memory[1]}
+    tokens = prompts * (args.G + args.G_tilde) * args.max_new_tokens
+    result["tokens_per_s_naive"], result["tokens_per_s"] = (tokens / t for t in seconds["rollout"])
+    if prompts == 1:
+        result |= {"memory_naive_mb": memory["naive"], "memory_mb": memory["ours"],
+                   "memory_ratio": memory["naive"] / memory["ours"]}
     return result
 
 
-def copied_prefill(model, prompts, counts):
-    """tgrpo.prefill with a copy of its prompt for every row, as generate makes it."""
-    cache, logits, position = PREFILL(model, prompts, counts)
-    rows = torch.tensor([s for s, count in enumerate(counts) for _ in range(count)],
-                        device=logits.device)
-    layers = [(keys[rows], values[rows]) for keys, values in cache.prompts]
-    mask = torch.ones(len(rows), layers[0][1].shape[2], device=logits.device)
-    return tgrpo.GroupCache(layers, mask, [1] * len(rows)), logits, position
-
-
-def autograd_logps(logits, responses, temperature):
-    """tgrpo.token_logps without a gradient of its own, nor pieces."""
-    log_probs = (logits.float() / temperature).log_softmax(-1)  # (n, L, V)
-    logps = log_probs.gather(-1, responses[..., None])[..., 0]  # (n, L)
-    return logps, -(log_probs.exp() * log_probs).sum(-1).detach()
-
-
-PREFILL, BLOCK, TOKEN_LOGPS = tgrpo.prefill, tgrpo.BLOCK, tgrpo.token_logps
-
-
-def two_rollouts(model, prompts, args, generator):
-    """Ordered and shuffled rows one after the other, prompt by prompt."""
-    for prompt in prompts:
-        for inputs, count in zip(prompt, (args.G, args.G_tilde)):
-            tgrpo.rollout(model, [inputs], [[count]], temperature=1.0, top_p=1.0,
-                          max_new_tokens=args.max_new_tokens, eos_ids=[UNUSED], forbidden_ids=[],
-                          generator=generator)
-
-
-def ablate(args):
-    """Prints the update's seconds and memory with each idea turned off, then the rollout's tokens
-    a second, for 1 and more prompts."""
-    print("| turned off | forward + backward, s | memory, MB |\n|---|---|---|")
-    first = Case(args, args.frames[0])
-    naive, ours = first.actions()["backward"]
-    for name, form, logps, function in (
-            ("nothing", "ours", TOKEN_LOGPS, ours),
-            ("the logits' gradient by hand, in pieces", "autograd", autograd_logps, ours),
-            ("the prompt run once for its group", "naive", TOKEN_LOGPS, naive)):
-        tgrpo.token_logps = logps
-        times = [seconds(function) for _ in range(args.repeats + 1)][1:]
-        memory = memory_of(form, args.frames[0]) / MIB
-        print(f"| {name} | {statistics.median(times):.2f} | {memory:.0f} |", flush=True)
-    tgrpo.token_logps = TOKEN_LOGPS
-    print("\n| turned off | " + " | ".join(f"{p} prompts, tok/s" for p in args.prompts)
-          + " |\n|---" + "|---" * len(args.prompts) + "|")
-    cases = [Case(args, args.frames[0], prompts, like=first) for prompts in args.prompts]
-    compiled = functools.partial(our_rollout, decode=torch.compile(tgrpo.decode, dynamic=True))
-    for name, prefill, block, function in (
-            ("nothing", PREFILL, BLOCK, our_rollout),
-            ("nothing, with --compile", PREFILL, BLOCK, compiled),
-            ("one copy of a prompt for all its rows", copied_prefill, BLOCK, our_rollout),
-            ("buffers that grow in blocks", PREFILL, 1, our_rollout),
-            ("all orders and prompts in one decode", PREFILL, BLOCK, two_rollouts)):
-        tgrpo.prefill, tgrpo.BLOCK = prefill, block
-        rates = []
-        for case, prompts in zip(cases, args.prompts):
-            times = [seconds(lambda: function(case.model, case.prompts, args, case.generator))
-                     for _ in range(args.repeats + 1)][1:]
-            tokens = prompts * (args.G + args.G_tilde) * args.max_new_tokens
-            rates.append(f"{tokens / statistics.median(times):.0f}")
-        print(f"| {name} | " + " | ".join(rates) + " |", flush=True)
-
-
-def main():
-    args = parse_args()
-    if args.memory_of:
-        print(peak_memory(args))
-        return
-    if args.ablate:
-        ablate(args)
-        return
-    cases = [(args.frames[0], prompts) for prompts in args.prompts] + \
-        [(frames, 1) for frames in args.frames[1:]]
-    # memory first: the naive form's gigabytes should not stand beside those of this process
-    memory = [[memory_of(form, frames) for form in ("naive", "ours")] if prompts == 1 else []
-              for frames, prompts in cases]
-    first = Case(args, *cases[0])
-    cases = [first] + [Case(args, *case, like=first) for case in cases[1:]]
-    results = list(map(row, cases, medians(cases, args.repeats), memory))
+def print_table(results):
     head = ("frames", "prompts", "tokens", "rollout tok/s", "x", "log-probs s", "x", "fwd+bwd s",
             "x", "step s", "x", "memory MB", "x")
     print("| " + " | ".join(head) + " |\n" + "|---" * len(head) + "|")
@@ -363,6 +394,50 @@ def main():
             cells += [f"{result[value]:.{digits}f}", f"{result[ratio]:.1f}"] \
                 if value in result else ["", ""]
         print("| " + " | ".join(cells) + " |")
+
+
+def ablate(args):
+    """Prints the update's seconds and memory with each idea turned off, then the rollout's tokens
+    a second, for each number of prompts."""
+    for action in ("backward", "rollout"):
+        names = {form: name for form, (of, name) in ABLATIONS.items()
+                 if of == action and (not args.ablate or form in args.ablate)}
+        if names:
+            {"backward": ablate_update, "rollout": ablate_rollout}[action](
+                args, {"ours": "nothing", **names})
+
+
+def ablate_update(args, names):
+    workers = {form: Worker(args, form, args.frames[0]) for form in names}
+    memory = {form: worker("memory") for form, worker in workers.items()}  # still fresh
+    times = medians({form: (worker, "backward") for form, worker in workers.items()}, args.repeats)
+    for worker in workers.values():
+        worker.stop()
+    print("| turned off | forward + backward, s | memory, MB |\n|---|---|---|")
+    for form, name in names.items():
+        print(f"| {name} | {times[form]:.2f} | {memory[form] / MIB:.0f} |", flush=True)
+
+
+def ablate_rollout(args, names):
+    times = medians({(form, prompts): (Worker(args, form, args.frames[0], prompts), "rollout")
+                     for form in names for prompts in args.prompts}, args.repeats)
+    print("\n| turned off | " + " | ".join(f"{p} prompts, tok/s" for p in args.prompts)
+          + " |\n|---" + "|---" * len(args.prompts) + "|")
+    tokens = (args.G + args.G_tilde) * args.max_new_tokens  # of a prompt
+    for form, name in names.items():
+        print(f"| {name} | " + " | ".join(f"{p * tokens / times[form, p]:.0f}"
+                                          for p in args.prompts) + " |")
+
+
+def main():
+    args = parse_args()
+    if args.ablate is not None:
+        ablate(args)
+        return
+    results = []
+    for frames in args.frames:  # one after the other: the naive form's gigabytes
+        results += measure(args, frames, args.prompts if frames == args.frames[0] else [1])
+    print_table(results)
     if args.json:
         report = {"arguments": vars(args), "torch": torch.__version__,
                   "device": get_accelerator().device_name(),
