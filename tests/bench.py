@@ -232,7 +232,8 @@ class Case:
                 "rollout": lambda: [naive_rollout(self.model, p, self.args) for p in self.prompts],
                 "logps": lambda: torch.no_grad()(naive_logps)(*policy),
                 "backward": lambda: naive_backward(*policy, self.A, self.ref)}
-        setattr(tgrpo, *FORMS[form].get("tgrpo", ("BLOCK", tgrpo.BLOCK)))
+        for name, value in FORMS[form].get("tgrpo", {}).items():
+            setattr(tgrpo, name, value)
         rollout = FORMS[form].get("rollout", our_rollout)
         chunk = self.args.chunk_size
         return {
@@ -254,16 +255,16 @@ FORMS = {  # name: what differs from ours
     "naive": {}, "ours": {},
     "compiled": {"rollout": compiled_rollout},
     "separate": {"rollout": separate_rollouts},
-    "copies": {"tgrpo": ("prefill", copied_prefill)},
-    "no_blocks": {"tgrpo": ("BLOCK", 1)},
-    "autograd": {"tgrpo": ("token_logps", autograd_logps)}}
+    "copies": {"tgrpo": {"prefill": copied_prefill}},
+    "no_blocks": {"tgrpo": {"BLOCK": 1}},
+    "autograd": {"tgrpo": {"token_logps": autograd_logps}}}
 
 
 # ---------------------------------------------------------------------------- measurement
 
 class Worker:
     """A process that has one form of one case: worker(action) runs it there, and returns its
-    seconds, or for "memory" bytes."""
+    seconds; for "memory" bytes, for "prompt_tokens" their number."""
 
     def __init__(self, args, form, frames, prompts=1):
         spawn = multiprocessing.get_context("spawn")  # a fork would inherit this one's threads
@@ -290,11 +291,12 @@ def serve(pipe, args, form, frames, prompts):
     """The work of a Worker's process: until the other end closes the pipe."""
     case = Case(args, frames, prompts)
     actions = case.actions(form)
+    answers = {"memory": lambda: peak_memory(case.model, actions),
+               "prompt_tokens": lambda: case.inputs["input_ids"].shape[1]}
+    answers |= {name: functools.partial(seconds, action) for name, action in actions.items()}
     try:
         while True:
-            action = pipe.recv()
-            pipe.send(peak_memory(case.model, actions) if action == "memory"
-                      else seconds(actions[action]))
+            pipe.send(answers[pipe.recv()]())
             get_accelerator().empty_cache()  # the other processes need the room
     except EOFError:
         pass
@@ -354,9 +356,9 @@ def measure(args, frames, prompts):
     work |= {("rollout", p): (Worker(args, "ours", frames, p), "rollout")
              for p in prompts if p > 1}
     times = medians(work, args.repeats)
+    length = one["ours"]("prompt_tokens")
     for worker, _ in work.values():
         worker.stop()
-    length = Case(args, frames).inputs["input_ids"].shape[1]
     return [{"frames": frames, "prompts": p, "prompt_tokens": length,
              **line(args, p, times, memory)} for p in prompts]
 
