@@ -37,13 +37,6 @@ from build_data import (PATCH, TEMPLATE, Vision, encode, pad_batch, seeded_gener
 BETA, EPSILON = 0.04, 0.2  # tgrpo.py's defaults
 UNUSED = -1  # an end token that no row can sample: every response gets its full length
 MIB = 2**20
-ABLATIONS = {  # form: what is measured, and the idea that the form does without
-    "autograd": ("backward", "the logits' gradient by hand, in pieces"),
-    "naive": ("backward", "the prompt run once for its group"),
-    "compiled": ("rollout", "nothing, with --compile"),
-    "copies": ("rollout", "one copy of a prompt for all its rows"),
-    "no_blocks": ("rollout", "buffers that grow in blocks"),
-    "separate": ("rollout", "all orders and prompts in one decode")}
 
 
 def parse_args(argv=None):
@@ -136,12 +129,12 @@ class PlainEngine:
         pass
 
 
-def our_rollout(model, prompts, args, generator, decode=tgrpo.decode):
+def our_rollout(model, prompts, args, generator):
     """The same tokens for several prompts in one decode."""
     both = [pad_batch(prompt, {}, "left") for prompt in prompts]
     tgrpo.rollout(model, both, [[args.G, args.G_tilde]] * len(both), temperature=1.0, top_p=1.0,
                   max_new_tokens=args.max_new_tokens, eos_ids=[UNUSED], forbidden_ids=[],
-                  generator=generator, decode=decode)
+                  generator=generator)
 
 
 def our_backward(model, inputs, responses, A, ref, chunk_size):
@@ -186,13 +179,33 @@ def separate_rollouts(model, prompts, args, generator):
                           generator=generator)
 
 
+@functools.cache
+def compiled_decode():
+    return torch.compile(tgrpo.decode, dynamic=True)
+
+
+def compiled_rollout(*given, rollout=tgrpo.rollout, **named):
+    """tgrpo.rollout with --compile."""
+    return rollout(*given, **named, decode=compiled_decode())
+
+
+ABLATIONS = {  # form: what is measured, the idea that it does without, what it changes in tgrpo
+    "autograd": ("backward", "the logits' gradient by hand, in pieces",
+                 {"token_logps": autograd_logps}),
+    "naive": ("backward", "the prompt run once for its group", {}),
+    "compiled": ("rollout", "nothing, with --compile", {"rollout": compiled_rollout}),
+    "copies": ("rollout", "one copy of a prompt for all its rows", {"prefill": copied_prefill}),
+    "no_blocks": ("rollout", "buffers that grow in blocks", {"BLOCK": 1}),
+    "separate": ("rollout", "all orders and prompts in one decode", {})}
+
+
 # ------------------------------------------------------------------------------ the forms
 
 class Case:
     """A random model, prompts of so many frames, and responses to the first of them."""
 
     def __init__(self, args, frames, prompts=1):
-        self.args, self.frames = args, frames
+        self.args = args
         self.device = get_accelerator().current_device_name()
         tokenizer = toy_tokenizer([TEMPLATE] * 2)
         self.model = self.random_model(tokenizer)
@@ -224,40 +237,23 @@ class Case:
         return model.to(self.device, getattr(torch, args.dtype))
 
     def actions(self, form):
-        """{name: function} of one of FORMS: log-probs and update of one question, the rollout of
-        all. What the form turns off is changed in tgrpo, for the whole process."""
+        """{name: function} of "ours" or one of ABLATIONS: log-probs and update of one question,
+        the rollout of all. What the form changes in tgrpo is changed for the whole process."""
         policy = (self.model, self.inputs, self.responses)
         if form == "naive":
             return {
                 "rollout": lambda: [naive_rollout(self.model, p, self.args) for p in self.prompts],
                 "logps": lambda: torch.no_grad()(naive_logps)(*policy),
                 "backward": lambda: naive_backward(*policy, self.A, self.ref)}
-        for name, value in FORMS[form].get("tgrpo", {}).items():
-            setattr(tgrpo, name, value)
-        rollout = FORMS[form].get("rollout", our_rollout)
+        if form in ABLATIONS:
+            for name, value in ABLATIONS[form][2].items():
+                setattr(tgrpo, name, value)
+        rollout = separate_rollouts if form == "separate" else our_rollout
         chunk = self.args.chunk_size
         return {
             "rollout": lambda: rollout(self.model, self.prompts, self.args, self.generator),
             "logps": lambda: tgrpo.group_logps(*policy, whole(self.responses), chunk),
             "backward": lambda: our_backward(*policy, self.A, self.ref, chunk)}
-
-
-def compiled_rollout(*given):
-    our_rollout(*given, decode=compiled_decode())
-
-
-@functools.cache
-def compiled_decode():
-    return torch.compile(tgrpo.decode, dynamic=True)
-
-
-FORMS = {  # name: what differs from ours
-    "naive": {}, "ours": {},
-    "compiled": {"rollout": compiled_rollout},
-    "separate": {"rollout": separate_rollouts},
-    "copies": {"tgrpo": {"prefill": copied_prefill}},
-    "no_blocks": {"tgrpo": {"BLOCK": 1}},
-    "autograd": {"tgrpo": {"token_logps": autograd_logps}}}
 
 
 # ---------------------------------------------------------------------------- measurement
@@ -366,17 +362,17 @@ def measure(args, frames, prompts):
 def line(args, prompts, times, memory):
     """Seconds, ratios and megabytes of a step with so many prompts."""
     # the naive form, and in both log-probs and update, take one prompt after the other
-    seconds = {"rollout": (prompts * times["rollout", "naive"],
-                           times["rollout", "ours" if prompts == 1 else prompts])}
-    seconds |= {action: (times[action, "naive"], times[action, "ours"])
-                for action in ("logps", "backward")}
-    seconds["step"] = tuple(rollout + prompts * (logps + backward)
-                            for rollout, logps, backward in zip(*seconds.values()))
+    taken = {"rollout": (prompts * times["rollout", "naive"],
+                         times["rollout", "ours" if prompts == 1 else prompts])}
+    taken |= {action: (times[action, "naive"], times[action, "ours"])
+              for action in ("logps", "backward")}
+    taken["step"] = tuple(rollout + prompts * (logps + backward)
+                          for rollout, logps, backward in zip(*taken.values()))
     result = {}
-    for name, (naive, ours) in seconds.items():
+    for name, (naive, ours) in taken.items():
         result |= {f"{name}_naive_s": naive, f"{name}_s": ours, f"{name}_ratio": naive / ours}
     tokens = prompts * (args.G + args.G_tilde) * args.max_new_tokens
-    result["tokens_per_s_naive"], result["tokens_per_s"] = (tokens / t for t in seconds["rollout"])
+    result["tokens_per_s_naive"], result["tokens_per_s"] = (tokens / t for t in taken["rollout"])
     if prompts == 1:
         result |= {"memory_naive_mb": memory["naive"], "memory_mb": memory["ours"],
                    "memory_ratio": memory["naive"] / memory["ours"]}
@@ -401,12 +397,11 @@ def print_table(results):
 def ablate(args):
     """Prints the update's seconds and memory with each idea turned off, then the rollout's tokens
     a second, for each number of prompts."""
-    for action in ("backward", "rollout"):
-        names = {form: name for form, (of, name) in ABLATIONS.items()
+    for action, print_rows in (("backward", ablate_update), ("rollout", ablate_rollout)):
+        names = {form: name for form, (of, name, _) in ABLATIONS.items()
                  if of == action and (not args.ablate or form in args.ablate)}
         if names:
-            {"backward": ablate_update, "rollout": ablate_rollout}[action](
-                args, {"ours": "nothing", **names})
+            print_rows(args, {"ours": "nothing", **names})
 
 
 def ablate_update(args, names):
