@@ -29,32 +29,42 @@ ranks, and asks only for what failed; other thresholds filter the same responses
 Shapes: B records of a batch, L tokens.
 """
 import argparse
+import base64
 import hashlib
+import io
 import json
+import mimetypes
 import os
+import random
 import re
-import resource
-import socket
-import sys
+import time
 import unicodedata
-import warnings
+import zlib
 from collections import Counter
+from concurrent.futures import FIRST_COMPLETED, ThreadPoolExecutor, wait
 from datetime import timedelta
+from email.utils import parsedate_to_datetime
 from functools import partial
+from glob import escape
+from itertools import chain
 from pathlib import Path
+from urllib.parse import quote
 
 import deepspeed
+import requests
 import torch
 import torch.distributed as dist
 from deepspeed.accelerator import get_accelerator
+from PIL import Image
 from torch.utils.data import DataLoader
-from transformers import AutoModelForImageTextToText, AutoProcessor
 
-from build_data import (ANSWER_SUFFIX, TEMPLATE, InputError, MediaError, api_messages, as_in_file,
-                        ask_model, ask_server, check_answering, encode, encode_blank,
-                        generation_config, image_as_video, json_list, load_records,
-                        load_vision_isolated, make_folder_of, markdown, model_hash, read_args_line,
-                        read_rows, row_writer, sampling_of, skip_row, unanswered, write_whole)
+from build_data import (ANSWER_SUFFIX, TEMPLATE, UNUSABLE, FlagParser, InputError, MediaError,
+                        Vision, above, add_machine_flags, add_media_flags, as_in_file, at_least,
+                        build_messages, encode, encode_blank, forbidden_tokens, image_as_video,
+                        json_list, load_model, load_processor, load_records, load_vision_of,
+                        make_folder_of, markdown, pad_batch, part_of, row_writer, run_script,
+                        seeded_generator, setup_distributed, skip_row, stop_tokens, whole_rows,
+                        write_whole)
 from rewards import (WORD, accuracy_reward, choice_letter, extract_answer, format_reward,
                      parse_number)
 
@@ -73,29 +83,15 @@ REFUSAL = re.compile(
 
 
 def parse_args(argv=None):
-    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0],
-                                     fromfile_prefix_chars="@")
-    parser.convert_arg_line_to_args = read_args_line
+    parser = FlagParser(description=__doc__.split("\n")[0])
     add = parser.add_argument
     # data and model
     add("--model", required=True, help="Hugging Face directory or name; with --api_base, the "
                                        "name that the server knows it by")
     add("--data", required=True, help="records to annotate, .json or .jsonl")
-    add("--media_root", help="folder that the records' paths are relative to; default: the data's")
     add("--out", required=True, help="file of annotated records to write; its side files go beside")
-    # frames and pixels
-    add("--max_frames", type=int, default=16, help="most frames of a video")
-    add("--min_frames", type=int, default=4, help="fewest frames of a video")
-    add("--fps", type=float, default=2.0, help="frames a second of video, within those bounds")
-    add("--min_pixels", type=int, default=4 * 28 * 28, help="fewest pixels of a video frame")
-    add("--max_pixels", type=int, default=128 * 28 * 28, help="most pixels of a video frame")
-    add("--image_min_pixels", type=int, default=4 * 28 * 28, help="fewest pixels of an image")
-    add("--image_max_pixels", type=int, default=512 * 28 * 28, help="most pixels of an image")
     # responses; the released annotation had top_p 0.95 and 512 new tokens
-    add("--samples", type=int, default=1, help="responses to a record; the best is kept")
-    add("--temperature", type=float, default=1.0, help="sampling temperature; 0: greedy")
-    add("--top_p", type=float, default=0.95, help="nucleus sampling; 1: off")
-    add("--max_new_tokens", type=int, default=768, help="most tokens of a response")
+    add("--samples", type=above(0, int), default=1, help="responses to a record; the best is kept")
     # the filter
     add("--min_accuracy", type=float, default=0.6, help="a response's reward must be above this")
     add("--min_think", type=int, default=40, help="fewest characters of a thought")
@@ -104,30 +100,18 @@ def parse_args(argv=None):
         help="smallest share of a response's letters that are of the question's script")
     add("--max_repetition", type=float, default=0.3,
         help="largest share of a thought's runs of 6 words that occurred before in it")
-    # a server
-    add("--api_base", help="answer through this server, as in http://localhost:8000/v1; the key, "
-                           "if it wants one, is read from the environment: OPENAI_API_KEY")
-    add("--api_timeout", type=float, default=600, help="seconds that an answer may take")
-    add("--api_retries", type=int, default=6, help="times a failed request is repeated")
-    add("--concurrency", type=int, default=32, help="requests of a rank under way together")
     add("--video_url", default="", help="how videos reach the server: '' as sampled frames; data: "
                                         "as files; else a URL prefix that the server can read")
-    # the machine; without --deepspeed_config every rank holds the whole model
-    add("--batch_size", type=int, default=8, help="records answered together on a rank")
-    add("--attn_implementation", default="sdpa", help="sdpa, eager or flash_attention_2")
-    add("--deepspeed_config",
-        help="DeepSpeed's JSON file of stage 3: splits the model over the ranks")
-    add("--num_workers", type=int, default=2, help="processes that decode media ahead of need")
-    add("--decode_timeout", type=float, default=120, help="seconds until a medium is given up")
-    add("--seed", type=int, default=0, help="seed of every random draw")
-    add("--timeout_minutes", type=float, default=30, help="longest wait for another rank")
-    add("--local_rank", type=int, default=-1, help="set by the deepspeed launcher; not used")
+    add("--deepspeed_config", help="DeepSpeed's JSON file of stage 3: splits the model over the "
+                                   "ranks; without it every rank holds the whole model")
+    add_asking_flags(add, temperature=1.0, top_p=0.95, max_new_tokens=768)
+    add_media_flags(add)
+    add_machine_flags(add)
     return parser.parse_args(argv)
 
 
 def check_flags(args):
     """Raises InputError for values that no run can work with."""
-    check_answering(args)
     if args.samples > 1 and not args.temperature:
         raise InputError(f"--samples {args.samples} at --temperature 0 are all the same")
     if args.api_base and args.deepspeed_config:
@@ -241,7 +225,7 @@ def prompt_of(processor, args, record):
     """A record with its encoded inputs, or (without a processor) with the messages that a server
     gets; or the line of one whose medium cannot be used. Runs in worker processes."""
     try:
-        vision = load_vision_isolated(record, args.decode_timeout, **sampling_of(args, record))
+        vision = load_vision_of(record, args)
     except MediaError as error:
         return skip_row(record, error)
     if processor is None:
@@ -249,76 +233,6 @@ def prompt_of(processor, args, record):
     # one call of the vision tower for any mixture: ranks of a sharded model stay in step
     inputs = image_as_video(processor, encode(processor, record, vision))
     return {"record": record, "inputs": inputs}
-
-
-# --------------------------------------------------------- start-up, the same in each stage
-
-def setup_distributed(args):
-    """Joins the process group, under the deepspeed launcher or alone. Returns (rank, device).
-
-    A rank that waits longer than --timeout_minutes for another ends with an error.
-    """
-    if "RANK" not in os.environ:  # started as `python annotate.py`: a group of one
-        with socket.socket() as probe:
-            probe.bind(("127.0.0.1", 0))
-            port = str(probe.getsockname()[1])
-        os.environ.update(RANK="0", LOCAL_RANK="0", WORLD_SIZE="1", MASTER_ADDR="127.0.0.1",
-                          MASTER_PORT=port)
-    deepspeed.utils.logger.setLevel("WARNING")
-    # every tensor that a worker hands over is an open file, and 1024 is a common soft limit
-    _, most = resource.getrlimit(resource.RLIMIT_NOFILE)
-    resource.setrlimit(resource.RLIMIT_NOFILE, (most, most))
-    # DeepSpeed calls functions that torch has renamed: one warning a step and rank otherwise
-    warnings.filterwarnings("ignore", category=FutureWarning, module="torch.distributed")
-    local_rank = int(os.environ["LOCAL_RANK"])
-    get_accelerator().set_device(local_rank)
-    deepspeed.init_distributed(get_accelerator().communication_backend_name(), verbose=False,
-                               timeout=timedelta(minutes=args.timeout_minutes))
-    return dist.get_rank(), torch.device(get_accelerator().device_name(local_rank))
-
-
-def load_processor(args):
-    """The model's processor; InputError where the directory has none."""
-    try:
-        processor = AutoProcessor.from_pretrained(args.model)
-        if not processor.chat_template:
-            raise ValueError("no chat template")
-        return processor
-    except (OSError, ValueError, TypeError) as error:
-        raise InputError(f"--model {args.model} has no usable processor (tokenizer, "
-                         f"preprocessor and chat template): {error}") from None
-
-
-def precision():
-    """bfloat16 where there is an accelerator, else float32."""
-    return torch.float32 if get_accelerator().device_name() == "cpu" else torch.bfloat16
-
-
-def load_model(args, tokenizer, device):
-    """The model, set to answer as the flags say; with --deepspeed_config, this rank's part."""
-    if args.deepspeed_config:
-        try:
-            config = json.loads(Path(args.deepspeed_config).read_text(encoding="utf-8"))
-            stage = config["zero_optimization"]["stage"]
-        except (OSError, ValueError, KeyError, TypeError) as error:
-            raise InputError(f"--deepspeed_config {args.deepspeed_config}: {error!r}") from None
-        if stage != 3:
-            raise InputError(f"{args.deepspeed_config} has stage {stage}: only 3 shards weights")
-        config = {"zero_optimization": config["zero_optimization"],
-                  "bf16": {"enabled": precision() == torch.bfloat16},
-                  "train_micro_batch_size_per_gpu": 1}  # asked for, of no consequence
-    try:
-        model = AutoModelForImageTextToText.from_pretrained(
-            args.model, dtype=precision(), attn_implementation=args.attn_implementation,
-            use_safetensors=True)
-    except (OSError, ValueError, ImportError) as error:
-        raise InputError(f"cannot load --model {args.model}: {error}") from None
-    model.generation_config = generation_config(model, tokenizer, args, args.samples)
-    if not args.deepspeed_config:
-        return model.to(device).eval()
-    deepspeed.zero.Init(module=model, config_dict_or_path=config)  # split parameter by parameter
-    engine, *_ = deepspeed.initialize(model=model.to(device), config=config)  # to: the buffers
-    return engine.module.eval()
 
 
 # ---------------------------------------------------------- what a run leaves beside --out
@@ -376,7 +290,7 @@ def row_of(sample, answers, seconds):
 def ask_here(share, longest_share, write, processor, device, args):
     """Answers a rank's share of the records, a batch at a time, as often as the longest share
     takes: ranks that hold one model in parts make the same number of calls."""
-    model = load_model(args, processor.tokenizer, device)
+    model = load_answering_model(args, processor.tokenizer, device, args.samples)
     blank = {"record": {"problem_id": "blank"},
              "inputs": image_as_video(processor, encode_blank(processor))}
     batches = iter(DataLoader(share, batch_size=args.batch_size, num_workers=args.num_workers,
@@ -423,8 +337,334 @@ def main(args):
         print(write_result(records, rows, args))
 
 
-if __name__ == "__main__":
+# ------------------------------------------------------------ how a model is asked
+JPEG_QUALITY = 95  # of frames sent to a server; Pillow's highest sensible value
+
+
+def api_messages(record, vision: Vision, video_url="") -> list[dict]:
+    """build_messages for a server that speaks OpenAI's protocol: the same text and the pixels
+    that load_vision decoded, as data: URLs (an image as PNG, sampled frames as JPEG pictures).
+
+    Such a server takes the frames of a video for single pictures without timing. video_url lets
+    it sample the video itself: "data" sends the file; anything else is a prefix to which the
+    record's path is appended, for a server that can read it (file:///srv/data or http://...).
+    A clip within a file, or a folder of frames (CLIP_FIELDS), always goes as frames.
+    """
+    *_, text = build_messages(record)[0]["content"]
+    kind, path = "image_url", record["path"]
+    if vision.frames is None:
+        urls = [data_url("image/png", vision.image)]
+    elif not video_url or part_of(record):
+        frames = vision.frames.permute(0, 2, 3, 1).numpy()  # (T, H, W, C)
+        urls = [data_url("image/jpeg", Image.fromarray(frame)) for frame in frames]
+    elif video_url == "data":
+        kind, content = "video_url", Path(record["media_path"]).read_bytes()
+        urls = [data_url(mimetypes.guess_type(path)[0] or "video/mp4", content)]
+    else:
+        kind, urls = "video_url", [f"{video_url.rstrip('/')}/{quote(os.path.normpath(path))}"]
+    content = [{"type": kind, kind: {"url": url}} for url in urls]
+    return [{"role": "user", "content": [*content, text]}]
+
+
+def data_url(kind, content) -> str:
+    """Bytes, or a picture, as a data: URL."""
+    if isinstance(content, Image.Image):
+        file = io.BytesIO()
+        content.save(file, kind.split("/")[1], quality=JPEG_QUALITY)  # PNG takes no notice of it
+        content = file.getvalue()
+    return f"data:{kind};base64,{base64.b64encode(content).decode()}"
+
+
+FRAME_STREAM, TOKEN_STREAM = 1, 2  # last key of record_generator: no two draws share one
+
+
+def record_generator(seed, record, stream) -> torch.Generator:
+    """A generator of the record's own: its draws depend on no batch, no rank and no restart."""
+    return seeded_generator(seed, zlib.crc32(str(record["problem_id"]).encode()), stream)
+
+
+def add_asking_flags(add, temperature, top_p, max_new_tokens):
+    """How a model answers, here or behind a server; `add` is a parser's add_argument."""
+    add("--temperature", type=at_least(0, float), default=temperature,
+        help="sampling temperature; 0: greedy")
+    add("--top_p", type=above(0, float, 1), default=top_p, help="nucleus sampling; 1: off")
+    add("--max_new_tokens", type=above(0, int), default=max_new_tokens,
+        help="most tokens of a response")
+    add("--batch_size", type=above(0, int), default=8, help="records answered together on a rank")
+    # a server
+    add("--api_base", type=http_url, help="answer through this server, as in "
+        "http://localhost:8000/v1; the key, if it wants one, is read from the environment: "
+        "OPENAI_API_KEY")
+    add("--api_timeout", type=above(0, float), default=600, help="seconds that an answer may take")
+    add("--api_retries", type=at_least(0, int), default=6, help="times a failed request is repeated")
+    add("--concurrency", type=above(0, int), default=32,
+        help="requests of a rank under way together")
+
+
+def http_url(text):
+    """A flag's type: the address of a server."""
+    if not text.startswith(("http://", "https://")):
+        raise argparse.ArgumentTypeError(f"{text} must begin with http:// or https://")
+    return text
+
+
+# ------------------------------------------------------------- a model behind a server
+
+KEY_VARIABLE = "OPENAI_API_KEY"  # the only place a key is read from; it is never written
+FIRST_PAUSE, LONGEST_PAUSE = 1.0, 60.0  # seconds before a request is repeated; doubled each time
+LONGEST_RETRY_AFTER = 3600.0  # seconds that a server may ask to wait
+CONNECT_TIMEOUT = 10.0  # seconds
+REPEATED = {408, 409, 425, 429}  # HTTP: not now; as any status from 500. Others will not change
+HOPELESS = {401, 403, 404}  # HTTP: no request of this run can succeed
+ERROR_SHOWN = 300  # characters of what a server says about an error
+MOST_FAILURES = 20  # requests in a row without an answer, after which the server is given up
+
+
+class ApiError(RuntimeError):
+    """The server gave no usable answer to one request, for the reason given."""
+
+
+class Refused(ApiError):
+    """It would not to a repetition either: the request is at fault, not the server."""
+
+
+def ask_api(args, messages, n, seed):
+    """n answers of an OpenAI-compatible server: [(text, tokens, whether it was cut off), ...].
+
+    Of several answers to one request a server tells only the sum of tokens: each gets the mean.
+    Raises ApiError when a request fails args.api_retries times more, InputError when all would.
+    """
+    answers = []
+    while len(answers) < n:  # some servers answer once, whatever n is
+        answers += post_api(args, {
+            "model": args.model, "messages": messages, "n": n - len(answers),
+            "temperature": args.temperature, "top_p": args.top_p,
+            "max_tokens": args.max_new_tokens, "seed": seed + len(answers)})
+    return answers[:n]
+
+
+def post_api(args, body):
+    """The answers to one request, which is repeated while the server fails to give any."""
+    url = args.api_base.rstrip("/") + "/chat/completions"
+    key = os.environ.get(KEY_VARIABLE, "").strip()
+    if not (key.isascii() and key.isprintable()):  # no header takes it, and the error quotes it
+        raise InputError(f"{KEY_VARIABLE} holds characters that no key has")
+
+    def authorise(request):  # not a header, over which ~/.netrc would win
+        request.headers.update({"Authorization": f"Bearer {key}"} if key else {})
+        return request
+    for attempt in range(args.api_retries + 1):
+        status, pause = None, min(LONGEST_PAUSE, FIRST_PAUSE * 2**attempt)
+        pause *= random.uniform(0.5, 1)  # unseeded: clients must not come back at the same moment
+        try:
+            reply = requests.post(url, json=body, auth=authorise,
+                                  timeout=(CONNECT_TIMEOUT, args.api_timeout))
+            if reply.status_code == 200:
+                return read_choices(reply.json())
+            status, reason = reply.status_code, f"HTTP {reply.status_code}: {reply.text}"
+            pause = max(pause, retry_after(reply.headers.get("Retry-After", "")))
+        except (requests.RequestException, KeyError, TypeError, ValueError) as error:
+            reason = f"{type(error).__name__}: {error}"
+        if key:  # a server may quote it
+            reason = reason.replace(key, f"<{KEY_VARIABLE}>")
+        reason = reason[:ERROR_SHOWN]
+        if status in HOPELESS:
+            raise InputError(f"{url} refuses model {args.model}: {reason} "
+                             f"(the key is read from the environment variable {KEY_VARIABLE})")
+        if status and status < 500 and status not in REPEATED:
+            raise Refused(f"{url}: {reason}")
+        if attempt < args.api_retries:
+            time.sleep(pause)
+    raise ApiError(f"{url}: {args.api_retries + 1} attempts failed, the last: {reason}")
+
+
+def read_choices(reply):
+    """The answers in a server's reply; KeyError, TypeError or ValueError where it has none.
+
+    >>> read_choices({"choices": [{"message": {"content": "Hi"}, "finish_reason": "stop"}],
+    ...               "usage": {"completion_tokens": 2}})
+    [('Hi', 2, False)]
+    """
+    choices = reply["choices"]
+    # content is null where the answer was cut off before it began
+    texts = [choice["message"]["content"] or "" for choice in choices]
+    if not texts or any(UNUSABLE.search(text) for text in texts):  # TypeError for what is no text
+        raise ValueError("the reply has no choices, or half of a character")
+    tokens = round(reply["usage"]["completion_tokens"] / len(texts))
+    return [(text, tokens, choice["finish_reason"] == "length")
+            for text, choice in zip(texts, choices)]
+
+
+def retry_after(text):
+    """Seconds that a Retry-After header asks for, as a number or a date; 0 for anything else."""
     try:
-        main(parse_args())
-    except InputError as error:
-        sys.exit(f"annotate.py: {error}")
+        seconds = (float(text) if re.fullmatch(r"\d+(\.\d+)?", text) else
+                   parsedate_to_datetime(text).timestamp() - time.time())
+    except ValueError:
+        return 0.0
+    return min(max(seconds, 0.0), LONGEST_RETRY_AFTER)
+
+
+def ask_server(samples, n, row_of, write, args, answered=False):
+    """Writes row_of(sample, n answers, seconds), or why there is none, for each of the samples;
+    args.concurrency at a time. Samples with a "reason" have no medium and are rows already.
+
+    InputError when the server fails MOST_FAILURES requests in a row: it is gone. What it refuses
+    counts only until it has `answered` once: some requests may be at fault, not all of them.
+    """
+    running, failed = set(), 0
+
+    def work(sample):  # in a thread: the row is on disk before anything else can go wrong
+        record, started = sample["record"], time.perf_counter()
+        seed = record_generator(args.seed, record, TOKEN_STREAM).initial_seed() % 2**31
+        try:
+            answers = ask_api(args, sample["messages"], n, seed)
+        except ApiError as error:
+            write([skip_row(record, error)])
+            return error
+        write([row_of(sample, answers, time.perf_counter() - started)])
+
+    with ThreadPoolExecutor(args.concurrency) as pool:
+        for sample in chain(samples, [None]):  # None: the last ones are waited for
+            if sample and "reason" in sample:
+                write([sample])
+            elif sample:
+                running.add(pool.submit(work, sample))
+            while len(running) >= (args.concurrency if sample else 1):
+                done, running = wait(running, return_when=FIRST_COMPLETED)
+                for error in (future.result() for future in done):
+                    if error is None:
+                        answered, failed = True, 0
+                    elif not (answered and isinstance(error, Refused)):
+                        failed += 1
+                    if failed >= MOST_FAILURES:
+                        raise InputError(f"{failed} requests in a row failed, the last: {error}")
+
+
+def generation_config(model, tokenizer, args, n=1):
+    """n answers to each prompt, as the flags say: the model's own sampling defaults (a repetition
+    penalty in Qwen2.5-VL's release) are put aside."""
+    from transformers import GenerationConfig
+    sampling = {"do_sample": True, "temperature": args.temperature, "top_p": args.top_p, "top_k": 0}
+    return GenerationConfig(
+        max_new_tokens=args.max_new_tokens, num_return_sequences=n,
+        **(sampling if args.temperature else {}), eos_token_id=stop_tokens(model, tokenizer),
+        pad_token_id=tokenizer.pad_token_id, suppress_tokens=forbidden_tokens(model, tokenizer))
+
+
+def cut_at_end(ids, end_ids):
+    """A response up to its first end token, which is kept, and whether it had none.
+
+    >>> cut_at_end([5, 6, 2, 0, 0], {2, 0}), cut_at_end([5, 6], {2, 0})
+    (([5, 6, 2], False), ([5, 6], True))
+    """
+    for i, token in enumerate(ids):
+        if token in end_ids:
+            return ids[:i + 1], False
+    return ids, True
+
+
+@torch.inference_mode()
+def respond(model, samples, seed):
+    """Responses to B encoded samples, as ids up to the end token: [(ids, cut off), ...], those of
+    one sample in a row, as many as the model's generation_config says."""
+    config = model.generation_config
+    pad_values = {"input_ids": config.pad_token_id, "attention_mask": 0, "mm_token_type_ids": 0}
+    batch = pad_batch([sample["inputs"] for sample in samples], pad_values, "left")
+    batch = {key: value.to(model.device) for key, value in batch.items()}  # ids (B, L)
+    # generate draws from torch's own generator: seeded for each batch, by its first record
+    torch.manual_seed(record_generator(seed, samples[0]["record"], TOKEN_STREAM).initial_seed())
+    sharded = hasattr(next(model.parameters()), "ds_id")  # by ZeRO-3: ranks must keep step
+    ids = model.generate(**batch, synced_gpus=sharded)
+    ids = ids[:, batch["input_ids"].shape[1]:]  # (B n, response's L)
+    return [cut_at_end(row, config.eos_token_id) for row in ids.tolist()]
+
+
+def ask_model(model, tokenizer, samples, row_of, seed, blank=None) -> list[dict]:
+    """A batch's rows: row_of(sample, its answers as in ask_api, seconds), or why there is none.
+
+    Without anything to answer, `blank` is: ranks that hold one model in parts stay in step.
+    """
+    started, rows = time.perf_counter(), [sample for sample in samples if "reason" in sample]
+    good = [sample for sample in samples if "inputs" in sample]
+    asked = good or [blank] * (blank is not None)
+    responses = [(tokenizer.decode(ids, skip_special_tokens=True), len(ids), cut)
+                 for ids, cut in (respond(model, asked, seed) if asked else ())]
+    seconds = (time.perf_counter() - started) / max(len(good), 1)
+    n = len(responses) // max(len(asked), 1)
+    return rows + [row_of(sample, responses[i * n:(i + 1) * n], seconds)
+                   for i, sample in enumerate(good)]
+
+
+def precision():
+    """bfloat16 where there is an accelerator, else float32."""
+    return torch.float32 if get_accelerator().device_name() == "cpu" else torch.bfloat16
+
+
+def load_answering_model(args, tokenizer, device, n=1):
+    """The model, set to give n answers as the flags say; with --deepspeed_config, this rank's
+    part."""
+    config = {"bf16": {"enabled": precision() == torch.bfloat16},
+              "train_micro_batch_size_per_gpu": 1}  # asked for, of no consequence
+    if getattr(args, "deepspeed_config", None):
+        try:
+            zero = json.loads(Path(args.deepspeed_config).read_text(encoding="utf-8"))
+            config["zero_optimization"], stage = zero["zero_optimization"], \
+                zero["zero_optimization"]["stage"]
+        except (OSError, ValueError, KeyError, TypeError) as error:
+            raise InputError(f"--deepspeed_config {args.deepspeed_config}: {error!r}") from None
+        if stage != 3:
+            raise InputError(f"{args.deepspeed_config} has stage {stage}: only 3 shards weights")
+    model = load_model(args, config)
+    model.generation_config = generation_config(model, tokenizer, args, n)
+    if "zero_optimization" in config:
+        model = deepspeed.initialize(model=model, config=config)[0].module
+    return model.to(device).eval()
+
+
+def unanswered(records, rows):
+    """The records that `rows`, by problem_id as text, has no answer to; what failed comes last."""
+    todo = [r for r in records if "output" not in rows.get(str(r["problem_id"]), {})]
+    return sorted(todo, key=lambda r: str(r["problem_id"]) in rows)
+
+
+def read_rows(output, stem, configuration):
+    """Rows of all ranks and runs, by problem_id as text; an answer wins over an earlier skip."""
+    rows = {}
+    for path in sorted(Path(output).glob(f"{escape(stem)}.rank*.jsonl")):
+        first, *others = whole_rows(path) or [{}]
+        for key, value in configuration.items() if first else ():
+            if first.get(key) != value:
+                raise InputError(f"{path} has rows with another {key}: {str(first.get(key))[:60]}, "
+                                 f"not {str(value)[:60]}; name another --output")
+        for row in others:
+            if "output" not in rows.get(str(row["problem_id"]), {}):
+                rows[str(row["problem_id"])] = row
+    return rows
+
+
+HASHED_BLOCKS, BLOCK_BYTES = 64, 4096  # of each weight file: seconds for any size of model
+
+
+def model_hash(model):
+    """A hash of config.json and, of every weight file, its name, size and some blocks spread
+    evenly: it tells two checkpoints of a run apart without reading all of either."""
+    import huggingface_hub
+    try:
+        folder = model if Path(model).is_dir() else huggingface_hub.snapshot_download(
+            model, allow_patterns=["*.json", "*.safetensors"])
+        digest = hashlib.sha256((Path(folder) / "config.json").read_bytes())
+        for path in sorted(Path(folder).glob("*.safetensors")):
+            size = path.stat().st_size
+            digest.update(f"{path.name} {size}".encode())
+            with path.open("rb") as file:
+                for block in range(HASHED_BLOCKS):
+                    file.seek(size * block // HASHED_BLOCKS)
+                    digest.update(file.read(BLOCK_BYTES))
+    except (OSError, ValueError) as error:
+        raise InputError(f"cannot read --model {model}: {error}") from None
+    return digest.hexdigest()
+
+
+if __name__ == "__main__":
+    run_script(main, parse_args)

@@ -14,49 +14,38 @@ Second half, the commands:
 Shapes: T frames, C channels, H x W pixels, L tokens, B records.
 """
 import argparse
-import base64
 import csv
+import errno
 import hashlib
-import io
 import json
 import logging
 import math
-import mimetypes
 import multiprocessing
 import os
-import random
 import re
 import resource
 import signal
+import socket
 import subprocess
 import sys
 import threading
-import time
 import traceback
 import warnings
-import zlib
 from collections import Counter, defaultdict
-from concurrent.futures import FIRST_COMPLETED, ThreadPoolExecutor, wait
 from contextlib import contextmanager, suppress
-from email.utils import parsedate_to_datetime
+from datetime import timedelta
 from functools import lru_cache, partial
-from glob import escape
 from importlib.metadata import version
-from itertools import chain
 from pathlib import Path
 from typing import Any, NamedTuple
-from urllib.parse import quote
-from zipfile import BadZipFile
 
 import numpy as np
-import requests
 import torch
 from PIL import Image, ImageSequence
 from tqdm import tqdm
 
 PROBLEM_TYPES = ("multiple choice", "numerical", "OCR", "free-form", "regression")
 REQUIRED_FIELDS = ("problem_id", "problem", "data_type", "problem_type", "solution", "path")
-JPEG_QUALITY = 95  # of frames sent to a server; Pillow's highest sensible value
 # Optional: the seconds that a question is about; the rate of a video kept as a folder of frames
 CLIP_FIELDS = ("video_start", "video_end", "video_fps")
 FRAME_SUFFIXES = (".jpg", ".jpeg", ".png")  # in such a folder
@@ -93,6 +82,9 @@ MEDIA_FAULTS = (OSError, ValueError, AssertionError, RuntimeError, SyntaxError, 
                 Image.DecompressionBombError)
 # Bytes that decoding one medium may take; 64 frames of 3840 x 2160 pixels, as floats, fit.
 DECODE_MEMORY = 16 * 2**30
+
+
+FULL_DISK = (errno.ENOSPC, errno.EDQUOT)
 
 
 class InputError(ValueError):
@@ -263,55 +255,12 @@ load_vision_isolated.decoder = None  # started by the first call in a process
 
 
 def load_vision_of(record, args) -> Vision:
-    """What a training stage's workers load: within the flags' limits, isolated, and with
-    --frame_cache from there when the same frames of the same file were decoded before."""
-    limits = sampling_of(args, record)
-    if not args.frame_cache or record["data_type"] == "image":
-        return load_vision_isolated(record, args.decode_timeout, **limits)
-    try:
-        status = os.stat(record["media_path"])
-    except OSError as error:
-        raise MediaError(f"{record['media_path']}: {error.strerror}") from None
-    key = json.dumps([record["media_path"], status.st_size, status.st_mtime_ns, limits,
-                      part_of(record)])
-    path = Path(args.frame_cache, hashlib.sha256(key.encode()).hexdigest() + ".npz")
-    try:
-        with np.load(path, allow_pickle=False) as kept:
-            return Vision(torch.from_numpy(kept["frames"]), json.loads(str(kept["metadata"])), None)
-    except (OSError, ValueError, EOFError, BadZipFile):  # not there yet, or cut off by a power cut
-        pass
-    vision = load_vision_isolated(record, args.decode_timeout, **limits)
-    keep_frames(path, vision, args.frame_cache_gb * 1e9)
-    return vision
-
-
-def keep_frames(path, vision, limit):
-    """Adds a video's frames to the cache, whole or not at all, unless it holds `limit` bytes or
-    its disk is full.
-
-    Nothing is ever removed: when every epoch visits all videos, a full cache that stays as it is
-    serves a share of them, one that drops the oldest would serve none.
-    """
-    aside = Path(aside_of(path))
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        if keep_frames.uses % 64 == 0:  # other processes write too: count the files now and then
-            keep_frames.size = sum(file.stat().st_size for file in path.parent.glob("*.npz"))
-        keep_frames.uses += 1
-        if keep_frames.size + vision.frames.numel() > limit:
-            return
-        with open(aside, "wb") as file:
-            np.savez(file, frames=vision.frames.numpy(), metadata=json.dumps(vision.metadata))
-        aside.replace(path)
-        keep_frames.size += vision.frames.numel()
-    except OSError as error:
-        with suppress(OSError):
-            aside.unlink()
-        keep_frames.size = math.inf  # until the files are counted again
-        warnings.warn(f"--frame_cache {path.parent} keeps no more frames: {error.strerror}")
-
-
-keep_frames.uses = keep_frames.size = 0  # calls, and bytes in the cache, as this process knows
+    """load_vision_isolated within the flags' limits: what the workers of every stage call."""
+    image = record["data_type"] == "image"  # images have their own pair of limits
+    return load_vision_isolated(
+        record, args.decode_timeout, max_frames=args.max_frames, min_frames=args.min_frames,
+        fps=args.fps, min_pixels=args.image_min_pixels if image else args.min_pixels,
+        max_pixels=args.image_max_pixels if image else args.max_pixels)
 
 
 class Decoder:
@@ -442,40 +391,6 @@ def encode(processor, record, vision: Vision, device=None) -> dict[str, torch.Te
     return {key: value.to(device) for key, value in inputs.items()}
 
 
-def api_messages(record, vision: Vision, video_url="") -> list[dict]:
-    """build_messages for a server that speaks OpenAI's protocol: the same text and the pixels
-    that load_vision decoded, as data: URLs (an image as PNG, sampled frames as JPEG pictures).
-
-    Such a server takes the frames of a video for single pictures without timing. video_url lets
-    it sample the video itself: "data" sends the file; anything else is a prefix to which the
-    record's path is appended, for a server that can read it (file:///srv/data or http://...).
-    A clip within a file, or a folder of frames (CLIP_FIELDS), always goes as frames.
-    """
-    *_, text = build_messages(record)[0]["content"]
-    kind, path = "image_url", record["path"]
-    if vision.frames is None:
-        urls = [data_url("image/png", vision.image)]
-    elif not video_url or part_of(record):
-        frames = vision.frames.permute(0, 2, 3, 1).numpy()  # (T, H, W, C)
-        urls = [data_url("image/jpeg", Image.fromarray(frame)) for frame in frames]
-    elif video_url == "data":
-        kind, content = "video_url", Path(record["media_path"]).read_bytes()
-        urls = [data_url(mimetypes.guess_type(path)[0] or "video/mp4", content)]
-    else:
-        kind, urls = "video_url", [f"{video_url.rstrip('/')}/{quote(os.path.normpath(path))}"]
-    content = [{"type": kind, kind: {"url": url}} for url in urls]
-    return [{"role": "user", "content": [*content, text]}]
-
-
-def data_url(kind, content) -> str:
-    """Bytes, or a picture, as a data: URL."""
-    if isinstance(content, Image.Image):
-        file = io.BytesIO()
-        content.save(file, kind.split("/")[1], quality=JPEG_QUALITY)  # PNG takes no notice of it
-        content = file.getvalue()
-    return f"data:{kind};base64,{base64.b64encode(content).decode()}"
-
-
 def image_as_video(processor, inputs) -> dict[str, torch.Tensor]:
     """encode()'s inputs with an image turned into a video of one time step.
 
@@ -527,24 +442,20 @@ def pad_batch(samples, pad_values, side) -> dict[str, torch.Tensor]:
     return batch
 
 
+def shuffle_frames(frames, generator):
+    """The (T, C, H, W) frames in a random order that is never the given one when T > 1."""
+    if len(frames) < 2:
+        return frames
+    order = torch.arange(len(frames))
+    while torch.equal(order, torch.arange(len(frames))):
+        order = torch.randperm(len(frames), generator=generator)
+    return frames[order]
+
+
 def seeded_generator(*key, device="cpu") -> torch.Generator:
     """A random generator that depends on every number of `key`, as in (seed, step, rank)."""
     state = np.random.SeedSequence(key).generate_state(1, np.uint64)[0]
     return torch.Generator(device).manual_seed(int(state) % 2**63)
-
-
-FRAME_STREAM, TOKEN_STREAM = 1, 2  # last key of record_generator: no two draws share one
-
-
-def record_generator(seed, record, stream) -> torch.Generator:
-    """A generator of the record's own: its draws depend on no batch, no rank and no restart."""
-    return seeded_generator(seed, zlib.crc32(str(record["problem_id"]).encode()), stream)
-
-
-def read_args_line(line) -> list[str]:
-    """One line of an @file: `--flag=value`, or nothing when blank or a # comment."""
-    line = line.strip()
-    return [] if not line or line.startswith("#") else [line]
 
 
 def provenance() -> dict:
@@ -559,183 +470,171 @@ def provenance() -> dict:
             "git_commit": commit or None}
 
 
-# Flags, of whichever script has them, that must be above zero; and that must not be below it
-POSITIVE = ("fps", "max_new_tokens", "max_steps", "num_train_epochs", "updates_per_rollout",
-            "prompts_per_rank", "per_rank_batch_size", "gradient_accumulation_steps", "samples",
-            "batch_size", "concurrency", "rollout_steps", "decode_timeout", "timeout_minutes",
-            "chunk_memory")
-NOT_NEGATIVE = ("alpha", "omega", "beta", "epsilon", "chunk_size", "learning_rate", "warmup_steps",
-                "weight_decay", "max_grad_norm", "save_steps", "keep_checkpoints", "max_skipped",
-                "num_workers", "frame_cache_gb", "seed")
+# ----------------------------------------------- flags and start-up, the same in each stage
+
+class FlagParser(argparse.ArgumentParser):
+    """Shows defaults, says an error in one line, and reads flags from @files too: one
+    `--flag=value` a line, blank lines and # comments allowed."""
+
+    def __init__(self, **options):
+        super().__init__(fromfile_prefix_chars="@",
+                         formatter_class=argparse.ArgumentDefaultsHelpFormatter, **options)
+
+    def convert_arg_line_to_args(self, line):
+        line = line.strip()
+        return [] if not line or line.startswith("#") else [line]
+
+    def parse_args(self, argv=None, namespace=None):
+        args = super().parse_args(argv, namespace)
+        for low, high in (("min_frames", "max_frames"), ("min_pixels", "max_pixels"),
+                          ("image_min_pixels", "image_max_pixels")):
+            if getattr(args, low, 0) > getattr(args, high, math.inf):
+                self.error(f"--{low} {getattr(args, low)} is above --{high} {getattr(args, high)}")
+        return args
+
+    def error(self, message):
+        self.exit(2, f"{self.prog}: {message} (--help lists the flags)\n")
 
 
-def check_limits(args):
-    """InputError for flags outside their range, or that no medium could meet."""
-    for low, high in (("min_frames", "max_frames"), ("min_pixels", "max_pixels"),
-                      ("image_min_pixels", "image_max_pixels")):
-        if not 0 < getattr(args, low) <= getattr(args, high, math.inf):
-            raise InputError(f"--{low} {getattr(args, low)} must be positive and not above "
-                             f"--{high} {getattr(args, high)}")
-    for name in POSITIVE:
-        if not getattr(args, name, 1) > 0:  # nor NaN
-            raise InputError(f"--{name} {getattr(args, name)} must be positive")
-    for name in NOT_NEGATIVE:
-        if not getattr(args, name, 0) >= 0:
-            raise InputError(f"--{name} {getattr(args, name)} must not be negative")
+def above(low, kind, most=math.inf):
+    """A flag's type: numbers of a kind, above `low` and at most `most`; NaN is neither."""
+    def read(text):
+        value = kind(text)
+        if not low < value <= most:
+            limit = f" and at most {most}" if most < math.inf else ""
+            raise argparse.ArgumentTypeError(f"{text} must be above {low}{limit}")
+        return value
+    read.__name__ = kind.__name__  # argparse names it where the text is no number
+    return read
 
 
-def check_answering(args):
-    """check_limits, and InputError for flags with which no model can answer."""
-    check_limits(args)
-    if args.api_base and not args.api_base.startswith(("http://", "https://")):
-        raise InputError(f"--api_base {args.api_base} must begin with http:// or https://")
-    if not args.temperature >= 0 or not 0 < args.top_p <= 1:
-        raise InputError(f"--temperature {args.temperature} must not be negative, "
-                         f"and --top_p {args.top_p} must be above 0 and at most 1")
+def at_least(low, kind):
+    """A flag's type: numbers of a kind from `low` on."""
+    def read(text):
+        value = kind(text)
+        if not value >= low:
+            raise argparse.ArgumentTypeError(f"{text} must be at least {low}")
+        return value
+    read.__name__ = kind.__name__
+    return read
 
 
-def sampling_of(args, record) -> dict:
-    """load_vision's keyword arguments for a record, from the flags that every stage shares."""
-    image = record["data_type"] == "image"  # images have their own pair of limits
-    return {"max_frames": args.max_frames, "min_frames": args.min_frames, "fps": args.fps,
-            "min_pixels": args.image_min_pixels if image else args.min_pixels,
-            "max_pixels": args.image_max_pixels if image else args.max_pixels}
+def add_media_flags(add, max_frames=16, max_pixels=128 * 28 * 28):
+    """Which frames and pixels a model sees; `add` is a parser's add_argument."""
+    if max_frames:  # evaluate.py has a list of them
+        add("--max_frames", type=above(0, int), default=max_frames, help="most frames of a video")
+    add("--min_frames", type=above(0, int), default=4, help="fewest frames of a video")
+    add("--fps", type=above(0, float), default=2.0,
+        help="frames a second of video, within those bounds")
+    add("--min_pixels", type=above(0, int), default=4 * 28 * 28,
+        help="fewest pixels of a video frame")
+    add("--max_pixels", type=above(0, int), default=max_pixels, help="most pixels of a video frame")
+    add("--image_min_pixels", type=above(0, int), default=4 * 28 * 28,
+        help="fewest pixels of an image")
+    add("--image_max_pixels", type=above(0, int), default=512 * 28 * 28,
+        help="most pixels of an image")
+    add("--media_root", help="folder that the records' paths are relative to; default: the data's")
+    add("--num_workers", type=at_least(0, int), default=2,
+        help="processes that decode media ahead of need")
+    add("--decode_timeout", type=above(0, float), default=120,
+        help="seconds until a medium is given up")
 
 
-# ------------------------------------------------------------- a model behind a server
-
-KEY_VARIABLE = "OPENAI_API_KEY"  # the only place a key is read from; it is never written
-FIRST_PAUSE, LONGEST_PAUSE = 1.0, 60.0  # seconds before a request is repeated; doubled each time
-LONGEST_RETRY_AFTER = 3600.0  # seconds that a server may ask to wait
-CONNECT_TIMEOUT = 10.0  # seconds
-REPEATED = {408, 409, 425, 429}  # HTTP: not now; as any status from 500. Others will not change
-HOPELESS = {401, 403, 404}  # HTTP: no request of this run can succeed
-ERROR_SHOWN = 300  # characters of what a server says about an error
-MOST_FAILURES = 20  # requests in a row without an answer, after which the server is given up
+def add_machine_flags(add):
+    """Model, ranks and seed; `add` is a parser's add_argument."""
+    add("--attn_implementation", default="sdpa", help="sdpa, eager or flash_attention_2")
+    add("--seed", type=at_least(0, int), default=0, help="seed of every random draw")
+    add("--timeout_minutes", type=above(0, float), default=30,
+        help="longest wait for another rank")
+    add("--local_rank", type=int, default=-1, help="set by the deepspeed launcher; not used")
 
 
-class ApiError(RuntimeError):
-    """The server gave no usable answer to one request, for the reason given."""
+def setup_distributed(args):
+    """Joins the process group, under the deepspeed launcher or alone. Returns (rank, device).
 
-
-class Refused(ApiError):
-    """It would not to a repetition either: the request is at fault, not the server."""
-
-
-def ask_api(args, messages, n, seed):
-    """n answers of an OpenAI-compatible server: [(text, tokens, whether it was cut off), ...].
-
-    Of several answers to one request a server tells only the sum of tokens: each gets the mean.
-    Raises ApiError when a request fails args.api_retries times more, InputError when all would.
+    A rank that waits longer than --timeout_minutes for another ends with an error.
     """
-    answers = []
-    while len(answers) < n:  # some servers answer once, whatever n is
-        answers += post_api(args, {
-            "model": args.model, "messages": messages, "n": n - len(answers),
-            "temperature": args.temperature, "top_p": args.top_p,
-            "max_tokens": args.max_new_tokens, "seed": seed + len(answers)})
-    return answers[:n]
+    import deepspeed
+    from deepspeed.accelerator import get_accelerator
+    if "RANK" not in os.environ:  # started as `python SCRIPT`: a group of one
+        with socket.socket() as probe:
+            probe.bind(("127.0.0.1", 0))
+            port = str(probe.getsockname()[1])
+        os.environ.update(RANK="0", LOCAL_RANK="0", WORLD_SIZE="1", MASTER_ADDR="127.0.0.1",
+                          MASTER_PORT=port)
+    deepspeed.utils.logger.setLevel("WARNING")
+    # every tensor that a worker hands over is an open file, and 1024 is a common soft limit
+    _, most = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (most, most))
+    # DeepSpeed calls functions that torch has renamed: one warning a step and rank otherwise
+    warnings.filterwarnings("ignore", category=FutureWarning, module="torch.distributed")
+    local_rank = int(os.environ["LOCAL_RANK"])
+    get_accelerator().set_device(local_rank)
+    if os.environ["WORLD_SIZE"] == "1":  # nobody to share memory with: nothing to compile for it
+        deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+    elif get_accelerator().device_name() == "cpu" and os.environ["RANK"] == "0":
+        print("DeepSpeed builds its shared-memory operation if this machine does not have it yet: "
+              "about 30 seconds, once", flush=True)
+    deepspeed.init_distributed(get_accelerator().communication_backend_name(), verbose=False,
+                               timeout=timedelta(minutes=args.timeout_minutes))
+    rank = torch.distributed.get_rank()
+    return rank, torch.device(get_accelerator().device_name(local_rank))
 
 
-def post_api(args, body):
-    """The answers to one request, which is repeated while the server fails to give any."""
-    url = args.api_base.rstrip("/") + "/chat/completions"
-    key = os.environ.get(KEY_VARIABLE, "").strip()
-    if not (key.isascii() and key.isprintable()):  # no header takes it, and the error quotes it
-        raise InputError(f"{KEY_VARIABLE} holds characters that no key has")
-
-    def authorise(request):  # not a header, over which ~/.netrc would win
-        request.headers.update({"Authorization": f"Bearer {key}"} if key else {})
-        return request
-    for attempt in range(args.api_retries + 1):
-        status, pause = None, min(LONGEST_PAUSE, FIRST_PAUSE * 2**attempt)
-        pause *= random.uniform(0.5, 1)  # unseeded: clients must not come back at the same moment
-        try:
-            reply = requests.post(url, json=body, auth=authorise,
-                                  timeout=(CONNECT_TIMEOUT, args.api_timeout))
-            if reply.status_code == 200:
-                return read_choices(reply.json())
-            status, reason = reply.status_code, f"HTTP {reply.status_code}: {reply.text}"
-            pause = max(pause, retry_after(reply.headers.get("Retry-After", "")))
-        except (requests.RequestException, KeyError, TypeError, ValueError) as error:
-            reason = f"{type(error).__name__}: {error}"
-        if key:  # a server may quote it
-            reason = reason.replace(key, f"<{KEY_VARIABLE}>")
-        reason = reason[:ERROR_SHOWN]
-        if status in HOPELESS:
-            raise InputError(f"{url} refuses model {args.model}: {reason} "
-                             f"(the key is read from the environment variable {KEY_VARIABLE})")
-        if status and status < 500 and status not in REPEATED:
-            raise Refused(f"{url}: {reason}")
-        if attempt < args.api_retries:
-            time.sleep(pause)
-    raise ApiError(f"{url}: {args.api_retries + 1} attempts failed, the last: {reason}")
-
-
-def read_choices(reply):
-    """The answers in a server's reply; KeyError, TypeError or ValueError where it has none.
-
-    >>> read_choices({"choices": [{"message": {"content": "Hi"}, "finish_reason": "stop"}],
-    ...               "usage": {"completion_tokens": 2}})
-    [('Hi', 2, False)]
-    """
-    choices = reply["choices"]
-    # content is null where the answer was cut off before it began
-    texts = [choice["message"]["content"] or "" for choice in choices]
-    if not texts or any(UNUSABLE.search(text) for text in texts):  # TypeError for what is no text
-        raise ValueError("the reply has no choices, or half of a character")
-    tokens = round(reply["usage"]["completion_tokens"] / len(texts))
-    return [(text, tokens, choice["finish_reason"] == "length")
-            for text, choice in zip(texts, choices)]
-
-
-def retry_after(text):
-    """Seconds that a Retry-After header asks for, as a number or a date; 0 for anything else."""
+def load_processor(args):
+    """The model's processor; InputError where the directory has none."""
+    from transformers import AutoProcessor
     try:
-        seconds = (float(text) if re.fullmatch(r"\d+(\.\d+)?", text) else
-                   parsedate_to_datetime(text).timestamp() - time.time())
-    except ValueError:
-        return 0.0
-    return min(max(seconds, 0.0), LONGEST_RETRY_AFTER)
+        processor = AutoProcessor.from_pretrained(args.model)
+        if not processor.chat_template:
+            raise ValueError("no chat template")
+        return processor
+    except (OSError, ValueError, TypeError) as error:
+        raise InputError(f"--model {args.model} has no usable processor (tokenizer, "
+                         f"preprocessor and chat template): {error}") from None
 
 
-def ask_server(samples, n, row_of, write, args, answered=False):
-    """Writes row_of(sample, n answers, seconds), or why there is none, for each of the samples;
-    args.concurrency at a time. Samples with a "reason" have no medium and are rows already.
-
-    InputError when the server fails MOST_FAILURES requests in a row: it is gone. What it refuses
-    counts only until it has `answered` once: some requests may be at fault, not all of them.
-    """
-    running, failed = set(), 0
-
-    def work(sample):  # in a thread: the row is on disk before anything else can go wrong
-        record, started = sample["record"], time.perf_counter()
-        seed = record_generator(args.seed, record, TOKEN_STREAM).initial_seed() % 2**31
-        try:
-            answers = ask_api(args, sample["messages"], n, seed)
-        except ApiError as error:
-            write([skip_row(record, error)])
-            return error
-        write([row_of(sample, answers, time.perf_counter() - started)])
-
-    with ThreadPoolExecutor(args.concurrency) as pool:
-        for sample in chain(samples, [None]):  # None: the last ones are waited for
-            if sample and "reason" in sample:
-                write([sample])
-            elif sample:
-                running.add(pool.submit(work, sample))
-            while len(running) >= (args.concurrency if sample else 1):
-                done, running = wait(running, return_when=FIRST_COMPLETED)
-                for error in (future.result() for future in done):
-                    if error is None:
-                        answered, failed = True, 0
-                    elif not (answered and isinstance(error, Refused)):
-                        failed += 1
-                    if failed >= MOST_FAILURES:
-                        raise InputError(f"{failed} requests in a row failed, the last: {error}")
+def load_model(args, config):
+    """The model's weights, from safetensors only, in the precision of the DeepSpeed config; under
+    ZeRO-3 this rank's part of them. Files of that precision are mapped, not read, and split
+    parameter by parameter: with an accelerator no process holds a whole copy."""
+    import deepspeed
+    from transformers import AutoModelForImageTextToText
+    dtype = torch.bfloat16 if config.get("bf16", {}).get("enabled") else torch.float32
+    try:
+        model = AutoModelForImageTextToText.from_pretrained(
+            args.model, dtype=dtype, attn_implementation=args.attn_implementation,
+            use_safetensors=True)
+    except (OSError, ValueError, ImportError) as error:
+        raise InputError(f"cannot load --model {args.model}: {error}") from None
+    if config.get("zero_optimization", {}).get("stage", 0) == 3:
+        deepspeed.zero.Init(module=model, config_dict_or_path=config)
+        device = deepspeed.accelerator.get_accelerator().current_device_name()
+        model.to(device)  # the buffers: the rest is there
+    return model
 
 
-# ------------------------------------------------------------- a model on this machine
+def run_script(main, parse_args):
+    """Runs a script from its flags to its end. After a fault the end is immediate: the exit hooks
+    would wait for data workers, and the launcher ends the other ranks when this one is gone."""
+    try:
+        return main(parse_args())
+    except InputError as error:
+        print(f"{Path(sys.argv[0]).name}: {error}", file=sys.stderr)
+    except OSError as error:
+        if error.errno not in FULL_DISK:
+            traceback.print_exc()
+        else:
+            print(f"{Path(sys.argv[0]).name}: {error}: make room and repeat the command (training: "
+                  "with --resume)", file=sys.stderr)
+    except KeyboardInterrupt:
+        print("interrupted", file=sys.stderr)
+    except Exception:
+        traceback.print_exc()
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(1)
+
 
 # Tokens that stand for pixels: a policy that emits one would break its own next forward.
 FORBIDDEN_TOKENS = ("<|vision_start|>", "<|vision_end|>", "<|vision_pad|>", "<|image_pad|>",
@@ -757,72 +656,11 @@ def forbidden_tokens(model, tokenizer):
     return sorted((ids | set(beyond)) - {None, *stop_tokens(model, tokenizer)})
 
 
-def generation_config(model, tokenizer, args, n=1):
-    """n answers to each prompt, as the flags say: the model's own sampling defaults (a repetition
-    penalty in Qwen2.5-VL's release) are put aside."""
-    from transformers import GenerationConfig
-    sampling = {"do_sample": True, "temperature": args.temperature, "top_p": args.top_p, "top_k": 0}
-    return GenerationConfig(
-        max_new_tokens=args.max_new_tokens, num_return_sequences=n,
-        **(sampling if args.temperature else {}), eos_token_id=stop_tokens(model, tokenizer),
-        pad_token_id=tokenizer.pad_token_id, suppress_tokens=forbidden_tokens(model, tokenizer))
-
-
-def cut_at_end(ids, end_ids):
-    """A response up to its first end token, which is kept, and whether it had none.
-
-    >>> cut_at_end([5, 6, 2, 0, 0], {2, 0}), cut_at_end([5, 6], {2, 0})
-    (([5, 6, 2], False), ([5, 6], True))
-    """
-    for i, token in enumerate(ids):
-        if token in end_ids:
-            return ids[:i + 1], False
-    return ids, True
-
-
-@torch.inference_mode()
-def respond(model, samples, seed):
-    """Responses to B encoded samples, as ids up to the end token: [(ids, cut off), ...], those of
-    one sample in a row, as many as the model's generation_config says."""
-    config = model.generation_config
-    pad_values = {"input_ids": config.pad_token_id, "attention_mask": 0, "mm_token_type_ids": 0}
-    batch = pad_batch([sample["inputs"] for sample in samples], pad_values, "left")
-    batch = {key: value.to(model.device) for key, value in batch.items()}  # ids (B, L)
-    # generate draws from torch's own generator: seeded for each batch, by its first record
-    torch.manual_seed(record_generator(seed, samples[0]["record"], TOKEN_STREAM).initial_seed())
-    sharded = hasattr(next(model.parameters()), "ds_id")  # by ZeRO-3: ranks must keep step
-    ids = model.generate(**batch, synced_gpus=sharded)
-    ids = ids[:, batch["input_ids"].shape[1]:]  # (B n, response's L)
-    return [cut_at_end(row, config.eos_token_id) for row in ids.tolist()]
-
-
-def ask_model(model, tokenizer, samples, row_of, seed, blank=None) -> list[dict]:
-    """A batch's rows: row_of(sample, its answers as in ask_api, seconds), or why there is none.
-
-    Without anything to answer, `blank` is: ranks that hold one model in parts stay in step.
-    """
-    started, rows = time.perf_counter(), [sample for sample in samples if "reason" in sample]
-    good = [sample for sample in samples if "inputs" in sample]
-    asked = good or [blank] * (blank is not None)
-    responses = [(tokenizer.decode(ids, skip_special_tokens=True), len(ids), cut)
-                 for ids, cut in (respond(model, asked, seed) if asked else ())]
-    seconds = (time.perf_counter() - started) / max(len(good), 1)
-    n = len(responses) // max(len(asked), 1)
-    return rows + [row_of(sample, responses[i * n:(i + 1) * n], seconds)
-                   for i, sample in enumerate(good)]
-
-
 # ------------------------------------------------------- answers as rows that outlive a kill
 
 def skip_row(record, error):
     """The line of a record whose medium, or whose answer, could not be had."""
     return {"problem_id": record["problem_id"], "path": record["path"], "reason": str(error)}
-
-
-def unanswered(records, rows):
-    """The records that `rows`, by problem_id as text, has no answer to; what failed comes last."""
-    todo = [r for r in records if "output" not in rows.get(str(r["problem_id"]), {})]
-    return sorted(todo, key=lambda r: str(r["problem_id"]) in rows)
 
 
 def whole_lines(path):
@@ -837,21 +675,6 @@ def whole_rows(path):
         return [json.loads(line) for line in whole_lines(path).splitlines()]
     except ValueError as error:
         raise InputError(f"{path} is damaged, remove it: {error}") from None
-
-
-def read_rows(output, stem, configuration):
-    """Rows of all ranks and runs, by problem_id as text; an answer wins over an earlier skip."""
-    rows = {}
-    for path in sorted(Path(output).glob(f"{escape(stem)}.rank*.jsonl")):
-        first, *others = whole_rows(path) or [{}]
-        for key, value in configuration.items() if first else ():
-            if first.get(key) != value:
-                raise InputError(f"{path} has rows with another {key}: {str(first.get(key))[:60]}, "
-                                 f"not {str(value)[:60]}; name another --output")
-        for row in others:
-            if "output" not in rows.get(str(row["problem_id"]), {}):
-                rows[str(row["problem_id"])] = row
-    return rows
 
 
 @contextmanager
@@ -892,29 +715,6 @@ def writing(path, advice=""):
     except OSError as error:
         raise InputError(f"cannot write {path}: {error.strerror or error}. {advice}".strip()) \
             from None
-
-
-HASHED_BLOCKS, BLOCK_BYTES = 64, 4096  # of each weight file: seconds for any size of model
-
-
-def model_hash(model):
-    """A hash of config.json and, of every weight file, its name, size and some blocks spread
-    evenly: it tells two checkpoints of a run apart without reading all of either."""
-    import huggingface_hub
-    try:
-        folder = model if Path(model).is_dir() else huggingface_hub.snapshot_download(
-            model, allow_patterns=["*.json", "*.safetensors"])
-        digest = hashlib.sha256((Path(folder) / "config.json").read_bytes())
-        for path in sorted(Path(folder).glob("*.safetensors")):
-            size = path.stat().st_size
-            digest.update(f"{path.name} {size}".encode())
-            with path.open("rb") as file:
-                for block in range(HASHED_BLOCKS):
-                    file.seek(size * block // HASHED_BLOCKS)
-                    digest.update(file.read(BLOCK_BYTES))
-    except (OSError, ValueError) as error:
-        raise InputError(f"cannot read --model {model}: {error}") from None
-    return digest.hexdigest()
 
 
 def aside_of(path) -> str:
@@ -1902,14 +1702,16 @@ def state_of(record, args):
         status = os.stat(record["media_path"])
     except OSError:
         return None
-    return [status.st_size, status.st_mtime_ns, *sampling_of(args, record).values()]
+    limits = ("max_frames", "min_frames", "fps", "min_pixels", "max_pixels", "image_min_pixels",
+              "image_max_pixels")
+    return [status.st_size, status.st_mtime_ns, *(getattr(args, name) for name in limits)]
 
 
 def judge_medium(args, record):
     """Why a record's medium cannot be used, or None, by decoding it; in a worker process."""
     path, state, reason = record["media_path"], state_of(record, args), None
     try:
-        load_vision_isolated(record, args.decode_timeout, **sampling_of(args, record))
+        load_vision_of(record, args)
     except MediaError as error:  # without the path, so that equal reasons are counted together
         reason = str(error).removeprefix(f"{path}: ").replace(path, "it")
     return {"clip": clip_of(record), "state": state, "reason": reason}
@@ -1918,7 +1720,6 @@ def judge_medium(args, record):
 def check(args):
     """Decodes every medium of a file of records, as training will, and writes the records whose
     medium can be used. The same command resumes; a file that has changed is decoded again."""
-    check_limits(args)
     records = load_records(args.data, args.media_root)
     out = args.out or f"{args.data.removesuffix('.jsonl').removesuffix('.json')}_clean.json"
     stem = out.removesuffix(".json")
@@ -2010,9 +1811,7 @@ def stats(args):
 # ------------------------------------------------------------------------ the commands
 
 def parse_args(argv=None):
-    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0],
-                                     fromfile_prefix_chars="@")
-    parser.convert_arg_line_to_args = read_args_line
+    parser = FlagParser(description=__doc__.split("\n")[0])
     commands = parser.add_subparsers(dest="command", required=True)
     toy = commands.add_parser("toy", help="the embedded default: generated data, a tiny model")
     toy.add_argument("--out", default="toy", help="folder to write; must be empty or absent")
@@ -2051,23 +1850,10 @@ def add_mix_flags(parser):
 def add_check_flags(parser):
     add = parser.add_argument
     add("--data", required=True, help="records to check, .json or .jsonl")
-    add("--media_root", help="folder that the records' paths are relative to; default: the data's")
     add("--out", help="file of usable records to write; default: <data>_clean.json")
-    add("--max_frames", type=int, default=16, help="most frames of a video")
-    add("--min_frames", type=int, default=4, help="fewest frames of a video")
-    add("--fps", type=float, default=2.0, help="frames a second of video, within those bounds")
-    add("--min_pixels", type=int, default=4 * 28 * 28, help="fewest pixels of a video frame")
-    add("--max_pixels", type=int, default=128 * 28 * 28, help="most pixels of a video frame")
-    add("--image_min_pixels", type=int, default=4 * 28 * 28, help="fewest pixels of an image")
-    add("--image_max_pixels", type=int, default=512 * 28 * 28, help="most pixels of an image")
-    add("--num_workers", type=int, default=2, help="processes that decode side by side")
-    add("--decode_timeout", type=float, default=120, help="seconds until a medium is given up")
+    add_media_flags(add)
     parser.set_defaults(run=check)
 
 
 if __name__ == "__main__":
-    try:
-        args = parse_args()
-        args.run(args)
-    except InputError as error:
-        sys.exit(f"build_data.py: {error}")
+    run_script(lambda args: args.run(args), parse_args)

@@ -6,7 +6,6 @@
     python evaluate.py --diff eval_sft/mmvu_16_ordered.json eval_tgrpo/mmvu_16_ordered.json
     python evaluate.py --judge eval/mmvu_16_ordered.json --output eval \
         --model Qwen/Qwen2.5-VL-72B-Instruct --api_base http://localhost:8000/v1
-    python evaluate.py --report toy/tgrpo       a T-GRPO run at work, as one page
 
 A benchmark of BENCHMARKS is read from the released eval_*.json or from its own release (the file,
 or the folder it was downloaded to); under another name, a file of records. Scores:
@@ -37,39 +36,33 @@ Shapes: B records of a batch, L tokens, T frames, C channels, H x W pixels, n ro
 K cells, R resamples.
 """
 import argparse
-import base64
 import hashlib
-import html
 import json
 import os
 import re
-import resource
-import socket
-import sys
 import time
-import warnings
 from collections import Counter, defaultdict
 from datetime import timedelta
 from fractions import Fraction
 from functools import cache
-from itertools import islice, zip_longest
+from itertools import islice
 from pathlib import Path
 from typing import Callable, NamedTuple
 
-import deepspeed
 import numpy as np
 import torch
 import torch.distributed as dist
-from deepspeed.accelerator import get_accelerator
 from PIL import Image
 from torch.utils.data import DataLoader, Dataset
-from transformers import AutoModelForImageTextToText, AutoProcessor
 
-from build_data import (ANSWER_SUFFIX, FRAME_STREAM, TEMPLATE, InputError, MediaError, api_messages,
-                        ask_model, ask_server, check_answering, data_url, encode, generation_config,
-                        letter, lettered, load_records, load_vision_isolated, model_hash,
-                        provenance, read_args_line, read_rows, record_generator, row_writer,
-                        sampling_of, skip_row, unanswered, whole_lines, write_whole, writing)
+from annotate import (FRAME_STREAM, add_asking_flags, api_messages, ask_model, ask_server,
+                      load_answering_model, model_hash, precision, read_rows, record_generator,
+                      unanswered)
+from build_data import (ANSWER_SUFFIX, TEMPLATE, FlagParser, InputError, MediaError, above,
+                        add_machine_flags, add_media_flags, encode, letter, lettered,
+                        load_processor, load_records, load_vision_of, provenance, row_writer,
+                        run_script, setup_distributed, shuffle_frames, skip_row, write_whole,
+                        writing)
 from rewards import accuracy_reward, extract_answer, format_reward, parse_number
 
 ORDERS = ("ordered", "shuffled", "reversed", "single_frame", "blind")
@@ -120,9 +113,7 @@ class Task(NamedTuple):
 
 
 def parse_args(argv=None):
-    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0],
-                                     fromfile_prefix_chars="@")
-    parser.convert_arg_line_to_args = read_args_line
+    parser = FlagParser(description=__doc__.split("\n")[0])
     add = parser.add_argument
     # what to do
     add("--benchmark", nargs="+", metavar="NAME=FILE",
@@ -131,54 +122,27 @@ def parse_args(argv=None):
     add("--judge", nargs="+", metavar="RESULT", help="result files: does --model find temporal "
         "reasoning in their responses")
     add("--diff", nargs=2, metavar=("A", "B"), help="two result files: what changed from A to B")
-    add("--report", metavar="RUN", help="--output of a tgrpo.py run: writes report.html, a page of "
-        "some of its questions, frames, responses and rewards; to --output if that is given")
     add("--compare", choices=("paper",), help="print the paper's Table 1 beside these results")
-    # data and model
     add("--model", help="Hugging Face directory or name of the model to evaluate, or to judge with")
-    add("--data", help="with --report: the run's records; default: where the run read them")
-    add("--media_root", help="folder that the records' paths are relative to; default: the data's")
     add("--output", help="folder for rows and results; completed if it has some")
-    # frames and pixels
-    add("--frames", type=int, nargs="+", default=[16, 32, 64],
+    # what the model sees, and how it answers
+    add("--frames", type=above(0, int), nargs="+", default=[16, 32, 64],
         help="most frames of a video; one result for each number")
-    add("--min_frames", type=int, default=4, help="fewest frames of a video")
-    add("--fps", type=float, default=2.0, help="frames a second of video, within those bounds")
-    add("--min_pixels", type=int, default=4 * 28 * 28, help="fewest pixels of a video frame")
-    add("--max_pixels", type=int, default=256 * 28 * 28, help="most pixels of a video frame")
-    add("--image_min_pixels", type=int, default=4 * 28 * 28, help="fewest pixels of an image")
-    add("--image_max_pixels", type=int, default=512 * 28 * 28, help="most pixels of an image")
     add("--order", choices=ORDERS, default="ordered", help="what is done to the frames")
-    # responses
-    add("--temperature", type=float, default=0.01, help="sampling temperature; 0: greedy")
-    add("--top_p", type=float, default=0.001, help="nucleus sampling; 1: off")
-    add("--max_new_tokens", type=int, default=1024, help="most tokens of a response")
     add("--correct_threshold", type=float, default=0.5,
         help="accuracy reward from which a response is correct")
-    # a server
-    add("--api_base", help="answer through this server, as in http://localhost:8000/v1; the key, "
-                           "if it wants one, is read from the environment: OPENAI_API_KEY")
-    add("--api_timeout", type=float, default=600, help="seconds that an answer may take")
-    add("--api_retries", type=int, default=6, help="times a failed request is repeated")
-    add("--concurrency", type=int, default=32, help="requests of a rank under way together")
-    # the machine
-    add("--batch_size", type=int, default=8, help="records answered together on a rank")
-    add("--decode_timeout", type=float, default=120, help="seconds until a medium is given up")
-    add("--attn_implementation", default="sdpa", help="sdpa, eager or flash_attention_2")
-    add("--num_workers", type=int, default=2, help="processes that decode media ahead of need")
-    add("--seed", type=int, default=0, help="seed of every random draw")
-    add("--timeout_minutes", type=float, default=30, help="longest wait for another rank")
-    add("--local_rank", type=int, default=-1, help="set by the deepspeed launcher; not used")
+    add_media_flags(add, max_frames=None, max_pixels=256 * 28 * 28)
+    add_asking_flags(add, temperature=0.01, top_p=0.001, max_new_tokens=1024)
+    add_machine_flags(add)
     return parser.parse_args(argv)
 
 
 def check_flags(args):
     """Raises InputError for values that no run can work with."""
-    check_answering(args)
     wanted = ["output", "model"] + ["benchmark"] * (not args.judge)
     missing = [flag for flag in wanted if not getattr(args, flag)]
     if missing:
-        raise InputError(f"--{missing[0]} is needed (only --diff and --report do without)")
+        raise InputError(f"--{missing[0]} is needed (only --diff does without)")
     if min(args.frames) < args.min_frames:
         raise InputError(f"--frames {min(args.frames)} is below --min_frames {args.min_frames}")
 
@@ -508,16 +472,6 @@ def bootstrap_mean(values, media, seed, cells=None):
     return mean, float(low), float(high)
 
 
-def shuffle_frames(frames, generator):
-    """The (T, C, H, W) frames in a random order that is never the given one when T > 1."""
-    if len(frames) < 2:
-        return frames
-    order = torch.arange(len(frames))
-    while torch.equal(order, torch.arange(len(frames))):
-        order = torch.randperm(len(frames), generator=generator)
-    return frames[order]
-
-
 def reorder(vision, order, generator):
     """The medium as `order`, one of ORDERS, shows it; sizes, timing and token count are kept."""
     frames = vision.frames  # (T, C, H, W)
@@ -810,8 +764,7 @@ class Prompts(Dataset):
             prompt = self.processor.apply_chat_template(messages, add_generation_prompt=True)
             return sample | {"inputs": dict(self.processor(text=[prompt], return_tensors="pt"))}
         try:
-            vision = load_vision_isolated(record, self.args.decode_timeout,
-                                          **sampling_of(self.args, record))
+            vision = load_vision_of(record, self.args)
         except MediaError as error:
             return skip_row(record, error)
         generator = record_generator(self.args.seed, record, FRAME_STREAM)
@@ -821,61 +774,6 @@ class Prompts(Dataset):
         if self.processor is None:
             return {"record": record, "size": size, "messages": api_messages(record, vision)}
         return {"record": record, "size": size, "inputs": encode(self.processor, record, vision)}
-
-
-# --------------------------------------------------------- start-up, the same in each stage
-
-def setup_distributed(args):
-    """Joins the process group, under the deepspeed launcher or alone. Returns (rank, device).
-
-    A rank that waits longer than --timeout_minutes for another ends with an error.
-    """
-    if "RANK" not in os.environ:  # started as `python evaluate.py`: a group of one
-        with socket.socket() as probe:
-            probe.bind(("127.0.0.1", 0))
-            port = str(probe.getsockname()[1])
-        os.environ.update(RANK="0", LOCAL_RANK="0", WORLD_SIZE="1", MASTER_ADDR="127.0.0.1",
-                          MASTER_PORT=port)
-    deepspeed.utils.logger.setLevel("WARNING")
-    # every tensor that a worker hands over is an open file, and 1024 is a common soft limit
-    _, most = resource.getrlimit(resource.RLIMIT_NOFILE)
-    resource.setrlimit(resource.RLIMIT_NOFILE, (most, most))
-    # DeepSpeed calls functions that torch has renamed: one warning a step and rank otherwise
-    warnings.filterwarnings("ignore", category=FutureWarning, module="torch.distributed")
-    local_rank = int(os.environ["LOCAL_RANK"])
-    get_accelerator().set_device(local_rank)
-    deepspeed.init_distributed(get_accelerator().communication_backend_name(), verbose=False,
-                               timeout=timedelta(minutes=args.timeout_minutes))
-    return dist.get_rank(), torch.device(get_accelerator().device_name(local_rank))
-
-
-def load_processor(args):
-    """The model's processor; InputError where the directory has none."""
-    try:
-        processor = AutoProcessor.from_pretrained(args.model)
-        if not processor.chat_template:
-            raise ValueError("no chat template")
-        return processor
-    except (OSError, ValueError, TypeError) as error:
-        raise InputError(f"--model {args.model} has no usable processor (tokenizer, "
-                         f"preprocessor and chat template): {error}") from None
-
-
-def precision():
-    """bfloat16 where there is an accelerator, else float32."""
-    return torch.float32 if get_accelerator().device_name() == "cpu" else torch.bfloat16
-
-
-def load_model(args, tokenizer, device):
-    """The model, set to answer as the flags say."""
-    try:
-        model = AutoModelForImageTextToText.from_pretrained(
-            args.model, dtype=precision(), attn_implementation=args.attn_implementation,
-            use_safetensors=True)
-    except (OSError, ValueError, ImportError) as error:
-        raise InputError(f"cannot load --model {args.model}: {error}") from None
-    model.generation_config = generation_config(model, tokenizer, args)
-    return model.to(device).eval()
 
 
 # ------------------------------------------------------------ what a run leaves in --output
@@ -975,7 +873,7 @@ def by_length(samples, size):
 def engine_of(args, processor, device):
     """What answers: (share, write, args, answered) -> None, through a server, which may have
     `answered` others, or on this machine."""
-    model = cache(lambda: load_model(args, processor.tokenizer, device))  # when first needed
+    model = cache(lambda: load_answering_model(args, processor.tokenizer, device))  # when first needed
     # the next window is decoded while this one is answered
     ahead = -(-WINDOW * args.batch_size // args.num_workers) if args.num_workers else None
 
@@ -1048,281 +946,11 @@ def judge(path, shared, engine, ranks, args):
     return found
 
 
-# -------------------------------------------------------------------- a T-GRPO run as a page
-
-REPORTED = 8  # questions of a page
-FRAME_SIDE, IMAGE_SIDE = 128, 384  # pixels of the longer side, at most
-TINY = 64  # pixels of a side up to which a picture is enlarged to sharp squares
-SHORT = 600  # characters of a response that is shown without a click
-TAG = re.compile(r"(</?(?:think|answer)>)")
-UNFIT = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f\ud800-\udfff]")  # what no page can hold
-PARTS = ("accuracy", "format", "temporal", "length", "R", "A")  # of a response in rollouts.jsonl
-RUN_FLAGS = ("max_frames", "min_frames", "fps", "min_pixels", "max_pixels", "image_min_pixels",
-             "image_max_pixels", "correct_threshold", "alpha", "temporal_test", "temporal_to",
-             "omega", "l_min", "l_max", "scale_advantages")  # what the page depends on
-GLOSSARY = {
-    "accuracy, format": "graded by rewards.py, 0 to 1. Correct: accuracy >= correct_threshold.",
-    "p, p_tilde": "shares of correct responses to ordered and to shuffled frames.",
-    "r_t": "alpha if p >= p_tilde (temporal_test gt: p > p_tilde), else 0 (Eq. 1): did the order "
-           "of the frames help?",
-    "temporal": "r_t for a correct response (Eq. 2); in R (temporal_to advantage: in A).",
-    "length": "omega for a correct response of l_min to l_max tokens (Eq. 5).",
-    "R": "accuracy + format + temporal + length: what the response earns.",
-    "A": "(R - mean) / std within the group of ordered frames (scale_advantages none: R - mean; "
-         "Eq. 3). The update makes responses with A > 0 likelier, with A < 0 less likely."}
-STYLE = """
-:root { color-scheme: light dark }
-body { margin: 0 auto; max-width: 100rem; padding: 0 1rem 5rem; overflow-wrap: anywhere;
-  font: clamp(1rem, 0.85rem + 0.5vw, 1.5rem)/1.45 system-ui, sans-serif }
-h1, h2 { font-size: 1.3em } h3, h4 { font-size: 1em; margin: 1em 0 0.3em }
-ol, ul, figure { margin: 0; padding: 0; list-style: none } figcaption { font-weight: bold }
-:focus-visible { outline: 3px solid Highlight; outline-offset: 3px }
-nav { position: fixed; inset: auto 0 0 0; padding: 0.3rem; background: Canvas }
-nav, nav ol { display: flex; gap: 0.2rem; justify-content: center }
-nav a, button { display: block; padding: 0.3em 0.5em; border: 1px solid; border-radius: 0.4em;
-  font: inherit; color: CanvasText; background: Canvas; text-decoration: none }
-nav a[aria-current] { background: CanvasText; color: Canvas }
-.steps { display: grid; gap: 0 2rem;
-  grid-template-columns: repeat(auto-fit, minmax(min(100%, 28rem), 1fr)) }
-.video { display: grid; gap: 0.3rem; text-align: center; max-width: 70rem;
-  grid-template-columns: repeat(auto-fill, minmax(max(4rem, 5vw), 1fr)) }
-img { display: block; max-width: 100% } .video img { width: 100% }
-.tiny { image-rendering: pixelated } .image .tiny { min-width: 9rem }
-details { margin: 0.4rem 0; padding-left: 0.6rem; border-left: 0.3rem solid }
-.correct { border-color: light-dark(#0a7a33, #5fd38a) }
-.wrong { border-color: light-dark(#b3261e, #ff8a80) }
-label, summary span { display: inline-block; margin-right: 0.8em }
-.text { white-space: pre-wrap; margin: 0.3em 0; unicode-bidi: isolate } .text b { opacity: 0.6 }
-.think { font-style: italic } .answer { font-weight: bold; background: #fc04 }
-@media print { [hidden] { display: block !important } nav { display: none } }
-"""
-SCRIPT = """
-const sections = [...document.querySelectorAll("section")];
-const links = [...document.querySelectorAll("nav a")];
-const shown = () => Math.max(0, links.findIndex(link => link.hash === location.hash));
-const show = () => sections.forEach((section, i) => {
-  section.hidden = i !== shown();
-  links[i].ariaCurrent = section.hidden ? null : "true";
-});
-const go = by => { location.hash = links.at((shown() + by) % links.length).hash; };
-const keys = {j: 1, ArrowRight: 1, k: -1, ArrowLeft: -1};
-onkeydown = event => {
-  if (keys[event.key] && !event.ctrlKey && !event.metaKey && !event.altKey) go(keys[event.key]);
-};
-onhashchange = () => { show(); sections[shown()].firstChild.focus(); };
-document.querySelectorAll("button").forEach(b => { b.onclick = () => go(Number(b.value)); });
-show();
-"""
-PAGE = """<!DOCTYPE html>
-<html lang="en"><head><meta charset="utf-8">
-<meta http-equiv="Content-Security-Policy" content="default-src 'none'; base-uri 'none';
-  form-action 'none'; img-src data:; style-src 'sha256-{style_hash}';
-  script-src 'sha256-{script_hash}'">
-<meta name="viewport" content="width=device-width, initial-scale=1">
-<title>T-GRPO at work</title><style>{style}</style></head><body>
-<header><h1>T-GRPO at work: {run}</h1>
-<p>{shown} of the {logged} questions in rollouts.jsonl: kinds in turn; in each, those logged at two
-steps first, then those with advantages. Keys: j or → next, k or ← previous.</p>
-<details><summary>What the numbers are</summary><dl>{terms}</dl><p>This run: {flags}</p></details>
-</header><main>{sections}</main>
-<nav aria-label="Questions"><button value="-1" aria-label="Previous question">←</button>
-<ol>{links}</ol><button value="1" aria-label="Next question">→</button></nav>
-<script>{script}</script></body></html>
-"""
-
-
-def read_rollouts(path):
-    """{(problem_id as text, path): its rows, the earliest step first} of a rollouts.jsonl; a row
-    is {"step", "texts", "shuffled" texts, "earned" by each text, "order" of frames, "p", ...}."""
-    rollouts = defaultdict(list)
-    for number, line in enumerate(whole_lines(path).splitlines(), 1):
-        try:
-            row = json.loads(line)
-            texts, shuffled = row["responses"], row["responses_shuffled"]
-            if not all(isinstance(text, str) for text in texts + shuffled):
-                raise ValueError("a response is not a text")
-            parts = [name for name in PARTS if shuffled or name != "temporal"]
-            lines = zip(texts, *(map(float, row[name]) for name in parts), strict=True)
-            rollouts[str(row["problem_id"]), row["path"]].append({
-                "step": int(row["step"]), "texts": texts, "shuffled": shuffled,
-                "earned": [dict(zip(parts, values)) for _, *values in lines],
-                "order": [int(place) for place in row.get("frame_order") or ()],
-                **{key: float(row[key]) for key in ("p", "p_tilde", "r_t")[:3 if shuffled else 1]}})
-        except (KeyError, TypeError, ValueError) as error:
-            raise InputError(f"{path}, line {number}, is damaged: {error!r}") from None
-    if not rollouts:
-        raise InputError(f"{path} has no rollouts: --report names the --output of a tgrpo.py run, "
-                         "which writes them every --rollout_steps steps")
-    return {key: sorted(rows, key=lambda row: row["step"]) for key, rows in rollouts.items()}
-
-
-def read_run(path):
-    """The flags of a tgrpo.py run, from the first line of its metrics.jsonl."""
-    try:
-        flags = json.loads(whole_lines(path).partition(b"\n")[0])["arguments"]
-        if missing := {"data", "media_root", *RUN_FLAGS} - flags.keys():
-            raise ValueError(f"without {', '.join(sorted(missing))}")
-        return argparse.Namespace(**flags)
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
-        raise InputError(f"{path} does not begin with the flags of a run: {error}") from None
-
-
-def pick_questions(rollouts, records):
-    """Up to REPORTED (record, its rows of the earliest and, if it is another, the latest step).
-
-    Kinds of question, video or image by problem type, take turns. In each, those logged at two
-    steps come first, then those with advantages, then those whose steps lie furthest apart.
-    """
-    kinds = defaultdict(list)
-    for key, rows in rollouts.items():
-        if record := records.get(key):
-            span = rows[-1]["step"] - rows[0]["step"]
-            shown = [rows[0], rows[-1]] if span else rows[:1]
-            dull = not any(response["A"] for row in shown for response in row["earned"])
-            kinds[record["data_type"], record["problem_type"]].append(
-                ((span == 0, dull, -span), record, shown))
-    turns = zip_longest(*(sorted(kinds[kind], key=lambda question: question[0])
-                          for kind in sorted(kinds, reverse=True)))  # videos first
-    found = [question for turn in turns for question in turn if question]
-    later = sorted(found[len(kinds):], key=lambda question: question[0][0])  # logged once: last
-    return [question[1:] for question in (found[:len(kinds)] + later)[:REPORTED]]
-
-
-def safe(value):
-    """Any value as text of a page, also in an attribute; what no page can hold is U+FFFD."""
-    return html.escape(UNFIT.sub("\ufffd", str(value)))
-
-
-def pictures(record, orders, run, timeout):
-    """A medium's frames, or its image, as the run saw them, made smaller: list items of <img>.
-    MediaError where `orders`, the run's, are of another number of frames."""
-    vision = load_vision_isolated(record, timeout, **sampling_of(run, record))
-    images, side, items = [vision.image], IMAGE_SIDE, []
-    if vision.frames is not None:
-        frames = vision.frames.permute(0, 2, 3, 1).numpy()  # (T, H, W, C)
-        images, side = [Image.fromarray(frame) for frame in frames], FRAME_SIDE
-    for number, image in enumerate(images, 1):
-        image.thumbnail((side, side))
-        tiny = max(image.size) <= TINY
-        url = data_url("image/png" if tiny else "image/jpeg", image)
-        items.append(f'<li><img class="{"tiny" * tiny}" alt="{record["data_type"]}, {number} of '
-                     f'{len(images)}" src="{url}">'
-                     f"{number if side == FRAME_SIDE else ''}</li>")
-    if any(sorted(order) != [*range(len(items))] for order in orders if order):
-        raise MediaError(f"{record['path']} has {len(items)} frames, not those of the run")
-    return items
-
-
-def strip(title, kind, items):
-    """Pictures with their title; kind is image or video."""
-    return (f'<figure><figcaption>{title}</figcaption><ol class="{kind}">{"".join(items)}</ol>'
-            "</figure>")
-
-
-def response_group(title, texts, earned, threshold):
-    """Responses under their heading: what each earned, then its text with the tags set apart."""
-    items = []
-    for text, values in zip(texts, earned):
-        word, kind, pieces = "correct" if values["accuracy"] >= threshold else "wrong", "", []
-        for piece in TAG.split(text):
-            if TAG.fullmatch(piece):
-                kind = "" if piece.startswith("</") else piece.strip("<>")
-                pieces.append(f"<b>{safe(piece)}</b>")
-            else:
-                pieces.append(f'<span class="{kind}">{safe(piece)}</span>')
-        shown = "".join(f"<span>{key} <b>{value:.3g}</b></span>" for key, value in values.items())
-        items.append(f'<li><details class="{word}"{" open" * (len(text) <= SHORT)}><summary>'
-                     f'<span><strong>{word}</strong></span>{shown}</summary><p class="text" '
-                     f'dir="auto">{"".join(pieces)}</p></details></li>')
-    return f"<h4>{len(texts)} responses to {title}</h4><ol>{''.join(items)}</ol>"
-
-
-def step_article(row, record, items, run):
-    """What one step made of a question: both groups, and what their comparison earned."""
-    kind, second = record["data_type"], row["shuffled"]
-    pieces = [f"<article><h3>Step {row['step']}</h3>"]
-    if items and row["order"]:
-        pieces.append(strip("Frames, shuffled for the second group", kind,
-                            [items[place] for place in row["order"]]))
-    pieces += [f'<label>{name} <meter min="0" max="1" value="{row[name]}"></meter> '
-               f"{row[name]:.3g}</label>" for name in ("p", "p_tilde") if name in row]
-    if second:
-        sign = ("=", "&gt;", "&lt;")[(row["p"] > row["p_tilde"]) - (row["p"] < row["p_tilde"])]
-        pieces.append(f"<p>p {sign} p_tilde, so r_t = {row['r_t']:.3g} for every correct response "
-                      f"to the {kind}.</p>")
-    else:
-        pieces.append("<p>No second group: images, and runs with alpha 0, have none.</p>")
-    if not any(values["A"] for values in row["earned"]):
-        pieces.append("<p>All rewards are equal, so every A is 0: this group teaches nothing.</p>")
-    pieces.append(response_group(f"the {kind}", row["texts"], row["earned"], run.correct_threshold))
-    if second:
-        earned = [{"accuracy": accuracy_reward(text, record), "format": format_reward(text)}
-                  for text in second]
-        pieces.append(response_group("the shuffled frames, compared with and never trained on",
-                                     second, earned, run.correct_threshold))
-    return "".join([*pieces, "</article>"])
-
-
-def question_section(number, record, rows, run, timeout):
-    """A question with its medium, at its earliest and its latest step."""
-    try:
-        items = pictures(record, [row["order"] for row in rows], run, timeout)
-        medium = strip(f"The {record['data_type']}", record["data_type"], items)
-    except MediaError as error:
-        items, medium = [], f"<p>The {record['data_type']} cannot be shown: {safe(error)}</p>"
-    choices = record["options"] if record["problem_type"] == "multiple choice" else ()
-    options = "".join(f"<li>{safe(option)}</li>" for option in choices)
-    steps = "".join(step_article(row, record, items, run) for row in rows)
-    once = "<p>Logged at this one step only: there is no later one to compare.</p>"
-    return (f'<section id="q{number}" aria-labelledby="h{number}"><h2 id="h{number}" tabindex="-1" '
-            f'dir="auto">{number}. {safe(record["problem"])}</h2><ul dir="auto">{options}</ul>'
-            f'<p dir="auto">Answer: <b class="answer">{safe(extract_answer(record["solution"]))}'
-            f'</b> ({safe(record["problem_type"])}, problem_id {safe(record["problem_id"])}, '
-            f'{safe(record["path"])})</p>{medium}{once * (len(rows) == 1)}'
-            f'<div class="steps">{steps}</div></section>')
-
-
-def write_report(args):
-    """Writes report.html of the run that --report names, into the run's folder or --output."""
-    folder = Path(args.report)
-    rollouts, run = read_rollouts(folder / "rollouts.jsonl"), read_run(folder / "metrics.jsonl")
-    root = args.media_root or (None if args.data else run.media_root)
-    records = {(str(record["problem_id"]), record["path"]): record
-               for record in load_records(args.data or run.data, root)}
-    chosen = pick_questions(rollouts, records)
-    if not chosen:
-        raise InputError(f"{args.data or run.data} has no question of {folder}/rollouts.jsonl; "
-                         "name the run's records with --data")
-    sections = [question_section(number, record, rows, run, args.decode_timeout)
-                for number, (record, rows) in enumerate(chosen, 1)]
-    links = "".join(f'<li><a href="#q{number}" aria-label="Question {number}">{number}</a></li>'
-                    for number in range(1, len(chosen) + 1))
-    terms = "".join(f"<dt><b>{name}</b></dt><dd>{safe(text)}</dd>"
-                    for name, text in GLOSSARY.items())
-    flags = ", ".join(f"{flag} {getattr(run, flag)}" for flag in RUN_FLAGS)
-    style, script = (base64.b64encode(hashlib.sha256(text.encode()).digest()).decode()
-                     for text in (STYLE, SCRIPT))
-    page = PAGE.format_map({
-        "style": STYLE, "script": SCRIPT, "style_hash": style, "script_hash": script,
-        "run": safe(folder), "shown": len(chosen), "logged": len(rollouts), "terms": terms,
-        "flags": safe(flags), "sections": "".join(sections), "links": links})
-    path = Path(args.output or folder, "report.html")
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise InputError(f"cannot write {path}, name another folder as --output: {error}") from None
-    write_whole({path: [page]})
-    print(f"{path}: {len(chosen)} questions, {len(page) / 1e6:.1f} MB")
-
-
 # ---------------------------------------------------------------------------------- main
 
 def main(args):
     if args.diff:
         print("\n".join(difference(*map(read_result, args.diff))))
-        return
-    if args.report:
-        write_report(args)
         return
     # --------------------------------------------- inputs, checked before a model is loaded
     check_flags(args)
@@ -1361,7 +989,4 @@ def main(args):
 
 
 if __name__ == "__main__":
-    try:
-        main(parse_args())
-    except InputError as error:
-        sys.exit(f"evaluate.py: {error}")
+    run_script(main, parse_args)
