@@ -11,22 +11,23 @@ micro-batches; prompt and visual tokens carry none.
 
 Left out on purpose: packing (rows are padded to the longest of the micro-batch).
 
+The second half, behind a ruler, is what any training run here is, on the simplest loss first:
+start, questions, an optimizer step, the end of a step, checkpoints, the final model. tgrpo.py
+trains by it too.
+
 Shapes: B records of a micro-batch, L tokens, N target tokens, V vocabulary.
 """
 import argparse
-import errno
 import hashlib
 import json
 import math
 import os
-import resource
 import shutil
 import signal
-import socket
-import sys
 import time
-import warnings
-from datetime import timedelta
+from dataclasses import dataclass
+from functools import lru_cache, partial
+from itertools import chain
 from pathlib import Path
 
 import deepspeed
@@ -37,71 +38,27 @@ from deepspeed.accelerator import get_accelerator
 from safetensors import SafetensorError
 from torch.utils.data import DataLoader, Dataset
 from tqdm import tqdm
-from transformers import AutoModelForImageTextToText, AutoProcessor
 
-from build_data import (InputError, MediaError, as_in_file, check_limits, encode, encode_blank,
-                        image_as_video, load_records, load_vision_of, pad_batch, provenance,
-                        read_args_line, seeded_generator, skip_row)
+from build_data import (FlagParser, InputError, MediaError, above, add_machine_flags,
+                        add_media_flags, as_in_file, at_least, encode, encode_blank, image_as_video,
+                        load_model, load_processor, load_records, load_vision_of, pad_batch,
+                        provenance, run_script, seeded_generator, setup_distributed, skip_row,
+                        write_whole)
 
-# What a resumed run may change: it paces the run or says where things are.
-FREE_ARGUMENTS = {"data", "media_root", "output", "deepspeed_config", "num_workers",
-                  "decode_timeout", "frame_cache", "frame_cache_gb", "save_steps",
-                  "keep_checkpoints", "max_skipped", "resume", "timeout_minutes", "local_rank"}
-# As well, where the learning rate does not decay towards the end
-LENGTH_ARGUMENTS = {"max_steps", "num_train_epochs"}
-FULL_DISK = (errno.ENOSPC, errno.EDQUOT)
-SHOWN_SKIPPED = 10  # reasons that are printed when --max_skipped stops a run
-ORDER_STREAM = 0  # first key of the data order's generators
 IGNORED = -100  # label of a token without loss, as in torch's cross entropy
 
 
 def parse_args(argv=None):
-    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0],
-                                     fromfile_prefix_chars="@")
-    parser.convert_arg_line_to_args = read_args_line
+    parser = FlagParser(description=__doc__.split("\n")[0])
     add = parser.add_argument
-    # data and model
-    add("--model", required=True, help="Hugging Face directory or name of the model to start from")
-    add("--data", required=True, help="records with `process`, .json or .jsonl")
-    add("--media_root", help="folder that the records' paths are relative to; default: the data's")
-    add("--output", required=True, help="folder for metrics, checkpoints and the final model")
-    # frames and pixels
-    add("--max_frames", type=int, default=16, help="most frames of a video")
-    add("--min_frames", type=int, default=4, help="fewest frames of a video")
-    add("--fps", type=float, default=2.0, help="frames a second of video, within those bounds")
-    add("--min_pixels", type=int, default=4 * 28 * 28, help="fewest pixels of a video frame")
-    add("--max_pixels", type=int, default=128 * 28 * 28, help="most pixels of a video frame")
-    add("--image_min_pixels", type=int, default=4 * 28 * 28, help="fewest pixels of an image")
-    add("--image_max_pixels", type=int, default=512 * 28 * 28, help="most pixels of an image")
-    # optimisation
-    add("--num_train_epochs", type=float, default=1.0, help="passes over the data")
-    add("--per_rank_batch_size", type=int, default=1, help="records of a micro-batch on a rank")
-    add("--gradient_accumulation_steps", type=int, default=2, help="micro-batches of a step")
-    add("--learning_rate", type=float, default=1e-6, help="peak learning rate of AdamW")
-    add("--lr_schedule", choices=("constant", "linear", "cosine"), default="cosine",
-        help="decay to 0 after the warm-up")
-    add("--warmup_steps", type=int, default=0, help="steps of linear warm-up")
-    add("--adam_beta2", type=float, default=0.999, help="AdamW's second decay rate")
-    add("--weight_decay", type=float, default=0.01, help="AdamW's decoupled weight decay")
-    add("--max_grad_norm", type=float, default=5.0, help="gradients are clipped to this norm")
+    add("--num_train_epochs", type=above(0, float), default=1.0, help="passes over the data")
+    add("--per_rank_batch_size", type=above(0, int), default=1,
+        help="records of a micro-batch on a rank")
+    add("--gradient_accumulation_steps", type=above(0, int), default=2,
+        help="micro-batches of a step")
     add("--gradient_checkpointing", action=argparse.BooleanOptionalAction, default=False,
         help="recompute activations in the backward pass to save memory")
-    # the machine
-    add("--attn_implementation", default="sdpa", help="sdpa, eager or flash_attention_2")
-    add("--deepspeed_config", default=str(Path(__file__).parent / "ds_zero3.json"),
-        help="DeepSpeed's JSON file: ZeRO stage, offload, precision, monitors")
-    add("--num_workers", type=int, default=2, help="processes that decode media ahead of need")
-    add("--decode_timeout", type=float, default=120, help="seconds until a medium is given up")
-    add("--frame_cache", help="folder that keeps decoded frames for later epochs and runs")
-    add("--frame_cache_gb", type=float, default=200, help="gigabytes after which it keeps no more")
-    add("--save_steps", type=int, default=500, help="steps between checkpoints; 0: none")
-    add("--keep_checkpoints", type=int, default=2, help="newest checkpoints that stay; 0: all")
-    add("--max_skipped", type=float, default=0.1,
-        help="share of questions with unusable media above which the run stops")
-    add("--resume", action="store_true", help="continue from the newest checkpoint in --output")
-    add("--seed", type=int, default=0, help="seed of every random draw")
-    add("--timeout_minutes", type=float, default=30, help="longest wait for another rank")
-    add("--local_rank", type=int, default=-1, help="set by the deepspeed launcher; not used")
+    add_run_flags(add, lr_schedule="cosine", save_steps=500)
     return parser.parse_args(argv)
 
 
@@ -135,87 +92,179 @@ def target_loss(logits, target):
     return F.cross_entropy(logits.float(), target, reduction="sum")
 
 
-def learning_rate(step, args):
-    """Learning rate of 0-based `step`: linear warm-up, then the schedule over the other steps."""
-    if step < args.warmup_steps:
-        return args.learning_rate * (step + 1) / args.warmup_steps
-    progress = (step - args.warmup_steps) / max(1, args.max_steps - args.warmup_steps)
-    decay = {"constant": 1.0, "linear": 1 - progress,
-             "cosine": (1 + math.cos(math.pi * progress)) / 2}
-    return args.learning_rate * decay[args.lr_schedule]
+# ------------------------------------------------------------------ examples and their loss
 
-
-def record_index(position, count, seed):
-    """Which record stands at `position` of the endless data order, reshuffled every epoch.
-
-    A pure function, so a resumed run needs no stored state to go on where it stopped.
-    """
-    epoch, offset = divmod(position, count)
-    if record_index.cache[:3] != (epoch, count, seed):
-        generator = seeded_generator(ORDER_STREAM, seed, epoch)
-        order = torch.randperm(count, generator=generator).tolist()
-        record_index.cache = (epoch, count, seed, order)
-    return record_index.cache[3][offset]
-
-
-record_index.cache = (None, None, None, [])  # the order of the epoch asked for last
-
-
-# --------------------------------------------------------------------------------- data
-
-class Targets(Dataset):
-    """position -> encoded record with labels, or its MediaError; runs in worker processes."""
-
-    def __init__(self, records, processor, end_id, args):
-        self.records, self.processor, self.end_id, self.args = records, processor, end_id, args
-
-    def __getitem__(self, position):
-        record = self.records[record_index(position, len(self.records), self.args.seed)]
-        try:
-            vision = load_vision_of(record, self.args)
-        except MediaError as error:
-            return skip_row(record, error)
-        return {"problem_id": record["problem_id"],
-                **sft_example(self.processor, record, vision, self.end_id)}
-
-
-def sft_example(processor, record, vision, end_id):
-    """encode()'s inputs, lengthened by the target, with `labels` (1, L)."""
+def sft_example(processor, record, vision, position):
+    """What a worker makes of a record: "inputs", those of encode() lengthened by the target, with
+    `labels` (1, L)."""
     inputs = image_as_video(processor, encode(processor, record, vision))
     target = f"{record['process']}\n{record['solution']}"
-    response = processor.tokenizer(target, add_special_tokens=False).input_ids + [end_id]
+    response = processor.tokenizer(target, add_special_tokens=False).input_ids
+    response.append(processor.tokenizer.eos_token_id)
     inputs["input_ids"], inputs["labels"] = sft_labels(
         inputs["input_ids"], torch.tensor([response]))  # (1, L) each
     longer = (0, len(response))
     inputs["attention_mask"] = F.pad(inputs["attention_mask"], longer, value=1)  # (1, L)
     inputs["mm_token_type_ids"] = F.pad(inputs["mm_token_type_ids"], longer)  # (1, L): text
-    return inputs
+    return {"record": record, "inputs": inputs}
 
 
-# --------------------------------------------------------- start-up, the same in each stage
+def batch_loss(engine, batch):
+    """target_loss of a padded micro-batch: input_ids, labels (B, L) and the rest of the inputs.
+    Only the places that predict a target token reach the vocabulary."""
+    batch = dict(batch)
+    labels = batch.pop("labels")  # (B, L)
+    keys = ("input_ids", "attention_mask", "mm_token_type_ids", "video_grid_thw",
+            "second_per_grid_ts")
+    positions, _ = engine.module.model.get_rope_index(**{key: batch[key] for key in keys})
+    target = F.pad(labels[:, 1:], (0, 1), value=IGNORED)  # (B, L): what each place predicts
+    logits = engine(**batch, position_ids=continue_positions(positions, labels), use_cache=False,
+                    logits_to_keep=target != IGNORED).logits  # (N, V)
+    return target_loss(logits, target[target != IGNORED])
 
-def setup_distributed(args):
-    """Joins the process group, under the deepspeed launcher or alone. Returns (rank, device).
 
-    A rank that waits longer than --timeout_minutes for another ends with an error.
+def train_on(run, step, micro_batches, metrics):
+    """One optimizer step on this rank's micro-batches; False when it was not finite."""
+    tokens = sum((batch["labels"][:, 1:] != IGNORED).sum().item() for batch in micro_batches)
+    total_tokens = sum(gather_objects(tokens))
+    if not total_tokens:  # nothing on any rank could be used
+        return True
+    loss_sum = 0.0
+    for i, batch in enumerate(micro_batches):
+        run.engine.set_gradient_accumulation_boundary(i == len(micro_batches) - 1)
+        loss = batch_loss(run.engine, to_device(batch, run.device))
+        loss_sum += loss.item()
+        run.engine.backward(loss * run.world / total_tokens)  # DeepSpeed averages over ranks
+    note(metrics, "optim/loss", [loss_sum], count=tokens)
+    return optimizer_step(run, step, loss_sum)
+
+
+# ---------------------------------------------------------------------------------- main
+
+def main(args):
+    # ------------------------------------------------------------- records, model, engine
+    records = load_records(args.data, args.media_root)
+    without = [record["problem_id"] for record in records if not record.get("process")]
+    if without:
+        raise InputError(f"{args.data}: record with problem_id {without[0]}: field process is "
+                         f"missing ({len(without)} records); annotate.py makes it")
+    processor = load_processor(args)
+    run = open_run(args, records, parse_args)
+    step_size = args.per_rank_batch_size * args.gradient_accumulation_steps  # a rank, a step
+    args.max_steps = math.ceil(len(records) * args.num_train_epochs / (step_size * run.world))
+    model = load_model(args, run.config)
+    if args.gradient_checkpointing:
+        model.gradient_checkpointing_enable({"use_reentrant": False})
+    start_engine(run, model)
+    pad_values = {"input_ids": processor.tokenizer.pad_token_id, "attention_mask": 0,
+                  "mm_token_type_ids": 0, "labels": IGNORED}
+    blank = image_as_video(processor, encode_blank(processor))
+    blank["labels"] = torch.full_like(blank["input_ids"], IGNORED)  # (1, L): no loss
+
+    # ------------------------------------------------------------------------------- loop
+    for step, drawn, metrics in steps(run, records, partial(sft_example, processor), step_size):
+        micro_batches = []
+        for i in range(0, step_size, args.per_rank_batch_size):
+            good = [sample["inputs"] for sample in drawn[i:i + args.per_rank_batch_size]
+                    if "record" in sample]
+            # a rank whose whole micro-batch is broken still makes the calls of the others
+            micro_batches.append(pad_batch(good or [blank], pad_values, "right"))
+            note(metrics, "response/tokens", [(inputs["labels"] != IGNORED).sum().item()
+                                              for inputs in good])
+        finite = train_on(run, step, micro_batches, metrics)
+        if close_step(run, step, drawn, metrics, finite):
+            return
+    save_model(run, processor)
+
+
+# ========================================================================================
+# What a training run is. A stage opens a run, starts its engine and goes through its steps;
+# each ends in close_step, which is all that writes below --output but for the final model.
+# ========================================================================================
+
+ORDER_STREAM = 0  # first key of the data order's generators; a stage's own streams begin at 1
+# What a resumed run may change: it paces the run or says where things are.
+FREE_ARGUMENTS = {"data", "media_root", "output", "deepspeed_config", "num_workers",
+                  "decode_timeout", "save_steps", "keep_checkpoints", "max_skipped", "resume",
+                  "timeout_minutes", "local_rank"}
+# As well, where the learning rate does not decay towards the end
+LENGTH_ARGUMENTS = {"max_steps", "num_train_epochs"}
+SHOWN_SKIPPED = 10  # reasons that are printed when --max_skipped stops a run
+INTERRUPTED = 130  # exit status after Ctrl-C, by the shells' convention
+
+
+def add_run_flags(add, lr_schedule, save_steps):
+    """Data, optimizer, checkpoints and machine; `add` is a parser's add_argument."""
+    # data and model
+    add("--model", required=True, help="Hugging Face directory or name of the model to start from")
+    add("--data", required=True, help="Video-R1 records, .json or .jsonl")
+    add("--output", required=True, help="folder for metrics, checkpoints and the final model")
+    add_media_flags(add)
+    # optimizer
+    add("--learning_rate", type=at_least(0, float), default=1e-6, help="peak rate of AdamW")
+    add("--lr_schedule", choices=("constant", "linear", "cosine"), default=lr_schedule,
+        help="decay to 0 after the warm-up")
+    add("--warmup_steps", type=at_least(0, int), default=0, help="steps of linear warm-up")
+    add("--adam_beta2", type=float, default=0.999, help="AdamW's second decay rate")
+    add("--weight_decay", type=at_least(0, float), default=0.01, help="AdamW's, decoupled")
+    add("--max_grad_norm", type=at_least(0, float), default=5.0,
+        help="gradients are clipped to this norm")
+    # the run and the machine
+    add("--deepspeed_config", default=str(Path(__file__).parent / "ds_zero3.json"),
+        help="DeepSpeed's JSON file: ZeRO stage, offload, precision, monitors")
+    add("--save_steps", type=at_least(0, int), default=save_steps,
+        help="steps between checkpoints; 0: none")
+    add("--keep_checkpoints", type=at_least(0, int), default=2,
+        help="newest checkpoints that stay; 0: all")
+    add("--max_skipped", type=at_least(0, float), default=0.1,
+        help="share of questions with unusable media above which the run stops")
+    add("--resume", action="store_true", help="continue from the newest checkpoint in --output")
+    add_machine_flags(add)
+
+
+@dataclass
+class Run:
+    """The state of a training run on one rank."""
+    args: argparse.Namespace
+    config: dict          # DeepSpeed's
+    identity: dict        # first line of metrics.jsonl: what made this run, and what resumes it
+    rank: int
+    world: int            # number of ranks
+    device: torch.device
+    first_step: int       # 0, or the newest checkpoint's
+    shown: tuple          # metrics in the progress bar
+    signals: list         # SIGTERM or SIGINT, once received: the run ends after its step
+    engine: deepspeed.DeepSpeedEngine | None = None  # the policy in training; start_engine
+    infinite: torch.Tensor | None = None  # counts gradients that hold NaN or infinity
+    saved: int = 0        # step of the newest checkpoint
+    updated: int = -1     # the last step with an optimizer step
+    skipped: int = 0      # questions without a usable medium so far, on all ranks
+    bar: tqdm | None = None
+    started: float = 0.0  # of the step, by perf_counter
+    lapped: float = 0.0   # when the step's last part ended
+
+
+# ------------------------------------------------------------------------------- start
+
+def open_run(args, records, parse_args, free=(), shown=("optim/loss",)) -> Run:
+    """Everything before a model is loaded: DeepSpeed's file, ranks, --output, what to resume.
+
+    parse_args is the script's own: a flag that an older run does not have counts as its default
+    of today. `free` names flags of the script that a resumed run may change.
     """
-    if "RANK" not in os.environ:  # started as `python sft.py`: a group of one
-        with socket.socket() as probe:
-            probe.bind(("127.0.0.1", 0))
-            port = str(probe.getsockname()[1])
-        os.environ.update(RANK="0", LOCAL_RANK="0", WORLD_SIZE="1", MASTER_ADDR="127.0.0.1",
-                          MASTER_PORT=port)
-    deepspeed.utils.logger.setLevel("WARNING")
-    # every tensor that a worker hands over is an open file, and 1024 is a common soft limit
-    _, most = resource.getrlimit(resource.RLIMIT_NOFILE)
-    resource.setrlimit(resource.RLIMIT_NOFILE, (most, most))
-    # DeepSpeed calls functions that torch has renamed: one warning a step and rank otherwise
-    warnings.filterwarnings("ignore", category=FutureWarning, module="torch.distributed")
-    local_rank = int(os.environ["LOCAL_RANK"])
-    get_accelerator().set_device(local_rank)
-    deepspeed.init_distributed(get_accelerator().communication_backend_name(), verbose=False,
-                               timeout=timedelta(minutes=args.timeout_minutes))
-    return dist.get_rank(), torch.device(get_accelerator().device_name(local_rank))
+    config = read_deepspeed_config(args)
+    rank, device = setup_distributed(args)
+    text = json.dumps([as_in_file(record) for record in records])
+    identity = {"arguments": vars(args),
+                "records": hashlib.sha256(text.encode()).hexdigest()[:12],
+                "world_size": dist.get_world_size(),
+                "zero_stage": config.get("zero_optimization", {}).get("stage", 0), **provenance()}
+    first_step = open_output(args)
+    if first_step:
+        defaults = vars(parse_args(["--model=", "--data=", "--output="]))
+        check_identity(args, identity, defaults, FREE_ARGUMENTS | set(free))
+    return Run(args, config, identity, rank, dist.get_world_size(), device, first_step, shown,
+               catch_signals())
 
 
 def read_deepspeed_config(args):
@@ -241,173 +290,85 @@ def read_deepspeed_config(args):
     return {key: value for key, value in config.items() if value != "auto"} | ours
 
 
-def load_processor(args):
-    """The model's processor; InputError where the directory has none."""
-    try:
-        processor = AutoProcessor.from_pretrained(args.model)
-        if not processor.chat_template:
-            raise ValueError("no chat template")
-        return processor
-    except (OSError, ValueError, TypeError) as error:
-        raise InputError(f"--model {args.model} has no usable processor (tokenizer, "
-                         f"preprocessor and chat template): {error}") from None
-
-
-def load_model(args, config):
-    """The model's weights, from safetensors only, in the precision of the DeepSpeed config; under
-    ZeRO-3 this rank's part of them. Files of that precision are mapped, not read, and split
-    parameter by parameter: with an accelerator no process holds a whole copy."""
-    dtype = torch.bfloat16 if config.get("bf16", {}).get("enabled") else torch.float32
-    try:
-        model = AutoModelForImageTextToText.from_pretrained(
-            args.model, dtype=dtype, attn_implementation=args.attn_implementation,
-            use_safetensors=True)
-    except (OSError, ValueError, ImportError) as error:
-        raise InputError(f"cannot load --model {args.model}: {error}") from None
-    if config.get("zero_optimization", {}).get("stage", 0) == 3:
-        deepspeed.zero.Init(module=model, config_dict_or_path=config)
-        model.to(get_accelerator().current_device_name())  # the buffers: the rest is there
-    return model
-
-
-def start_engine(model, args, config):
-    """DeepSpeed's engine around the model, with torch's AdamW; each step sets its learning rate."""
-    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=0.0,
-                                  betas=(0.9, args.adam_beta2), weight_decay=args.weight_decay)
-    engine, *_ = deepspeed.initialize(model=model, optimizer=optimizer, config=config)
-    if engine.zero_optimization_stage() == 0:
-        optimizer.state.clear()  # in bf16 DeepSpeed has tried a step, which would count as one
-    return engine
-
-
-# ------------------------------------------------------------ what a run leaves in --output
-
-def run_identity(args, config, records) -> dict:
-    """What a resumed run must share with the run that it continues: every argument that its
-    numbers depend on, the records, and how DeepSpeed splits the state over ranks."""
-    text = json.dumps([as_in_file(record) for record in records])
-    free = FREE_ARGUMENTS | (LENGTH_ARGUMENTS if args.lr_schedule == "constant" else set())
-    return {**{f"--{name}": value for name, value in vars(args).items() if name not in free},
-            "records of --data": hashlib.sha256(text.encode()).hexdigest()[:12],
-            "number of processes": dist.get_world_size(),
-            "ZeRO stage": config.get("zero_optimization", {}).get("stage", 0)}
-
-
-def open_output(args, identity) -> int:
-    """Makes --output. Returns the step to start from: 0, or with --resume the newest checkpoint's.
+def open_output(args) -> int:
+    """Makes --output. Returns the step to start from: 0, or with --resume `latest`'s.
 
     A folder that holds a model, or without --resume a run, is refused: nothing is written over.
     """
     output = Path(args.output)
     try:
         output.mkdir(parents=True, exist_ok=True)
+        newest = output / "latest"
+        tag = newest.read_text(encoding="utf-8").strip() if newest.exists() else ""
     except OSError as error:
         raise InputError(f"cannot write to --output {output}: {error}") from None
-    steps = checkpoint_steps(output)
-    run = bool(steps) or (output / "metrics.jsonl").exists()
-    used = not args.resume if run else (output / "config.json").exists()
+    used = any(output.glob("metrics.jsonl")) or any(output.glob("checkpoint-*"))
     # the ranks agree before any of them writes; one that sees another disk is found out here
     probe = output / "shared.probe"
     if dist.get_rank() == 0:
         probe.touch()
     dist.barrier()
-    found = gather_objects((used, max(steps, default=0), probe.exists()))
+    found = gather_objects((probe.exists(), tag))
     if dist.get_rank() == 0:
         probe.unlink()
-    if any(rank_used for rank_used, *_ in found):
-        raise InputError(f"--output {output} holds a run or a model: continue a run with --resume, "
-                         "or name another folder")
     if len(set(found)) > 1:
         raise InputError(f"ranks see different files in --output {output}: it must be on storage "
-                         f"that all nodes share (newest checkpoints: {[n for _, n, _ in found]})")
-    first_step = found[0][1]
-    if first_step:
-        check_identity(output / f"checkpoint-{first_step}", identity)
-    if dist.get_rank() == 0:
-        for rest in output.glob("checkpoint-*.partial"):  # of a run that was killed while saving
-            shutil.rmtree(rest)
-    return first_step
+                         f"that all nodes share (newest checkpoints: {[tag for _, tag in found]})")
+    if not args.resume and used or not tag and (output / "config.json").exists():
+        raise InputError(f"--output {output} holds a run or a model: continue a run with --resume, "
+                         "or name another folder")
+    if tag and not (output / tag).is_dir():
+        raise InputError(f"{newest} names {tag}, which is not there: write the name of another "
+                         f"checkpoint into it, or remove it to begin again")
+    return int(tag.removeprefix("checkpoint-")) if tag else 0
 
 
-def check_identity(checkpoint, identity):
-    """InputError that names what differs between a checkpoint's run and this one."""
+def check_identity(args, now, defaults, free):
+    """InputError that names what differs between the run in --output and this one."""
+    path = Path(args.output) / "metrics.jsonl"
     try:
-        saved = json.loads((checkpoint / "run.json").read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise InputError(f"{checkpoint} cannot be read: {error}; remove it to resume from the "
-                         "checkpoint before it") from None
-    now = json.loads(json.dumps(identity))
-    changed = [f"{name} was {saved.get(name)}, is {now.get(name)}"
-               for name in sorted(saved.keys() | now.keys()) if saved.get(name) != now.get(name)]
+        with path.open(encoding="utf-8") as file:
+            was = json.loads(file.readline())
+        before, after = defaults | was["arguments"], now["arguments"]
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise InputError(f"the first line of {path} must say what run this is: {error!r}") from None
+    bound = after.keys() - free - (LENGTH_ARGUMENTS if args.lr_schedule == "constant" else set())
+    changed = [f"--{name} was {before.get(name)}, is {after[name]}"
+               for name in sorted(bound) if before.get(name) != after[name]]
+    changed += [f"{what} was {was.get(key)}, is {now[key]}" for key, what in (
+        ("records", "records of --data"), ("world_size", "number of processes"),
+        ("zero_stage", "ZeRO stage")) if was.get(key) != now[key]]
     if changed:
         raise InputError(
-            f"--resume: {checkpoint} belongs to another run: {'; '.join(changed)}. Give what it "
-            "had, or start another --output from its weights (README, 'When something breaks')")
+            f"--resume: {args.output} holds another run: {'; '.join(changed)}. Give what it had, "
+            "or start another --output from its weights (README, 'When something breaks')")
 
 
-def open_log(args, name, first_step):
-    """<output>/<name>.jsonl for appending; on --resume without the steps that will be redone.
-    The first line of metrics.jsonl says how to repeat the run."""
-    path, lines = Path(args.output) / f"{name}.jsonl", []
-    if first_step and path.exists():
-        for line in path.read_text(encoding="utf-8").splitlines():
-            try:
-                step = json.loads(line).get("step", 0)
-            except json.JSONDecodeError:  # cut short when the run was killed
-                break
-            if step <= first_step:
-                lines.append(line)
-    if name == "metrics" and not lines:
-        lines = [json.dumps({"arguments": vars(args), "world_size": dist.get_world_size(),
-                             **provenance()})]
-    aside = path.with_suffix(".partial")
-    aside.write_text("".join(line + "\n" for line in lines), encoding="utf-8")
-    aside.replace(path)
-    return path.open("a", encoding="utf-8", buffering=1)
-
-
-def save_checkpoint(engine, args, step, identity):
-    """checkpoint-<step>/, complete or absent: written aside, renamed when every rank is done.
-    Only then those older than the newest --keep_checkpoints are removed."""
-    output = Path(args.output)
-    aside, whole = output / f"checkpoint-{step}.partial", output / f"checkpoint-{step}"
-    if any(gather_objects(whole.exists())):  # all have looked before any of them writes
-        return
-    try:
-        engine.save_checkpoint(str(aside), tag="state")
-        if dist.get_rank() == 0:
-            (aside / "run.json").write_text(json.dumps(identity), encoding="utf-8")
-    except (OSError, RuntimeError) as error:  # torch.save reports a full disk as either
-        raise InputError(f"cannot write {aside}: {error}. Checkpoints before it are whole: make "
-                         "room and continue with --resume") from None
-    dist.barrier()
-    if dist.get_rank() == 0:
-        aside.rename(whole)
-        steps = sorted(checkpoint_steps(output))
-        for old in steps[:-args.keep_checkpoints] if args.keep_checkpoints else []:
-            # renamed first: what is left of it if we are killed now is no checkpoint
-            old_aside = (output / f"checkpoint-{old}").rename(output / f"checkpoint-{old}.partial")
-            shutil.rmtree(old_aside)
-    dist.barrier()
-
-
-def checkpoint_steps(output) -> list[int]:
-    """The steps of the complete checkpoints in a folder."""
-    names = [path.name.removeprefix("checkpoint-") for path in output.glob("checkpoint-*")]
-    return [int(name) for name in names if name.isdigit()]
-
-
-def stop_on_sigterm() -> list:
-    """Lets SIGTERM (pre-emption) end the run after its current step: the list that is returned
-    is no longer empty then."""
-    received = []
-    signal.signal(signal.SIGTERM, lambda *_: received.append("SIGTERM"))
-    return received
-
-
-def leave_sigterm_to_main(_):
-    """For data workers, whom a launcher's SIGTERM reaches too: the current step needs them."""
-    signal.signal(signal.SIGTERM, signal.SIG_IGN)
+def start_engine(run, model):
+    """DeepSpeed's engine around the model, with torch's AdamW, as the newest checkpoint left it;
+    each step sets its learning rate. From here on the run writes into --output."""
+    args, output = run.args, Path(run.args.output)
+    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=0.0,
+                                  betas=(0.9, args.adam_beta2), weight_decay=args.weight_decay)
+    run.engine, *_ = deepspeed.initialize(model=model, optimizer=optimizer, config=run.config)
+    if run.engine.zero_optimization_stage() == 0:
+        optimizer.state.clear()  # in bf16 DeepSpeed has tried a step, which would count as one
+    run.engine.train()
+    run.infinite = watch_gradients(run.engine.module, run.device)
+    if run.first_step:
+        run.engine.load_checkpoint(str(output), tag=f"checkpoint-{run.first_step}")
+    run.saved = run.first_step
+    if run.rank == 0:
+        logs = {path.stem: trim_log(path, run.first_step) for path in output.glob("*.jsonl")}
+        run.skipped = len(logs.get("skipped", ()))
+        if not run.first_step:
+            write_whole({output / "metrics.jsonl": [json.dumps(run.identity) + "\n"]})
+        for path in output.glob("checkpoint-*"):  # of a run that was killed while saving
+            if int(path.name.removeprefix("checkpoint-")) > run.first_step:
+                shutil.rmtree(path)
+    run.skipped, *_ = gather_objects(run.skipped)
+    run.bar = tqdm(total=args.max_steps, initial=run.first_step, disable=run.rank != 0,
+                   desc=Path(args.output).name)
 
 
 def watch_gradients(model, device):
@@ -423,48 +384,113 @@ def watch_gradients(model, device):
     return count
 
 
-def check_skipped(args, skipped, drawn):
-    """InputError when more than --max_skipped of the questions so far (of 100 when fewer were
-    drawn) had media that cannot be used."""
-    if skipped > args.max_skipped * max(drawn, 100):
-        path = Path(args.output) / "skipped.jsonl"  # just written: another node may not see it yet
-        lines = path.read_text(encoding="utf-8").splitlines() if dist.get_rank() == 0 else []
-        shown = "".join(f"\n  {json.loads(line)['reason']}" for line in lines[-SHOWN_SKIPPED:])
-        raise InputError(f"{skipped} of {drawn} questions had media that cannot be used, above "
-                         f"--max_skipped {args.max_skipped:g}. All are in {args.output}/"
-                         f"skipped.jsonl, the last are:{shown}")
-
-
-def skipped_before(args, first_step) -> int:
-    """How many questions a resumed run had skipped up to its checkpoint."""
-    path = Path(args.output) / "skipped.jsonl"
-    if not first_step or not path.exists():
-        return 0
-    steps = [json.loads(line)["step"] for line in path.read_text(encoding="utf-8").splitlines()
-             if line.endswith("}")]
-    return sum(step <= first_step for step in steps)
-
-
-def save_model(engine, processor, output):
-    """The trained model as a Hugging Face directory. Collective: every rank calls it."""
-    sharded = engine.zero_optimization_partition_weights()
-    state = {}
-    for name, parameter in engine.module.named_parameters():
-        with deepspeed.zero.GatheredParameters([parameter], enabled=sharded):
-            if dist.get_rank() == 0:
-                state[name] = parameter.detach().cpu().clone()
-    if dist.get_rank() == 0:
-        aside = Path(output) / "model.partial"
+def trim_log(path, first_step) -> list[str]:
+    """The lines of a log up to first_step, which are what it holds from now on: later steps will
+    be done again."""
+    kept = []
+    for line in path.read_text(encoding="utf-8").splitlines() if first_step else ():
         try:
-            engine.module.save_pretrained(aside, state_dict=state)
-            processor.save_pretrained(aside)
-        except SafetensorError as error:  # a full disk, which it does not report as OSError
-            raise InputError(f"cannot write the model to {aside}: {error}. Make room and continue "
-                             "from the last checkpoint with --resume") from None
-        for path in sorted(aside.iterdir(), key=lambda path: path.name == "config.json"):
-            path.replace(Path(output) / path.name)  # config.json last: it makes it a model
-        aside.rmdir()
-    dist.barrier()
+            if json.loads(line).get("step", 0) <= first_step:
+                kept.append(line)
+        except json.JSONDecodeError:  # cut short when the run was killed
+            break
+    write_whole({path: (line + "\n" for line in kept)})
+    return kept
+
+
+def catch_signals() -> list:
+    """Lets SIGTERM (pre-emption) and Ctrl-C end the run after its current step: the list that is
+    returned is no longer empty then. A second Ctrl-C ends it at once."""
+    received = []
+
+    def handle(number, _):
+        if number == signal.SIGINT and number in received:
+            os._exit(INTERRUPTED)
+        received.append(number)
+    signal.signal(signal.SIGTERM, handle)
+    signal.signal(signal.SIGINT, handle)
+    return received
+
+
+def leave_signals_to_main(_):
+    """For data workers, whom a launcher's SIGTERM or a terminal's Ctrl-C reaches too: the current
+    step needs them."""
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+
+
+# ---------------------------------------------------------------------------- questions
+
+@lru_cache(maxsize=1)  # of the epoch asked for last
+def epoch_order(epoch, count, seed) -> list[int]:
+    return torch.randperm(count, generator=seeded_generator(ORDER_STREAM, seed, epoch)).tolist()
+
+
+def record_index(position, count, seed) -> int:
+    """Which record stands at `position` of the endless data order, reshuffled every epoch.
+
+    A pure function, so a resumed run needs no stored state to go on where it stopped.
+    """
+    epoch, offset = divmod(position, count)
+    return epoch_order(epoch, count, seed)[offset]
+
+
+class Questions(Dataset):
+    """position -> what the stage's example(record, vision, position) makes of the record there, or
+    the line of skipped.jsonl where its medium cannot be used; runs in worker processes."""
+
+    def __init__(self, records, example, args):
+        self.records, self.example, self.args = records, example, args
+
+    def __getitem__(self, position):
+        record = self.records[record_index(position, len(self.records), self.args.seed)]
+        try:
+            vision = load_vision_of(record, self.args)
+        except MediaError as error:
+            return skip_row(record, error)
+        return self.example(record, vision, position)
+
+
+def steps(run, records, example, per_step):
+    """Yields (step, this rank's per_step samples, an empty dict for the step's metrics). An
+    example has the key "record", the line of a skipped question does not."""
+    args = run.args
+    positions = [(step * run.world + run.rank) * per_step + i
+                 for step in range(run.first_step, args.max_steps) for i in range(per_step)]
+    loader = iter(DataLoader(
+        Questions(records, example, args), sampler=positions, batch_size=per_step,
+        collate_fn=list, num_workers=args.num_workers,
+        prefetch_factor=2 if args.num_workers else None, pin_memory=run.device.type != "cpu",
+        worker_init_fn=leave_signals_to_main))
+    for step in range(run.first_step, args.max_steps):
+        metrics, run.started, run.lapped = {}, time.perf_counter(), time.perf_counter()
+        drawn = next(loader)
+        lap(run, metrics, "data")
+        yield step, drawn, metrics
+
+
+def to_device(inputs, device):
+    """Copies a dict of tensors; from the workers' pinned memory without waiting for it."""
+    return {key: value.to(device, non_blocking=True) for key, value in inputs.items()}
+
+
+# ------------------------------------------------------------------------------ metrics
+
+def note(metrics, name, values, count=None):
+    """Adds values to a metric: sums and counts, so that means over ranks are exact. Of a metric
+    whose name ends in _max the largest value is kept."""
+    total, n = metrics.get(name, (0.0, 0))
+    if name.endswith("_max"):
+        metrics[name] = max(total, *values), 1
+    else:
+        metrics[name] = total + sum(values), n + (len(values) if count is None else count)
+
+
+def lap(run, metrics, name):
+    """Notes the seconds since the last lap of the step as time/<name>."""
+    now = time.perf_counter()
+    note(metrics, f"time/{name}", [now - run.lapped])
+    run.lapped = now
 
 
 def gather_objects(value) -> list:
@@ -474,144 +500,153 @@ def gather_objects(value) -> list:
     return values
 
 
-# ------------------------------------------------------------------------------ the model
+# ----------------------------------------------------------------------- the end of a step
 
-def batch_loss(engine, batch):
-    """target_loss of a padded micro-batch: input_ids, labels (B, L) and the rest of the inputs.
-    Only the places that predict a target token reach the vocabulary."""
-    batch = dict(batch)
-    labels = batch.pop("labels")  # (B, L)
-    keys = ("input_ids", "attention_mask", "mm_token_type_ids", "video_grid_thw",
-            "second_per_grid_ts")
-    positions, _ = engine.module.model.get_rope_index(**{key: batch[key] for key in keys})
-    target = F.pad(labels[:, 1:], (0, 1), value=IGNORED)  # (B, L): what each place predicts
-    logits = engine(**batch, position_ids=continue_positions(positions, labels), use_cache=False,
-                    logits_to_keep=target != IGNORED).logits  # (N, V)
-    return target_loss(logits, target[target != IGNORED])
+def learning_rate(step, args):
+    """Learning rate of 0-based `step`: linear warm-up, then the schedule over the other steps."""
+    if step < args.warmup_steps:
+        return args.learning_rate * (step + 1) / args.warmup_steps
+    progress = (step - args.warmup_steps) / max(1, args.max_steps - args.warmup_steps)
+    decay = {"constant": 1.0, "linear": 1 - progress,
+             "cosine": (1 + math.cos(math.pi * progress)) / 2}
+    return args.learning_rate * decay[args.lr_schedule]
 
 
-# ---------------------------------------------------------------------------------- main
+def optimizer_step(run, step, loss) -> bool:
+    """The engine's step on the gradients that it holds; False, and no step, where the loss or a
+    gradient of any rank is not finite. Collective."""
+    bad = run.infinite.item() > 0 or not math.isfinite(loss)
+    if any(gather_objects(bad)):
+        return False
+    for group in run.engine.optimizer.param_groups:
+        group["lr"] = learning_rate(step, run.args)
+    run.engine.step()
+    run.updated = step
+    return True
 
-def main(args):
-    # ------------------------------------------------------------- records, model, engine
-    check_limits(args)
-    records = load_records(args.data, args.media_root)
-    without = [record["problem_id"] for record in records if not record.get("process")]
-    if without:
-        raise InputError(f"{args.data}: record with problem_id {without[0]}: field process is "
-                         f"missing ({len(without)} records); annotate.py makes it")
-    config = read_deepspeed_config(args)
-    processor = load_processor(args)
-    rank, device = setup_distributed(args)
-    world = dist.get_world_size()
-    received = stop_on_sigterm()
-    args.max_steps = math.ceil(len(records) * args.num_train_epochs / (
-        args.per_rank_batch_size * args.gradient_accumulation_steps * world))
-    identity = run_identity(args, config, records)
-    first_step = open_output(args, identity)
-    model = load_model(args, config)
-    if args.gradient_checkpointing:
-        model.gradient_checkpointing_enable({"use_reentrant": False})
-    engine = start_engine(model, args, config)
-    engine.train()
-    infinite = watch_gradients(engine.module, device)
-    if first_step:
-        engine.load_checkpoint(str(Path(args.output) / f"checkpoint-{first_step}"), tag="state")
 
-    # ------------------------------------------------------------------------- data order
-    step_size = args.per_rank_batch_size * args.gradient_accumulation_steps  # a rank, a step
-    positions = [(step * world + rank) * step_size + i
-                 for step in range(first_step, args.max_steps) for i in range(step_size)]
-    tokenizer = processor.tokenizer
-    loader = iter(DataLoader(
-        Targets(records, processor, tokenizer.eos_token_id, args), sampler=positions,
-        batch_size=args.per_rank_batch_size, collate_fn=list, num_workers=args.num_workers,
-        prefetch_factor=2 if args.num_workers else None, pin_memory=device.type != "cpu",
-        worker_init_fn=leave_sigterm_to_main))
-    pad_values = {"input_ids": tokenizer.pad_token_id, "attention_mask": 0,
-                  "mm_token_type_ids": 0, "labels": IGNORED}
-    blank = image_as_video(processor, encode_blank(processor))
-    blank["labels"] = torch.full_like(blank["input_ids"], IGNORED)  # (1, L): no loss
-    skipped_count = skipped_before(args, first_step)
-    dist.barrier()  # all have counted before the log is rewritten
-    logs = {name: open_log(args, name, first_step)
-            for name in ("metrics", "skipped")} if rank == 0 else {}
+def close_step(run, step, drawn, metrics, finite, rollouts=()) -> bool:
+    """What every step ends with; collective. Merges the ranks' metrics, writes the step's lines
+    and a checkpoint where one is due. True when a signal has asked for the run's end.
 
-    # ------------------------------------------------------------------------------- loop
-    bar = tqdm(total=args.max_steps, initial=first_step, desc="sft", disable=rank != 0)
-    for step in range(first_step, args.max_steps):
-        started = time.perf_counter()
-        micro_batches, skipped, drawn = [], [], []
-        for _ in range(args.gradient_accumulation_steps):
-            samples = next(loader)
-            drawn += samples
-            skipped += [sample for sample in samples if "labels" not in sample]
-            good = [{key: value for key, value in sample.items() if torch.is_tensor(value)}
-                    for sample in samples if "labels" in sample]
-            # a rank whose whole micro-batch is broken still makes the calls of the others
-            micro_batches.append(pad_batch(good or [blank], pad_values, "right"))
-        tokens = sum((batch["labels"][:, 1:] != IGNORED).sum().item() for batch in micro_batches)
-        total_tokens = sum(gather_objects(tokens))
-        waited = time.perf_counter() - started
+    InputError when the step was not finite, or too many questions had to be skipped.
+    """
+    args = run.args
+    note(metrics, "time/step", [time.perf_counter() - run.started])
+    skipped = [sample for sample in drawn if "record" not in sample]
+    ids = [sample["record"]["problem_id"] for sample in drawn if "record" in sample]
+    metrics, rollouts, skipped, ids, signals = zip(*gather_objects(
+        (metrics, list(rollouts), skipped, ids, run.signals)))
+    rollouts, skipped, ids, signals = map(list, map(chain.from_iterable, (
+        rollouts, skipped, ids, signals)))
+    if run.rank == 0:
+        row = merge(metrics) | {"optim/learning_rate": learning_rate(step, args),
+                                "data/skipped": len(skipped)}
+        norm = run.engine.get_global_grad_norm() if finite and "optim/loss" in row else None
+        if norm is not None:  # DeepSpeed keeps none at stage 0 in fp32
+            row["optim/grad_norm"] = float(norm)
+        write_lines(run, step, "metrics", [dict(sorted(row.items()))])
+        write_lines(run, step, "rollouts", rollouts)
+        write_lines(run, step, "skipped", skipped)
+        run.engine.monitor.write_events([(name, value, step + 1) for name, value in row.items()])
+        run.bar.set_postfix({name.split("/")[1]: f"{row[name]:.4g}" for name in run.shown
+                             if name in row})
+        run.bar.update()
+    run.skipped += len(skipped)
+    if not finite:
+        stop_at_infinity(run, step, ids)
+    check_skipped(run, (step + 1) * len(drawn) * run.world)
+    if signals or args.save_steps and (step + 1) % args.save_steps == 0:
+        save_checkpoint(run, step + 1)
+    if signals and run.rank == 0:
+        tqdm.write(f"stopped by {signal.Signals(signals[0]).name} after step {step + 1}: the same "
+                   "command with --resume continues")
+    return bool(signals)
 
-        loss_sum = 0.0
-        for i, batch in enumerate(micro_batches if total_tokens else []):
-            batch = {key: value.to(device, non_blocking=True) for key, value in batch.items()}
-            engine.set_gradient_accumulation_boundary(i == len(micro_batches) - 1)
-            loss = batch_loss(engine, batch)
-            loss_sum += loss.item()
-            engine.backward(loss * world / total_tokens)  # DeepSpeed averages over ranks
-        for group in engine.optimizer.param_groups:
-            group["lr"] = learning_rate(step, args)
-        losses, bad = zip(*gather_objects((loss_sum / max(total_tokens, 1), infinite.item())))
-        loss, trained = sum(losses), total_tokens > 0
-        finite = math.isfinite(loss) and sum(bad) == 0
-        if finite and trained:
-            engine.step()
 
-        ids = [sample["problem_id"] for sample in drawn if "labels" in sample]
-        gathered = gather_objects((skipped, ids, len(received)))
-        skipped = [row for rows, _, _ in gathered for row in rows]
-        skipped_count += len(skipped)
-        if rank == 0:
-            row = {**({"optim/loss": loss} if trained else {}),
-                   "optim/learning_rate": learning_rate(step, args),
-                   "response/total_tokens": total_tokens, "data/skipped": len(skipped),
-                   "time/data": waited, "time/step": time.perf_counter() - started}
-            norm = engine.get_global_grad_norm() if finite and trained else None
-            if norm is not None:  # DeepSpeed keeps none at stage 0 in fp32
-                row["optim/grad_norm"] = float(norm)
-            for line in skipped:
-                logs["skipped"].write(json.dumps({"step": step + 1, **line}) + "\n")
-            logs["metrics"].write(json.dumps({"step": step + 1, **row}) + "\n")
-            engine.monitor.write_events([(key, value, step + 1) for key, value in row.items()])
-            bar.set_postfix(loss=f"{loss:.4f}")
-            bar.update()
-        if not finite:
-            if step:
-                save_checkpoint(engine, args, step, identity)  # the weights before this step
-            raise InputError(f"step {step + 1}: the loss or a gradient is not finite; problem_ids "
-                             f"{[i for _, rank_ids, _ in gathered for i in rank_ids]}. "
-                             f"The weights of step {step} are in {args.output}")
-        check_skipped(args, skipped_count, (step + 1) * step_size * world)
-        stop = any(count for _, _, count in gathered)
-        if stop or args.save_steps and (step + 1) % args.save_steps == 0:
-            save_checkpoint(engine, args, step + 1, identity)
-        if stop:
-            if rank == 0:
-                tqdm.write(f"stopped by SIGTERM after step {step + 1}: the same command with "
-                           "--resume continues")
-            return
-    bar.close()
-    save_model(engine, processor, args.output)
+def merge(ranks) -> dict:
+    """{name: mean over all ranks' values} of the dicts that `note` fills."""
+    merged = {}
+    for metrics in ranks:
+        for name, (total, count) in metrics.items():
+            note(merged, name, [total], count)
+    return {name: total / count for name, (total, count) in merged.items() if count}
+
+
+def write_lines(run, step, name, rows):
+    """Adds a step's rows to <output>/<name>.jsonl."""
+    if rows:
+        with open(Path(run.args.output) / f"{name}.jsonl", "a", encoding="utf-8") as file:
+            file.writelines(json.dumps({"step": step + 1, **row}) + "\n" for row in rows)
+
+
+def stop_at_infinity(run, step, ids):
+    """Saves the weights from before the step, which its gradients never reached, and raises."""
+    if step and run.updated < step:
+        save_checkpoint(run, step)
+    raise InputError(f"step {step + 1}: the loss or a gradient is not finite; problem_ids {ids}, "
+                     f"see the last lines of the logs in {run.args.output}. --resume would come to "
+                     "this step again: change what makes it so, and start another --output from "
+                     "the last checkpoint's weights (README, 'When something breaks')")
+
+
+def check_skipped(run, drawn):
+    """InputError when more than --max_skipped of the questions so far (of 100 when fewer were
+    drawn) had media that cannot be used."""
+    if run.skipped > run.args.max_skipped * max(drawn, 100):
+        path = Path(run.args.output) / "skipped.jsonl"  # another node may not see its end yet
+        lines = path.read_text(encoding="utf-8").splitlines() if run.rank == 0 else []
+        shown = "".join(f"\n  {json.loads(line)['reason']}" for line in lines[-SHOWN_SKIPPED:])
+        raise InputError(f"{run.skipped} of {drawn} questions had media that cannot be used, above "
+                         f"--max_skipped {run.args.max_skipped:g}. All are in {path}, the last "
+                         f"are:{shown}")
+
+
+# ------------------------------------------------------------------ checkpoints, the model
+
+def save_checkpoint(run, step):
+    """checkpoint-<step>/, a tag of DeepSpeed's. `latest` names it when every rank has written its
+    part; only then those older than the newest --keep_checkpoints are removed. Collective."""
+    output, tag = Path(run.args.output), f"checkpoint-{step}"
+    if step == run.saved:
+        return
+    try:
+        run.engine.save_checkpoint(str(output), tag=tag, save_latest=False)
+    except (OSError, RuntimeError) as error:  # torch.save reports a full disk as either
+        raise InputError(f"cannot write {output / tag}: {error}. Checkpoints before it are whole: "
+                         "make room and continue with --resume") from None
+    dist.barrier()
+    run.saved = step
+    if run.rank == 0:
+        write_whole({output / "latest": [tag]})
+        tags = sorted(output.glob("checkpoint-*"), key=lambda path: int(path.name.split("-")[1]))
+        for old in tags[:-run.args.keep_checkpoints] if run.args.keep_checkpoints else ():
+            shutil.rmtree(old)
+    dist.barrier()
+
+
+def save_model(run, processor):
+    """The trained model as a Hugging Face directory: the end of a run. Collective."""
+    run.bar.close()
+    sharded = run.engine.zero_optimization_partition_weights()
+    state = {}
+    for name, parameter in run.engine.module.named_parameters():
+        with deepspeed.zero.GatheredParameters([parameter], enabled=sharded):
+            if run.rank == 0:
+                state[name] = parameter.detach().cpu().clone()
+    if run.rank == 0:
+        output, aside = Path(run.args.output), Path(run.args.output) / "model.partial"
+        try:
+            run.engine.module.save_pretrained(aside, state_dict=state)
+            processor.save_pretrained(aside)
+        except SafetensorError as error:  # a full disk, which it does not report as OSError
+            raise InputError(f"cannot write the model to {aside}: {error}. Make room and continue "
+                             "from the last checkpoint with --resume") from None
+        for path in sorted(aside.iterdir(), key=lambda path: path.name == "config.json"):
+            path.replace(output / path.name)  # config.json last: it makes it a model
+        aside.rmdir()
+    dist.barrier()
 
 
 if __name__ == "__main__":
-    try:
-        main(parse_args())
-    except InputError as error:
-        sys.exit(f"sft.py: {error}")
-    except OSError as error:
-        if error.errno not in FULL_DISK:
-            raise
-        sys.exit(f"sft.py: {error}. Checkpoints are whole: make room and continue with --resume")
+    run_script(main, parse_args)
