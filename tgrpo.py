@@ -238,7 +238,6 @@ def decode(model, tokens, position, mask, cache):
                  attention_mask=mask, past_key_values=cache, use_cache=True).logits[:, -1]
 
 
-@torch.inference_mode()  # faster than no_grad; the ids that it returns meet no gradient
 def rollout(model, prompts, counts, *, max_new_tokens, temperature, top_p, eos_ids, forbidden_ids,
             generator):
     """Samples counts[i][b] responses to row b of prompts[i], all of them in one decode batch.
@@ -249,22 +248,24 @@ def rollout(model, prompts, counts, *, max_new_tokens, temperature, top_p, eos_i
     Returns one (count, L) tensor of ids for each prompt row; end tokens fill it up.
     """
     counts = [n for count in counts for n in count]
-    cache, mask, logits, position = prefill(model, prompts, counts, max_new_tokens)
-    rows = torch.arange(len(mask), device=mask.device)  # (n,): those that decode, N at first
-    ids = torch.full((len(mask), max_new_tokens), eos_ids[0], device=mask.device)  # (N, L)
-    eos, P = torch.tensor(eos_ids, device=mask.device), mask.shape[1] - max_new_tokens
-    for t in range(max_new_tokens):
-        logits[:, forbidden_ids] = -torch.inf  # (n, V)
-        tokens = sample_tokens(logits, temperature, top_p, generator)  # (n,)
-        ids[rows, t] = tokens
-        alive = (~torch.isin(tokens, eos)).nonzero()[:, 0]  # (n - ended,)
-        if len(alive) == 0 or t + 1 == max_new_tokens:
-            break
-        if len(alive) < len(rows):
-            rows, tokens, position, mask = (x[alive] for x in (rows, tokens, position, mask))
-            cache.reorder_cache(alive)
-        mask[:, P + t] = 1
-        logits = decode(model, tokens, position + t, mask, cache)  # (n, V)
+    device = prompts[0]["input_ids"].device
+    rows, eos = torch.arange(sum(counts), device=device), torch.tensor(eos_ids, device=device)
+    ids = torch.full((len(rows), max_new_tokens), eos_ids[0], device=device)  # (N, L)
+    with torch.inference_mode():  # faster than no_grad; what it makes must not meet autograd
+        cache, mask, logits, position = prefill(model, prompts, counts, max_new_tokens)
+        P = mask.shape[1] - max_new_tokens
+        for t in range(max_new_tokens):
+            logits[:, forbidden_ids] = -torch.inf  # (n, V)
+            tokens = sample_tokens(logits, temperature, top_p, generator)  # (n,)
+            ids[rows, t] = tokens
+            alive = (~torch.isin(tokens, eos)).nonzero()[:, 0]  # of the n rows
+            if len(alive) == 0 or t + 1 == max_new_tokens:
+                break
+            if len(alive) < len(rows):
+                rows, tokens, position, mask = (x[alive] for x in (rows, tokens, position, mask))
+                cache.reorder_cache(alive)
+            mask[:, P + t] = 1
+            logits = decode(model, tokens, position + t, mask, cache)  # (n, V)
     return ids[:, :t + 1].split(counts)
 
 
@@ -421,12 +422,12 @@ def start_reference(run):
     return deepspeed.initialize(model=model, config=config)[0]
 
 
-def blank_group(processor, eos_ids, device):
-    """A response of one token to a black picture, of weight zero: a rank that has nothing usable
-    in a step makes the same calls with it as the other ranks."""
-    return {"ordered": encode_blank(processor), "responses": torch.tensor([eos_ids[:1]]).to(device),
-            "mask": torch.ones(1, 1, device=device), "lengths": torch.ones(1, dtype=torch.int64),
-            "A": torch.zeros(1)}
+def blank_group(processor, G, end_id, device):
+    """G empty responses to a black picture, of weight zero: a rank that has nothing usable in a
+    step makes the same calls with them, chunk by chunk, as the other ranks."""
+    return {"ordered": encode_blank(processor), "A": torch.zeros(G),
+            "responses": torch.full((G, 1), end_id, device=device),
+            "mask": torch.ones(G, 1, device=device), "lengths": torch.ones(G, dtype=torch.int64)}
 
 
 def sample_responses(model, groups, args, generator, eos_ids, forbidden_ids):
@@ -589,7 +590,7 @@ def main(args):
     reference = start_reference(run) if args.beta else None
     eos_ids = stop_tokens(model, processor.tokenizer)
     forbidden_ids = forbidden_tokens(model, processor.tokenizer)
-    blank = blank_group(processor, eos_ids, run.device)
+    blank = blank_group(processor, args.G, eos_ids[0], run.device)
 
     # ------------------------------------------------------------------------------- loop
     for step, drawn, metrics in steps(run, records, partial(example, processor, args),

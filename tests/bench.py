@@ -153,18 +153,8 @@ def whole(responses):
 
 # ------------------------------------------------------------- ours with one idea turned off
 
-def copied_prefill(model, prompts, counts, prefill=tgrpo.prefill):
-    """tgrpo.prefill with a copy of its prompt for every row, as generate makes it."""
-    cache, logits, position = prefill(model, prompts, counts)
-    rows = torch.tensor([s for s, count in enumerate(counts) for _ in range(count)],
-                        device=logits.device)
-    layers = [(keys[rows], values[rows]) for keys, values in cache.prompts]
-    mask = torch.ones(len(rows), layers[0][1].shape[2], device=logits.device)
-    return tgrpo.GroupCache(layers, mask, [1] * len(rows)), logits, position
-
-
 def autograd_logps(logits, responses, temperature):
-    """tgrpo.token_logps without a gradient of its own, nor pieces."""
+    """tgrpo.token_logps all at once: autograd keeps what the backward pass needs."""
     log_probs = (logits.float() / temperature).log_softmax(-1)  # (n, L, V)
     logps = log_probs.gather(-1, responses[..., None])[..., 0]  # (n, L)
     return logps, -(log_probs.exp() * log_probs).sum(-1).detach()
@@ -179,23 +169,10 @@ def separate_rollouts(model, prompts, args, generator):
                           generator=generator)
 
 
-@functools.cache
-def compiled_decode():
-    return torch.compile(tgrpo.decode, dynamic=True)
-
-
-def compiled_rollout(*given, rollout=tgrpo.rollout, **named):
-    """tgrpo.rollout with --compile."""
-    return rollout(*given, **named, decode=compiled_decode())
-
-
 ABLATIONS = {  # form: what is measured, the idea that it does without, what it changes in tgrpo
-    "autograd": ("backward", "the logits' gradient by hand, in pieces",
+    "autograd": ("backward", "log-probabilities again in the backward pass, row by row",
                  {"token_logps": autograd_logps}),
     "naive": ("backward", "the prompt run once for its group", {}),
-    "compiled": ("rollout", "nothing, with --compile", {"rollout": compiled_rollout}),
-    "copies": ("rollout", "one copy of a prompt for all its rows", {"prefill": copied_prefill}),
-    "no_blocks": ("rollout", "buffers that grow in blocks", {"BLOCK": 1}),
     "separate": ("rollout", "all orders and prompts in one decode", {})}
 
 

@@ -19,8 +19,9 @@ ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
 
-def run(*command, ranks=0, env=None, check=True, timeout=400):
-    """Runs one of the scripts as a user would: alone, or under DeepSpeed's launcher."""
+def run(*command, ranks=0, env=None, check=True, timeout=400, **options):
+    """Runs one of the scripts as a user would: alone, or under DeepSpeed's launcher; options are
+    subprocess.run's."""
     if ranks:
         with socket.socket() as probe:
             probe.bind(("127.0.0.1", 0))
@@ -30,7 +31,7 @@ def run(*command, ranks=0, env=None, check=True, timeout=400):
     else:
         launcher = [sys.executable]
     result = subprocess.run([*launcher, *map(str, command)], cwd=ROOT, text=True, timeout=timeout,
-                            capture_output=True, env={**os.environ, **(env or {})})
+                            capture_output=True, env={**os.environ, **(env or {})}, **options)
     if ranks > 1:  # DeepSpeed leaves 69 MB of shared memory a rank, under the port's name
         for left in Path("/dev/shm").glob(f"deepspeed_allreduce_buffer_*_{port}_*"):
             left.unlink()

@@ -3,9 +3,10 @@
     python tests/faults.py tgrpo kill:rollout:4 --model ...
 
 FAULT is what:where:when[:rank]; `when` counts the calls of that place from 1. Places: rollout,
-update, save (a checkpoint is on disk but not yet in its place) and decode (for records with that
-problem_id, always). What: kill (SIGKILL), hang, slow (20 seconds), nan (the loss), full (no file
-may grow beyond 1 MB from here on), term (SIGTERM).
+update, save (a checkpoint is on disk but `latest` does not name it yet) and decode (for records with
+that problem_id, always). What: kill (SIGKILL), hang, slow (20 seconds), nan (the loss), full (no
+file may grow beyond 1 MB from here on), term (SIGTERM), int (SIGINT, to the whole process group, as
+Ctrl-C sends it), twice (two SIGINTs, then a hang), raise (an exception that nobody expects).
 """
 import os
 import resource
@@ -31,6 +32,15 @@ def strike(what):
         os.kill(os.getpid(), signal.SIGKILL)
     elif what == "term":
         os.kill(os.getpid(), signal.SIGTERM)
+    elif what == "int":
+        os.killpg(os.getpgrp(), signal.SIGINT)
+    elif what == "twice":
+        for _ in range(2):
+            os.kill(os.getpid(), signal.SIGINT)
+            time.sleep(1)
+        time.sleep(1000)
+    elif what == "raise":
+        raise KeyError("a fault that nobody expects")
     elif what in ("hang", "slow"):
         time.sleep(1000 if what == "hang" else 20)
     elif what == "full":  # Python ignores SIGXFSZ: writing raises OSError
@@ -77,7 +87,4 @@ if __name__ == "__main__":
         engine.save_checkpoint = faulty(engine.save_checkpoint, after=FAULT[0] == "kill")
     elif place == "decode":
         build_data.load_vision = faulty_decode(build_data.load_vision)
-    try:
-        script.main(script.parse_args(ARGV))
-    except build_data.InputError as error:
-        sys.exit(f"{SCRIPT}.py: {error}")
+    build_data.run_script(script.main, lambda: script.parse_args(ARGV))

@@ -81,26 +81,51 @@ def test_a_run_killed_at_any_moment_resumes_as_if_nothing_had_happened(
         assert time.perf_counter() - start < 150
         said = cut.stdout + cut.stderr
         assert "--local_rank=1" in said and "return code = -9" in said  # DeepSpeed's launcher
-    assert [path.name for path in output.glob("checkpoint-*[0-9]")] == ["checkpoint-2"]
+    assert (output / "latest").read_text() == "checkpoint-2"
     run(*command(toy, script, output, stage, "--resume", ranks=ranks), ranks=ranks)
     same_run(whole, output)
 
 
-@pytest.mark.parametrize("script, place", [
-    ("tgrpo", "rollout:3"), pytest.param("sft", "update:3", marks=pytest.mark.slow)])
-def test_sigterm_ends_the_step_writes_a_checkpoint_and_says_how_to_go_on(
-        toy, tmp_path, whole_run, script, place):
+@pytest.mark.parametrize("script, place, what, name", [
+    ("tgrpo", "rollout:3", "int", "SIGINT"),
+    pytest.param("tgrpo", "rollout:3", "term", "SIGTERM", marks=pytest.mark.slow),
+    ("sft", "update:3", "term", "SIGTERM")])
+def test_a_signal_ends_the_step_writes_a_checkpoint_and_says_how_to_go_on(
+        toy, tmp_path, whole_run, script, place, what, name):
+    """SIGTERM to the process, Ctrl-C to its whole group: data workers have to finish the step."""
     output = tmp_path / "run"
-    stopped = run(*command(toy, script, output, 0, fault=f"term:{place}"))
-    assert "SIGTERM after step 3" in stopped.stderr + stopped.stdout
+    stopped = run(*command(toy, script, output, 0, fault=f"{what}:{place}"), start_new_session=True)
+    assert f"{name} after step 3" in stopped.stderr + stopped.stdout
     assert "--resume" in stopped.stderr + stopped.stdout
     assert sorted(path.name for path in output.glob("checkpoint-*")) == \
         ["checkpoint-2", "checkpoint-3"]
-    assert (output / "checkpoint-3" / "run.json").exists()
+    assert (output / "latest").read_text() == "checkpoint-3"
     assert not (output / "model.safetensors").exists()
     run(*command(toy, script, output, 0, "--resume", "--keep_checkpoints=1"))
     assert [path.name for path in output.glob("checkpoint-*")] == ["checkpoint-4"]
     same_run(whole_run(script, 0, 0), output)
+
+
+def test_a_second_ctrl_c_ends_a_run_at_once(toy, tmp_path):
+    """Struck twice within a step that would take 1000 seconds more."""
+    result = run(*command(toy, "tgrpo", tmp_path / "run", 0, fault="twice:rollout:1"), check=False,
+                 start_new_session=True, timeout=100)
+    assert result.returncode == 130 and "Traceback" not in result.stderr
+
+
+@pytest.mark.parametrize("ranks, fault, limit", [
+    (0, "raise:rollout:2", 60), (2, "raise:rollout:2:1", 100)])
+def test_an_exception_that_nobody_expects_ends_a_run_with_its_traceback(
+        toy, tmp_path, ranks, fault, limit):
+    """With data workers alive; of two ranks both, within 60 seconds of the fault (the start takes
+    the rest). DeepSpeed's launcher gives the other rank 30 of them."""
+    start = time.perf_counter()
+    result = run(*command(toy, "tgrpo", tmp_path / "run", 0, fault=fault, ranks=ranks),
+                 ranks=ranks, check=False, timeout=limit)
+    assert time.perf_counter() - start < limit
+    assert result.returncode != 0
+    assert "KeyError: 'a fault that nobody expects'" in result.stderr
+    assert "Traceback" in result.stderr
 
 
 def test_a_full_disk_is_a_clear_error_and_leaves_the_last_checkpoint_whole(
@@ -110,7 +135,7 @@ def test_a_full_disk_is_a_clear_error_and_leaves_the_last_checkpoint_whole(
     full = run(*command(toy, "tgrpo", output, 0, fault="full:save:2"), check=False)
     assert full.returncode == 1 and "Traceback" not in full.stderr
     assert "cannot write" in full.stderr and "--resume" in full.stderr
-    assert [path.name for path in output.glob("checkpoint-*[0-9]")] == ["checkpoint-2"]
+    assert (output / "latest").read_text() == "checkpoint-2"
     run(*command(toy, "tgrpo", output, 0, "--resume"))
     same_run(whole_run("tgrpo", 0, 0), output)
 

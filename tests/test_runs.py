@@ -1,12 +1,17 @@
-"""tgrpo.py from the command line: alone and on two ranks, killed, resumed, and fed bad input."""
+"""A training run: what it leaves, what it refuses, from the command line of tgrpo.py on one and on
+two ranks; the schedule and the order of its questions."""
 import json
+import math
 import textwrap
+from types import SimpleNamespace
 
 import pytest
 import torch
 from safetensors.torch import load_file
 
+import sft
 import tgrpo as train
+from build_data import InputError
 from conftest import ROOT, break_media, equal_weights, run
 
 SMALL = ["--min_pixels=784", "--max_pixels=784", "--image_min_pixels=784", "--max_frames=8",
@@ -91,8 +96,8 @@ def test_the_readme_gets_the_weights_out_of_a_checkpoint(mixed, toy, tmp_path):
     code, = [block for block in (ROOT / "README.md").read_text().split("```python\n")
              if block.lstrip().startswith("from deepspeed.utils.zero_to_fp32")]
     code = textwrap.dedent(code.split("  ```")[0])
-    for name, path in (("sft", toy / "model"), ("tgrpo/checkpoint-100", mixed[0] / "checkpoint-4"),
-                       ("weights", tmp_path / "weights")):
+    for name, path in (("sft", toy / "model"), ("tgrpo", mixed[0]),
+                       ("checkpoint-100", "checkpoint-4"), ("weights", tmp_path / "weights")):
         assert code.count(f'"{name}"') == 1
         code = code.replace(f'"{name}"', repr(str(path)))
     exec(code)
@@ -103,7 +108,7 @@ def test_the_readme_gets_the_weights_out_of_a_checkpoint(mixed, toy, tmp_path):
 
 def test_grpo_without_reference_or_shuffled_group_on_a_frozen_vision_tower(toy, tmp_path):
     run(*tgrpo(toy, tmp_path, "--alpha", 0, "--beta", 0, "--max_steps", 2, "--prompts_per_rank", 3,
-               "--freeze_vision", "--frame_cache", tmp_path / "frames"))
+               "--freeze_vision"))
     for row in lines(tmp_path, "metrics")[1:]:
         assert not {"policy/kl", "group/p_tilde", "group/tie_rate", "reward/temporal"} & set(row)
     assert all(row["responses_shuffled"] == [] and row["frame_order"] is None
@@ -113,20 +118,6 @@ def test_grpo_without_reference_or_shuffled_group_on_a_frozen_vision_tower(toy, 
     after = load_file(tmp_path / "model.safetensors")
     moved = {name for name in before if not torch.equal(before[name], after[name])}
     assert moved and not any("visual" in name for name in moved)
-    assert list((tmp_path / "frames").glob("*.npz"))
-
-
-@pytest.mark.slow
-def test_a_compiled_decoding_step_makes_the_same_run(toy, tmp_path):
-    """Where the policy samples (ZeRO-0), and where a copy of its weights does (ZeRO-3)."""
-    for output, flags in (("plain", []), ("compiled", ["--compile"])):
-        run(*tgrpo(toy, tmp_path / output, "--prompts_per_rank", 2, "--max_steps", 4,
-                   "--deepspeed_config", toy / "ds_zero0.json", *flags))
-    one, other = (lines(tmp_path / output, "rollouts") for output in ("plain", "compiled"))
-    assert [row["responses"] for row in one] == [row["responses"] for row in other]
-    run(*tgrpo(toy, tmp_path / "two", "--prompts_per_rank", 2, "--max_steps", 2, "--compile"),
-        ranks=2)
-    assert len(lines(tmp_path / "two", "metrics")) == 3
 
 
 @pytest.mark.parametrize("change, words", [
@@ -135,19 +126,19 @@ def test_a_compiled_decoding_step_makes_the_same_run(toy, tmp_path):
     (["--deepspeed_config", "absent.json"], "absent.json"),
     (["--media_root", "absent"], "absent"),
     (["--G", "0"], "--G"),
-    (["--min_pixels", "1000"], "--min_pixels 1000"),
+    (["--min_pixels", "1000"], "--min_pixels 1000 is above --max_pixels 784"),
     (["--nonsense", "1"], "--nonsense"),
     (["--G_tilde", "0"], "--alpha 0"),
-    (["--G", "1"], "--G must be at least 2"),
-    (["--top_p", "0"], "--top_p 0.0"),
-    (["--temperature", "nan"], "--temperature nan"),
-    (["--keep_checkpoints", "-1"], "--keep_checkpoints -1 must not be negative"),
-    (["--max_steps", "0"], "--max_steps 0 must be positive"),
+    (["--G", "1"], "--G: 1 must be at least 2"),
+    (["--top_p", "0"], "--top_p: 0 must be above 0 and at most 1"),
+    (["--temperature", "nan"], "--temperature: nan"),
+    (["--keep_checkpoints", "-1"], "--keep_checkpoints: -1 must be at least 0"),
+    (["--max_steps", "0"], "--max_steps: 0 must be above 0"),
 ])
 def test_bad_input_is_named_before_a_run_starts(toy, tmp_path, capsys, change, words):
     _, *flags = tgrpo(toy, tmp_path / "out")
     change = [word.format(media=toy / "media") for word in change]
-    with pytest.raises((train.InputError, SystemExit)) as error:
+    with pytest.raises((InputError, SystemExit)) as error:
         train.main(train.parse_args([str(flag) for flag in [*flags, *change]]))
     assert words in f"{error.value}{capsys.readouterr().err}"
     assert not (tmp_path / "out").exists()
@@ -162,63 +153,108 @@ def test_bad_input_is_one_line(toy, tmp_path, change, status):
 
 @pytest.fixture
 def opened(tmp_path, monkeypatch):
-    """open_output of a run of one rank in tmp_path/run, with these flags."""
-    monkeypatch.setattr(train.dist, "get_rank", lambda: 0)
-    monkeypatch.setattr(train.dist, "get_world_size", lambda: 1)
-    monkeypatch.setattr(train.dist, "barrier", lambda: None)
-    monkeypatch.setattr(train, "gather_objects", lambda value: [value])
+    """open_run of one rank in tmp_path/run, with these flags: (the run, its identity's line)."""
+    monkeypatch.setattr(sft, "setup_distributed", lambda args: (0, torch.device("cpu")))
+    monkeypatch.setattr(sft, "catch_signals", list)
+    monkeypatch.setattr(sft.dist, "get_rank", lambda: 0)
+    monkeypatch.setattr(sft.dist, "get_world_size", lambda: 1)
+    monkeypatch.setattr(sft.dist, "barrier", lambda: None)
+    monkeypatch.setattr(sft, "gather_objects", lambda value: [value])
 
-    def call(*flags):
+    def call(*flags, records=()):
         args = train.parse_args(["--model", "m", "--data", "d", "--output",
                                  str(tmp_path / "run"), *flags])
-        return train.open_output(args, train.run_identity(args, {}, []))
+        return sft.open_run(args, list(records), train.parse_args)
     return call
 
 
+def left_off(output, run, step=2, **changes):
+    """What a run with a checkpoint at a step leaves in its folder, as far as opening looks."""
+    (output / f"checkpoint-{step}").mkdir(parents=True, exist_ok=True)
+    (output / "latest").write_text(f"checkpoint-{step}")
+    (output / "metrics.jsonl").write_text(json.dumps(run.identity | changes) + "\n")
+
+
 def test_a_model_or_a_lone_checkpoint_is_not_written_over(tmp_path, opened):
-    (tmp_path / "run" / "checkpoint-2").mkdir(parents=True)
-    with pytest.raises(train.InputError, match="--resume"):
+    (tmp_path / "run" / "checkpoint-2").mkdir(parents=True)  # cut off: `latest` does not name it
+    with pytest.raises(InputError, match="--resume"):
         opened()
+    assert opened("--resume").first_step == 0
     (tmp_path / "run" / "checkpoint-2").rmdir()
     (tmp_path / "run" / "config.json").write_text("{}")
-    for flags in ([], ["--resume"]):
-        with pytest.raises(train.InputError, match="a model"):
-            opened(*flags)
-    (tmp_path / "run" / "metrics.jsonl").write_text("")
-    with pytest.raises(train.InputError, match="--resume"):
+    for logs in (False, True):
+        for flags in ([], ["--resume"]):
+            with pytest.raises(InputError, match="a model"):
+                opened(*flags)
+        (tmp_path / "run" / "metrics.jsonl").write_text("")
+    (tmp_path / "run" / "config.json").unlink()
+    with pytest.raises(InputError, match="--resume"):
         opened()
-    assert opened("--resume") == 0
-    assert sorted(path.name for path in (tmp_path / "run").iterdir()) == \
-        ["config.json", "metrics.jsonl"]
+    assert opened("--resume").first_step == 0
+    assert [path.name for path in (tmp_path / "run").iterdir()] == ["metrics.jsonl"]
 
 
 def test_an_output_that_a_node_does_not_share_is_found_at_the_start(monkeypatch, opened):
-    monkeypatch.setattr(train, "gather_objects", lambda value: [value, (False, 0, False)])
-    with pytest.raises(train.InputError, match="storage that all nodes share"):
+    monkeypatch.setattr(sft, "gather_objects", lambda value: [value, (False, "")])
+    with pytest.raises(InputError, match="storage that all nodes share"):
         opened()
+
+
+def test_a_checkpoint_that_latest_names_must_be_there(tmp_path, opened):
+    left_off(tmp_path / "run", opened(), step=4)
+    (tmp_path / "run" / "checkpoint-4").rmdir()
+    with pytest.raises(InputError, match="names checkpoint-4, which is not there"):
+        opened("--resume")
+    (tmp_path / "run" / "checkpoint-2").mkdir()
+    (tmp_path / "run" / "latest").write_text("checkpoint-2\n")  # as the message advises
+    assert opened("--resume").first_step == 2
+
+
+@pytest.mark.parametrize("line", ["", "{}", '{"step": 1}', "[1]", '{"argum'])
+def test_a_run_that_does_not_say_what_it_is_is_not_continued(tmp_path, opened, line):
+    left_off(tmp_path / "run", opened())
+    (tmp_path / "run" / "metrics.jsonl").write_text(line + "\n")
+    with pytest.raises(InputError, match="first line of .*metrics.jsonl"):
+        opened("--resume")
 
 
 def test_a_schedule_that_decays_to_the_end_binds_the_end(tmp_path, opened):
     for schedule, bound in (("constant", False), ("cosine", True)):
-        flags = ["--lr_schedule", schedule]
-        (tmp_path / "run" / "checkpoint-2").mkdir(parents=True, exist_ok=True)
-        args = train.parse_args(["--model", "m", "--data", "d", "--output", "o", *flags])
-        (tmp_path / "run" / "checkpoint-2" / "run.json").write_text(
-            json.dumps(train.run_identity(args, {}, [])))
-        assert opened("--resume", *flags) == 2
+        left_off(tmp_path / "run", opened("--resume", "--lr_schedule", schedule))
+        assert opened("--resume", "--lr_schedule", schedule).first_step == 2
+        flags = ["--resume", "--max_steps", "2000", "--lr_schedule", schedule]
         if bound:
-            with pytest.raises(train.InputError, match="--max_steps was 1000, is 2000"):
-                opened("--resume", "--max_steps", "2000", *flags)
+            with pytest.raises(InputError, match="--max_steps was 1000, is 2000"):
+                opened(*flags)
         else:
-            assert opened("--resume", "--max_steps", "2000", *flags) == 2
+            assert opened(*flags).first_step == 2
+        for path in (tmp_path / "run").iterdir():
+            path.rmdir() if path.is_dir() else path.unlink()
 
 
-def test_a_log_that_no_checkpoint_vouches_for_starts_anew(tmp_path, opened):
-    (tmp_path / "metrics.jsonl").write_text('{"arguments": "of another run"}\n{"step": 1}\n')
-    args = train.parse_args(["--model", "m", "--data", "d", "--output", str(tmp_path), "--resume"])
-    train.open_log(args, "metrics", 0).close()
-    header, = lines(tmp_path, "metrics")
-    assert header["arguments"]["model"] == "m"
+def test_a_flag_that_an_older_run_does_not_have_counts_as_its_default(tmp_path, opened):
+    """A new flag orphans no checkpoint; but a value that the old run cannot have had is named."""
+    run = opened()
+    before = {key: value for key, value in run.identity["arguments"].items() if key != "top_p"}
+    left_off(tmp_path / "run", run, arguments=before | {"a_flag_that_is_gone": 1})
+    assert opened("--resume").first_step == 2
+    with pytest.raises(InputError, match="--top_p was 1.0, is 0.9"):
+        opened("--resume", "--top_p", "0.9")
+
+
+def test_other_records_ranks_or_shards_are_named(tmp_path, opened):
+    left_off(tmp_path / "run", opened(), world_size=2, zero_stage=1)
+    with pytest.raises(InputError, match="records of --data was .*, is .*number of processes was 2,"
+                                         " is 1; ZeRO stage was 1, is 3"):
+        opened("--resume", records=[{"problem_id": 1}])
+
+
+def test_a_log_keeps_what_its_checkpoint_vouches_for(tmp_path):
+    log = tmp_path / "metrics.jsonl"
+    log.write_text('{"arguments": {}}\n{"step": 1}\n{"step": 2}\n{"step": 3}\n{"ste')
+    assert sft.trim_log(log, 2) == log.read_text().splitlines() == \
+        ['{"arguments": {}}', '{"step": 1}', '{"step": 2}']
+    assert sft.trim_log(log, 0) == [] and log.read_text() == ""  # nothing vouches for any of it
 
 
 @pytest.mark.parametrize("stage", [0, 3])
@@ -234,7 +270,7 @@ def test_in_bf16_the_policy_starts_as_its_reference_and_steps_are_counted_right(
     assert first["policy/kl"] == 0 and first["policy/ratio_max"] == 1
     weights = load_file(tmp_path / "run" / "model.safetensors")
     assert {value.dtype for value in weights.values()} == {torch.bfloat16}
-    state = tmp_path / "run" / "checkpoint-2" / "state"
+    state = tmp_path / "run" / "checkpoint-2"
     file, = state.glob("*optim_states.pt" if stage else "mp_rank_00_model_states.pt")
     counts = set()
 
@@ -248,3 +284,32 @@ def test_in_bf16_the_policy_starts_as_its_reference_and_steps_are_counted_right(
                 look(part)
     look(torch.load(file, weights_only=False))
     assert counts == {2}
+
+
+# ------------------------------------------------------------- schedule, data order, metrics
+
+def test_every_record_comes_once_an_epoch_in_an_order_that_changes():
+    first, second = ([sft.record_index(epoch * 10 + i, 10, 0) for i in range(10)]
+                     for epoch in (0, 1))
+    assert sorted(first) == sorted(second) == list(range(10)) and first != second
+
+
+@pytest.mark.parametrize("schedule, expected", [
+    ("constant", [0.5, 1, 1, 1]), ("linear", [0.5, 1, 1, 0.75]),
+    ("cosine", [0.5, 1, 1, (1 + math.cos(math.pi / 4)) / 2])])
+def test_learning_rate_by_hand(schedule, expected):
+    args = SimpleNamespace(learning_rate=1.0, warmup_steps=2, max_steps=6, lr_schedule=schedule)
+    assert [sft.learning_rate(step, args) for step in range(4)] == pytest.approx(expected)
+
+
+def test_metrics_of_ranks_are_merged_by_their_counts_and_largest_values():
+    one, other = {}, {}
+    sft.note(one, "reward/total", [1.0, 2.0, 3.0])
+    sft.note(other, "reward/total", [10.0])
+    sft.note(one, "optim/loss", [4.0], count=8)
+    sft.note(one, "policy/ratio_max", [1.0, 1.5])
+    sft.note(one, "policy/ratio_max", [1.2])
+    sft.note(other, "policy/ratio_max", [1.1])
+    sft.note(other, "group/p_tilde", [])  # undefined in this step: absent
+    assert sft.merge([one, other]) == {"reward/total": 4.0, "optim/loss": 0.5,
+                                       "policy/ratio_max": 1.5}

@@ -18,13 +18,12 @@ SMALL = ["--min_pixels=784", "--max_pixels=784", "--image_min_pixels=784", "--ma
 
 @pytest.fixture(scope="module")
 def examples(toy, processor):
-    """[(record, example)] of the first video and the first image of the cold-start file."""
+    """[(record, its inputs)] of the first video and the first image of the cold-start file."""
     found = {}
     for record in load_records(toy / "cot.json"):
         if record["data_type"] not in found:
-            vision = load_vision(record, **LIMITS)
-            end = processor.tokenizer.eos_token_id
-            found[record["data_type"]] = record, sft.sft_example(processor, record, vision, end)
+            example = sft.sft_example(processor, record, load_vision(record, **LIMITS), 0)
+            found[record["data_type"]] = record, example["inputs"]
     return list(found.values())
 
 

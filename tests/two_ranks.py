@@ -12,8 +12,10 @@ import torch.distributed as dist
 from deepspeed.utils import safe_get_full_grad
 
 import conftest  # noqa: F401  puts the scripts on the path
+import sft
 import tgrpo
-from build_data import encode, encode_blank, load_records, load_vision
+from build_data import (encode, encode_blank, load_processor, load_records, load_vision,
+                        setup_distributed)
 
 # (ZeRO stage, chunk size of five responses, groups a rank)
 SETTINGS = [(3, 2, 1), (3, 5, 1), (3, 5, 2), (2, 5, 1), (2, 2, 2), (1, 5, 2), (0, 5, 1)]
@@ -41,15 +43,15 @@ def gradients(toy, out, groups, blank, stage, chunk_size, count):
     config_file.write_text(json.dumps({"zero_optimization": zero,
                                        "zero_allow_untested_optimizer": True}))
     args = tgrpo.parse_args(["--model", str(toy / "model"), "--data", str(toy / "train.json"),
-                             "--output", str(out), "--deepspeed_config", str(config_file),
-                             "--learning_rate", "0"])
-    config = tgrpo.read_deepspeed_config(args)
-    engine = tgrpo.start_engine(tgrpo.load_model(args, config), args, config)
+                             "--output", str(out.parent / f"{stage}.{chunk_size}.{count}"),
+                             "--deepspeed_config", str(config_file), "--learning_rate", "0"])
+    run = sft.open_run(args, [], tgrpo.parse_args)
+    sft.start_engine(run, sft.load_model(args, run.config))
+    engine = run.engine
     if stage == 3:  # what rollouts sample from
-        sampler = tgrpo.sampling_copy(engine.module, args, engine.device)
+        sampler = tgrpo.start_sampler(run)
         tgrpo.gather_weights(engine, sampler)
         torch.save(sampler(**groups[0][0]).logits, out / "sampler.pt")
-    engine.train()
     for step in range(2):
         tgrpo.begin_backward(engine, blank)
         for i, (inputs, responses, mask, A) in enumerate(groups[:count]):
@@ -74,8 +76,8 @@ def main():
     parser.add_argument("--out", type=Path)
     parser.add_argument("--local_rank", type=int, default=0)
     options = parser.parse_args()
-    rank, _ = tgrpo.setup_distributed(argparse.Namespace(timeout_minutes=10))
-    processor = tgrpo.AutoProcessor.from_pretrained(options.toy / "model")
+    rank, _ = setup_distributed(argparse.Namespace(timeout_minutes=10))
+    processor = load_processor(argparse.Namespace(model=options.toy / "model"))
     groups = list(cases(options.toy, processor))
     out = options.out / f"rank{rank}"
     out.mkdir()
