@@ -11,6 +11,7 @@ import hashlib
 import json
 import sys
 from collections import defaultdict
+from itertools import zip_longest
 from pathlib import Path
 
 from PIL import Image
@@ -62,7 +63,7 @@ def read_rollouts(path):
 
 def checked_row(row):
     """What the page shows of a row: {"step", "frame_order", "first": [{"text", "earned": {part:
-    number}}], "second": [text], "p", and, where there is a second group, "p_tilde", "r_t"}."""
+    number}}], "second": [{"text"}], "p", and, with a second group, "p_tilde" and "r_t"}."""
     json.dumps(row, allow_nan=False)  # a page's JSON knows no NaN
     first, second = row["responses"], row["responses_shuffled"]
     if not all(isinstance(text, str) for text in first + second):
@@ -74,7 +75,8 @@ def checked_row(row):
             "frame_order": [int(place) for place in row["frame_order"] or ()],
             "first": [{"text": text, "earned": dict(zip(parts, values))}
                       for text, *values in zip(first, *columns, strict=True)],
-            "second": second, **{name: float(row[name]) for name in shares}}
+            "second": [{"text": text} for text in second],
+            **{name: float(row[name]) for name in shares}}
 
 
 def read_run(path):
@@ -102,12 +104,9 @@ def pick_questions(rollouts, records):
             dull = not any(response["earned"]["A"] for row in shown for response in row["first"])
             kinds[record["data_type"], record["problem_type"]].append(
                 ((span == 0, dull, -span), record, shown))
-    found = []
-    for kind in sorted(kinds, reverse=True):  # videos first
-        queue = sorted(kinds[kind], key=lambda question: question[0])
-        for turn, ((once, *_), record, shown) in enumerate(queue):
-            found.append(((turn > 0 and once, turn), record, shown))  # but first one of each kind
-    found.sort(key=lambda question: question[0])
+    queues = [sorted(kinds[kind], key=lambda question: question[0])
+              for kind in sorted(kinds, reverse=True)]  # videos first
+    found = [question for turn in zip_longest(*queues) for question in turn if question]
     return [question[1:] for question in found[:REPORTED]]
 
 
@@ -130,10 +129,9 @@ def pictures(record, orders, flags):
 def question_data(record, rows, flags):
     """A question as the page gets it, with its rows. The second group's responses are graded
     again: a run logs only their share of correct ones."""
-    for row in rows:
-        row["second"] = [{"text": text, "earned": {"accuracy": accuracy_reward(text, record),
-                                                   "format": format_reward(text)}}
-                         for text in row["second"]]
+    for response in [response for row in rows for response in row["second"]]:
+        response["earned"] = {"accuracy": accuracy_reward(response["text"], record),
+                              "format": format_reward(response["text"])}
     question = {
         "problem": record["problem"], "answer": extract_answer(record["solution"]),
         "options": record["options"] if record["problem_type"] == "multiple choice" else [],
