@@ -5,7 +5,6 @@ import io
 import json
 import re
 import shutil
-import statistics
 import subprocess
 from html.parser import HTMLParser
 
@@ -72,22 +71,21 @@ class Page(HTMLParser):
 
 
 def rollout(record, step, first, second, order=None):
-    """A line of rollouts.jsonl: every correct response is of the right length."""
-    accuracy = [accuracy_reward(text, record) for text in first]
-    row = {"step": step, "problem_id": record["problem_id"], "path": record["path"],
-           "frame_order": order, "responses": first, "responses_shuffled": second,
-           "accuracy": accuracy, "format": [format_reward(text) for text in first],
-           "length": [0.2 * (value >= 0.5) for value in accuracy],
-           "p": sum(value >= 0.5 for value in accuracy) / len(first)}
+    """A line of rollouts.jsonl: correct responses have a good length, and A is R - mean."""
+    def correct(texts):
+        return [accuracy_reward(text, record) >= 0.5 for text in texts]
+    parts = {"accuracy": [accuracy_reward(text, record) for text in first],
+             "format": [format_reward(text) for text in first],
+             "length": [0.2 * good for good in correct(first)]}
+    shares = {"p": np.mean(correct(first))}
     if second:
-        p_tilde = sum(accuracy_reward(text, record) >= 0.5 for text in second) / len(second)
-        r_t = 0.3 if row["p"] >= p_tilde else 0.0
-        row |= {"p_tilde": p_tilde, "r_t": r_t,
-                "temporal": [r_t * (value >= 0.5) for value in accuracy]}
-    parts = [row[part] for part in ("accuracy", "format", "length", "temporal") if part in row]
-    R = [sum(values) for values in zip(*parts)]
-    scale = statistics.stdev(R) or 1
-    return row | {"R": R, "A": [(value - statistics.mean(R)) / scale for value in R]}
+        shares["p_tilde"] = np.mean(correct(second))
+        shares["r_t"] = 0.3 * float(shares["p"] >= shares["p_tilde"])
+        parts["temporal"] = [shares["r_t"] * good for good in correct(first)]
+    R = np.sum([*parts.values()], axis=0)
+    return {"step": step, "problem_id": record["problem_id"], "path": record["path"],
+            "frame_order": order, "responses": first, "responses_shuffled": second, **parts,
+            **shares, "R": R.tolist(), "A": (R - R.mean()).tolist()}
 
 
 def write_run(folder, toy, rows, leave_out=(), **changed):
@@ -160,11 +158,11 @@ def test_a_question_stands_at_its_earliest_and_its_latest_step(run):
 
 def test_every_response_stands_with_what_it_earned(run):
     _, row = question_at(90, reported(run)[0])["steps"]
-    # 7 right of 8 earn 1 + 1 + 0.3 + 0.2, the last 1: mean 2.3125, std 0.5303
+    # 7 right of 8 earn 1 + 1 + 0.3 + 0.2, the last 1: mean 2.3125
     earned = [response["earned"] for response in row["first"]]
     assert [*earned[0]] == ["accuracy", "format", "temporal", "length", "R", "A"]
-    assert [*earned[0].values()] == pytest.approx([1, 1, 0.3, 0.2, 2.5, 0.35355], abs=1e-4)
-    assert [*earned[7].values()] == pytest.approx([0, 1, 0, 0, 1, -2.4749], abs=1e-4)
+    assert [*earned[0].values()] == pytest.approx([1, 1, 0.3, 0.2, 2.5, 0.1875])
+    assert [*earned[7].values()] == pytest.approx([0, 1, 0, 0, 1, -1.3125])
     # the run logs only the share of the second group's: they are graded again
     assert [response["earned"] for response in row["second"]] == [
         {"accuracy": 1, "format": 1}] + 3 * [{"accuracy": 0, "format": 1}]
@@ -387,8 +385,8 @@ def test_the_browser_shows_both_groups_at_two_steps(run, seen, records):
                                      "group, compared with and never trained on"]
     earned = video.texts("summary")
     assert len(earned) == 2 * (8 + 4)
-    assert earned[12] == "correctaccuracy 1format 1temporal 0.3length 0.2R 2.5A 0.354"
-    assert earned[19] == "wrongaccuracy 0format 1temporal 0length 0R 1A -2.47"
+    assert earned[12] == "correctaccuracy 1format 1temporal 0.3length 0.2R 2.5A 0.188"
+    assert earned[19] == "wrongaccuracy 0format 1temporal 0length 0R 1A -1.31"
     assert earned[20:22] == ["correctaccuracy 1format 1", "wrongaccuracy 0format 1"]
     correct = [text.startswith("correct") for text in earned]
     assert sum(correct[:8]) == 2 and sum(correct[8:12]) == 2  # as p and p_tilde say
