@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-import build_data
+import annotate
 import evaluate
 from build_data import InputError, MediaError, build_messages, load_vision, write_video
 from test_evaluate import SHARED, environment_kept, flags  # noqa: F401 (a fixture)
@@ -457,8 +457,8 @@ def test_what_is_no_result_is_refused(tmp_path):
 @pytest.fixture
 def server(monkeypatch):
     """A server on this machine: .reply(messages, attempt) gives (status, text) or raw bytes."""
-    monkeypatch.setattr(build_data, "FIRST_PAUSE", 0.01)
-    monkeypatch.setattr(build_data, "LONGEST_PAUSE", 0.02)
+    monkeypatch.setattr(annotate, "FIRST_PAUSE", 0.01)
+    monkeypatch.setattr(annotate, "LONGEST_PAUSE", 0.02)
 
     class Handler(BaseHTTPRequestHandler):
         def do_POST(self):

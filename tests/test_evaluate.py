@@ -14,6 +14,7 @@ import pytest
 import torch
 from PIL import Image
 
+import annotate
 import build_data
 import evaluate
 from build_data import InputError, Vision, load_records, write_video
@@ -234,7 +235,7 @@ def test_prompts_of_all_orders_differ_in_pixels_alone(toy):
 def test_a_padded_batch_of_videos_and_images_is_answered_like_one_by_one(toy):
     args = evaluate.parse_args(flags(toy, "unused", "--temperature", 0, "--max_new_tokens", 24))
     processor = evaluate.load_processor(args)
-    model = evaluate.load_model(args, processor.tokenizer, torch.device("cpu"))
+    model = evaluate.load_answering_model(args, processor.tokenizer, torch.device("cpu"))
     with torch.no_grad():  # as initialised, it answers every question alike
         for parameter in model.model.parameters():
             parameter.mul_(2 if parameter.ndim > 1 else 1)
@@ -243,8 +244,8 @@ def test_a_padded_batch_of_videos_and_images_is_answered_like_one_by_one(toy):
     samples = [dataset[i] for i in range(12)]
     assert len({sample["inputs"]["input_ids"].shape[1] for sample in samples}) > 1
     assert {sample["record"]["data_type"] for sample in samples} == {"image", "video"}
-    together = build_data.respond(model, samples, 0)
-    assert together == [build_data.respond(model, [sample], 0)[0] for sample in samples]
+    together = annotate.respond(model, samples, 0)
+    assert together == [annotate.respond(model, [sample], 0)[0] for sample in samples]
     assert len({tuple(ids) for ids, _ in together}) > 1  # not equal for a trivial reason
 
 
@@ -261,20 +262,20 @@ def test_vision_tokens_are_not_sampled_and_draws_repeat_with_the_seed(toy):
     args = evaluate.parse_args(flags(toy, "unused", "--temperature", 3, "--top_p", 1,
                                      "--max_new_tokens", 40))
     processor = evaluate.load_processor(args)
-    model = evaluate.load_model(args, processor.tokenizer, torch.device("cpu"))
+    model = evaluate.load_answering_model(args, processor.tokenizer, torch.device("cpu"))
     assert model.generation_config.top_k == 0  # a default of 50 would cut the distribution
     args.max_frames = 8
     dataset = evaluate.Prompts(load_records(toy / "test.json"), processor, args)
     samples = [dataset[i] for i in range(8)]
-    first = build_data.respond(model, samples, 0)
-    assert first == build_data.respond(model, samples, 0) != build_data.respond(model, samples, 1)
+    first = annotate.respond(model, samples, 0)
+    assert first == annotate.respond(model, samples, 0) != annotate.respond(model, samples, 1)
     pads = processor.tokenizer.convert_tokens_to_ids(list(build_data.FORBIDDEN_TOKENS))
     assert len(pads) == 5 and not {token for ids, _ in first for token in ids} & set(pads)
 
 
 def test_a_response_ends_with_its_first_end_token():
-    assert build_data.cut_at_end([4, 9, 8, 8], [8, 9]) == ([4, 9], False)
-    assert build_data.cut_at_end([4, 5], [8, 9]) == ([4, 5], True)
+    assert annotate.cut_at_end([4, 9, 8, 8], [8, 9]) == ([4, 9], False)
+    assert annotate.cut_at_end([4, 5], [8, 9]) == ([4, 5], True)
 
 
 # -------------------------------------------------------------------------------- whole runs
@@ -414,17 +415,29 @@ def test_the_defaults_are_the_papers():
     (["--benchmark", "test.json"], "is not NAME=FILE"),
     (["--benchmark", "a/b=test.json"], "is not NAME=FILE"),
     (["--benchmark", "toy=absent.json"], "absent.json"),
+    (["--benchmark", "a=test.json", "a=train.json"], "two files named a"),
+    (["--output", ""], "--output is needed"),
     (["--frames", "2"], "--frames 2 is below --min_frames 4"),
-    (["--batch_size", "0"], "--batch_size 0 must be positive"),
-    (["--top_p", "0"], "--top_p 0.0"),
     (["--model", "no/model/here"], "--model no/model/here has no usable processor"),
 ])
 def test_bad_flags_end_in_one_sentence_before_the_model_is_loaded(
         toy, tmp_path, monkeypatch, more, message):
-    monkeypatch.setattr(evaluate, "load_model", None)
+    monkeypatch.setattr(evaluate, "load_answering_model", None)
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    more = [text.replace("a=t", f"a={toy}/t") for text in more]
     with pytest.raises(InputError, match=message):
         evaluate.main(evaluate.parse_args(flags(toy, tmp_path / "out", *more)))
+
+
+@pytest.mark.parametrize("more, message", [
+    (["--batch_size", "0"], "--batch_size: 0 must be above 0"),
+    (["--top_p", "0"], "--top_p: 0 must be above 0"),
+    (["--frames", "16", "0"], "--frames: 0 must be above 0"),
+])
+def test_a_value_out_of_range_is_refused_at_its_flag(toy, capsys, more, message):
+    with pytest.raises(SystemExit):
+        evaluate.parse_args(flags(toy, "unused", *more))
+    assert message in capsys.readouterr().err
 
 
 def test_a_repeated_problem_id_is_refused(toy, tmp_path):
@@ -438,7 +451,7 @@ def test_rows_of_another_configuration_are_refused_and_named(toy, tmp_path, monk
     model = tmp_path / "model"
     shutil.copytree(toy / "model", model)
     run(toy, tmp_path / "out", "--model", model)
-    monkeypatch.setattr(evaluate, "load_model", None)
+    monkeypatch.setattr(evaluate, "load_answering_model", None)
     with pytest.raises(InputError, match="rows with another max_new_tokens: 12, not 13"):
         run(toy, tmp_path / "out", "--model", model, "--max_new_tokens", 13)
     with pytest.raises(InputError, match="rows with another max_pixels"):
