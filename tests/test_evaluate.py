@@ -224,7 +224,7 @@ def test_prompts_of_all_orders_differ_in_pixels_alone(toy):
     record = next(r for r in records if r["data_source"] == "toy/direction_agree")
     encoded = {}
     for args.order in evaluate.ORDERS:
-        encoded[args.order] = evaluate.Prompts([record], processor, args)[0]["inputs"]
+        encoded[args.order] = evaluate.prompt_of(processor, args, record)["inputs"]
     for order in evaluate.ORDERS[1:]:
         for key, value in encoded["ordered"].items():
             assert torch.equal(value, encoded[order][key]) == (key != "pixel_values_videos")
@@ -240,8 +240,8 @@ def test_a_padded_batch_of_videos_and_images_is_answered_like_one_by_one(toy):
         for parameter in model.model.parameters():
             parameter.mul_(2 if parameter.ndim > 1 else 1)
     args.max_frames = 8
-    dataset = evaluate.Prompts(load_records(toy / "test.json"), processor, args)
-    samples = [dataset[i] for i in range(12)]
+    samples = [evaluate.prompt_of(processor, args, record)
+               for record in load_records(toy / "test.json")[:12]]
     assert len({sample["inputs"]["input_ids"].shape[1] for sample in samples}) > 1
     assert {sample["record"]["data_type"] for sample in samples} == {"image", "video"}
     together = annotate.respond(model, samples, 0)
@@ -265,8 +265,8 @@ def test_vision_tokens_are_not_sampled_and_draws_repeat_with_the_seed(toy):
     model = evaluate.load_answering_model(args, processor.tokenizer, torch.device("cpu"))
     assert model.generation_config.top_k == 0  # a default of 50 would cut the distribution
     args.max_frames = 8
-    dataset = evaluate.Prompts(load_records(toy / "test.json"), processor, args)
-    samples = [dataset[i] for i in range(8)]
+    samples = [evaluate.prompt_of(processor, args, record)
+               for record in load_records(toy / "test.json")[:8]]
     first = annotate.respond(model, samples, 0)
     assert first == annotate.respond(model, samples, 0) != annotate.respond(model, samples, 1)
     pads = processor.tokenizer.convert_tokens_to_ids(list(build_data.FORBIDDEN_TOKENS))
@@ -412,8 +412,6 @@ def test_the_defaults_are_the_papers():
 
 
 @pytest.mark.parametrize("more, message", [
-    (["--benchmark", "test.json"], "is not NAME=FILE"),
-    (["--benchmark", "a/b=test.json"], "is not NAME=FILE"),
     (["--benchmark", "toy=absent.json"], "absent.json"),
     (["--benchmark", "a=test.json", "a=train.json"], "two files named a"),
     (["--output", ""], "--output is needed"),
@@ -430,11 +428,13 @@ def test_bad_flags_end_in_one_sentence_before_the_model_is_loaded(
 
 
 @pytest.mark.parametrize("more, message", [
+    (["--benchmark", "test.json"], "--benchmark: test.json is not NAME=FILE"),
+    (["--benchmark", "a/b=test.json"], "a/b=test.json is not NAME=FILE"),
     (["--batch_size", "0"], "--batch_size: 0 must be above 0"),
     (["--top_p", "0"], "--top_p: 0 must be above 0"),
     (["--frames", "16", "0"], "--frames: 0 must be above 0"),
 ])
-def test_a_value_out_of_range_is_refused_at_its_flag(toy, capsys, more, message):
+def test_a_value_that_no_run_can_use_is_refused_at_its_flag(toy, capsys, more, message):
     with pytest.raises(SystemExit):
         evaluate.parse_args(flags(toy, "unused", *more))
     assert message in capsys.readouterr().err
