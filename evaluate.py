@@ -61,7 +61,7 @@ from build_data import (ANSWER_SUFFIX, TEMPLATE, FlagParser, InputError, MediaEr
                         add_machine_flags, add_media_flags, as_in_file, encode, letter, lettered,
                         load_processor, load_records, load_vision_of, make_folder_of, provenance,
                         row_writer, run_script, setup_distributed, shuffle_frames, skip_row,
-                        write_whole, writing)
+                        write_whole)
 from rewards import accuracy_reward, extract_answer, format_reward, parse_number
 
 ORDERS = ("ordered", "shuffled", "reversed", "single_frame", "blind")
@@ -374,8 +374,9 @@ MRA_PERCENT = range(50, 100, 5)  # VSI-Bench's theta, .50, .55, ..., .95, in exa
 RESAMPLES = 1000  # of the bootstrap
 INTERVAL = (2.5, 97.5)  # percentiles that enclose 95 % of the resampled means
 LEVELS = re.compile("_(easy|medium|hard)$")  # VSI-Bench makes one task of these first
-METRICS = ("score", "accuracy", "correct", "mra", "mra_released", "format", "truncated", "tokens",
-           "reflections", "drop")
+METRICS = {  # -> its unit in the printed tables, most in percent; 0: in the result file only
+    "score": 100, "accuracy": 100, "correct": 0, "mra": 100, "mra_released": 0, "format": 100,
+    "truncated": 100, "tokens": 1, "reflections": 1, "drop": 100}
 # Phrases of second thoughts; "wait" as a plain verb is counted too.
 REFLECTION = re.compile(r"\b(?:wait|hmm+|on second thought|let(?:'s| me| us) (?:re-?|double[- ])?"
                         r"(?:check|verify|consider|examine|read))\b", re.IGNORECASE)
@@ -527,16 +528,13 @@ def score(records, graded, seed, overalls=PLAIN, ordered=()):
 
 # ------------------------------------------------------------------------------ tables
 
-IN_FILE_ONLY = ("correct", "mra_released")  # metrics that the printed tables leave out
-PLAIN_NUMBERS = ("tokens", "reflections")  # all other metrics are printed in percent
 GROUPS_SHOWN = 30  # a kind of group with more members than this is in the result file only
 
 
-def cell(metric, value):
-    """A measured metric as text, "62.5 [60.1, 64.9]"; all but PLAIN_NUMBERS in percent."""
+def cell(value, unit=100):
+    """What `measure` found for a metric as text, "62.5 [60.1, 64.9]"; "" if it has nothing."""
     if not value:
         return ""
-    unit = 1 if metric in PLAIN_NUMBERS else 100
     shown = [f"{value[key] * unit:.1f}" for key in ("mean", "low", "high")
              if value[key] is not None]
     return shown[0] if len(shown) == 1 else f"{shown[0]} [{shown[1]}, {shown[2]}]"
@@ -561,14 +559,14 @@ def shown_groups(scores):
 
 def table(stem, scores):
     """The scores of one result as the lines of a Markdown table."""
-    shown = [metric for metric in METRICS
-             if metric in scores["all"] and metric not in IN_FILE_ONLY]
+    units = {metric: unit for metric, unit in METRICS.items() if unit and metric in scores["all"]}
     if all(row.get("score") == row.get("accuracy") for row in scores.values()):
-        shown = [metric for metric in shown if metric != "score"]
+        units.pop("score", None)
     groups, hidden = shown_groups(scores)
     rows = [[group, f"{scores[group]['answered']}/{scores[group]['records']}",
-             *(cell(metric, scores[group].get(metric)) for metric in shown)] for group in groups]
-    return table_lines([stem, "answered", *shown], rows) + hidden
+             *(cell(scores[group].get(metric), unit) for metric, unit in units.items())]
+            for group in groups]
+    return table_lines([stem, "answered", *units], rows) + hidden
 
 
 def summary(results, compare):
@@ -579,11 +577,11 @@ def summary(results, compare):
     ours = defaultdict(lambda: dict.fromkeys(BENCHMARKS, ""))
     for result in results:
         name, row = result["benchmark"], result["scores"][result["overall"]]
-        text = cell("score", row.get("score"))
+        text = cell(row.get("score"))
         if result["answered"] < BENCHMARKS[name].size:
             text += f" {result['answered']}/{BENCHMARKS[name].size}"
         if "drop" in row:
-            text += f", drop {cell('drop', row['drop'])}"
+            text += f", drop {cell(row['drop'])}"
         order = "" if result["order"] == "ordered" else f" ({result['order']})"
         ours[result["arguments"]["model"] + order, result["frames"]][name] = text.strip()
     rows = [[model, str(frames), *cells.values()]
@@ -612,8 +610,8 @@ def difference(a, b):
                      for rows in (old, new))
     groups, hidden = shown_groups(scores)
     lines += table_lines(["group", "questions", "A", "B", "B - A"], [
-        [group, str(scores[group]["answered"]), cell("score", scores[group]["score"]),
-         cell("score", there.get(group, {}).get("score")), cell("drop", scores[group]["drop"])]
+        [group, str(scores[group]["answered"]), cell(scores[group]["score"]),
+         cell(there.get(group, {}).get("score")), cell(scores[group]["drop"])]
         for group in groups]) + hidden
     lines += [f"{first['problem_id']}: {first['accuracy']:.2f} -> {second['accuracy']:.2f}, answer "
               f"{first['prediction'][:40]!r} -> {second['prediction'][:40]!r}, truth "
@@ -722,7 +720,7 @@ def prompt_of(processor, args, record):
 # ------------------------------------------------------------- answers, and what a run leaves
 
 class Run:
-    """What every question of a run needs."""
+    """What every question of a run needs; `configuration` is what its answers have in common."""
 
     def __init__(self, args, processor, configuration):
         self.args, self.processor, self.configuration = args, processor, configuration
@@ -751,15 +749,16 @@ def by_length(samples, size):
         yield from (window[i:i + size] for i in range(0, len(window), size))
 
 
-def answers(run, stem, records, configuration, prompt_of):
-    """The rows of all ranks and runs, after each rank has asked a share of what was missing."""
+def answers(run, stem, records, configuration, as_prompt):
+    """The rows of all ranks and runs, after each rank has asked a share of what was missing;
+    as_prompt(record) is what prompt_of returns."""
     args, output = run.args, Path(run.args.output)
     todo = unanswered(records, read_rows(output, stem, configuration))
     dist.barrier(run.ranks)  # all ranks have read the rows before one adds to them
     if share := todo[run.rank::dist.get_world_size()]:
         # the next window is decoded while this one is answered
         ahead = -(-WINDOW * args.batch_size // args.num_workers) if args.num_workers else None
-        prompts = DataLoader(share, batch_size=None, collate_fn=prompt_of,
+        prompts = DataLoader(share, batch_size=None, collate_fn=as_prompt,
                              num_workers=args.num_workers, prefetch_factor=ahead)
         path = output / f"{stem}.rank{run.rank}.jsonl"
         with row_writer(path, len(share), configuration, run.rank != 0) as write:
@@ -769,11 +768,11 @@ def answers(run, stem, records, configuration, prompt_of):
                 for samples in by_length(prompts, args.batch_size):
                     write(ask_model(run.model, run.processor.tokenizer, samples, row_of, args.seed))
     dist.barrier(run.ranks)
-    rows, path = read_rows(output, stem, configuration), output / "skipped.jsonl"
+    rows = read_rows(output, stem, configuration)
     skipped = [{"result": stem, **row} for row in rows.values() if "reason" in row]
     if skipped and run.rank == 0:
-        with writing(path), open(path, "a", encoding="utf-8") as file:
-            file.writelines(json.dumps(row) + "\n" for row in skipped)
+        with row_writer(output / "skipped.jsonl", len(skipped), quiet=True) as write:
+            write(skipped)
     return rows
 
 
@@ -869,6 +868,7 @@ Response: {output}
 
 Reply with one word: yes or no."""
 
+
 def verdict(text):
     """The judge's yes (True) or no (False), after its thoughts if it has any; else None.
 
@@ -881,8 +881,8 @@ def verdict(text):
 
 def judge_prompt_of(processor, record):
     """prompt_of for the judge: a text without a medium."""
-    text = {"type": "text", "text": record["judge_prompt"]}
-    sample, messages = {"record": record, "size": []}, [{"role": "user", "content": [text]}]
+    content = [{"type": "text", "text": record["judge_prompt"]}]
+    sample, messages = {"record": record, "size": []}, [{"role": "user", "content": content}]
     if processor is None:
         return sample | {"messages": messages}
     prompt = processor.apply_chat_template(messages, add_generation_prompt=True)
@@ -895,7 +895,7 @@ def verdicts(run, stem, prompt, rows):
     for row in rows:
         question = "\n".join([row["problem"], *(row.get("options") or [])])
         text = prompt.format_map({"question": question, "output": row["output"]})
-        records.append({key: row[key] for key in ("problem_id", "path")} | {"judge_prompt": text})
+        records.append({"problem_id": row["problem_id"], "path": row["path"], "judge_prompt": text})
     configuration = run.configuration | {"records_sha256": hash_of(records)}
     said = answers(run, stem, records, configuration, partial(judge_prompt_of, run.processor))
     found = {key: verdict(row["output"]) for key, row in said.items() if "output" in row}
@@ -946,7 +946,7 @@ def main(args):
     if args.judge:
         uses = [row for path in args.judge for row in judge(run, path)]
         if run.rank == 0:  # Figure 6's number
-            share = cell("uses", measure(uses, ["uses"], args.seed).get("uses"))
+            share = cell(measure(uses, ["uses"], args.seed).get("uses"))
             print(f"temporal reasoning in {share or '-'} % of {len(uses)} responses to questions "
                   "that need it")
         return
