@@ -16,7 +16,7 @@ from PIL import Image
 import annotate
 import evaluate
 from build_data import InputError, MediaError, build_messages, load_vision, write_video
-from test_evaluate import SHARED, environment_kept, flags  # noqa: F401 (a fixture)
+from test_evaluate import SHARED, flags, main
 
 LIMITS = {"max_frames": 8, "min_frames": 4, "fps": 2, "min_pixels": 784, "max_pixels": 784}
 
@@ -380,9 +380,9 @@ def evaluated(toy, mmvu, output, *more):
     given = flags(toy, output, *more)
     given[given.index("--benchmark") + 1] = f"mmvu={mmvu}"
     del given[given.index("--media_root"):given.index("--media_root") + 2]
-    args = evaluate.parse_args(given)
-    evaluate.main(args)
-    return json.loads((output / f"mmvu_8_{args.order}.json").read_text())
+    main(*given)
+    order = evaluate.parse_args(given).order
+    return json.loads((output / f"mmvu_8_{order}.json").read_text())
 
 
 def test_a_release_is_answered_and_stands_in_the_paper_s_table(toy, mmvu, tmp_path, capsys):
@@ -413,7 +413,7 @@ def test_a_file_of_records_beside_a_benchmark_of_a_like_name_stays_out_of_its_ta
     given = flags(toy, tmp_path, *server.flags, "--media_root", str(mmvu))
     given[given.index("--benchmark") + 1] = f"mmvu_again={tmp_path}/mmvu.records.json"
     capsys.readouterr()
-    evaluate.main(evaluate.parse_args(given))
+    main(*given)
     lines = capsys.readouterr().out.splitlines()
     assert sum(line.startswith("| served") for line in lines) == 1
     assert (tmp_path / "mmvu_again_8_ordered.json").exists()
@@ -440,7 +440,7 @@ def result_file(path, outputs, seed=0):
 def test_two_results_are_compared_by_question_without_a_model(tmp_path, capsys, monkeypatch):
     monkeypatch.setattr(evaluate, "setup_distributed", None)
     files = [result_file(tmp_path / "a.json", "ABB "), result_file(tmp_path / "b.json", "BAAA")]
-    evaluate.main(evaluate.parse_args(["--diff", *files]))
+    main("--diff", *files)
     lines = capsys.readouterr().out.splitlines()
     row = next(line for line in lines if line.startswith("| all"))
     # 1 of 3 right, then 2 of 3; by video: a 0, b +1 over 2 and 1 questions
@@ -454,7 +454,7 @@ def test_two_results_are_compared_by_question_without_a_model(tmp_path, capsys, 
 def test_what_is_no_result_is_refused(tmp_path):
     (tmp_path / "x.json").write_text("[]")
     with pytest.raises(InputError, match="is not a result"):
-        evaluate.main(evaluate.parse_args(["--diff", str(tmp_path / "x.json")] + ["y"]))
+        main("--diff", tmp_path / "x.json", "y")
 
 
 # -------------------------------------------------------------------------------- a server
@@ -532,8 +532,8 @@ def test_released_files_of_two_benchmarks_are_asked_and_graded_in_one_command(
         truths[name] = [row["solution"] for row in rows]
         given.append(f"{name}={tmp_path}/eval_{name}.json")
     server.reply = lambda content, attempt: (200, "<think>x</think>\n<answer>B</answer>")
-    evaluate.main(evaluate.parse_args(["--benchmark", *given, "--output", str(tmp_path / "out"),
-                                       "--frames", "8", "--num_workers", "0", *server.flags]))
+    main("--benchmark", *given, "--output", tmp_path / "out", "--frames", 8, "--num_workers", 0,
+         *server.flags)
     for name, solutions in truths.items():
         scores = json.loads((tmp_path / f"out/{name}_8_ordered.json").read_text())["scores"]
         assert scores["all"]["answered"] == 30 == len(solutions)
@@ -573,8 +573,8 @@ def test_the_judge_gives_the_share_of_temporal_responses_among_questions_that_ne
             return 200, "Perhaps" if "Which 3?" in text else "Yes."
         return 200, "No" if "Which 1?" in text else "**yes**"
     server.reply = reply
-    more = ["--judge", path, "--output", str(tmp_path / "judged"), *server.flags]
-    evaluate.main(evaluate.parse_args(more))
+    more = ["--judge", path, "--output", tmp_path / "judged", *server.flags]
+    main(*more)
     assert "temporal reasoning in 66.7 [50.0, 100.0] % of 3 responses" in capsys.readouterr().out
     result = json.loads((tmp_path / "judged/toy_8_ordered.judge.json").read_text())
     assert (result["questions"], result["judged"], result["needs"]) == (4, 3, 3)
@@ -582,15 +582,14 @@ def test_the_judge_gives_the_share_of_temporal_responses_among_questions_that_ne
     assert [row["uses"] for row in result["rows"]] == [True, False, True]
     asked = len(server.bodies)
     assert asked == 7
-    evaluate.main(evaluate.parse_args(more))  # verdicts are kept: nobody is asked again
+    main(*more)  # verdicts are kept: nobody is asked again
     assert len(server.bodies) == asked
 
 
 def test_a_model_on_this_machine_can_judge(toy, tmp_path, capsys):
     path = result_file(tmp_path / "toy_8_ordered.json", "ABAB")
-    evaluate.main(evaluate.parse_args([
-        "--judge", path, "--output", str(tmp_path / "judged"), "--model", str(toy / "model"),
-        "--max_new_tokens", "2", "--num_workers", "0"]))
+    main("--judge", path, "--output", tmp_path / "judged", "--model", toy / "model",
+         "--max_new_tokens", 2, "--num_workers", 0)
     # the toy's untrained model says neither yes nor no
     assert "4 questions answered, 0 judged, 0 need" in capsys.readouterr().out
     rows = (tmp_path / "judged/toy_8_ordered.questions.rank0.jsonl").read_text().splitlines()

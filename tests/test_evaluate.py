@@ -3,11 +3,11 @@ import json
 import os
 import shutil
 import signal
-import socket
 import subprocess
 import sys
 import time
 from pathlib import Path
+from unittest.mock import patch
 
 import numpy as np
 import pytest
@@ -18,20 +18,18 @@ import annotate
 import build_data
 import evaluate
 from build_data import InputError, Vision, load_records, write_video
+from conftest import ROOT
+from conftest import run as launch
 
-ROOT = Path(__file__).resolve().parents[1]
 SHARED = ROOT.parent / "shared" / "data"  # samples of released rows, where present
 PIXELS = [f"--{name}={28 * 28}" for name in
           ("min_pixels", "max_pixels", "image_min_pixels", "image_max_pixels")]
 
 
-@pytest.fixture(scope="module", autouse=True)
-def environment_kept():
-    """Runs in this process set RANK and a port, which later tests' own runs must not inherit."""
-    before = dict(os.environ)
-    yield
-    os.environ.clear()
-    os.environ.update(before)
+def main(*argv):
+    """Runs in this process; RANK and a port, which it sets, are not left to later tests' runs."""
+    with patch.dict(os.environ):
+        evaluate.main(evaluate.parse_args(list(map(str, argv))))
 
 
 def flags(toy, output, *more, data=None):
@@ -43,9 +41,10 @@ def flags(toy, output, *more, data=None):
 
 def run(toy, output, *more, data=None):
     """Runs in this process; returns the rows by problem_id and the whole result."""
-    args = evaluate.parse_args(flags(toy, output, *more, data=data))
-    evaluate.main(args)
-    result = json.loads((Path(output) / f"toy_8_{args.order}.json").read_text())
+    given = flags(toy, output, *more, data=data)
+    main(*given)
+    order = evaluate.parse_args(given).order
+    result = json.loads((Path(output) / f"toy_8_{order}.json").read_text())
     return {row["problem_id"]: row for row in result["rows"]}, result
 
 
@@ -53,19 +52,6 @@ def run(toy, output, *more, data=None):
 def uninterrupted(toy, tmp_path_factory):
     """Rows and result of one run from beginning to end, in one process."""
     return run(toy, tmp_path_factory.mktemp("uninterrupted"), "--batch_size", 4)
-
-
-def launch(*command, **options):
-    """Starts a command that joins a process group of its own, not this process's."""
-    environment = {key: value for key, value in os.environ.items() if key not in (
-        "RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")}
-    return subprocess.Popen(list(map(str, command)), cwd=ROOT, env=environment, **options)
-
-
-def free_port():
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return str(probe.getsockname()[1])
 
 
 # ---------------------------------------------------------------------------------- scores
@@ -294,9 +280,7 @@ def test_the_result_holds_everything_needed_to_repeat_it(toy, uninterrupted):
 
 
 def test_two_ranks_give_the_rows_of_one(toy, uninterrupted, tmp_path):
-    process = launch(Path(sys.executable).parent / "deepspeed", "--num_gpus", 2, "--master_port",
-                     free_port(), ROOT / "evaluate.py", *flags(toy, tmp_path, "--batch_size", 4))
-    assert process.wait(timeout=300) == 0
+    launch("evaluate.py", *flags(toy, tmp_path, "--batch_size", 4, "--num_workers", 1), ranks=2)
     result = json.loads((tmp_path / "toy_8_ordered.json").read_text())
     assert {row["problem_id"]: row for row in result["rows"]} == uninterrupted[0]
     assert result["scores"] == uninterrupted[1]["scores"]
@@ -304,7 +288,8 @@ def test_two_ranks_give_the_rows_of_one(toy, uninterrupted, tmp_path):
 
 
 def test_a_killed_run_goes_on_to_the_rows_of_an_uninterrupted_one(toy, uninterrupted, tmp_path):
-    process = launch(sys.executable, ROOT / "evaluate.py", *flags(toy, tmp_path, "--batch_size", 1))
+    process = subprocess.Popen([sys.executable, ROOT / "evaluate.py",
+                                *flags(toy, tmp_path, "--batch_size", 1)])
     path = tmp_path / "toy_8_ordered.rank0.jsonl"
     while not (path.exists() and path.read_bytes().count(b"\n") > 4):
         assert process.poll() is None, "the run ended before it could be killed"
@@ -413,8 +398,9 @@ def test_the_defaults_are_the_papers():
 
 @pytest.mark.parametrize("more, message", [
     (["--benchmark", "toy=absent.json"], "absent.json"),
-    (["--benchmark", "a=test.json", "a=train.json"], "two files named a"),
+    (["--benchmark", "a=TOY/test.json", "a=TOY/train.json"], "two files named a"),
     (["--output", ""], "--output is needed"),
+    (["--output", "TOY/test.json"], "cannot write .*/test.json"),
     (["--frames", "2"], "--frames 2 is below --min_frames 4"),
     (["--model", "no/model/here"], "--model no/model/here has no usable processor"),
 ])
@@ -422,9 +408,9 @@ def test_bad_flags_end_in_one_sentence_before_the_model_is_loaded(
         toy, tmp_path, monkeypatch, more, message):
     monkeypatch.setattr(evaluate, "load_answering_model", None)
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
-    more = [text.replace("a=t", f"a={toy}/t") for text in more]
+    more = [text.replace("TOY", str(toy)) for text in more]
     with pytest.raises(InputError, match=message):
-        evaluate.main(evaluate.parse_args(flags(toy, tmp_path / "out", *more)))
+        main(*flags(toy, tmp_path / "out", *more))
 
 
 @pytest.mark.parametrize("more, message", [
@@ -438,6 +424,11 @@ def test_a_value_that_no_run_can_use_is_refused_at_its_flag(toy, capsys, more, m
     with pytest.raises(SystemExit):
         evaluate.parse_args(flags(toy, "unused", *more))
     assert message in capsys.readouterr().err
+
+
+def test_a_run_without_anything_to_do_is_told_what_it_needs(tmp_path):
+    with pytest.raises(InputError, match="--benchmark or --judge is needed"):
+        main("--model", "m", "--output", tmp_path)
 
 
 def test_a_repeated_problem_id_is_refused(toy, tmp_path):
@@ -469,9 +460,6 @@ def test_an_unusable_input_costs_one_line_and_exit_status_1(toy, tmp_path):
     bare = tmp_path / "bare"
     bare.mkdir()
     shutil.copy(toy / "model/config.json", bare)
-    process = launch(sys.executable, ROOT / "evaluate.py",
-                     *flags(toy, tmp_path / "out", "--model", bare), stderr=subprocess.PIPE,
-                     text=True)
-    _, errors = process.communicate(timeout=300)
-    assert process.returncode == 1 and "Traceback" not in errors
-    assert f"evaluate.py: --model {bare} has no usable processor" in errors.splitlines()[-1]
+    ended = launch("evaluate.py", *flags(toy, tmp_path / "out", "--model", bare), check=False)
+    assert ended.returncode == 1 and "Traceback" not in ended.stderr
+    assert f"evaluate.py: --model {bare} has no usable processor" in ended.stderr.splitlines()[-1]
