@@ -42,10 +42,9 @@ import os
 import re
 import time
 from collections import Counter, defaultdict
-from datetime import timedelta
 from fractions import Fraction
-from functools import cache
-from itertools import islice
+from functools import cached_property, partial
+from itertools import islice, product
 from pathlib import Path
 from typing import Callable, NamedTuple
 
@@ -53,70 +52,28 @@ import numpy as np
 import torch
 import torch.distributed as dist
 from PIL import Image
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import DataLoader
 
-from annotate import (FRAME_STREAM, add_asking_flags, api_messages, ask_model, ask_server,
-                      load_answering_model, model_hash, precision, read_rows, record_generator,
-                      unanswered)
+from annotate import (FRAME_STREAM, LONGEST_WAIT, add_asking_flags, api_messages, ask_model,
+                      ask_server, load_answering_model, model_hash, precision, read_rows,
+                      record_generator, unanswered)
 from build_data import (ANSWER_SUFFIX, TEMPLATE, FlagParser, InputError, MediaError, above,
-                        add_machine_flags, add_media_flags, encode, letter, lettered,
-                        load_processor, load_records, load_vision_of, provenance, row_writer,
-                        run_script, setup_distributed, shuffle_frames, skip_row, write_whole,
-                        writing)
+                        add_machine_flags, add_media_flags, as_in_file, encode, letter, lettered,
+                        load_processor, load_records, load_vision_of, make_folder_of, provenance,
+                        row_writer, run_script, setup_distributed, shuffle_frames, skip_row,
+                        write_whole)
 from rewards import accuracy_reward, extract_answer, format_reward, parse_number
 
 ORDERS = ("ordered", "shuffled", "reversed", "single_frame", "blind")
 GREY = 128  # the middle of 0 to 255
-MRA_PERCENT = range(50, 100, 5)  # VSI-Bench's theta, .50, .55, ..., .95, in exact integers
-RESAMPLES = 1000  # of the bootstrap
-INTERVAL = (2.5, 97.5)  # percentiles that enclose 95 % of the resampled means
-METRICS = ("score", "accuracy", "correct", "mra", "mra_released", "format", "truncated", "tokens",
-           "reflections", "drop")
-IN_FILE_ONLY = ("correct", "mra_released")  # metrics that the printed tables leave out
-PLAIN_NUMBERS = ("tokens", "reflections")  # all other metrics are printed in percent
-GROUPS_SHOWN = 30  # a kind of group with more members than this is in the result file only
 WINDOW = 2  # batches of decoded samples among which similar lengths are looked for
-# Phrases of second thoughts; "wait" as a plain verb is counted too.
-REFLECTION = re.compile(r"\b(?:wait|hmm+|on second thought|let(?:'s| me| us) (?:re-?|double[- ])?"
-                        r"(?:check|verify|consider|examine|read))\b", re.IGNORECASE)
-LONGEST_WAIT = timedelta(days=7)  # of the first rank to finish for the last one
-
-# This project's own wording: the paper's (Figure 12) is not in its text.
-JUDGE_QUESTION = """\
-Below is a question about a video. Does answering it need temporal reasoning: comparing different \
-moments of the video, such as the order of events, the direction or speed of a motion, a change, \
-a repeated action, or cause and effect? A question that one well-chosen frame answers does not.
-
-{question}
-
-Reply with one word: yes or no."""
-JUDGE_RESPONSE = """\
-Below are a question about a video and a response to it. Does the response use temporal \
-reasoning: does it describe different moments of the video and reach its answer by their order, \
-change or motion? Naming objects or describing one scene is not enough, and whether the answer is \
-right does not matter.
-
-{question}
-
-Response: {output}
-
-Reply with one word: yes or no."""
-
-
-class Task(NamedTuple):
-    """One result to make: a benchmark at one number of frames, in one order; or verdicts."""
-    stem: str            # <name>_<frames>_<order>, how its files' names begin
-    name: str            # of the benchmark
-    frames: int
-    records: list[dict]
-    configuration: dict  # what the answers depend on: rows made with another one are refused
 
 
 def parse_args(argv=None):
     parser = FlagParser(description=__doc__.split("\n")[0])
     add = parser.add_argument
     # what to do
-    add("--benchmark", nargs="+", metavar="NAME=FILE",
+    add("--benchmark", type=named_file, nargs="+", metavar="NAME=FILE",
         help="questions and the name of their results; vsibench, videommmu, mmvu, mvbench, "
              "tempcompass and videomme also as released: FILE may be the release's folder")
     add("--judge", nargs="+", metavar="RESULT", help="result files: does --model find temporal "
@@ -137,12 +94,21 @@ def parse_args(argv=None):
     return parser.parse_args(argv)
 
 
+def named_file(text):
+    """A flag's type: NAME=FILE."""
+    if not re.fullmatch(r"[\w.-]+=.+", text):
+        raise argparse.ArgumentTypeError(
+            f"{text} is not NAME=FILE with a name of letters, digits, '_', '.' and '-'")
+    return text
+
+
 def check_flags(args):
     """Raises InputError for values that no run can work with."""
-    wanted = ["output", "model"] + ["benchmark"] * (not args.judge)
-    missing = [flag for flag in wanted if not getattr(args, flag)]
-    if missing:
-        raise InputError(f"--{missing[0]} is needed (only --diff does without)")
+    needed = {"--output": args.output, "--model": args.model,
+              "--benchmark or --judge": args.benchmark or args.judge}
+    for flag, value in needed.items():
+        if not value:
+            raise InputError(f"{flag} is needed (only --diff does without)")
     if min(args.frames) < args.min_frames:
         raise InputError(f"--frames {min(args.frames)} is below --min_frames {args.min_frames}")
 
@@ -362,7 +328,6 @@ BENCHMARKS = {
                           videomme, PLAIN),
 }
 RECORDS = Benchmark("a file of records", 0, (), list, PLAIN)
-LEVELS = re.compile("_(easy|medium|hard)$")  # VSI-Bench makes one task of these first
 VSIBENCH_TASKS = re.compile(
     r"object_rel_direction_(easy|medium|hard)|object_(rel_distance|abs_distance|counting|"
     r"size_estimation)|room_size_estimation|route_planning|obj_appearance_order")
@@ -403,7 +368,19 @@ def released_groups(name, row):
     return {}
 
 
-# -------------------------------------------------------------------------- pure functions
+# ------------------------------------------------------------------------------ scores
+
+MRA_PERCENT = range(50, 100, 5)  # VSI-Bench's theta, .50, .55, ..., .95, in exact integers
+RESAMPLES = 1000  # of the bootstrap
+INTERVAL = (2.5, 97.5)  # percentiles that enclose 95 % of the resampled means
+LEVELS = re.compile("_(easy|medium|hard)$")  # VSI-Bench makes one task of these first
+METRICS = {  # -> its unit in the printed tables, most in percent; 0: in the result file only
+    "score": 100, "accuracy": 100, "correct": 0, "mra": 100, "mra_released": 0, "format": 100,
+    "truncated": 100, "tokens": 1, "reflections": 1, "drop": 100}
+# Phrases of second thoughts; "wait" as a plain verb is counted too.
+REFLECTION = re.compile(r"\b(?:wait|hmm+|on second thought|let(?:'s| me| us) (?:re-?|double[- ])?"
+                        r"(?:check|verify|consider|examine|read))\b", re.IGNORECASE)
+
 
 def mean_relative_accuracy(predicted, truth) -> float:
     """MRA: the share of theta in {.50, .55, ..., .95} with |p - g| / |g| <= 1 - theta.
@@ -472,23 +449,6 @@ def bootstrap_mean(values, media, seed, cells=None):
     return mean, float(low), float(high)
 
 
-def reorder(vision, order, generator):
-    """The medium as `order`, one of ORDERS, shows it; sizes, timing and token count are kept."""
-    frames = vision.frames  # (T, C, H, W)
-    if frames is None:
-        grey = Image.new("RGB", vision.image.size, (GREY, GREY, GREY))
-        return vision._replace(image=grey) if order == "blind" else vision
-    if order == "shuffled":
-        frames = shuffle_frames(frames, generator)
-    elif order == "reversed":
-        frames = frames.flip(0)
-    elif order == "single_frame":
-        frames = frames[len(frames) // 2].expand_as(frames).clone()
-    elif order == "blind":
-        frames = torch.full_like(frames, GREY)
-    return vision._replace(frames=frames)
-
-
 def grade(records, rows, threshold):
     """A graded row for each record that has an output in `rows`, keyed by problem_id as text."""
     keys = ("problem_id", "data_source", "problem_type", "path", "problem", "options", "solution",
@@ -520,12 +480,6 @@ def groups_of(record):
         "data_source": str(record.get("data_source"))})}
 
 
-def usable(overalls, records):
-    """The overalls whose groups every record names; the first is the benchmark's headline."""
-    return {name: overall for name, overall in overalls.items()
-            if not overall.by or all(overall.by in groups_of(record) for record in records)}
-
-
 def with_score(rows, overall, ordered):
     """The rows with their score and, where `ordered`, {problem_id as text: row}, has the same
     question, with the drop from there."""
@@ -550,18 +504,20 @@ def measure(rows, metrics, seed, by=""):
 
 
 def score(records, graded, seed, overalls=PLAIN, ordered=()):
-    """Group -> {"answered", "records", what `measure` finds}. Groups are each of the overalls that
-    averages over groups, "all" and each "<kind>: <name>" of groups_of."""
-    overalls = usable(overalls, records)
+    """Group -> {"answered", "records", what `measure` finds}, the benchmark's own number first.
+    Groups are each of the overalls that averages over groups which all records name, "all" and
+    each "<kind>: <name>" of groups_of."""
     ordered = {str(row["problem_id"]): row for row in ordered}
+    usable = {name: overall for name, overall in overalls.items()
+              if not overall.by or all(overall.by in groups_of(record) for record in records)}
     scores = {name: {"answered": len(graded), "records": len(records), **measure(
         with_score(graded, overall, ordered), ("score", "drop"), seed, overall.by)}
-        for name, overall in overalls.items() if overall.by}
+        for name, overall in usable.items() if overall.by}
 
     def labels(record):
         return ["all", *(f"{kind}: {name}" for kind, name in groups_of(record).items())]
     members = defaultdict(list)
-    for row in with_score(graded, Overall(next(iter(overalls.values())).metric), ordered):
+    for row in with_score(graded, next(iter(usable.values())), ordered):
         for label in labels(row):
             members[label].append(row)
     for label, count in Counter(label for record in records for label in labels(record)).items():
@@ -572,11 +528,13 @@ def score(records, graded, seed, overalls=PLAIN, ordered=()):
 
 # ------------------------------------------------------------------------------ tables
 
-def cell(metric, value):
-    """A measured metric as text, "62.5 [60.1, 64.9]"; all but PLAIN_NUMBERS in percent."""
+GROUPS_SHOWN = 30  # a kind of group with more members than this is in the result file only
+
+
+def cell(value, unit=100):
+    """What `measure` found for a metric as text, "62.5 [60.1, 64.9]"; "" if it has nothing."""
     if not value:
         return ""
-    unit = 1 if metric in PLAIN_NUMBERS else 100
     shown = [f"{value[key] * unit:.1f}" for key in ("mean", "low", "high")
              if value[key] is not None]
     return shown[0] if len(shown) == 1 else f"{shown[0]} [{shown[1]}, {shown[2]}]"
@@ -601,14 +559,14 @@ def shown_groups(scores):
 
 def table(stem, scores):
     """The scores of one result as the lines of a Markdown table."""
-    shown = [metric for metric in METRICS
-             if metric in scores["all"] and metric not in IN_FILE_ONLY]
+    units = {metric: unit for metric, unit in METRICS.items() if unit and metric in scores["all"]}
     if all(row.get("score") == row.get("accuracy") for row in scores.values()):
-        shown = [metric for metric in shown if metric != "score"]
+        units.pop("score", None)
     groups, hidden = shown_groups(scores)
     rows = [[group, f"{scores[group]['answered']}/{scores[group]['records']}",
-             *(cell(metric, scores[group].get(metric)) for metric in shown)] for group in groups]
-    return table_lines([stem, "answered", *shown], rows) + hidden
+             *(cell(scores[group].get(metric), unit) for metric, unit in units.items())]
+            for group in groups]
+    return table_lines([stem, "answered", *units], rows) + hidden
 
 
 def summary(results, compare):
@@ -619,11 +577,11 @@ def summary(results, compare):
     ours = defaultdict(lambda: dict.fromkeys(BENCHMARKS, ""))
     for result in results:
         name, row = result["benchmark"], result["scores"][result["overall"]]
-        text = cell("score", row.get("score"))
+        text = cell(row.get("score"))
         if result["answered"] < BENCHMARKS[name].size:
             text += f" {result['answered']}/{BENCHMARKS[name].size}"
         if "drop" in row:
-            text += f", drop {cell('drop', row['drop'])}"
+            text += f", drop {cell(row['drop'])}"
         order = "" if result["order"] == "ordered" else f" ({result['order']})"
         ours[result["arguments"]["model"] + order, result["frames"]][name] = text.strip()
     rows = [[model, str(frames), *cells.values()]
@@ -652,8 +610,8 @@ def difference(a, b):
                      for rows in (old, new))
     groups, hidden = shown_groups(scores)
     lines += table_lines(["group", "questions", "A", "B", "B - A"], [
-        [group, str(scores[group]["answered"]), cell("score", scores[group]["score"]),
-         cell("score", there.get(group, {}).get("score")), cell("drop", scores[group]["drop"])]
+        [group, str(scores[group]["answered"]), cell(scores[group]["score"]),
+         cell(there.get(group, {}).get("score")), cell(scores[group]["drop"])]
         for group in groups]) + hidden
     lines += [f"{first['problem_id']}: {first['accuracy']:.2f} -> {second['accuracy']:.2f}, answer "
               f"{first['prediction'][:40]!r} -> {second['prediction'][:40]!r}, truth "
@@ -663,33 +621,21 @@ def difference(a, b):
                     f"{len(after) - len(old)} only in B"]
 
 
-def verdict(text):
-    """The judge's yes (True) or no (False), after its thoughts if it has any; else None.
-
-    >>> [verdict(text) for text in ("<think>no?</think>Yes.", "**no**", "It depends: yes and no")]
-    [True, False, None]
-    """
-    words = set(re.findall(r"[a-z]+", text.rpartition("</think>")[2].lower())) & {"yes", "no"}
-    return words == {"yes"} if len(words) == 1 else None
-
-
 # --------------------------------------------------------------------------------- data
 
 def read_file(path):
     """The content of a .json, .jsonl or .parquet file."""
-    if path.suffix == ".parquet":
-        try:
-            from pyarrow import parquet
-        except ImportError:
-            raise InputError(f"{path} needs the package pyarrow (pip install pyarrow); releases "
-                             "as JSON need nothing") from None
     try:
         if path.suffix == ".parquet":
+            from pyarrow import parquet
             return parquet.read_table(path).to_pylist()
         text = path.read_text(encoding="utf-8")
         if path.suffix == ".jsonl":
             return [json.loads(line) for line in text.split("\n") if line.strip()]
         return json.loads(text)
+    except ImportError:
+        raise InputError(f"{path} needs the package pyarrow (pip install pyarrow); releases "
+                         "as JSON need nothing") from None
     except (OSError, ValueError) as error:
         raise InputError(f"cannot read {path}: {error}") from None
 
@@ -698,13 +644,12 @@ def read_benchmark(name, path, args):
     """The records of a benchmark: a released eval_*.json, or its own release, which is converted
     and left as records in --output. Each gains the groups that it is scored in."""
     path, benchmark, records = Path(path), BENCHMARKS[name], []
-    files = [path]
+    files, root = [path], args.media_root or (path if path.is_dir() else path.parent)
     if path.is_dir():  # its patterns are alternatives
         files = next(filter(None, (sorted(path.glob(p)) for p in benchmark.files)), [])
     if not files:
         raise InputError(f"{path} has no {' or '.join(benchmark.files)}, as {benchmark.title} "
                          "is released")
-    root = args.media_root or (path if path.is_dir() else path.parent)
     for file in files:
         content = read_file(file)
         try:
@@ -726,9 +671,6 @@ def read_benchmarks(args):
     benchmarks = {}
     for text in args.benchmark:
         name, _, path = text.partition("=")
-        if not re.fullmatch(r"[\w.-]+", name) or not path:
-            raise InputError(f"--benchmark {text!r} is not NAME=FILE with a name of letters, "
-                             "digits, '_', '.' and '-'")
         if name in benchmarks:
             raise InputError(f"--benchmark has two files named {name}")
         records = (read_benchmark(name, path, args) if name in BENCHMARKS
@@ -743,115 +685,52 @@ def read_benchmarks(args):
     return benchmarks
 
 
-class Prompts(Dataset):
-    """index -> record with its encoded inputs, or with the messages that a server gets (without a
-    processor), or the MediaError; runs in worker processes."""
-
-    def __init__(self, records, processor, args):
-        self.records, self.processor, self.args = records, processor, args
-
-    def __len__(self):
-        return len(self.records)
-
-    def __getitem__(self, index):
-        record = self.records[index]
-        if "judge_prompt" in record:  # a text without a medium
-            sample = {"record": record, "size": []}
-            text = {"type": "text", "text": record["judge_prompt"]}
-            messages = [{"role": "user", "content": [text]}]
-            if self.processor is None:
-                return sample | {"messages": messages}
-            prompt = self.processor.apply_chat_template(messages, add_generation_prompt=True)
-            return sample | {"inputs": dict(self.processor(text=[prompt], return_tensors="pt"))}
-        try:
-            vision = load_vision_of(record, self.args)
-        except MediaError as error:
-            return skip_row(record, error)
-        generator = record_generator(self.args.seed, record, FRAME_STREAM)
-        vision = reorder(vision, self.args.order, generator)
-        frames = vision.frames  # (T, C, H, W)
-        size = [1, *vision.image.size[::-1]] if frames is None else [*frames[:, 0].shape]
-        if self.processor is None:
-            return {"record": record, "size": size, "messages": api_messages(record, vision)}
-        return {"record": record, "size": size, "inputs": encode(self.processor, record, vision)}
+def reorder(vision, order, generator):
+    """The medium as `order`, one of ORDERS, shows it; sizes, timing and token count are kept."""
+    frames = vision.frames  # (T, C, H, W)
+    if frames is None:
+        grey = Image.new("RGB", vision.image.size, (GREY, GREY, GREY))
+        return vision._replace(image=grey) if order == "blind" else vision
+    if order == "shuffled":
+        frames = shuffle_frames(frames, generator)
+    elif order == "reversed":
+        frames = frames.flip(0)
+    elif order == "single_frame":
+        frames = frames[len(frames) // 2].expand_as(frames).clone()
+    elif order == "blind":
+        frames = torch.full_like(frames, GREY)
+    return vision._replace(frames=frames)
 
 
-# ------------------------------------------------------------ what a run leaves in --output
-
-def records_hash(records):
-    """A hash of what is asked; where the media lie does not matter."""
-    asked = [{key: record[key] for key in record.keys() - {"media_path", "media_root"}}
-             for record in records]
-    return hashlib.sha256(json.dumps(asked, sort_keys=True).encode()).hexdigest()
-
-
-def shared_configuration(args, processor):
-    """What answers depend on, beside records and frames: rows made with another are refused."""
-    flags = ("min_frames", "fps", "min_pixels", "max_pixels", "image_min_pixels",
-             "image_max_pixels", "temperature", "top_p", "max_new_tokens", "seed")
-    engine = {"engine": "api", "model": args.model} if args.api_base else {
-        "engine": "transformers", "model_sha256": model_hash(args.model),
-        "dtype": str(precision()), "attn_implementation": args.attn_implementation,
-        "chat_template": processor.chat_template}
-    return {flag: getattr(args, flag) for flag in flags} | engine | {
-        "template": TEMPLATE, "answer_suffix": ANSWER_SUFFIX}
+def prompt_of(processor, args, record):
+    """A record with its encoded inputs, or (without a processor) with the messages that a server
+    gets; or the line of one whose medium cannot be used. Runs in worker processes."""
+    try:
+        vision = load_vision_of(record, args)
+    except MediaError as error:
+        return skip_row(record, error)
+    vision = reorder(vision, args.order, record_generator(args.seed, record, FRAME_STREAM))
+    frames = vision.frames  # (T, C, H, W)
+    size = [1, *vision.image.size[::-1]] if frames is None else [*frames[:, 0].shape]
+    if processor is None:
+        return {"record": record, "size": size, "messages": api_messages(record, vision)}
+    return {"record": record, "size": size, "inputs": encode(processor, record, vision)}
 
 
-def plan_tasks(args, benchmarks, shared):
-    """The tasks of a run. InputError where --output has rows of another configuration."""
-    tasks = []
-    for name, records in benchmarks.items():
-        for frames in dict.fromkeys(args.frames):
-            configuration = shared | {"frames": frames, "records_sha256": records_hash(records)}
-            for order in ORDERS:  # they are compared
-                read_rows(args.output, f"{name}_{frames}_{order}", configuration)
-            stem = f"{name}_{frames}_{args.order}"
-            tasks.append(Task(stem, name, frames, records, configuration))
-    return tasks
+# ------------------------------------------------------------- answers, and what a run leaves
 
+class Run:
+    """What every question of a run needs; `configuration` is what its answers have in common."""
 
-def write_result(task, rows, args):
-    """Writes <stem>.json, complete or absent, from every row that --output has, and prints the
-    scores with what is missing from them."""
-    graded, ordered = grade(task.records, rows, args.correct_threshold), []
-    if args.order != "ordered":
-        stem = task.stem.removesuffix(args.order) + "ordered"
-        ordered = grade(task.records, read_rows(args.output, stem, task.configuration),
-                        args.correct_threshold)
-    benchmark = BENCHMARKS.get(task.name, RECORDS)
-    answers = [row for row in rows.values() if "output" in row]
-    whole = json.dumps(task.configuration, sort_keys=True).encode()
-    result = {"benchmark": task.name, "frames": task.frames, "order": args.order,
-              "overall": next(iter(usable(benchmark.overalls, task.records))),
-              "scores": score(task.records, graded, args.seed, benchmark.overalls, ordered),
-              "answered": len(graded), "records": len(task.records),
-              "tokens": sum(row["tokens"] for row in answers),
-              "rank_seconds": sum(row["seconds"] for row in answers),  # of generation
-              "skipped": [row for row in rows.values() if "reason" in row],
-              "arguments": vars(args), "configuration": task.configuration,
-              "configuration_sha256": hashlib.sha256(whole).hexdigest(),
-              "world_size": dist.get_world_size(),
-              "written": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
-              **provenance(), "rows": graded}
-    write_whole({f"{args.output}/{task.stem}.json": [json.dumps(result, indent=1)]})
-    print("\n".join(table(task.stem, result["scores"])))
-    if benchmark.size not in (0, len(task.records)):
-        print(f"{task.name}: {len(task.records)} of the {benchmark.size} questions that the paper "
-              "counts")
-    if skipped := result["skipped"]:
-        print(f"skipped {len(skipped)}, named in {args.output}/skipped.jsonl; the first: "
-              f"{skipped[0]['reason']}")
+    def __init__(self, args, processor, configuration):
+        self.args, self.processor, self.configuration = args, processor, configuration
+        self.rank, self.device = setup_distributed(args)
+        self.ranks = dist.new_group(backend="gloo", timeout=LONGEST_WAIT)
 
+    @cached_property
+    def model(self):  # loaded when the first question needs it
+        return load_answering_model(self.args, self.processor.tokenizer, self.device)
 
-def read_result(path):
-    """A result file of write_result."""
-    result = read_file(Path(path))
-    if not isinstance(result, dict) or not {"benchmark", "configuration", "rows"} <= result.keys():
-        raise InputError(f"{path} is not a result: <name>_<frames>_<order>.json of an --output")
-    return result
-
-
-# ------------------------------------------------------------- the model, here or behind a server
 
 def row_of(sample, answers, seconds):
     """The row of a record's response."""
@@ -870,77 +749,177 @@ def by_length(samples, size):
         yield from (window[i:i + size] for i in range(0, len(window), size))
 
 
-def engine_of(args, processor, device):
-    """What answers: (share, write, args, answered) -> None, through a server, which may have
-    `answered` others, or on this machine."""
-    model = cache(lambda: load_answering_model(args, processor.tokenizer, device))  # when first needed
-    # the next window is decoded while this one is answered
-    ahead = -(-WINDOW * args.batch_size // args.num_workers) if args.num_workers else None
+def answers(run, stem, records, configuration, as_prompt):
+    """The rows of all ranks and runs, after each rank has asked a share of what was missing;
+    as_prompt(record) is what prompt_of returns."""
+    args, output = run.args, Path(run.args.output)
+    todo = unanswered(records, read_rows(output, stem, configuration))
+    dist.barrier(run.ranks)  # all ranks have read the rows before one adds to them
+    if share := todo[run.rank::dist.get_world_size()]:
+        # the next window is decoded while this one is answered
+        ahead = -(-WINDOW * args.batch_size // args.num_workers) if args.num_workers else None
+        prompts = DataLoader(share, batch_size=None, collate_fn=as_prompt,
+                             num_workers=args.num_workers, prefetch_factor=ahead)
+        path = output / f"{stem}.rank{run.rank}.jsonl"
+        with row_writer(path, len(share), configuration, run.rank != 0) as write:
+            if args.api_base:
+                ask_server(prompts, 1, row_of, write, args, len(todo) < len(records))
+            else:
+                for samples in by_length(prompts, args.batch_size):
+                    write(ask_model(run.model, run.processor.tokenizer, samples, row_of, args.seed))
+    dist.barrier(run.ranks)
+    rows = read_rows(output, stem, configuration)
+    skipped = [{"result": stem, **row} for row in rows.values() if "reason" in row]
+    if skipped and run.rank == 0:
+        with row_writer(output / "skipped.jsonl", len(skipped), quiet=True) as write:
+            write(skipped)
+    return rows
 
-    def engine(share, write, task_args, answered=False):
-        loader = DataLoader(Prompts(share, processor, task_args), batch_size=None,
-                            num_workers=args.num_workers, prefetch_factor=ahead)
-        if args.api_base:
-            return ask_server(loader, 1, row_of, write, args, answered)
-        for samples in by_length(loader, args.batch_size):
-            write(ask_model(model(), processor.tokenizer, samples, row_of, args.seed))
-    return engine
+
+def hash_of(value):
+    """A hash of what JSON can hold, whatever the order of its keys."""
+    return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()
 
 
-def complete(task, engine, ranks, args):
-    """Answers what a task lacks, each rank a share. Returns the rows of all ranks and runs."""
-    rank, output = dist.get_rank(), Path(args.output)
-    skipped = output / "skipped.jsonl"
-    todo = unanswered(task.records, read_rows(output, task.stem, task.configuration))
-    dist.barrier(ranks)  # all ranks have read the rows before one adds to them
-    if share := todo[rank::dist.get_world_size()]:
-        path = output / f"{task.stem}.rank{rank}.jsonl"
-        with row_writer(path, len(share), task.configuration, rank != 0) as write_rows:
-            def write(rows):
-                write_rows(rows)
-                named = [json.dumps({"result": task.stem, **row}) + "\n"
-                         for row in rows if "reason" in row]
-                if named:
-                    with writing(skipped), open(skipped, "a", encoding="utf-8") as file:
-                        file.writelines(named)
-            engine(share, write, argparse.Namespace(**vars(args), max_frames=task.frames),
-                   len(todo) < len(task.records))
-    dist.barrier(ranks)
-    return read_rows(output, task.stem, task.configuration)
+def shared_configuration(args, processor):
+    """What answers depend on, beside records and frames: rows made with another are refused."""
+    flags = ("min_frames", "fps", "min_pixels", "max_pixels", "image_min_pixels",
+             "image_max_pixels", "temperature", "top_p", "max_new_tokens", "seed")
+    engine = {"engine": "api", "model": args.model} if args.api_base else {
+        "engine": "transformers", "model_sha256": model_hash(args.model),
+        "dtype": str(precision()), "attn_implementation": args.attn_implementation,
+        "chat_template": processor.chat_template}
+    return {flag: getattr(args, flag) for flag in flags} | engine | {
+        "template": TEMPLATE, "answer_suffix": ANSWER_SUFFIX}
+
+
+def plan(args, benchmarks, shared):
+    """[(name, records, configuration), ...] of the results to make. InputError where --output has
+    rows of another configuration."""
+    tasks = []
+    for (name, records), frames in product(benchmarks.items(), dict.fromkeys(args.frames)):
+        asked = hash_of([as_in_file(record) for record in records])
+        configuration = shared | {"frames": frames, "records_sha256": asked}
+        for order in ORDERS:  # they are compared
+            read_rows(args.output, f"{name}_{frames}_{order}", configuration)
+        tasks.append((name, records, configuration))
+    return tasks
+
+
+def write_result(args, name, records, configuration, rows):
+    """Writes <name>_<frames>_<order>.json, complete or absent, from every row that --output has,
+    and prints the scores with what is missing from them."""
+    benchmark, frames = BENCHMARKS.get(name, RECORDS), configuration["frames"]
+    stem = f"{name}_{frames}_{args.order}"
+    graded, ordered = grade(records, rows, args.correct_threshold), []
+    if args.order != "ordered":
+        ordered = grade(records, read_rows(args.output, f"{name}_{frames}_ordered", configuration),
+                        args.correct_threshold)
+    scores = score(records, graded, args.seed, benchmark.overalls, ordered)
+    answered = [row for row in rows.values() if "output" in row]
+    skipped = [row for row in rows.values() if "reason" in row]
+    result = {"benchmark": name, "frames": frames, "order": args.order,
+              "overall": next(iter(scores)), "scores": scores,
+              "answered": len(graded), "records": len(records),
+              "tokens": sum(row["tokens"] for row in answered),
+              "rank_seconds": sum(row["seconds"] for row in answered),  # of generation
+              "skipped": skipped, "arguments": vars(args), "configuration": configuration,
+              "configuration_sha256": hash_of(configuration),
+              "world_size": dist.get_world_size(),
+              "written": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
+              **provenance(), "rows": graded}
+    write_whole({f"{args.output}/{stem}.json": [json.dumps(result, indent=1)]})
+    print("\n".join(table(stem, scores)))
+    if benchmark.size not in (0, len(records)):
+        print(f"{name}: {len(records)} of the {benchmark.size} questions that the paper counts")
+    if skipped:
+        print(f"skipped {len(skipped)}, named in {args.output}/skipped.jsonl; the first: "
+              f"{skipped[0]['reason']}")
+
+
+def read_result(path):
+    """A result file of write_result."""
+    result = read_file(Path(path))
+    if not isinstance(result, dict) or not {"benchmark", "configuration", "rows"} <= result.keys():
+        raise InputError(f"{path} is not a result: <name>_<frames>_<order>.json of an --output")
+    return result
 
 
 # ------------------------------------------------------------------------------- the judge
 
-def verdicts(stem, prompt, rows, shared, engine, ranks, args):
+# This project's own wording: the paper's (Figure 12) is not in its text.
+JUDGE_QUESTION = """\
+Below is a question about a video. Does answering it need temporal reasoning: comparing different \
+moments of the video, such as the order of events, the direction or speed of a motion, a change, \
+a repeated action, or cause and effect? A question that one well-chosen frame answers does not.
+
+{question}
+
+Reply with one word: yes or no."""
+JUDGE_RESPONSE = """\
+Below are a question about a video and a response to it. Does the response use temporal \
+reasoning: does it describe different moments of the video and reach its answer by their order, \
+change or motion? Naming objects or describing one scene is not enough, and whether the answer is \
+right does not matter.
+
+{question}
+
+Response: {output}
+
+Reply with one word: yes or no."""
+
+
+def verdict(text):
+    """The judge's yes (True) or no (False), after its thoughts if it has any; else None.
+
+    >>> [verdict(text) for text in ("<think>no?</think>Yes.", "**no**", "It depends: yes and no")]
+    [True, False, None]
+    """
+    words = set(re.findall(r"[a-z]+", text.rpartition("</think>")[2].lower())) & {"yes", "no"}
+    return words == {"yes"} if len(words) == 1 else None
+
+
+def judge_prompt_of(processor, record):
+    """prompt_of for the judge: a text without a medium."""
+    content = [{"type": "text", "text": record["judge_prompt"]}]
+    sample, messages = {"record": record, "size": []}, [{"role": "user", "content": content}]
+    if processor is None:
+        return sample | {"messages": messages}
+    prompt = processor.apply_chat_template(messages, add_generation_prompt=True)
+    return sample | {"inputs": dict(processor(text=[prompt], return_tensors="pt"))}
+
+
+def verdicts(run, stem, prompt, rows):
     """{problem_id as text: True or False} by the judge, for the rows of a result it decides on."""
     records = []
     for row in rows:
         question = "\n".join([row["problem"], *(row.get("options") or [])])
         text = prompt.format_map({"question": question, "output": row["output"]})
-        records.append({key: row[key] for key in ("problem_id", "path")} | {"judge_prompt": text})
-    configuration = shared | {"records_sha256": records_hash(records)}
-    said = complete(Task(stem, "judge", 0, records, configuration), engine, ranks, args)
+        records.append({"problem_id": row["problem_id"], "path": row["path"], "judge_prompt": text})
+    configuration = run.configuration | {"records_sha256": hash_of(records)}
+    said = answers(run, stem, records, configuration, partial(judge_prompt_of, run.processor))
     found = {key: verdict(row["output"]) for key, row in said.items() if "output" in row}
     return {key: value for key, value in found.items() if value is not None}
 
 
-def judge(path, shared, engine, ranks, args):
+def judge(run, path):
     """[{"uses": whether the response uses temporal reasoning, "path" of its medium}, ...] for the
     questions of a result file that need it. Leaves <stem>.judge.json; what the judge does not
     decide is in neither."""
     rows = {str(row["problem_id"]): row for row in read_result(path)["rows"]}
-    rest, stem = (shared, engine, ranks, args), Path(path).stem
-    needs = verdicts(f"{stem}.questions", JUDGE_QUESTION, rows.values(), *rest)
+    args, stem = run.args, Path(path).stem
+    needs = verdicts(run, f"{stem}.questions", JUDGE_QUESTION, rows.values())
     needed = [row for key, row in rows.items() if needs.get(key)]
-    uses = verdicts(f"{stem}.responses", JUDGE_RESPONSE, needed, *rest)
+    uses = verdicts(run, f"{stem}.responses", JUDGE_RESPONSE, needed)
     found = [{"uses": value, "path": rows[key]["path"]} for key, value in uses.items()]
-    if dist.get_rank() == 0:
+    if run.rank == 0:
         print(f"{stem}: {len(rows)} questions answered, {len(needs)} judged, {len(needed)} need "
               "temporal reasoning")
         write_whole({f"{args.output}/{stem}.judge.json": [json.dumps({
             "questions": len(rows), "judged": len(needs), "needs": len(needed),
             "uses": measure(found, ["uses"], args.seed).get("uses"), "judge": args.model,
-            "configuration": shared, "prompts": [JUDGE_QUESTION, JUDGE_RESPONSE], **provenance(),
+            "configuration": run.configuration, "prompts": [JUDGE_QUESTION, JUDGE_RESPONSE],
+            **provenance(),
             "rows": [{"problem_id": row["problem_id"], "needs": needs[key], "uses": uses.get(key)}
                      for key, row in rows.items() if key in needs]}, indent=1)]})
     return found
@@ -954,33 +933,33 @@ def main(args):
         return
     # --------------------------------------------- inputs, checked before a model is loaded
     check_flags(args)
-    try:
-        Path(args.output).mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise InputError(f"cannot write to --output {args.output}: {error}") from None
+    make_folder_of(Path(args.output) / "skipped.jsonl")
     benchmarks = {} if args.judge else read_benchmarks(args)
     for path in args.judge or ():
         read_result(path)
     processor = None if args.api_base else load_processor(args)
     shared = shared_configuration(args, processor)
-    tasks = plan_tasks(args, benchmarks, shared)
-    rank, device = setup_distributed(args)
-    ranks = dist.new_group(backend="gloo", timeout=LONGEST_WAIT)
-    engine = engine_of(args, processor, device)
+    tasks = plan(args, benchmarks, shared)
+    run = Run(args, processor, shared)
 
     # ------------------------------------------------------------------- verdicts of a judge
-    uses = [row for path in args.judge or () for row in judge(path, shared, engine, ranks, args)]
-    if args.judge and rank == 0:  # Figure 6's number
-        share = cell("uses", measure(uses, ["uses"], args.seed).get("uses"))
-        print(f"temporal reasoning in {share or '-'} % of {len(uses)} responses to questions that "
-              "need it")
+    if args.judge:
+        uses = [row for path in args.judge for row in judge(run, path)]
+        if run.rank == 0:  # Figure 6's number
+            share = cell(measure(uses, ["uses"], args.seed).get("uses"))
+            print(f"temporal reasoning in {share or '-'} % of {len(uses)} responses to questions "
+                  "that need it")
+        return
 
     # ---------------------------------------------------------------- answers, then scores
-    for task in tasks:
-        rows = complete(task, engine, ranks, args)
-        if rank == 0:
-            write_result(task, rows, args)
-    if rank == 0 and not args.judge:
+    for name, records, configuration in tasks:
+        frames = configuration["frames"]
+        limits = argparse.Namespace(**vars(args), max_frames=frames)
+        rows = answers(run, f"{name}_{frames}_{args.order}", records, configuration,
+                       partial(prompt_of, processor, limits))
+        if run.rank == 0:
+            write_result(args, name, records, configuration, rows)
+    if run.rank == 0:
         names = re.compile(rf"({'|'.join(BENCHMARKS)})_\d+_(ordered|{args.order})[.]json")
         results = [read_result(path) for path in Path(args.output).iterdir()
                    if names.fullmatch(path.name)]

@@ -6,16 +6,17 @@ import sys
 import threading
 from collections import Counter
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
 
 import av
 import numpy as np
 import pytest
 from PIL import Image
 
-import build_data
+import annotate
 import evaluate
 from build_data import InputError, MediaError, build_messages, load_vision, write_video
-from test_evaluate import SHARED, environment_kept, flags  # noqa: F401 (a fixture)
+from test_evaluate import SHARED, flags, main
 
 LIMITS = {"max_frames": 8, "min_frames": 4, "fps": 2, "min_pixels": 784, "max_pixels": 784}
 
@@ -47,50 +48,109 @@ def numbers(vision):
 
 # -------------------------------------------------------------------------------- releases
 
-def test_vsi_bench_has_choices_and_numbers(tmp_path):
-    common = {"dataset": "scannet", "scene_name": "scene0568_00"}
-    put(tmp_path / "VSI-Bench/test.jsonl", [
-        {"id": 0, "question_type": "object_counting", "question": "How many chairs?",
-         "ground_truth": "4", "options": None, **common},
-        {"id": 1, "question_type": "route_planning", "question": "Which way?",
-         "ground_truth": "B", "options": ["A. left", "B. right"], **common}])
-    records = read("vsibench", tmp_path / "VSI-Bench", tmp_path)
-    assert records["0"]["problem_type"] == "regression"
-    assert records["0"]["solution"] == "<answer>4</answer>"
-    assert records["1"]["problem_type"] == "multiple choice"
-    assert records["1"]["options"] == ["A. left", "B. right"]
-    assert records["1"]["groups"] == {"task": "route_planning", "dataset": "scannet"}
-    assert records["1"]["media_path"] == f"{tmp_path}/VSI-Bench/scannet/scene0568_00.mp4"
+VIDEOMMMU_OPTIONS = [f"option {i}" for i in range(14)]
+MMVU_VIDEOS = "https://huggingface.co/datasets/yale-nlp/MMVU/resolve/main/videos"
+VIDEO_MME = {"video_id": "001", "duration": "short", "domain": "Knowledge",
+             "sub_category": "Astronomy", "url": "https://www.youtube.com/watch?v=fFjv93ACGo8"}
+VIDEO_MME_QUESTION = {"question_id": "001-1", "task_type": "Counting", "question": "How many?",
+                      "options": ["A. 1", "B. 2"], "answer": "B"}
+VIDEO_MME_FLAT = [{**VIDEO_MME, **VIDEO_MME_QUESTION, "videoID": "fFjv93ACGo8"}]
+VIDEO_MME_RECORD = {"001-1": {
+    "path": "data/fFjv93ACGo8.mp4", "options": ["A. 1", "B. 2"], "solution": "<answer>B</answer>",
+    "groups": {"duration": "short", "domain": "Knowledge", "task_type": "Counting"}}}
 
 
-def test_videommmu_has_an_instruction_for_each_track_and_open_questions(tmp_path):
-    def row(video, options, answer):
-        return {"id": video, "question": "Q?", "options": options, "answer": answer}
-    folder, many = tmp_path / "VideoMMMU", [f"option {i}" for i in range(14)]
-    put(folder / "adaptation.json", {"0": row("dev_Biology_3", many, "N"),
-                                     "1": row("validation_Basic_Medical_Science_6", [], "12.97"),
-                                     "2": row("test_Manage_2", [], "Net Income")})
-    put(folder / "comprehension.json", {"0": row("dev_Biology_3", ["up", "down"], "A")})
-    put(folder / "perception.json", {"0": row("dev_Biology_3", ["up", "down"], "B")})
-    records = read("videommmu", folder, tmp_path)
-    first = records["adaptation/0"]
-    assert first["options"][13] == "N. option 13" and first["path"] == "Science/dev_Biology_3.mp4"
-    assert first["groups"] == {"track": "adaptation", "subject": "Biology",
-                               "discipline": "Science"}
-    assert first["problem"] == (
-        "You should watch and learn the video content. Then apply what you learned to answer the "
-        "following multi-choice question. The image for this question is at the end of the "
-        "video.\nQ?")
-    for track in ("comprehension", "perception"):
-        assert records[f"{track}/0"]["problem"] == (
-            "Q?\nPlease ignore the Quiz question in last frame of the video.")
-    assert records["adaptation/1"]["problem_type"] == "numerical"
-    assert records["adaptation/1"]["groups"]["discipline"] == "Medicine"
-    # the benchmark takes a text that contains the answer; a number to two decimals
-    outputs = {"adaptation/1": "12.9701", "adaptation/2": "the net income."}
-    graded = evaluate.grade(records.values(), {
-        key: {"output": f"<answer>{text}</answer>", "tokens": 1, "truncated": False}
-        for key, text in outputs.items()}, 0.5)
+def videommmu_row(video, options, answer):
+    return {"id": video, "question": "Q?", "options": options, "answer": answer}
+
+
+def tempcompass(task, question, answer, options, letter):
+    """A row of RELEASES with one question of a task of TempCompass."""
+    return ("tempcompass", {f"questions/{task}.json": {
+        "1034419625": {"direction": [{"question": question, "answer": answer}]}}}, {f"{task}/0": {
+            "problem": question.split("\n")[0], "options": options, "groups": {
+                "task": task, "dimension": "direction"}, "path": "videos/1034419625.mp4",
+            "problem_type": "multiple choice", "solution": f"<answer>{letter}</answer>"}})
+
+
+RELEASES = {  # claim -> benchmark, its release's files, fields of every record by problem_id
+    "vsi_bench_has_choices_and_numbers": ("vsibench", {"test.jsonl": [
+        {"id": 0, "dataset": "scannet", "scene_name": "scene0568_00", "options": None,
+         "question_type": "object_counting", "question": "How many chairs?", "ground_truth": "4"},
+        {"id": 1, "dataset": "scannet", "scene_name": "scene0568_00",
+         "options": ["A. left", "B. right"], "question_type": "route_planning",
+         "question": "Which way?", "ground_truth": "B"}]}, {
+        "0": {"problem_type": "regression", "solution": "<answer>4</answer>", "options": []},
+        "1": {"problem_type": "multiple choice", "options": ["A. left", "B. right"],
+              "groups": {"task": "route_planning", "dataset": "scannet"},
+              "path": "scannet/scene0568_00.mp4"}}),
+    "videommmu_has_an_instruction_for_each_track_and_open_questions": ("videommmu", {
+        "adaptation.json": {
+            "0": videommmu_row("dev_Biology_3", VIDEOMMMU_OPTIONS, "N"),
+            "1": videommmu_row("validation_Basic_Medical_Science_6", [], "12.97")},
+        "comprehension.json": {"0": videommmu_row("dev_Biology_3", ["up", "down"], "A")},
+        "perception.json": {"0": videommmu_row("dev_Biology_3", ["up", "down"], "B")}}, {
+        "adaptation/0": {
+            "options": [f"{letter}. {option}" for letter, option in
+                        zip("ABCDEFGHIJKLMN", VIDEOMMMU_OPTIONS)],
+            "path": "Science/dev_Biology_3.mp4", "groups": {
+                "track": "adaptation", "subject": "Biology", "discipline": "Science"},
+            "problem": "You should watch and learn the video content. Then apply what you learned "
+                       "to answer the following multi-choice question. The image for this question "
+                       "is at the end of the video.\nQ?"},
+        "adaptation/1": {"problem_type": "numerical", "groups": {
+            "track": "adaptation", "subject": "Basic_Medical_Science", "discipline": "Medicine"}},
+        **{f"{track}/0": {"problem": "Q?\nPlease ignore the Quiz question in last frame of the "
+                                     "video."} for track in ("comprehension", "perception")}}),
+    "mmvu_keeps_its_multiple_choice_questions": ("mmvu", {"validation.json": [
+        {"id": "validation_0", "video": f"{MMVU_VIDEOS}/Art/0.mp4", "question_type": "open-ended",
+         "question": "Which?", "choices": dict.fromkeys("ABCDE", ""), "answer": "Dolly Zoom"},
+        {"id": "validation_1", "video": f"{MMVU_VIDEOS}/Chemistry/0.mp4",
+         "question_type": "multiple-choice", "question": "How many grams?", "answer": "D",
+         "choices": {"A": "10.0", "B": "5.0", "C": "12.0", "D": "15.0", "E": ""}}]}, {
+        "validation_1": {"path": "videos/Chemistry/0.mp4", "solution": "<answer>D</answer>",
+                         "options": ["A. 10.0", "B. 5.0", "C. 12.0", "D. 15.0"],
+                         "groups": {"subject": "Chemistry", "discipline": "Science"}}}),
+    "tempcompass_multi_choice": tempcompass(
+        "multi-choice", "What is it?\nA. up\nB. down", "B. down", ["A. up", "B. down"], "B"),
+    "tempcompass_yes_no_is_multiple_choice": tempcompass(
+        "yes_no", "Does it move?", "no", ["A. yes", "B. no"], "B"),
+    "tempcompass_caption_matching_of_options": tempcompass(
+        "caption_matching", "Which fits?\nOption 1: It moves.\nOption 2: It rests.",
+        "Option 2: It rests.", ["A. It moves.", "B. It rests."], "B"),
+    "tempcompass_caption_matching_of_sentences": tempcompass(
+        "caption_matching", "Which fits?\nSentence A: It moves.\nSentence B: It rests.",
+        "Sentence A: It moves.", ["A. It moves.", "B. It rests."], "A"),
+    "tempcompass_captioning_is_multiple_choice": tempcompass(
+        "captioning", "Which fits?\nInformation A: {'speed': 'fast'}\nInformation B: {'speed': "
+        "'slow'}\nGenerated Caption:", "B. slow",
+        ["A. {'speed': 'fast'}", "B. {'speed': 'slow'}"], "B"),
+    "video_mme_nested": ("videomme", {
+        "nested.json": [{**VIDEO_MME, "questions": [VIDEO_MME_QUESTION]}]}, VIDEO_MME_RECORD),
+    "video_mme_flat": ("videomme", {"flat.json": VIDEO_MME_FLAT}, VIDEO_MME_RECORD),
+    "video_mme_lines": ("videomme", {"flat.jsonl": VIDEO_MME_FLAT}, VIDEO_MME_RECORD),
+}
+
+
+@pytest.mark.parametrize("name, files, expected", RELEASES.values(), ids=RELEASES)
+def test_a_release_is_read_as_records(name, files, expected, tmp_path):
+    folder = tmp_path / "release"
+    for file, content in files.items():
+        put(folder / file, content)
+    records = read(name, folder, tmp_path)
+    assert list(records) == list(expected)
+    for problem_id, fields in expected.items():
+        record = records[problem_id]
+        assert {key: record[key] for key in fields} == fields
+        assert record["media_path"] == f"{folder}/{record['path']}"
+
+
+def test_videommmu_takes_a_text_that_contains_the_answer_and_a_number_to_two_decimals():
+    rows = [videommmu_row("test_Manage_2", [], answer) for answer in ("12.97", "Net Income")]
+    records = list(evaluate.videommmu(rows, Path("adaptation.json")))
+    graded = evaluate.grade(records, {
+        f"adaptation/{i}": {"output": f"<answer>{text}</answer>", "tokens": 1, "truncated": False}
+        for i, text in enumerate(("12.9701", "the net income."))}, 0.5)
     assert [evaluate.Overall("contains").score(row) for row in graded] == [1, 1]
     assert 0 < graded[1]["accuracy"] < 1  # as free-form text it is graded by ROUGE
 
@@ -110,21 +170,6 @@ def test_subjects_of_like_names_are_told_apart():
         for name in names.split():
             assert evaluate.subject_groups(f"./Art/validation_{name}_12.mp4", subjects) == {
                 "subject": name, "discipline": discipline}
-
-
-def test_mmvu_keeps_its_multiple_choice_questions(tmp_path):
-    base = "https://huggingface.co/datasets/yale-nlp/MMVU/resolve/main/videos"
-    put(tmp_path / "MMVU/validation.json", [
-        {"id": "validation_0", "video": f"{base}/Art/0.mp4", "question_type": "open-ended",
-         "question": "Which?", "choices": dict.fromkeys("ABCDE", ""), "answer": "Dolly Zoom"},
-        {"id": "validation_1", "video": f"{base}/Chemistry/0.mp4",
-         "question_type": "multiple-choice", "question": "How many grams?", "answer": "D",
-         "choices": {"A": "10.0", "B": "5.0", "C": "12.0", "D": "15.0", "E": "20.0"}}])
-    (tmp_path / "MMVU/videos").mkdir()
-    record, = read("mmvu", tmp_path / "MMVU", tmp_path).values()
-    assert record["problem_id"] == "validation_1" and record["path"] == "videos/Chemistry/0.mp4"
-    assert record["options"][3] == "D. 15.0" and record["solution"] == "<answer>D</answer>"
-    assert record["groups"] == {"subject": "Chemistry", "discipline": "Science"}
 
 
 @pytest.fixture
@@ -193,45 +238,6 @@ def test_a_folder_without_frames_or_rate_costs_its_record(tmp_path):
     Image.fromarray(ramp(1)[0]).save(tmp_path / "clip/00001.jpg")
     with pytest.raises(MediaError, match="video_fps"):
         load_vision({**record, "video_fps": None}, **LIMITS)
-
-
-@pytest.mark.parametrize("task, question, answer, options, letter", [
-    ("multi-choice", "What is it?\nA. up\nB. down", "B. down", ["A. up", "B. down"], "B"),
-    ("yes_no", "Does it move?", "no", ["A. yes", "B. no"], "B"),
-    ("caption_matching", "Which fits?\nOption 1: It moves.\nOption 2: It rests.",
-     "Option 2: It rests.", ["A. It moves.", "B. It rests."], "B"),
-    ("caption_matching", "Which fits?\nSentence A: It moves.\nSentence B: It rests.",
-     "Sentence A: It moves.", ["A. It moves.", "B. It rests."], "A"),
-    ("captioning", "Which fits?\nInformation A: {'speed': 'fast'}\nInformation B: {'speed': "
-     "'slow'}\nGenerated Caption:", "B. slow", ["A. {'speed': 'fast'}", "B. {'speed': 'slow'}"],
-     "B"),
-])
-def test_tempcompass_s_four_tasks_are_multiple_choice(
-        tmp_path, task, question, answer, options, letter):
-    put(tmp_path / f"TempCompass/questions/{task}.json",
-        {"1034419625": {"direction": [{"question": question, "answer": answer}]}})
-    record, = read("tempcompass", tmp_path / "TempCompass", tmp_path).values()
-    assert record["problem"] == question.split("\n")[0]
-    assert (record["options"], record["solution"]) == (options, f"<answer>{letter}</answer>")
-    assert record["groups"] == {"task": task, "dimension": "direction"}
-    assert record["path"] == "videos/1034419625.mp4"
-
-
-def test_video_mme_s_three_forms_give_the_same_records(tmp_path):
-    video = {"video_id": "001", "duration": "short", "domain": "Knowledge",
-             "sub_category": "Astronomy", "url": "https://www.youtube.com/watch?v=fFjv93ACGo8"}
-    question = {"question_id": "001-1", "task_type": "Counting", "question": "How many?",
-                "options": ["A. 1", "B. 2"], "answer": "B"}
-    flat = [{**video, **question, "videoID": "fFjv93ACGo8"}]
-    put(tmp_path / "nested.json", [{**video, "questions": [question]}])
-    put(tmp_path / "flat.json", flat)
-    put(tmp_path / "flat.jsonl", flat)
-    forms = [read("videomme", tmp_path / name, tmp_path)
-             for name in ("nested.json", "flat.json", "flat.jsonl")]
-    assert forms[0] == forms[1] == forms[2]
-    assert forms[0]["001-1"]["path"] == "data/fFjv93ACGo8.mp4"
-    assert forms[0]["001-1"]["groups"] == {"duration": "short", "domain": "Knowledge",
-                                           "task_type": "Counting"}
 
 
 def test_what_is_no_release_is_refused_by_name(tmp_path, monkeypatch):
@@ -323,10 +329,9 @@ def test_a_benchmark_without_task_names_falls_back_to_the_plain_mean():
     records, rows = graded("t", "multiple choice", "A", "AAB")
     for record in records + rows:
         record["groups"] = {}
-    overalls = evaluate.usable(evaluate.BENCHMARKS["mvbench"].overalls, records)
-    assert list(overalls) == ["all"]
-    whole = evaluate.score(records, rows, 0, overalls)["all"]
-    assert whole["score"]["mean"] == pytest.approx(2 / 3)
+    scores = evaluate.score(records, rows, 0, evaluate.BENCHMARKS["mvbench"].overalls)
+    assert list(scores) == ["all", "problem_type: multiple choice"]  # the first is the headline
+    assert scores["all"]["score"]["mean"] == pytest.approx(2 / 3)
 
 
 def test_the_interval_of_two_media_is_exact():
@@ -375,9 +380,9 @@ def evaluated(toy, mmvu, output, *more):
     given = flags(toy, output, *more)
     given[given.index("--benchmark") + 1] = f"mmvu={mmvu}"
     del given[given.index("--media_root"):given.index("--media_root") + 2]
-    args = evaluate.parse_args(given)
-    evaluate.main(args)
-    return json.loads((output / f"mmvu_8_{args.order}.json").read_text())
+    main(*given)
+    order = evaluate.parse_args(given).order
+    return json.loads((output / f"mmvu_8_{order}.json").read_text())
 
 
 def test_a_release_is_answered_and_stands_in_the_paper_s_table(toy, mmvu, tmp_path, capsys):
@@ -408,7 +413,7 @@ def test_a_file_of_records_beside_a_benchmark_of_a_like_name_stays_out_of_its_ta
     given = flags(toy, tmp_path, *server.flags, "--media_root", str(mmvu))
     given[given.index("--benchmark") + 1] = f"mmvu_again={tmp_path}/mmvu.records.json"
     capsys.readouterr()
-    evaluate.main(evaluate.parse_args(given))
+    main(*given)
     lines = capsys.readouterr().out.splitlines()
     assert sum(line.startswith("| served") for line in lines) == 1
     assert (tmp_path / "mmvu_again_8_ordered.json").exists()
@@ -435,7 +440,7 @@ def result_file(path, outputs, seed=0):
 def test_two_results_are_compared_by_question_without_a_model(tmp_path, capsys, monkeypatch):
     monkeypatch.setattr(evaluate, "setup_distributed", None)
     files = [result_file(tmp_path / "a.json", "ABB "), result_file(tmp_path / "b.json", "BAAA")]
-    evaluate.main(evaluate.parse_args(["--diff", *files]))
+    main("--diff", *files)
     lines = capsys.readouterr().out.splitlines()
     row = next(line for line in lines if line.startswith("| all"))
     # 1 of 3 right, then 2 of 3; by video: a 0, b +1 over 2 and 1 questions
@@ -449,7 +454,7 @@ def test_two_results_are_compared_by_question_without_a_model(tmp_path, capsys, 
 def test_what_is_no_result_is_refused(tmp_path):
     (tmp_path / "x.json").write_text("[]")
     with pytest.raises(InputError, match="is not a result"):
-        evaluate.main(evaluate.parse_args(["--diff", str(tmp_path / "x.json")] + ["y"]))
+        main("--diff", tmp_path / "x.json", "y")
 
 
 # -------------------------------------------------------------------------------- a server
@@ -457,8 +462,7 @@ def test_what_is_no_result_is_refused(tmp_path):
 @pytest.fixture
 def server(monkeypatch):
     """A server on this machine: .reply(messages, attempt) gives (status, text) or raw bytes."""
-    monkeypatch.setattr(build_data, "FIRST_PAUSE", 0.01)
-    monkeypatch.setattr(build_data, "LONGEST_PAUSE", 0.02)
+    monkeypatch.setattr(annotate, "FIRST_PAUSE", 0.01)
 
     class Handler(BaseHTTPRequestHandler):
         def do_POST(self):
@@ -528,8 +532,8 @@ def test_released_files_of_two_benchmarks_are_asked_and_graded_in_one_command(
         truths[name] = [row["solution"] for row in rows]
         given.append(f"{name}={tmp_path}/eval_{name}.json")
     server.reply = lambda content, attempt: (200, "<think>x</think>\n<answer>B</answer>")
-    evaluate.main(evaluate.parse_args(["--benchmark", *given, "--output", str(tmp_path / "out"),
-                                       "--frames", "8", "--num_workers", "0", *server.flags]))
+    main("--benchmark", *given, "--output", tmp_path / "out", "--frames", 8, "--num_workers", 0,
+         *server.flags)
     for name, solutions in truths.items():
         scores = json.loads((tmp_path / f"out/{name}_8_ordered.json").read_text())["scores"]
         assert scores["all"]["answered"] == 30 == len(solutions)
@@ -569,8 +573,8 @@ def test_the_judge_gives_the_share_of_temporal_responses_among_questions_that_ne
             return 200, "Perhaps" if "Which 3?" in text else "Yes."
         return 200, "No" if "Which 1?" in text else "**yes**"
     server.reply = reply
-    more = ["--judge", path, "--output", str(tmp_path / "judged"), *server.flags]
-    evaluate.main(evaluate.parse_args(more))
+    more = ["--judge", path, "--output", tmp_path / "judged", *server.flags]
+    main(*more)
     assert "temporal reasoning in 66.7 [50.0, 100.0] % of 3 responses" in capsys.readouterr().out
     result = json.loads((tmp_path / "judged/toy_8_ordered.judge.json").read_text())
     assert (result["questions"], result["judged"], result["needs"]) == (4, 3, 3)
@@ -578,15 +582,14 @@ def test_the_judge_gives_the_share_of_temporal_responses_among_questions_that_ne
     assert [row["uses"] for row in result["rows"]] == [True, False, True]
     asked = len(server.bodies)
     assert asked == 7
-    evaluate.main(evaluate.parse_args(more))  # verdicts are kept: nobody is asked again
+    main(*more)  # verdicts are kept: nobody is asked again
     assert len(server.bodies) == asked
 
 
 def test_a_model_on_this_machine_can_judge(toy, tmp_path, capsys):
     path = result_file(tmp_path / "toy_8_ordered.json", "ABAB")
-    evaluate.main(evaluate.parse_args([
-        "--judge", path, "--output", str(tmp_path / "judged"), "--model", str(toy / "model"),
-        "--max_new_tokens", "2", "--num_workers", "0"]))
+    main("--judge", path, "--output", tmp_path / "judged", "--model", toy / "model",
+         "--max_new_tokens", 2, "--num_workers", 0)
     # the toy's untrained model says neither yes nor no
     assert "4 questions answered, 0 judged, 0 need" in capsys.readouterr().out
     rows = (tmp_path / "judged/toy_8_ordered.questions.rank0.jsonl").read_text().splitlines()

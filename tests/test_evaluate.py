@@ -3,34 +3,33 @@ import json
 import os
 import shutil
 import signal
-import socket
 import subprocess
 import sys
 import time
 from pathlib import Path
+from unittest.mock import patch
 
 import numpy as np
 import pytest
 import torch
 from PIL import Image
 
+import annotate
 import build_data
 import evaluate
 from build_data import InputError, Vision, load_records, write_video
+from conftest import ROOT
+from conftest import run as launch
 
-ROOT = Path(__file__).resolve().parents[1]
 SHARED = ROOT.parent / "shared" / "data"  # samples of released rows, where present
 PIXELS = [f"--{name}={28 * 28}" for name in
           ("min_pixels", "max_pixels", "image_min_pixels", "image_max_pixels")]
 
 
-@pytest.fixture(scope="module", autouse=True)
-def environment_kept():
-    """Runs in this process set RANK and a port, which later tests' own runs must not inherit."""
-    before = dict(os.environ)
-    yield
-    os.environ.clear()
-    os.environ.update(before)
+def main(*argv):
+    """Runs in this process; RANK and a port, which it sets, are not left to later tests' runs."""
+    with patch.dict(os.environ):
+        evaluate.main(evaluate.parse_args(list(map(str, argv))))
 
 
 def flags(toy, output, *more, data=None):
@@ -42,9 +41,10 @@ def flags(toy, output, *more, data=None):
 
 def run(toy, output, *more, data=None):
     """Runs in this process; returns the rows by problem_id and the whole result."""
-    args = evaluate.parse_args(flags(toy, output, *more, data=data))
-    evaluate.main(args)
-    result = json.loads((Path(output) / f"toy_8_{args.order}.json").read_text())
+    given = flags(toy, output, *more, data=data)
+    main(*given)
+    order = evaluate.parse_args(given).order
+    result = json.loads((Path(output) / f"toy_8_{order}.json").read_text())
     return {row["problem_id"]: row for row in result["rows"]}, result
 
 
@@ -52,19 +52,6 @@ def run(toy, output, *more, data=None):
 def uninterrupted(toy, tmp_path_factory):
     """Rows and result of one run from beginning to end, in one process."""
     return run(toy, tmp_path_factory.mktemp("uninterrupted"), "--batch_size", 4)
-
-
-def launch(*command, **options):
-    """Starts a command that joins a process group of its own, not this process's."""
-    environment = {key: value for key, value in os.environ.items() if key not in (
-        "RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")}
-    return subprocess.Popen(list(map(str, command)), cwd=ROOT, env=environment, **options)
-
-
-def free_port():
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return str(probe.getsockname()[1])
 
 
 # ---------------------------------------------------------------------------------- scores
@@ -223,7 +210,7 @@ def test_prompts_of_all_orders_differ_in_pixels_alone(toy):
     record = next(r for r in records if r["data_source"] == "toy/direction_agree")
     encoded = {}
     for args.order in evaluate.ORDERS:
-        encoded[args.order] = evaluate.Prompts([record], processor, args)[0]["inputs"]
+        encoded[args.order] = evaluate.prompt_of(processor, args, record)["inputs"]
     for order in evaluate.ORDERS[1:]:
         for key, value in encoded["ordered"].items():
             assert torch.equal(value, encoded[order][key]) == (key != "pixel_values_videos")
@@ -234,17 +221,17 @@ def test_prompts_of_all_orders_differ_in_pixels_alone(toy):
 def test_a_padded_batch_of_videos_and_images_is_answered_like_one_by_one(toy):
     args = evaluate.parse_args(flags(toy, "unused", "--temperature", 0, "--max_new_tokens", 24))
     processor = evaluate.load_processor(args)
-    model = evaluate.load_model(args, processor.tokenizer, torch.device("cpu"))
+    model = evaluate.load_answering_model(args, processor.tokenizer, torch.device("cpu"))
     with torch.no_grad():  # as initialised, it answers every question alike
         for parameter in model.model.parameters():
             parameter.mul_(2 if parameter.ndim > 1 else 1)
     args.max_frames = 8
-    dataset = evaluate.Prompts(load_records(toy / "test.json"), processor, args)
-    samples = [dataset[i] for i in range(12)]
+    samples = [evaluate.prompt_of(processor, args, record)
+               for record in load_records(toy / "test.json")[:12]]
     assert len({sample["inputs"]["input_ids"].shape[1] for sample in samples}) > 1
     assert {sample["record"]["data_type"] for sample in samples} == {"image", "video"}
-    together = build_data.respond(model, samples, 0)
-    assert together == [build_data.respond(model, [sample], 0)[0] for sample in samples]
+    together = annotate.respond(model, samples, 0)
+    assert together == [annotate.respond(model, [sample], 0)[0] for sample in samples]
     assert len({tuple(ids) for ids, _ in together}) > 1  # not equal for a trivial reason
 
 
@@ -261,20 +248,20 @@ def test_vision_tokens_are_not_sampled_and_draws_repeat_with_the_seed(toy):
     args = evaluate.parse_args(flags(toy, "unused", "--temperature", 3, "--top_p", 1,
                                      "--max_new_tokens", 40))
     processor = evaluate.load_processor(args)
-    model = evaluate.load_model(args, processor.tokenizer, torch.device("cpu"))
+    model = evaluate.load_answering_model(args, processor.tokenizer, torch.device("cpu"))
     assert model.generation_config.top_k == 0  # a default of 50 would cut the distribution
     args.max_frames = 8
-    dataset = evaluate.Prompts(load_records(toy / "test.json"), processor, args)
-    samples = [dataset[i] for i in range(8)]
-    first = build_data.respond(model, samples, 0)
-    assert first == build_data.respond(model, samples, 0) != build_data.respond(model, samples, 1)
+    samples = [evaluate.prompt_of(processor, args, record)
+               for record in load_records(toy / "test.json")[:8]]
+    first = annotate.respond(model, samples, 0)
+    assert first == annotate.respond(model, samples, 0) != annotate.respond(model, samples, 1)
     pads = processor.tokenizer.convert_tokens_to_ids(list(build_data.FORBIDDEN_TOKENS))
     assert len(pads) == 5 and not {token for ids, _ in first for token in ids} & set(pads)
 
 
 def test_a_response_ends_with_its_first_end_token():
-    assert build_data.cut_at_end([4, 9, 8, 8], [8, 9]) == ([4, 9], False)
-    assert build_data.cut_at_end([4, 5], [8, 9]) == ([4, 5], True)
+    assert annotate.cut_at_end([4, 9, 8, 8], [8, 9]) == ([4, 9], False)
+    assert annotate.cut_at_end([4, 5], [8, 9]) == ([4, 5], True)
 
 
 # -------------------------------------------------------------------------------- whole runs
@@ -293,9 +280,7 @@ def test_the_result_holds_everything_needed_to_repeat_it(toy, uninterrupted):
 
 
 def test_two_ranks_give_the_rows_of_one(toy, uninterrupted, tmp_path):
-    process = launch(Path(sys.executable).parent / "deepspeed", "--num_gpus", 2, "--master_port",
-                     free_port(), ROOT / "evaluate.py", *flags(toy, tmp_path, "--batch_size", 4))
-    assert process.wait(timeout=300) == 0
+    launch("evaluate.py", *flags(toy, tmp_path, "--batch_size", 4, "--num_workers", 1), ranks=2)
     result = json.loads((tmp_path / "toy_8_ordered.json").read_text())
     assert {row["problem_id"]: row for row in result["rows"]} == uninterrupted[0]
     assert result["scores"] == uninterrupted[1]["scores"]
@@ -303,7 +288,8 @@ def test_two_ranks_give_the_rows_of_one(toy, uninterrupted, tmp_path):
 
 
 def test_a_killed_run_goes_on_to_the_rows_of_an_uninterrupted_one(toy, uninterrupted, tmp_path):
-    process = launch(sys.executable, ROOT / "evaluate.py", *flags(toy, tmp_path, "--batch_size", 1))
+    process = subprocess.Popen([sys.executable, ROOT / "evaluate.py",
+                                *flags(toy, tmp_path, "--batch_size", 1)])
     path = tmp_path / "toy_8_ordered.rank0.jsonl"
     while not (path.exists() and path.read_bytes().count(b"\n") > 4):
         assert process.poll() is None, "the run ended before it could be killed"
@@ -411,20 +397,38 @@ def test_the_defaults_are_the_papers():
 
 
 @pytest.mark.parametrize("more, message", [
-    (["--benchmark", "test.json"], "is not NAME=FILE"),
-    (["--benchmark", "a/b=test.json"], "is not NAME=FILE"),
     (["--benchmark", "toy=absent.json"], "absent.json"),
+    (["--benchmark", "a=TOY/test.json", "a=TOY/train.json"], "two files named a"),
+    (["--output", ""], "--output is needed"),
+    (["--output", "TOY/test.json"], "cannot write .*/test.json"),
     (["--frames", "2"], "--frames 2 is below --min_frames 4"),
-    (["--batch_size", "0"], "--batch_size 0 must be positive"),
-    (["--top_p", "0"], "--top_p 0.0"),
     (["--model", "no/model/here"], "--model no/model/here has no usable processor"),
 ])
 def test_bad_flags_end_in_one_sentence_before_the_model_is_loaded(
         toy, tmp_path, monkeypatch, more, message):
-    monkeypatch.setattr(evaluate, "load_model", None)
+    monkeypatch.setattr(evaluate, "load_answering_model", None)
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    more = [text.replace("TOY", str(toy)) for text in more]
     with pytest.raises(InputError, match=message):
-        evaluate.main(evaluate.parse_args(flags(toy, tmp_path / "out", *more)))
+        main(*flags(toy, tmp_path / "out", *more))
+
+
+@pytest.mark.parametrize("more, message", [
+    (["--benchmark", "test.json"], "--benchmark: test.json is not NAME=FILE"),
+    (["--benchmark", "a/b=test.json"], "a/b=test.json is not NAME=FILE"),
+    (["--batch_size", "0"], "--batch_size: 0 must be above 0"),
+    (["--top_p", "0"], "--top_p: 0 must be above 0"),
+    (["--frames", "16", "0"], "--frames: 0 must be above 0"),
+])
+def test_a_value_that_no_run_can_use_is_refused_at_its_flag(toy, capsys, more, message):
+    with pytest.raises(SystemExit):
+        evaluate.parse_args(flags(toy, "unused", *more))
+    assert message in capsys.readouterr().err
+
+
+def test_a_run_without_anything_to_do_is_told_what_it_needs(tmp_path):
+    with pytest.raises(InputError, match="--benchmark or --judge is needed"):
+        main("--model", "m", "--output", tmp_path)
 
 
 def test_a_repeated_problem_id_is_refused(toy, tmp_path):
@@ -438,7 +442,7 @@ def test_rows_of_another_configuration_are_refused_and_named(toy, tmp_path, monk
     model = tmp_path / "model"
     shutil.copytree(toy / "model", model)
     run(toy, tmp_path / "out", "--model", model)
-    monkeypatch.setattr(evaluate, "load_model", None)
+    monkeypatch.setattr(evaluate, "load_answering_model", None)
     with pytest.raises(InputError, match="rows with another max_new_tokens: 12, not 13"):
         run(toy, tmp_path / "out", "--model", model, "--max_new_tokens", 13)
     with pytest.raises(InputError, match="rows with another max_pixels"):
@@ -456,9 +460,6 @@ def test_an_unusable_input_costs_one_line_and_exit_status_1(toy, tmp_path):
     bare = tmp_path / "bare"
     bare.mkdir()
     shutil.copy(toy / "model/config.json", bare)
-    process = launch(sys.executable, ROOT / "evaluate.py",
-                     *flags(toy, tmp_path / "out", "--model", bare), stderr=subprocess.PIPE,
-                     text=True)
-    _, errors = process.communicate(timeout=300)
-    assert process.returncode == 1 and "Traceback" not in errors
-    assert f"evaluate.py: --model {bare} has no usable processor" in errors.splitlines()[-1]
+    ended = launch("evaluate.py", *flags(toy, tmp_path / "out", "--model", bare), check=False)
+    assert ended.returncode == 1 and "Traceback" not in ended.stderr
+    assert f"evaluate.py: --model {bare} has no usable processor" in ended.stderr.splitlines()[-1]
