@@ -186,10 +186,10 @@ ORDER_STREAM = 0  # first key of the data order's generators; a stage's own stre
 # What a resumed run may change: it paces the run or says where things are.
 FREE_ARGUMENTS = {"data", "media_root", "output", "deepspeed_config", "num_workers",
                   "decode_timeout", "save_steps", "keep_checkpoints", "max_skipped", "resume",
-                  "timeout_minutes", "local_rank"}
+                  "timeout_minutes", "local_rank", "rollout_steps", "chunk_size"}
 # As well, where the learning rate does not decay towards the end
 LENGTH_ARGUMENTS = {"max_steps", "num_train_epochs"}
-SHOWN_SKIPPED = 10  # reasons that are printed when --max_skipped stops a run
+SHOWN = ("optim/loss", "reward/total", "reward/accuracy", "policy/kl")  # in the progress bar
 INTERRUPTED = 130  # exit status after Ctrl-C, by the shells' convention
 
 
@@ -232,7 +232,6 @@ class Run:
     world: int            # number of ranks
     device: torch.device
     first_step: int       # 0, or the newest checkpoint's
-    shown: tuple          # metrics in the progress bar
     signals: list         # SIGTERM or SIGINT, once received: the run ends after its step
     engine: deepspeed.DeepSpeedEngine | None = None  # the policy in training; start_engine
     infinite: torch.Tensor | None = None  # counts gradients that hold NaN or infinity
@@ -246,12 +245,10 @@ class Run:
 
 # ------------------------------------------------------------------------------- start
 
-def open_run(args, records, parse_args, free=(), shown=("optim/loss",)) -> Run:
+def open_run(args, records, parse_args) -> Run:
     """Everything before a model is loaded: DeepSpeed's file, ranks, --output, what to resume.
-
     parse_args is the script's own: a flag that an older run does not have counts as its default
-    of today. `free` names flags of the script that a resumed run may change.
-    """
+    of today."""
     config = read_deepspeed_config(args)
     rank, device = setup_distributed(args)
     text = json.dumps([as_in_file(record) for record in records])
@@ -262,8 +259,8 @@ def open_run(args, records, parse_args, free=(), shown=("optim/loss",)) -> Run:
     first_step = open_output(args)
     if first_step:
         defaults = vars(parse_args(["--model=", "--data=", "--output="]))
-        check_identity(args, identity, defaults, FREE_ARGUMENTS | set(free))
-    return Run(args, config, identity, rank, dist.get_world_size(), device, first_step, shown,
+        check_identity(args, identity, defaults)
+    return Run(args, config, identity, rank, dist.get_world_size(), device, first_step,
                catch_signals())
 
 
@@ -302,7 +299,7 @@ def open_output(args) -> int:
         tag = newest.read_text(encoding="utf-8").strip() if newest.exists() else ""
     except OSError as error:
         raise InputError(f"cannot write to --output {output}: {error}") from None
-    used = any(output.glob("metrics.jsonl")) or any(output.glob("checkpoint-*"))
+    used = (output / "metrics.jsonl").exists() or checkpoints(output)
     # the ranks agree before any of them writes; one that sees another disk is found out here
     probe = output / "shared.probe"
     if dist.get_rank() == 0:
@@ -323,7 +320,7 @@ def open_output(args) -> int:
     return int(tag.removeprefix("checkpoint-")) if tag else 0
 
 
-def check_identity(args, now, defaults, free):
+def check_identity(args, now, defaults):
     """InputError that names what differs between the run in --output and this one."""
     path = Path(args.output) / "metrics.jsonl"
     try:
@@ -332,9 +329,9 @@ def check_identity(args, now, defaults, free):
         before, after = defaults | was["arguments"], now["arguments"]
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise InputError(f"the first line of {path} must say what run this is: {error!r}") from None
-    bound = after.keys() - free - (LENGTH_ARGUMENTS if args.lr_schedule == "constant" else set())
+    free = FREE_ARGUMENTS | (LENGTH_ARGUMENTS if args.lr_schedule == "constant" else set())
     changed = [f"--{name} was {before.get(name)}, is {after[name]}"
-               for name in sorted(bound) if before.get(name) != after[name]]
+               for name in sorted(after.keys() - free) if before.get(name) != after[name]]
     changed += [f"{what} was {was.get(key)}, is {now[key]}" for key, what in (
         ("records", "records of --data"), ("world_size", "number of processes"),
         ("zero_stage", "ZeRO stage")) if was.get(key) != now[key]]
@@ -356,17 +353,17 @@ def start_engine(run, model):
     run.engine.train()
     run.infinite = watch_gradients(run.engine.module, run.device)
     if run.first_step:
-        run.engine.load_checkpoint(str(output), tag=f"checkpoint-{run.first_step}")
-    run.saved = run.first_step
+        tag = f"checkpoint-{run.first_step}"
+        _, state = run.engine.load_checkpoint(str(output), tag=tag)
+        run.saved, run.skipped = run.first_step, state["skipped"]
     if run.rank == 0:
-        logs = {path.stem: trim_log(path, run.first_step) for path in output.glob("*.jsonl")}
-        run.skipped = len(logs.get("skipped", ()))
+        for path in output.glob("*.jsonl"):
+            trim_log(path, run.first_step)
         if not run.first_step:
             write_whole({output / "metrics.jsonl": [json.dumps(run.identity) + "\n"]})
-        for path in output.glob("checkpoint-*"):  # of a run that was killed while saving
-            if int(path.name.removeprefix("checkpoint-")) > run.first_step:
-                shutil.rmtree(path)
-    run.skipped, *_ = gather_objects(run.skipped)
+        for step, folder in checkpoints(output).items():
+            if step > run.first_step:  # `latest` does not name it: the run was killed meanwhile
+                shutil.rmtree(folder)
     run.bar = tqdm(total=args.max_steps, initial=run.first_step, disable=run.rank != 0,
                    desc=Path(args.output).name)
 
@@ -384,9 +381,8 @@ def watch_gradients(model, device):
     return count
 
 
-def trim_log(path, first_step) -> list[str]:
-    """The lines of a log up to first_step, which are what it holds from now on: later steps will
-    be done again."""
+def trim_log(path, first_step):
+    """Leaves the lines of a log up to first_step: later steps will be done again."""
     kept = []
     for line in path.read_text(encoding="utf-8").splitlines() if first_step else ():
         try:
@@ -395,7 +391,6 @@ def trim_log(path, first_step) -> list[str]:
         except json.JSONDecodeError:  # cut short when the run was killed
             break
     write_whole({path: (line + "\n" for line in kept)})
-    return kept
 
 
 def catch_signals() -> list:
@@ -549,13 +544,12 @@ def close_step(run, step, drawn, metrics, finite, rollouts=()) -> bool:
         write_lines(run, step, "rollouts", rollouts)
         write_lines(run, step, "skipped", skipped)
         run.engine.monitor.write_events([(name, value, step + 1) for name, value in row.items()])
-        run.bar.set_postfix({name.split("/")[1]: f"{row[name]:.4g}" for name in run.shown
-                             if name in row})
+        run.bar.set_postfix({name: f"{row[name]:.4g}" for name in SHOWN if name in row})
         run.bar.update()
     run.skipped += len(skipped)
     if not finite:
         stop_at_infinity(run, step, ids)
-    check_skipped(run, (step + 1) * len(drawn) * run.world)
+    check_skipped(run, (step + 1) * len(drawn) * run.world, skipped)
     if signals or args.save_steps and (step + 1) % args.save_steps == 0:
         save_checkpoint(run, step + 1)
     if signals and run.rank == 0:
@@ -590,16 +584,14 @@ def stop_at_infinity(run, step, ids):
                      "the last checkpoint's weights (README, 'When something breaks')")
 
 
-def check_skipped(run, drawn):
-    """InputError when more than --max_skipped of the questions so far (of 100 when fewer were
-    drawn) had media that cannot be used."""
+def check_skipped(run, drawn, skipped):
+    """InputError when more than --max_skipped of the questions drawn so far (of 100 when fewer
+    were) had media that cannot be used; `skipped` are the lines of the last ones."""
     if run.skipped > run.args.max_skipped * max(drawn, 100):
-        path = Path(run.args.output) / "skipped.jsonl"  # another node may not see its end yet
-        lines = path.read_text(encoding="utf-8").splitlines() if run.rank == 0 else []
-        shown = "".join(f"\n  {json.loads(line)['reason']}" for line in lines[-SHOWN_SKIPPED:])
+        reasons = "".join(f"\n  {line['reason']}" for line in skipped)
         raise InputError(f"{run.skipped} of {drawn} questions had media that cannot be used, above "
-                         f"--max_skipped {run.args.max_skipped:g}. All are in {path}, the last "
-                         f"are:{shown}")
+                         f"--max_skipped {run.args.max_skipped:g}. All are in {run.args.output}/"
+                         f"skipped.jsonl, the last are:{reasons}")
 
 
 # ------------------------------------------------------------------ checkpoints, the model
@@ -611,7 +603,8 @@ def save_checkpoint(run, step):
     if step == run.saved:
         return
     try:
-        run.engine.save_checkpoint(str(output), tag=tag, save_latest=False)
+        run.engine.save_checkpoint(str(output), tag=tag, save_latest=False,
+                                   client_state={"skipped": run.skipped})
     except (OSError, RuntimeError) as error:  # torch.save reports a full disk as either
         raise InputError(f"cannot write {output / tag}: {error}. Checkpoints before it are whole: "
                          "make room and continue with --resume") from None
@@ -619,10 +612,16 @@ def save_checkpoint(run, step):
     run.saved = step
     if run.rank == 0:
         write_whole({output / "latest": [tag]})
-        tags = sorted(output.glob("checkpoint-*"), key=lambda path: int(path.name.split("-")[1]))
-        for old in tags[:-run.args.keep_checkpoints] if run.args.keep_checkpoints else ():
-            shutil.rmtree(old)
+        folders, keep = list(checkpoints(output).values()), run.args.keep_checkpoints
+        for folder in folders[:-keep] if keep else ():
+            shutil.rmtree(folder)
     dist.barrier()
+
+
+def checkpoints(output) -> dict[int, Path]:
+    """{step: folder} of the checkpoints in a folder, oldest first; the newest may be incomplete."""
+    found = {path.name.removeprefix("checkpoint-"): path for path in output.glob("checkpoint-*")}
+    return {int(step): found[step] for step in sorted(filter(str.isdigit, found), key=int)}
 
 
 def save_model(run, processor):

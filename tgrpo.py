@@ -211,23 +211,25 @@ def prefill(model, prompts, counts, max_new_tokens):
     tokens, the mask (N, P + L) of what may be attended to, and logits (N, V) and position (N, 1)
     of each row's first response token.
     """
+    P, rows = max(inputs["input_ids"].shape[1] for inputs in prompts), torch.tensor(counts)
     outputs, positions, masks = [], [], []
-    longest = max(inputs["input_ids"].shape[1] for inputs in prompts)
     for inputs in prompts:
         output, _, position = run_prompt(model, inputs)
         outputs.append(output)
         positions.append(position)  # (B, 1)
-        gap = longest - inputs["input_ids"].shape[1]
+        gap = P - inputs["input_ids"].shape[1]
         masks.append(F.pad(inputs["attention_mask"], (gap, max_new_tokens)))  # (B, P + L)
-    rows = torch.tensor(counts, device=positions[0].device)
 
     def spread(parts):  # (B, ...) each -> (N, ...)
-        return torch.cat(parts).repeat_interleave(rows, 0)
-    cache = StaticCache(model.config, max_cache_len=longest + max_new_tokens)
-    layers = zip(*(output.past_key_values.layers for output in outputs))
-    for room, prompt_layers in zip(cache.layers, layers):
-        room.update(*(spread([F.pad(kv, (0, 0, longest - kv.shape[2], 0)) for kv in part])
-                      for part in zip(*((layer.keys, layer.values) for layer in prompt_layers))))
+        return torch.cat(parts).repeat_interleave(rows.to(parts[0].device), 0)
+
+    def pad(kv):  # to (B, heads, P, dim)
+        return F.pad(kv, (0, 0, P - kv.shape[2], 0))
+    cache = StaticCache(model.config, max_cache_len=P + max_new_tokens)
+    for i, room in enumerate(cache.layers):
+        layers = [output.past_key_values.layers[i] for output in outputs]
+        room.update(spread([pad(layer.keys) for layer in layers]),
+                    spread([pad(layer.values) for layer in layers]))
     logits = spread([output.logits[:, -1] for output in outputs])  # (N, V)
     return cache, spread(masks), logits, spread(positions)
 
@@ -288,16 +290,20 @@ def response_logits(model, cache, inputs, last_position, next_position, response
 
 
 def token_logps(logits, responses, temperature):
-    """Log-probabilities (n, L) of the response tokens under the (n, L, V) logits, and the entropies
-    (n, L) (no gradient). Row by row, and again in the backward pass: at 150,000 tokens of
-    vocabulary the float32 copies of the logits outweigh all activations of the model."""
+    """Log-probabilities (n, L) of the response tokens under the (n, L, V) logits. Row by row, and
+    again in the backward pass: at 150,000 tokens of vocabulary the float32 copies of the logits
+    outweigh all activations of the model."""
     def of_row(logits, ids):  # (L, V), (L,)
-        log_probs = (logits.float() / temperature).log_softmax(-1)  # (L, V)
-        with torch.no_grad():
-            entropy = -(log_probs.exp() * log_probs).sum(-1)  # (L,)
-        return log_probs.gather(-1, ids[:, None])[:, 0], entropy
-    rows = [checkpoint(of_row, *row, use_reentrant=False) for row in zip(logits, responses)]
-    return tuple(map(torch.stack, zip(*rows)))  # (n, L) each
+        return (logits.float() / temperature).log_softmax(-1).gather(-1, ids[:, None])[:, 0]
+    return torch.stack([checkpoint(of_row, *row, use_reentrant=False)
+                        for row in zip(logits, responses)])  # (n, L)
+
+
+@torch.no_grad()
+def token_entropy(logits, temperature):
+    """Entropies (n, L) of the next-token distributions of (n, L, V) logits."""
+    return torch.stack([torch.special.entr((row.float() / temperature).softmax(-1)).sum(-1)
+                        for row in logits])  # (n, L)
 
 
 def prompt_cache(output):
@@ -315,7 +321,7 @@ def group_logps(model, inputs, responses, lengths, chunk_size, temperature=1.0):
     logps = torch.zeros(responses.shape, device=responses.device)  # (G, L)
     for rows, chunk in chunks_of(responses, lengths, chunk_size):
         logits = response_logits(model, cache, inputs, *positions, chunk)  # (n, L, V)
-        logps[rows, :chunk.shape[1]] = token_logps(logits, chunk, temperature)[0]
+        logps[rows, :chunk.shape[1]] = token_logps(logits, chunk, temperature)
     return logps
 
 
@@ -355,11 +361,13 @@ def backward_group(engine, inputs, responses, lengths, chunk_loss, chunk_size, t
     engine.set_gradient_accumulation_boundary(False)
     for rows, chunk in chunks_of(responses, lengths, chunk_size):  # (c)
         logits = response_logits(engine, cache, inputs, *positions, chunk)  # (n, L, V)
-        engine.backward(chunk_loss(rows, *token_logps(logits, chunk, temperature)))
+        engine.backward(chunk_loss(rows, token_logps(logits, chunk, temperature),
+                                   token_entropy(logits, temperature)))
     engine.set_gradient_accumulation_boundary(last)
     # (d); the zero term lets every parameter take part in the last backward, as DeepSpeed expects
     engine.backward(sum((kv * leaf.grad).sum() for kv, leaf in zip(attached, leaves))
                     + 0.0 * output.logits.sum())
+
 
 # ------------------------------------------------------------------- one step, on one rank
 
@@ -425,7 +433,7 @@ def start_reference(run):
 def blank_group(processor, G, end_id, device):
     """G empty responses to a black picture, of weight zero: a rank that has nothing usable in a
     step makes the same calls with them, chunk by chunk, as the other ranks."""
-    return {"ordered": encode_blank(processor), "A": torch.zeros(G),
+    return {"ordered": to_device(encode_blank(processor), device), "A": torch.zeros(G),
             "responses": torch.full((G, 1), end_id, device=device),
             "mask": torch.ones(G, 1, device=device), "lengths": torch.ones(G, dtype=torch.int64)}
 
@@ -488,14 +496,14 @@ def update(run, step, reference, groups, blank, metrics):
     if total == 0:
         return True
     groups = groups + [blank] * (args.prompts_per_rank - len(groups))
-    for group in [blank, *groups]:
-        group |= {"inputs": to_device(group["ordered"], run.device),
+    for group in groups:
+        group |= {"ordered": to_device(group["ordered"], run.device),
                   "A": group["A"].to(run.device), "old": torch.zeros_like(group["mask"])}
-        rollouts = [group[key] for key in ("inputs", "responses", "lengths")]
-        group["ref"] = group_logps(reference, *rollouts, args.chunk_size, args.temperature) \
+        group["ref"] = group_logps(reference, group["ordered"], group["responses"],
+                                   group["lengths"], args.chunk_size, args.temperature) \
             if args.beta else None  # (G, L)
     for u in range(args.updates_per_rollout):
-        begin_backward(engine, blank["inputs"])
+        begin_backward(engine, blank["ordered"])
         for i, group in enumerate(groups):
             def chunk_loss(rows, logps, entropy):
                 if u == 0:  # the policy that sampled is this one
@@ -507,7 +515,7 @@ def update(run, step, reference, groups, blank, metrics):
                 note(metrics, "optim/loss", [loss.item()], count=len(rows) / args.G)
                 return loss * run.world / total  # DeepSpeed averages over ranks
 
-            backward_group(engine, group["inputs"], group["responses"], group["lengths"],
+            backward_group(engine, group["ordered"], group["responses"], group["lengths"],
                            chunk_loss, args.chunk_size, args.temperature, last=i == len(groups) - 1)
         if not optimizer_step(run, step, metrics.get("optim/loss", (0.0, 0))[0]):
             return False
@@ -581,8 +589,7 @@ def main(args):
     # ------------------------------------------------------------- records, models, engine
     records = load_records(args.data, args.media_root)
     processor = load_processor(args)
-    run = open_run(args, records, parse_args, free={"rollout_steps", "chunk_size"},
-                   shown=("reward/total", "reward/accuracy", "policy/kl"))
+    run = open_run(args, records, parse_args)
     model = load_model(args, run.config)
     model.model.visual.requires_grad_(not args.freeze_vision)
     start_engine(run, model)

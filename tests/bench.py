@@ -156,8 +156,7 @@ def whole(responses):
 def autograd_logps(logits, responses, temperature):
     """tgrpo.token_logps all at once: autograd keeps what the backward pass needs."""
     log_probs = (logits.float() / temperature).log_softmax(-1)  # (n, L, V)
-    logps = log_probs.gather(-1, responses[..., None])[..., 0]  # (n, L)
-    return logps, -(log_probs.exp() * log_probs).sum(-1).detach()
+    return log_probs.gather(-1, responses[..., None])[..., 0]  # (n, L)
 
 
 def separate_rollouts(model, prompts, args, generator):

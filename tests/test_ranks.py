@@ -22,7 +22,7 @@ def test_prefix_shared_gradients_with_a_video_and_an_image_on_two_ranks(
         toy, model, processor, gradients, setting):
     """ZeRO's averaged gradients equal the naive single-process ones, parameter by parameter."""
     for inputs, responses, mask, A in cases(toy, processor):
-        logps, _ = tgrpo.token_logps(naive_logits(model, inputs, responses), responses, 1.0)
+        logps = tgrpo.token_logps(naive_logits(model, inputs, responses), responses, 1.0)
         loss = tgrpo.tgrpo_loss(logps, logps.detach(), None, A, mask, 0.0, 0.2)
         (loss * setting[2] / 2).backward()  # a rank's sum over groups, averaged over two ranks
     scale = max(p.grad.abs().max() for p in model.parameters())

@@ -345,7 +345,7 @@ def test_prefix_shared_gradients_equal_naive_ones(model, group, chunk_size):
                          last=True)
     shared = {name: p.grad.clone() for name, p in model.named_parameters()}
     model.zero_grad()
-    logps = tgrpo.token_logps(naive_logits(model, inputs, responses), responses, 1.0)[0]
+    logps = tgrpo.token_logps(naive_logits(model, inputs, responses), responses, 1.0)
     loss(torch.arange(5), logps).backward()
     scale = max(p.grad.abs().max() for p in model.parameters())
     assert scale > 0
@@ -355,17 +355,18 @@ def test_prefix_shared_gradients_equal_naive_ones(model, group, chunk_size):
 
 def test_temperature_divides_the_logits():
     logits, ids = torch.tensor([[[2.0, 0.0]]]), torch.tensor([[0]])
-    assert tgrpo.token_logps(logits, ids, 0.5)[0].item() == pytest.approx(
-        math.log(math.exp(4) / (math.exp(4) + 1)), abs=1e-5)
-    assert tgrpo.token_logps(torch.zeros(1, 1, 4), ids, 1.0)[1].item() == pytest.approx(
-        math.log(4), abs=1e-6)
+    p = math.exp(4) / (math.exp(4) + 1)
+    assert tgrpo.token_logps(logits, ids, 0.5).item() == pytest.approx(math.log(p), abs=1e-5)
+    entropy = -p * math.log(p) - (1 - p) * math.log(1 - p)
+    assert tgrpo.token_entropy(logits, 0.5).item() == pytest.approx(entropy, abs=1e-5)
+    assert tgrpo.token_entropy(torch.zeros(1, 1, 4), 1.0).item() == pytest.approx(math.log(4))
 
 
 def test_log_probs_recomputed_row_by_row_equal_autograd_s_in_value_and_gradient():
     generator = seeded_generator(0)
     logits = (3 * torch.randn(2, 5, 7, generator=generator)).requires_grad_()
     ids, weights = torch.randint(0, 7, (2, 5), generator=generator), torch.randn(2, 5)
-    logps, entropy = tgrpo.token_logps(logits, ids, 0.7)
+    logps, entropy = tgrpo.token_logps(logits, ids, 0.7), tgrpo.token_entropy(logits, 0.7)
     ours, = torch.autograd.grad((logps * weights).sum(), logits)
     expected = (logits / 0.7).log_softmax(-1)
     theirs, = torch.autograd.grad((expected.gather(-1, ids[..., None])[..., 0] * weights).sum(),
