@@ -6,7 +6,6 @@ One copy of each, because an experiment is spoilt silently when two copies drift
 Second half, the commands:
 
     python build_data.py toy --out toy      clips, images, records, a tiny Qwen2.5-VL, args files
-    python build_data.py recipe --out data/recipe.json      Figure 2 of the paper, a list to edit
     python build_data.py mix --recipe data/recipe.json --out data/train.json   records from releases
     python build_data.py check --data data/train.json       decodes every medium, keeps the usable
     python build_data.py stats --data data/train.json       the table of Figure 2
@@ -36,6 +35,7 @@ from contextlib import contextmanager, suppress
 from datetime import timedelta
 from functools import lru_cache, partial
 from importlib.metadata import version
+from itertools import chain
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -1041,65 +1041,9 @@ def build_toy(args):
     print(f"{out}/model: {parameters:,} parameters, {len(tokenizer)} tokens")
 
 
-# ------------------------------------------------------------- the recipe: Figure 2 as data
+# --------------------------------------------------------------------- the recipe of a mixture
 
-# Figure 2 of the paper: of each category the sources, their problem types and questions.
-FIGURE_2 = {
-    "General (video)": "LLaVA-Video-178K mc 73000, LLaVA-Video-178K free 10000, NeXT-QA mc 7500, "
-                       "PerceptionTest mc 6000, CLEVRER mc 8000, STAR mc 11500",
-    "General (image)": "A-OKVQA mc 4000, IconQA mc 2000, ShareGPT4V free 2000, Visual7W mc 1000, "
-                       "ShareGPT4o free 6000",
-    "Chart": "FigureQA mc 4000, DVQA num 2000, PlotQA num 2000, ChartQA num 1000, MapQA mc 1000, "
-             "TabMWP mc 2000, TabMWP num 2000, Chart2Text free 2000, RoBUT SQA free 2000, "
-             "VisualWebInstruct free 6000",
-    "OCR": "TextVQA ocr 2000, HME100k ocr 4000, ChromeWriting ocr 2000, IAM ocr 2000, "
-           "Rendered Text ocr 4000, TextCaps ocr 2000, TextOCR ocr 2000",
-    "Math": "CLEVR-Math num 1000, GEOS mc 200, Geometry3K mc 2000, GeoQA+ mc 2000, UniGeo mc 2000, "
-            "Multimath-300K mc+num 27000, Super-CLEVR num 1300",
-    "Knowledge": "TQA mc 3000, AI2D mc 4000, ScienceQA mc 4000, PMC-VQA mc 6000, VQA-RAD mc 500, "
-                 "GVLQA mc 4000, ArxivQA mc 10000, EXAMS-V mc 2000, AI2D-gpt4v free 4000",
-    "Spatial": "OpenSpaces reg+mc+free 10000, SpaceLLaVA reg+mc+free 10000"}
-SHORT_TYPES = dict(zip(("mc", "num", "ocr", "free", "reg"), PROBLEM_TYPES))
-# The format of a source's release and, within its folder (videos: <source>/, images:
-# <category>/<source>/), the annotation files and the media; {folder}: where the annotation file is.
-LLAVA_RELEASE = ("llava", "*.json", ".")  # the form that most image sources are also released in
-RELEASES = {
-    "LLaVA-Video-178K mc": ("llava", "*/*_mc_v0_1_qa_processed.json", "{folder}"),
-    "LLaVA-Video-178K free": ("llava", "*/*_oe_v0_1_qa_processed.json", "{folder}"),
-    "NeXT-QA mc": ("nextqa", "train.csv", "NExTVideo"),
-    "PerceptionTest mc": ("perception_test", "mc_question_train.json", "videos"),
-    "CLEVRER mc": ("clevrer", "train.json", "video_train"),
-    "STAR mc": ("star", "STAR_train.json", "Charades_v1_480"),
-    "A-OKVQA mc": ("a_okvqa", "aokvqa_v1p0_train.json", "train2017"),
-    "ChartQA num": ("chartqa", "train/train_*.json", "train/png"),
-    "TabMWP mc": ("tabmwp", "problems_train.json", "tables"),
-    "TabMWP num": ("tabmwp", "problems_train.json", "tables"),
-    "Geometry3K mc": ("geometry3k", "train/*/data.json", "train/{folder}"),
-    "ScienceQA mc": ("scienceqa", "problems.json", "images/train"),
-    "ArxivQA mc": ("arxivqa", "arxivqa.jsonl", ".")}
-
-
-def default_recipe() -> list[dict]:
-    """Figure 2 as a recipe: a list of entries, each what is wanted of a source and where it is."""
-    recipe = []
-    for category, line in FIGURE_2.items():
-        for source, kinds, count in (item.rsplit(" ", 2) for item in line.split(", ")):
-            form, annotation, media = RELEASES.get(f"{source} {kinds}", LLAVA_RELEASE)
-            folder = source if category == "General (video)" else f"{category.split()[0]}/{source}"
-            recipe.append({
-                "source": source, "category": category, "count": int(count), "format": form,
-                "problem_type": [SHORT_TYPES[kind] for kind in kinds.split("+")],
-                "annotation": f"{folder}/{annotation}",
-                "media": os.path.normpath(f"{folder}/{media}")})
-    return recipe
-
-
-def write_recipe(args):
-    """Figure 2 as a file to edit."""
-    recipe = default_recipe()
-    make_folder_of(args.out)
-    write_whole({args.out: json_list(map(json.dumps, recipe))})
-    print(f"{args.out}: {len(recipe)} entries, {sum(e['count'] for e in recipe):,} questions")
+FIGURE_2 = Path(__file__).parent / "assets" / "recipe.json"  # what the paper took of each source
 
 
 def read_recipe(path) -> list[dict]:
@@ -1352,13 +1296,9 @@ CONVERTERS = {"video_r1": from_video_r1, "llava": from_llava, "nextqa": from_nex
               "chartqa": from_chartqa}
 
 
-CHUNK = 1 << 20  # characters of a JSON list that are read at once
-NEXT_ITEM = re.compile(r"[\s,]*")
-
-
 def release_rows(path):
     """The rows of a .csv, a .jsonl, or a .json: a list, an object of rows by key (each row gets
-    it as "key"), or one row alone. A list is read in pieces: some releases are larger than memory.
+    it as "key"), or one row alone.
     """
     try:
         with open(path, encoding="utf-8-sig", newline="") as file:
@@ -1366,39 +1306,20 @@ def release_rows(path):
                 yield from csv.DictReader(file)
             elif path.suffix == ".jsonl":
                 yield from (json.loads(line) for line in file if line.strip())
-            elif (text := file.read(CHUNK)).lstrip().startswith("["):
-                yield from list_items(file, text)
             else:
-                rows = json.loads(text + file.read())
-                if not isinstance(rows, dict):
+                rows = json.load(file)
+                if not isinstance(rows, (list, dict)):
                     raise ValueError(f"it holds a {type(rows).__name__}, no rows")
-                keyed = all(isinstance(row, dict) for row in rows.values())
-                yield from ({**row, "key": key} for key, row in rows.items()) if keyed else [rows]
+                if isinstance(rows, dict):
+                    keyed = all(isinstance(row, dict) for row in rows.values())
+                    rows = [{**row, "key": key} for key, row in rows.items()] if keyed else [rows]
+                yield from rows
     except (OSError, ValueError, csv.Error) as error:
         raise InputError(f"cannot read the annotations {path}: {error}") from None
 
 
-def list_items(file, text):
-    """The items of a JSON list of objects, one at a time; `text` is what has been read of it."""
-    decode, at = json.JSONDecoder().raw_decode, text.index("[") + 1
-    while True:
-        at = NEXT_ITEM.match(text, at).end()
-        if text[at:at + 1] == "]":
-            return
-        try:
-            item, at = decode(text, at)
-        except json.JSONDecodeError:  # the piece ends within the item
-            more = file.read(max(CHUNK, len(text) - at))
-            if not more:
-                raise
-            text, at = text[at:] + more, 0
-            continue
-        yield item
-
-
 # ----------------------------------------------- mix: from sources to a file of records
 
-SLACK = 1000  # records more than twice the wanted, before the worst are let go
 # What a converter raises on a row that is not as its format has it
 MALFORMED = (KeyError, TypeError, IndexError, AttributeError, OverflowError, ValueError)
 MOST_OPTIONS = 26  # letters
@@ -1581,57 +1502,31 @@ def spread(records, count, per_medium, rng, taken=()):
     """`count` of the records, drawn at random: first one of each medium, then a second one of
     each, and so on to per_medium, of which `taken` ({path: count}) are used; fewer where there
     are no more. Returns a list.
-
-    Memory holds twice the count: a record that is not among the best so far never will be, since
-    what comes later only improves the places before it.
     """
-    def best(held):
-        ranked, of_medium = [], Counter(taken)
-        for draw, number, record in sorted(held, key=lambda item: item[:2]):
-            turn = of_medium[record["path"]]
+    rounds, of_medium = [[] for _ in range(per_medium)], Counter(taken)
+    for record in sorted(records, key=lambda record: rng.random()):
+        if of_medium[record["path"]] < per_medium:
+            rounds[of_medium[record["path"]]].append(record)
             of_medium[record["path"]] += 1
-            if turn < per_medium:
-                ranked.append((turn, draw, number, record))
-        ranked.sort(key=lambda item: item[:3])
-        return [item[1:] for item in ranked[:count]]
-
-    held = []
-    for number, record in enumerate(records):
-        held.append((rng.random(), number, record))
-        if len(held) > 2 * count + SLACK:
-            held = best(held)
-    return [record for *_, record in best(held)]
+    return list(chain.from_iterable(rounds))[:count]
 
 
-def balance_letters(record, used, rng):
-    """Shuffles a record's options so that its answer gets the letter that `used`, a Counter of
-    (options, letter), has least of; not where an option refers to others or to a letter.
-
-    >>> record = {"problem": "?", "options": ["A. cat", "B. dog"], "solution": "<answer>A</answer>"}
-    >>> balance_letters(record, Counter({(2, "A"): 1}), np.random.default_rng(0))
-    >>> record["options"], record["solution"]
-    (['A. dog', 'B. cat'], '<answer>B</answer>')
+def shuffle_options(record, rng):
+    """Shuffles a record's options, whose letters stay A, B, C, ...; not where an option refers to
+    others, or the question or a thought may name a letter.
     """
     texts = [option.partition(" ")[2] for option in record["options"]]
-    if not texts:
+    if "process" in record or any(map(POSITIONED.search, [record["problem"], *texts])):
         return
-    size, answer = len(texts), record["solution"][len("<answer>")]
-    # a thought may name the letter too
-    fixed = "process" in record or any(map(POSITIONED.search, [record["problem"], *texts]))
-    if not fixed:
-        right = texts.pop(ord(answer) - ord("A"))
-        counts = [used[size, letter(i)] for i in range(size)]
-        place = int(rng.choice([i for i in range(size) if counts[i] == min(counts)]))
-        texts = [texts[i] for i in rng.permutation(len(texts))]
-        texts.insert(place, right)
-        answer = letter(place)
-        record["options"] = lettered(texts)
-        record["solution"] = f"<answer>{answer}</answer>"
-    used[size, answer] += 1
+    order = rng.permutation(len(texts)).tolist()
+    record["options"] = lettered(texts[i] for i in order)
+    if texts:
+        answer = ord(record["solution"][len("<answer>")]) - ord("A")
+        record["solution"] = f"<answer>{letter(order.index(answer))}</answer>"
 
 
 def mix(args):
-    """Builds a mixture by a recipe: converts, cleans, samples and balances; writes it whole."""
+    """Builds a mixture by a recipe: converts, cleans, samples and shuffles; writes it whole."""
     recipe, root = read_recipe(args.recipe), Path(args.media_root or Path(args.recipe).parent)
     if not 0 <= args.val_share < 1:
         raise InputError(f"--val_share {args.val_share} must be at least 0 and below 1")
@@ -1643,7 +1538,7 @@ def mix(args):
                          "--skip_missing")
     is_excluded = benchmark_media(args.exclude, args.exclude_root, root)
     lines, report = {"train": [], "val": []}, []
-    chosen, taken, used = set(), Counter(), Counter()  # question keys; of each medium; letters
+    chosen, taken = set(), Counter()  # question keys; questions of each medium
     for i, entry in enumerate(tqdm(recipe, desc="mix")):
         rng, counts = np.random.default_rng([args.seed, i]), Counter()
         offered = candidates_of(entry, root, is_excluded, set(chosen), counts)
@@ -1651,7 +1546,7 @@ def mix(args):
         for record in records:
             chosen.add(question_key(record))
             taken[record["path"]] += 1
-            balance_letters(record, used, rng)
+            shuffle_options(record, rng)
             number = len(lines["train"]) + len(lines["val"])
             split = "val" if in_validation(record["path"], args) else "train"
             lines[split].append(json.dumps({"problem_id": number} | record))
@@ -1762,7 +1657,7 @@ def figure_rows(records):
     sources that it does not have (count 0). A source is known by a folder of its name, in
     data_source or in path."""
     rows = {(e["category"], e["source"], ", ".join(e["problem_type"])): [0, e["count"]]
-            for e in default_recipe()}
+            for e in read_recipe(FIGURE_2)}
     by_source = defaultdict(list)
     for key in rows:
         by_source[plain(key[1])].append(key)
@@ -1820,9 +1715,6 @@ def parse_args(argv=None):
     toy.add_argument("--test", type=int, default=400, help="held-out questions")
     toy.add_argument("--seed", type=int, default=0, help="seed of every random draw")
     toy.set_defaults(run=build_toy)
-    recipe = commands.add_parser("recipe", help="Figure 2 of the paper as a recipe to edit")
-    recipe.add_argument("--out", default="recipe.json", help="file to write")
-    recipe.set_defaults(run=write_recipe)
     add_mix_flags(commands.add_parser("mix", help="records from the releases that a recipe names"))
     add_check_flags(commands.add_parser("check", help="decode every medium; keep what can be used"))
     stat = commands.add_parser("stats", help="the table of Figure 2 for a file of records")
