@@ -1,12 +1,12 @@
-"""Data: what a record is and how a model sees it; and the command that builds the files.
+"""Data: what a record is and how a model sees it; above that, the commands that build the files.
 
-First half, imported by every stage: the Video-R1 record, the prompt, the frames, the model's
-inputs; how annotation and evaluation ask a model, here or behind a server, and keep its answers.
-One copy of each, because an experiment is spoilt silently when two copies drift.
-Second half, the commands:
+The ground floor is imported by every stage: the Video-R1 record, the prompt, the frames, a model's
+inputs; the flags and the start that the stages share; files that outlive a kill. One copy of each,
+because an experiment is spoilt silently when two copies drift. The commands:
 
     python build_data.py toy --out toy      clips, images, records, a tiny Qwen2.5-VL, args files
-    python build_data.py mix --recipe data/recipe.json --out data/train.json   records from releases
+    python build_data.py mix --recipe assets/recipe.json --out data/train.json
+                                            records from public releases, by default as in Figure 2
     python build_data.py check --data data/train.json       decodes every medium, keeps the usable
     python build_data.py stats --data data/train.json       the table of Figure 2
 
@@ -54,36 +54,11 @@ GIF_FPS = 10.0  # of an animation that does not say how long it shows its frames
 UNUSABLE = re.compile(r"[\ud800-\udfff\0]")
 PATCH = 28  # pixels: one visual token covers 28 x 28 (two merged 14 x 14 patches a side)
 
-# The paper's Figure 11 in the wording of its release, letter for letter: a model trained
-# with it elsewhere must be evaluated with it. (No full stop after "thought expressions".)
-TEMPLATE = (
-    "{question}\n"
-    "Please think about this question as if you were a human pondering deeply. "
-    "Engage in an internal dialogue using expressions such as 'let me think', 'wait', 'Hmm', "
-    "'oh, I see', 'let's break it down', etc, or other natural language thought expressions "
-    "It's encouraged to include self-reflection or verification in the reasoning process. "
-    "Provide your detailed reasoning between the <think> </think> tags, "
-    "and then give your final answer between the <answer> </answer> tags."
-)
-NUMBER_SUFFIX = (" Please provide the numerical value (e.g., 42 or 3.14) "
-                 "within the <answer> </answer> tags.")
-ANSWER_SUFFIX = {
-    "multiple choice": " Please provide only the single option letter (e.g., A, B, C, D, etc.) "
-                       "within the <answer> </answer> tags.",
-    "numerical": NUMBER_SUFFIX,
-    "regression": NUMBER_SUFFIX,
-    "OCR": " Please transcribe text from the image/video clearly and provide your text answer "
-           "within the <answer> </answer> tags.",
-    "free-form": " Please provide your text answer within the <answer> </answer> tags.",
-}
-
 # What the readers of images and videos raise on a file that they cannot use.
 MEDIA_FAULTS = (OSError, ValueError, AssertionError, RuntimeError, SyntaxError, EOFError,
                 Image.DecompressionBombError)
 # Bytes that decoding one medium may take; 64 frames of 3840 x 2160 pixels, as floats, fit.
 DECODE_MEMORY = 16 * 2**30
-
-
 FULL_DISK = (errno.ENOSPC, errno.EDQUOT)
 
 
@@ -96,13 +71,7 @@ class MediaError(ValueError):
     """One medium cannot be used: "path: reason". In training it costs that one sample."""
 
 
-class Vision(NamedTuple):
-    """A decoded medium: a video's frames with their timing, or an image."""
-    frames: torch.Tensor | None   # (T, C, H, W) uint8, H and W multiples of 28; None for an image
-    metadata: dict[str, Any]      # fps, frames_indices, total_num_frames; {} for an image
-    image: Image.Image | None     # RGB, sides multiples of 28; None for a video
-
-
+# ============================================ the ground floor: imported by every stage
 # ------------------------------------------------------------------------------ records
 
 def load_records(path, media_root=None) -> list[dict]:
@@ -191,6 +160,33 @@ def lettered(options) -> list[str]:
     return [f"{letter(i)}. {option}" for i, option in enumerate(options)]
 
 
+# -------------------------------------------------------------------------------- prompt
+
+# The paper's Figure 11 in the wording of its release, letter for letter: a model trained
+# with it elsewhere must be evaluated with it. (No full stop after "thought expressions".)
+TEMPLATE = (
+    "{question}\n"
+    "Please think about this question as if you were a human pondering deeply. "
+    "Engage in an internal dialogue using expressions such as 'let me think', 'wait', 'Hmm', "
+    "'oh, I see', 'let's break it down', etc, or other natural language thought expressions "
+    "It's encouraged to include self-reflection or verification in the reasoning process. "
+    "Provide your detailed reasoning between the <think> </think> tags, "
+    "and then give your final answer between the <answer> </answer> tags."
+)
+NUMBER_SUFFIX = (" Please provide the numerical value (e.g., 42 or 3.14) "
+                 "within the <answer> </answer> tags.")
+ANSWER_SUFFIX = {
+    "multiple choice": " Please provide only the single option letter (e.g., A, B, C, D, etc.) "
+                       "within the <answer> </answer> tags.",
+    "numerical": NUMBER_SUFFIX,
+    "regression": NUMBER_SUFFIX,
+    "OCR": " Please transcribe text from the image/video clearly and provide your text answer "
+           "within the <answer> </answer> tags.",
+    "free-form": " Please provide your text answer within the <answer> </answer> tags.",
+}
+
+
+
 def build_messages(record) -> list[dict]:
     """The conversation up to the answer: one user turn of medium and prompt (Figure 11)."""
     question = record["problem"]
@@ -201,7 +197,14 @@ def build_messages(record) -> list[dict]:
     return [{"role": "user", "content": [medium, {"type": "text", "text": prompt}]}]
 
 
-# ------------------------------------------------------------------------- media and inputs
+# --------------------------------------------------------------------------------- media
+
+class Vision(NamedTuple):
+    """A decoded medium: a video's frames with their timing, or an image."""
+    frames: torch.Tensor | None   # (T, C, H, W) uint8, H and W multiples of 28; None for an image
+    metadata: dict[str, Any]      # fps, frames_indices, total_num_frames; {} for an image
+    image: Image.Image | None     # RGB, sides multiples of 28; None for a video
+
 
 def load_vision(record, *, max_frames, min_frames, fps, min_pixels, max_pixels) -> Vision:
     """Decodes a record's medium, once; shuffling works on what this returns.
@@ -369,6 +372,18 @@ def read_pictures(element):
     return torch.from_numpy(pixels).permute(0, 3, 1, 2), metadata, drawn / count * fps
 
 
+def shuffle_frames(frames, generator):
+    """The (T, C, H, W) frames in a random order that is never the given one when T > 1."""
+    if len(frames) < 2:
+        return frames
+    order = torch.arange(len(frames))
+    while torch.equal(order, torch.arange(len(frames))):
+        order = torch.randperm(len(frames), generator=generator)
+    return frames[order]
+
+
+# -------------------------------------------------------------------------------- inputs
+
 def encode(processor, record, vision: Vision, device=None) -> dict[str, torch.Tensor]:
     """The model's inputs for one record, prompt up to the assistant's first token.
 
@@ -442,35 +457,33 @@ def pad_batch(samples, pad_values, side) -> dict[str, torch.Tensor]:
     return batch
 
 
-def shuffle_frames(frames, generator):
-    """The (T, C, H, W) frames in a random order that is never the given one when T > 1."""
-    if len(frames) < 2:
-        return frames
-    order = torch.arange(len(frames))
-    while torch.equal(order, torch.arange(len(frames))):
-        order = torch.randperm(len(frames), generator=generator)
-    return frames[order]
-
-
 def seeded_generator(*key, device="cpu") -> torch.Generator:
     """A random generator that depends on every number of `key`, as in (seed, step, rank)."""
     state = np.random.SeedSequence(key).generate_state(1, np.uint64)[0]
     return torch.Generator(device).manual_seed(int(state) % 2**63)
 
 
-def provenance() -> dict:
-    """What a result owes to its software: package versions and this repository's commit."""
-    packages = ("torch", "transformers", "deepspeed", "qwen-vl-utils", "decord")
-    try:
-        commit = subprocess.run(["git", "rev-parse", "HEAD"], cwd=Path(__file__).parent,
-                                capture_output=True, text=True).stdout.strip()
-    except FileNotFoundError:  # no git on this machine
-        commit = ""
-    return {"versions": {package: version(package) for package in packages},
-            "git_commit": commit or None}
+# Tokens that stand for pixels: a policy that emits one would break its own next forward.
+FORBIDDEN_TOKENS = ("<|vision_start|>", "<|vision_end|>", "<|vision_pad|>", "<|image_pad|>",
+                    "<|video_pad|>")
 
 
-# ----------------------------------------------- flags and start-up, the same in each stage
+def stop_tokens(model, tokenizer):
+    """Every end token of the model; the tokenizer's own first."""
+    ends = model.generation_config.eos_token_id
+    ends = ends if isinstance(ends, list) else [ends]
+    return list(dict.fromkeys([tokenizer.eos_token_id, *(end for end in ends if end is not None)]))
+
+
+def forbidden_tokens(model, tokenizer):
+    """Ids that must not be sampled: visual placeholders, other special tokens (a decoded text does
+    not show them, its length does) but for the ends, and ids that no token has."""
+    ids = {*tokenizer.convert_tokens_to_ids(list(FORBIDDEN_TOKENS)), *tokenizer.all_special_ids}
+    beyond = range(len(tokenizer), model.config.get_text_config().vocab_size)
+    return sorted((ids | set(beyond)) - {None, *stop_tokens(model, tokenizer)})
+
+
+# -------------------------------------------------------------------- flags and start-up
 
 class FlagParser(argparse.ArgumentParser):
     """Shows defaults, says an error in one line, and reads flags from @files too: one
@@ -636,27 +649,19 @@ def run_script(main, parse_args):
     os._exit(1)
 
 
-# Tokens that stand for pixels: a policy that emits one would break its own next forward.
-FORBIDDEN_TOKENS = ("<|vision_start|>", "<|vision_end|>", "<|vision_pad|>", "<|image_pad|>",
-                    "<|video_pad|>")
+def provenance() -> dict:
+    """What a result owes to its software: package versions and this repository's commit."""
+    packages = ("torch", "transformers", "deepspeed", "qwen-vl-utils", "decord")
+    try:
+        commit = subprocess.run(["git", "rev-parse", "HEAD"], cwd=Path(__file__).parent,
+                                capture_output=True, text=True).stdout.strip()
+    except FileNotFoundError:  # no git on this machine
+        commit = ""
+    return {"versions": {package: version(package) for package in packages},
+            "git_commit": commit or None}
 
 
-def stop_tokens(model, tokenizer):
-    """Every end token of the model; the tokenizer's own first."""
-    ends = model.generation_config.eos_token_id
-    ends = ends if isinstance(ends, list) else [ends]
-    return list(dict.fromkeys([tokenizer.eos_token_id, *(end for end in ends if end is not None)]))
-
-
-def forbidden_tokens(model, tokenizer):
-    """Ids that must not be sampled: visual placeholders, other special tokens (a decoded text does
-    not show them, its length does) but for the ends, and ids that no token has."""
-    ids = {*tokenizer.convert_tokens_to_ids(list(FORBIDDEN_TOKENS)), *tokenizer.all_special_ids}
-    beyond = range(len(tokenizer), model.config.get_text_config().vocab_size)
-    return sorted((ids | set(beyond)) - {None, *stop_tokens(model, tokenizer)})
-
-
-# ------------------------------------------------------- answers as rows that outlive a kill
+# ---------------------------------------------------------------------------------- files
 
 def skip_row(record, error):
     """The line of a record whose medium, or whose answer, could not be had."""
@@ -749,7 +754,14 @@ def json_list(lines):
     return "[\n", ",\n".join(lines), "\n]\n"
 
 
-# ------------------------------------------------------------------------------ the toy
+def markdown(rows) -> str:
+    """Rows of cells, the first the heading, as a Markdown table."""
+    heading, *others = (f"| {' | '.join(map(str, row))} |\n" for row in rows)
+    return heading + "|---" * len(rows[0]) + "|\n" + "".join(others)
+
+
+# =================================================== the commands: toy, mix, check, stats
+# ----------------------------------------------------------------------------------- toy
 
 TOY_SIDE, TOY_FRAMES, TOY_FPS = 28, 8, 2  # pixels, frames a clip, frames a second
 TOY_COLOURS = {"red": (230, 40, 40), "green": (40, 210, 60), "blue": (60, 80, 240),
@@ -1581,12 +1593,6 @@ def mix_report(report) -> str:
     rows.append(("all", "", sum(entry["count"] for entry, *_ in report),
                  sum(got for _, got, _ in report), "", "", ""))
     return markdown(rows)
-
-
-def markdown(rows) -> str:
-    """Rows of cells, the first the heading, as a Markdown table."""
-    heading, *others = (f"| {' | '.join(map(str, row))} |\n" for row in rows)
-    return heading + "|---" * len(rows[0]) + "|\n" + "".join(others)
 
 
 # ------------------------------------------------- check: can every medium be decoded?
