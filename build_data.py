@@ -214,47 +214,46 @@ def load_vision(record, *, max_frames, min_frames, fps, min_pixels, max_pixels) 
     min_pixels and max_pixels, sides multiples of 28. Raises MediaError "path: reason".
     """
     path, root = record["media_path"], os.path.realpath(record["media_root"])
-    if not os.path.realpath(path).startswith(os.path.join(root, "")):
-        raise MediaError(f"{path}: a link that leaves media_root")
     try:
+        if not os.path.realpath(path).startswith(os.path.join(root, "")):
+            raise ValueError("a link that leaves media_root")
         if not os.path.isdir(path) and os.path.getsize(path) == 0:
-            raise MediaError(f"{path}: the file is empty (0 bytes)")
+            raise ValueError("the file is empty (0 bytes)")
         if record["data_type"] == "image":
             return Vision(None, {}, read_image(path, min_pixels, max_pixels))
-        sampling = {"fps": fps, "min_frames": min_frames, "max_frames": max_frames,
-                    "min_pixels": min_pixels, "max_pixels": max_pixels}
-        return read_video(path, **sampling, **part_of(record))
-    except MediaError:
-        raise
+        return read_video(path, fps=fps, min_frames=min_frames, max_frames=max_frames,
+                          min_pixels=min_pixels, max_pixels=max_pixels, **part_of(record))
     except MEDIA_FAULTS as error:
         reason = str(error).strip().splitlines()
         raise MediaError(f"{path}: {reason[0] if reason else type(error).__name__}") from error
 
 
+DECODERS = {}  # the decoder of this process, (id, pipe), under this process's id
+
+
 def load_vision_isolated(record, timeout, **limits) -> Vision:
     """load_vision in another process: a decoder that crashes, hangs for `timeout` seconds or
     asks for more than DECODE_MEMORY costs this one record, as a MediaError."""
-    path, decoder = record["media_path"], load_vision_isolated.decoder
-    if decoder is None or decoder.owner != os.getpid():  # a forked worker starts its own
-        decoder = load_vision_isolated.decoder = Decoder()
+    path, me = record["media_path"], os.getpid()
+    if me not in DECODERS:  # the first record, one after a fault, or a worker that was just forked
+        DECODERS.clear()  # of its parent's, which is not for two
+        DECODERS[me] = start_decoder()
+    decoder, pipe = DECODERS[me]
     try:
-        decoder.pipe.send((record, timeout, limits))
-        if not decoder.pipe.poll(timeout):
-            os.kill(decoder.pid, signal.SIGKILL)  # not waited for: it may hang in the kernel
-            load_vision_isolated.decoder = None  # the next record gets a new one
+        pipe.send((record, timeout, limits))
+        if not pipe.poll(timeout):
+            os.kill(decoder, signal.SIGKILL)  # not waited for: it may hang in the kernel
+            del DECODERS[me]
             raise MediaError(f"{path}: decoding took more than {timeout:g} seconds")
-        answer = decoder.pipe.recv()
+        answer = pipe.recv()
     except (EOFError, OSError):  # it died: before this record, at it, or while it was answering
-        load_vision_isolated.decoder = None
-        status = os.waitstatus_to_exitcode(os.waitpid(decoder.pid, 0)[1])
+        del DECODERS[me]
+        status = os.waitstatus_to_exitcode(os.waitpid(decoder, 0)[1])
         raise MediaError(f"{path}: its decoder died (exit status {status})") from None
     if isinstance(answer, str):
         raise MediaError(answer)
     frames, metadata, image = answer
     return Vision(None if frames is None else torch.from_numpy(frames), metadata, image)
-
-
-load_vision_isolated.decoder = None  # started by the first call in a process
 
 
 def load_vision_of(record, args) -> Vision:
@@ -266,47 +265,47 @@ def load_vision_of(record, args) -> Vision:
         max_pixels=args.image_max_pixels if image else args.max_pixels)
 
 
-class Decoder:
-    """A child process that runs load_vision on what comes through its pipe, until that closes.
+def start_decoder():
+    """(id, pipe) of a child process that runs load_vision on what comes through the pipe.
 
     Forked by hand: PyTorch's data workers are not allowed to start multiprocessing's processes.
     """
+    ours, its = multiprocessing.Pipe()
+    pid = os.fork()
+    if pid == 0:
+        ours.close()
+        try:
+            decode_records(its)
+        finally:  # whatever happens, nothing may return into the parent's code from here
+            traceback.print_exc()  # the parent will say no more than the exit status
+            os._exit(1)
+    its.close()
+    return pid, ours
 
-    def __init__(self):
-        self.owner = os.getpid()
-        self.pipe, pipe = multiprocessing.Pipe()
-        self.pid = os.fork()
-        if self.pid == 0:
-            self.pipe.close()
-            try:
-                self.serve(pipe)
-            finally:  # whatever happens, nothing may return into the parent's code from here
-                traceback.print_exc()  # the parent will say no more than the exit status
-                os._exit(1)
-        pipe.close()
 
-    def serve(self, pipe):
-        torch.set_num_threads(1)  # the parent's threads did not come along
-        signal.signal(signal.SIGTERM, signal.SIG_IGN)  # the parent decides when to stop
-        signal.signal(signal.SIGINT, signal.SIG_IGN)
-        mapped = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
-        resource.setrlimit(resource.RLIMIT_AS, (mapped + DECODE_MEMORY, resource.RLIM_INFINITY))
-        while True:
-            try:
-                record, timeout, limits = pipe.recv()
-            except (EOFError, OSError):  # the parent has ended
-                os._exit(0)
-            signal.alarm(math.ceil(timeout) + 1)  # if the parent is no longer there to stop it
-            try:
-                vision = load_vision(record, **limits)
-                frames = None if vision.frames is None else vision.frames.numpy()
-                answer = (frames, vision.metadata, vision.image)
-            except MediaError as error:
-                answer = str(error)
-            except MemoryError:
-                answer = f"{record['media_path']}: decoding takes more than {DECODE_MEMORY} bytes"
-            signal.alarm(0)
-            pipe.send(answer)
+def decode_records(pipe):
+    """The decoder's life: a record in, a Vision's parts or a MediaError's text out, until the
+    pipe closes."""
+    torch.set_num_threads(1)  # the parent's threads did not come along
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)  # the parent decides when to stop
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    mapped = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
+    resource.setrlimit(resource.RLIMIT_AS, (mapped + DECODE_MEMORY, resource.RLIM_INFINITY))
+    while True:
+        try:
+            record, timeout, limits = pipe.recv()
+        except (EOFError, OSError):  # the parent has ended
+            os._exit(0)
+        signal.alarm(math.ceil(timeout) + 1)  # if the parent is no longer there to stop it
+        try:
+            frames, metadata, image = load_vision(record, **limits)
+            answer = None if frames is None else frames.numpy(), metadata, image
+        except MediaError as error:
+            answer = str(error)
+        except MemoryError:
+            answer = f"{record['media_path']}: decoding takes more than {DECODE_MEMORY} bytes"
+        signal.alarm(0)
+        pipe.send(answer)
 
 
 def read_image(path, min_pixels, max_pixels) -> Image.Image:
@@ -485,13 +484,20 @@ def forbidden_tokens(model, tokenizer):
 
 # -------------------------------------------------------------------- flags and start-up
 
+class Help(argparse.ArgumentDefaultsHelpFormatter):
+    """Shows the defaults that are values: for None the help says what happens."""
+
+    def _get_help_string(self, action):
+        plain = action.default is None or action.default is False
+        return action.help if plain else super()._get_help_string(action)
+
+
 class FlagParser(argparse.ArgumentParser):
     """Shows defaults, says an error in one line, and reads flags from @files too: one
     `--flag=value` a line, blank lines and # comments allowed."""
 
     def __init__(self, **options):
-        super().__init__(fromfile_prefix_chars="@",
-                         formatter_class=argparse.ArgumentDefaultsHelpFormatter, **options)
+        super().__init__(fromfile_prefix_chars="@", formatter_class=Help, **options)
 
     def convert_arg_line_to_args(self, line):
         line = line.strip()
@@ -511,24 +517,24 @@ class FlagParser(argparse.ArgumentParser):
 
 def above(low, kind, most=math.inf):
     """A flag's type: numbers of a kind, above `low` and at most `most`; NaN is neither."""
+    limit = f" and at most {most}" if most < math.inf else ""
+    return number(kind, lambda value: low < value <= most, f"above {low}{limit}")
+
+
+def at_least(low, kind, below=math.inf):
+    """A flag's type: numbers of a kind from `low` on, below `below`."""
+    limit = f" and below {below}" if below < math.inf else ""
+    return number(kind, lambda value: low <= value < below, f"at least {low}{limit}")
+
+
+def number(kind, fits, words):
+    """A flag's type: numbers of a kind that fit; `words` say what does."""
     def read(text):
         value = kind(text)
-        if not low < value <= most:
-            limit = f" and at most {most}" if most < math.inf else ""
-            raise argparse.ArgumentTypeError(f"{text} must be above {low}{limit}")
+        if not fits(value):
+            raise argparse.ArgumentTypeError(f"{text} must be {words}")
         return value
     read.__name__ = kind.__name__  # argparse names it where the text is no number
-    return read
-
-
-def at_least(low, kind):
-    """A flag's type: numbers of a kind from `low` on."""
-    def read(text):
-        value = kind(text)
-        if not value >= low:
-            raise argparse.ArgumentTypeError(f"{text} must be at least {low}")
-        return value
-    read.__name__ = kind.__name__
     return read
 
 
@@ -630,23 +636,23 @@ def load_model(args, config):
 def run_script(main, parse_args):
     """Runs a script from its flags to its end. After a fault the end is immediate: the exit hooks
     would wait for data workers, and the launcher ends the other ranks when this one is gone."""
+    name = Path(sys.argv[0]).name
     try:
         return main(parse_args())
     except InputError as error:
-        print(f"{Path(sys.argv[0]).name}: {error}", file=sys.stderr)
-    except OSError as error:
-        if error.errno not in FULL_DISK:
-            traceback.print_exc()
-        else:
-            print(f"{Path(sys.argv[0]).name}: {error}: make room and repeat the command (training: "
-                  "with --resume)", file=sys.stderr)
+        print(f"{name}: {error}", file=sys.stderr)
     except KeyboardInterrupt:
-        print("interrupted", file=sys.stderr)
-    except Exception:
-        traceback.print_exc()
-    sys.stdout.flush()
-    sys.stderr.flush()
-    os._exit(1)
+        print(f"{name}: interrupted", file=sys.stderr)
+    except Exception as error:
+        if getattr(error, "errno", None) in FULL_DISK:
+            print(f"{name}: {error}: make room and repeat the command (training: with --resume)",
+                  file=sys.stderr)
+        else:
+            traceback.print_exc()
+    try:
+        sys.stdout.flush()
+    finally:  # also where nobody reads the output any more
+        os._exit(1)
 
 
 def provenance() -> dict:
@@ -718,18 +724,14 @@ def writing(path, advice=""):
     try:
         yield
     except OSError as error:
-        raise InputError(f"cannot write {path}: {error.strerror or error}. {advice}".strip()) \
-            from None
-
-
-def aside_of(path) -> str:
-    """Where a file is written until it is whole: each process of each machine has its own."""
-    return f"{path}.{os.uname().nodename}.{os.getpid()}.partial"
+        reason = f"cannot write {path}: {error.strerror or error}. {advice}"
+        raise InputError(reason.strip()) from None
 
 
 def write_whole(files):
     """Writes text files, {path: pieces}: all of them complete, or none and an InputError."""
-    aside = {path: aside_of(path) for path in files}
+    writer = f"{os.uname().nodename}.{os.getpid()}"  # several ranks may write the same file
+    aside = {path: f"{path}.{writer}.partial" for path in files}
     try:
         for path, pieces in files.items():
             with writing(path), open(aside[path], "w", encoding="utf-8") as file:
@@ -996,7 +998,7 @@ tgrpo.args
 --max_new_tokens=40 --chunk_size=8
 # responses are about 20 tokens long, so the window of the length reward is too
 --l_min=16 --l_max=24 --save_steps=50
-# every response is kept, for evaluate.py --report
+# every response is kept, for tests/report.py
 --rollout_steps=1
 
 annotate.args
@@ -1320,11 +1322,11 @@ def release_rows(path):
                 yield from (json.loads(line) for line in file if line.strip())
             else:
                 rows = json.load(file)
-                if not isinstance(rows, (list, dict)):
-                    raise ValueError(f"it holds a {type(rows).__name__}, no rows")
                 if isinstance(rows, dict):
                     keyed = all(isinstance(row, dict) for row in rows.values())
                     rows = [{**row, "key": key} for key, row in rows.items()] if keyed else [rows]
+                if not isinstance(rows, list):
+                    raise ValueError(f"it holds a {type(rows).__name__}, no rows")
                 yield from rows
     except (OSError, ValueError, csv.Error) as error:
         raise InputError(f"cannot read the annotations {path}: {error}") from None
@@ -1431,7 +1433,7 @@ def clip_of(record):
     return record["path"], *(record.get(field) for field in CLIP_FIELDS)
 
 
-def question_key(record) -> int:
+def question_key(record) -> tuple:
     """Equal for questions on one medium that differ in case, marks, filler words, or the order of
     their options only.
 
@@ -1444,8 +1446,7 @@ def question_key(record) -> int:
     problem = OPENING.sub("", record["problem"].lower())
     words = [word for word in re.findall(r"\w+", problem) if word not in FILLER]
     options = sorted(option.partition(" ")[2].casefold() for option in record["options"])
-    text = repr((clip_of(record), words or record["problem"], options))
-    return int.from_bytes(hashlib.blake2b(text.encode(), digest_size=8).digest(), "big")
+    return clip_of(record), " ".join(words) or record["problem"], *options
 
 
 def tail(path) -> str:
@@ -1523,57 +1524,52 @@ def spread(records, count, per_medium, rng, taken=()):
     return list(chain.from_iterable(rounds))[:count]
 
 
-def shuffle_options(record, rng):
-    """Shuffles a record's options, whose letters stay A, B, C, ...; not where an option refers to
-    others, or the question or a thought may name a letter.
+def shuffle_options(record, rng) -> dict:
+    """The record with its options in a random order, lettered A, B, C, ...; as it is where an
+    option refers to others, or where the question or a thought may name a letter.
     """
     texts = [option.partition(" ")[2] for option in record["options"]]
-    if "process" in record or any(map(POSITIONED.search, [record["problem"], *texts])):
-        return
+    if not texts or "process" in record or any(
+            map(POSITIONED.search, [record["problem"], *texts])):
+        return record
     order = rng.permutation(len(texts)).tolist()
-    record["options"] = lettered(texts[i] for i in order)
-    if texts:
-        answer = ord(record["solution"][len("<answer>")]) - ord("A")
-        record["solution"] = f"<answer>{letter(order.index(answer))}</answer>"
+    answer = order.index(ord(record["solution"][len("<answer>")]) - ord("A"))
+    return record | {"options": lettered(texts[i] for i in order),
+                     "solution": f"<answer>{letter(answer)}</answer>"}
 
 
 def mix(args):
     """Builds a mixture by a recipe: converts, cleans, samples and shuffles; writes it whole."""
-    recipe, root = read_recipe(args.recipe), Path(args.media_root or Path(args.recipe).parent)
-    if not 0 <= args.val_share < 1:
-        raise InputError(f"--val_share {args.val_share} must be at least 0 and below 1")
+    recipe, root = read_recipe(args.recipe), Path(args.media_root or Path(args.out).parent)
     make_folder_of(args.out)
     absent = [entry["annotation"] for entry in recipe if not any(root.glob(entry["annotation"]))]
     if absent and not (args.skip_missing and len(absent) < len(recipe)):
-        raise InputError(f"{root} lacks {len(absent)} of {len(recipe)} annotation files: "
-                         f"{', '.join(absent)}; correct the recipe, or build without them with "
-                         "--skip_missing")
+        raise InputError(f"--media_root {root} lacks {len(absent)} of {len(recipe)} annotation "
+                         f"files: {', '.join(absent)}; correct the recipe, or build without them "
+                         "with --skip_missing")
     is_excluded = benchmark_media(args.exclude, args.exclude_root, root)
-    lines, report = {"train": [], "val": []}, []
+    records, report = [], []
     chosen, taken = set(), Counter()  # question keys; questions of each medium
     for i, entry in enumerate(tqdm(recipe, desc="mix")):
         rng, counts = np.random.default_rng([args.seed, i]), Counter()
         offered = candidates_of(entry, root, is_excluded, set(chosen), counts)
-        records = spread(offered, entry["count"], args.per_medium, rng, taken)
-        for record in records:
-            chosen.add(question_key(record))
-            taken[record["path"]] += 1
-            shuffle_options(record, rng)
-            number = len(lines["train"]) + len(lines["val"])
-            split = "val" if in_validation(record["path"], args) else "train"
-            lines[split].append(json.dumps({"problem_id": number} | record))
-        report.append((entry, len(records), counts))
+        drawn = spread(offered, entry["count"], args.per_medium, rng, taken)
+        chosen.update(map(question_key, drawn))
+        taken.update(record["path"] for record in drawn)
+        records += [shuffle_options(record, rng) for record in drawn]
+        report.append((entry, len(drawn), counts))
     stem = args.out.removesuffix(".json")
-    files = {"train": args.out} | ({"val": f"{stem}_val.json"} if args.val_share else {})
-    for name in files:
-        order = np.random.default_rng([args.seed, len(recipe)]).permutation(len(lines[name]))
-        lines[name] = [lines[name][j] for j in order]
+    val = f"{stem}_val.json"
+    lines = {args.out: []} | ({val: []} if args.val_share else {})
+    for number, record in enumerate(records):
+        path = val if in_validation(record["path"], args) else args.out
+        lines[path].append(json.dumps({"problem_id": number} | record))
+    for mixed in lines.values():
+        np.random.default_rng([args.seed, len(recipe)]).shuffle(mixed)
     text = mix_report(report)
-    write_whole({path: json_list(lines[name]) for name, path in files.items()}
+    write_whole({path: json_list(mixed) for path, mixed in lines.items()}
                 | {f"{stem}.report.md": [text]})
-    print(text)
-    for name, path in files.items():
-        print(f"{path}: {len(lines[name]):,} records")
+    print(text, *(f"{path}: {len(mixed):,} records" for path, mixed in lines.items()), sep="\n")
 
 
 def in_validation(path, args) -> bool:
@@ -1714,43 +1710,38 @@ def stats(args):
 def parse_args(argv=None):
     parser = FlagParser(description=__doc__.split("\n")[0])
     commands = parser.add_subparsers(dest="command", required=True)
-    toy = commands.add_parser("toy", help="the embedded default: generated data, a tiny model")
-    toy.add_argument("--out", default="toy", help="folder to write; must be empty or absent")
-    toy.add_argument("--cot", type=int, default=2400, help="questions for the cold start")
-    toy.add_argument("--train", type=int, default=1600, help="questions for T-GRPO")
-    toy.add_argument("--test", type=int, default=400, help="held-out questions")
-    toy.add_argument("--seed", type=int, default=0, help="seed of every random draw")
-    toy.set_defaults(run=build_toy)
-    add_mix_flags(commands.add_parser("mix", help="records from the releases that a recipe names"))
-    add_check_flags(commands.add_parser("check", help="decode every medium; keep what can be used"))
-    stat = commands.add_parser("stats", help="the table of Figure 2 for a file of records")
-    stat.add_argument("--data", required=True, help="records, .json or .jsonl")
-    stat.add_argument("--media_root", help="folder of the records' paths; default: the data's")
-    stat.add_argument("--out", help="Markdown file to write; default: print only")
-    stat.set_defaults(run=stats)
-    return parser.parse_args(argv)
 
-
-def add_mix_flags(parser):
-    add = parser.add_argument
-    add("--recipe", required=True, help="list of entries, as `recipe` writes it")
-    add("--media_root", help="folder of the recipe's annotations and media; default: the recipe's")
+    def command(run, name, words):
+        added = commands.add_parser(name, help=words, description=words)
+        added.set_defaults(run=run)
+        return added.add_argument
+    add = command(build_toy, "toy", "the embedded default: generated data, a tiny model")
+    add("--out", default="toy", help="folder to write; must be empty or absent")
+    add("--cot", type=at_least(0, int), default=2400, help="questions for the cold start")
+    add("--train", type=at_least(0, int), default=1600, help="questions for T-GRPO")
+    add("--test", type=at_least(0, int), default=400, help="held-out questions")
+    add("--seed", type=at_least(0, int), default=0, help="seed of every random draw")
+    add = command(mix, "mix", "records from the releases that a recipe names")
+    add("--recipe", required=True, help="list of entries; assets/recipe.json is the paper's")
     add("--out", required=True, help="file of records to write; a report goes beside it")
-    add("--val_share", type=float, default=0.0, help="share of media held out, in <out>_val.json")
-    add("--per_medium", type=int, default=20, help="most questions on one medium")
+    add("--media_root", help="folder of the releases, which the recipe's and the records' paths "
+        "are relative to; default: the folder of --out, where the stages look for them too")
+    add("--val_share", type=at_least(0, float, below=1), default=0.0,
+        help="share of media held out, in <out>_val.json")
+    add("--per_medium", type=above(0, int), default=20, help="most questions on one medium")
     add("--exclude", nargs="*", default=[], help="evaluation files whose media must not be used")
     add("--exclude_root", help="folder of their media; default: each file's own")
     add("--skip_missing", action="store_true", help="do without entries that have no annotations")
-    add("--seed", type=int, default=0, help="seed of every random draw")
-    parser.set_defaults(run=mix)
-
-
-def add_check_flags(parser):
-    add = parser.add_argument
+    add("--seed", type=at_least(0, int), default=0, help="seed of every random draw")
+    add = command(check, "check", "decode every medium; keep what can be used")
     add("--data", required=True, help="records to check, .json or .jsonl")
     add("--out", help="file of usable records to write; default: <data>_clean.json")
     add_media_flags(add)
-    parser.set_defaults(run=check)
+    add = command(stats, "stats", "the table of Figure 2 for a file of records")
+    add("--data", required=True, help="records, .json or .jsonl")
+    add("--media_root", help="folder of the records' paths; default: the data's")
+    add("--out", help="Markdown file to write; default: print only")
+    return parser.parse_args(argv)
 
 
 if __name__ == "__main__":
