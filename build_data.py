@@ -71,8 +71,8 @@ class MediaError(ValueError):
     """One medium cannot be used: "path: reason". In training it costs that one sample."""
 
 
-# ============================================ the ground floor: imported by every stage
-# ------------------------------------------------------------------------------ records
+# ============================================== the ground floor: imported by every stage
+# -------------------------------------------------------------------------------- records
 
 def load_records(path, media_root=None) -> list[dict]:
     """Reads a .json list or .jsonl file of Video-R1 records and checks every one of them.
@@ -160,7 +160,7 @@ def lettered(options) -> list[str]:
     return [f"{letter(i)}. {option}" for i, option in enumerate(options)]
 
 
-# -------------------------------------------------------------------------------- prompt
+# --------------------------------------------------------------------------------- prompt
 
 # The paper's Figure 11 in the wording of its release, letter for letter: a model trained
 # with it elsewhere must be evaluated with it. (No full stop after "thought expressions".)
@@ -197,7 +197,7 @@ def build_messages(record) -> list[dict]:
     return [{"role": "user", "content": [medium, {"type": "text", "text": prompt}]}]
 
 
-# --------------------------------------------------------------------------------- media
+# ---------------------------------------------------------------------------------- media
 
 class Vision(NamedTuple):
     """A decoded medium: a video's frames with their timing, or an image."""
@@ -381,7 +381,7 @@ def shuffle_frames(frames, generator):
     return frames[order]
 
 
-# -------------------------------------------------------------------------------- inputs
+# --------------------------------------------------------------------------------- inputs
 
 def encode(processor, record, vision: Vision, device=None) -> dict[str, torch.Tensor]:
     """The model's inputs for one record, prompt up to the assistant's first token.
@@ -482,14 +482,14 @@ def forbidden_tokens(model, tokenizer):
     return sorted((ids | set(beyond)) - {None, *stop_tokens(model, tokenizer)})
 
 
-# -------------------------------------------------------------------- flags and start-up
+# --------------------------------------------------------------------- flags and start-up
 
 class Help(argparse.ArgumentDefaultsHelpFormatter):
-    """Shows the defaults that are values: for None the help says what happens."""
+    """Shows the defaults that are values; where there is none, the words of a flag say enough."""
 
     def _get_help_string(self, action):
-        plain = action.default is None or action.default is False
-        return action.help if plain else super()._get_help_string(action)
+        none = str(action.default) in ("None", "False", "[]")
+        return action.help if none else super()._get_help_string(action)
 
 
 class FlagParser(argparse.ArgumentParser):
@@ -763,7 +763,7 @@ def markdown(rows) -> str:
 
 
 # =================================================== the commands: toy, mix, check, stats
-# ----------------------------------------------------------------------------------- toy
+# ------------------------------------------------------------------------------------ toy
 
 TOY_SIDE, TOY_FRAMES, TOY_FPS = 28, 8, 2  # pixels, frames a clip, frames a second
 TOY_COLOURS = {"red": (230, 40, 40), "green": (40, 210, 60), "blue": (60, 80, 240),
@@ -1055,40 +1055,7 @@ def build_toy(args):
     print(f"{out}/model: {parameters:,} parameters, {len(tokenizer)} tokens")
 
 
-# --------------------------------------------------------------------- the recipe of a mixture
-
-FIGURE_2 = Path(__file__).parent / "assets" / "recipe.json"  # what the paper took of each source
-
-
-def read_recipe(path) -> list[dict]:
-    """The entries of a recipe file; InputError naming the entry and the key that is wrong."""
-    try:
-        recipe = json.loads(Path(path).read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise InputError(f"cannot read the recipe {path}: {error}") from None
-    if not isinstance(recipe, list) or not all(isinstance(entry, dict) for entry in recipe):
-        raise InputError(f"{path} is not a list of entries")
-    kinds = {"source": str, "category": str, "format": str, "annotation": str, "media": str,
-             "problem_type": list, "count": int}
-    for i, entry in enumerate(recipe):
-        name = f"{path}: entry {i} ({entry.get('source', 'no source')})"
-        for key, kind in kinds.items():
-            if not isinstance(entry.get(key), kind):
-                raise InputError(f"{name}: {key} must be a {kind.__name__}, not {entry.get(key)!r}")
-        if entry["format"] not in CONVERTERS:
-            raise InputError(f"{name}: format {entry['format']!r} is none of {list(CONVERTERS)}")
-        if os.path.isabs(entry["annotation"]) or not entry["annotation"]:
-            raise InputError(f"{name}: annotation {entry['annotation']!r} must be a path below "
-                             "--media_root")
-        if entry["count"] < 0:
-            raise InputError(f"{name}: count {entry['count']} is negative")
-        if not entry["problem_type"] or not set(entry["problem_type"]) <= set(PROBLEM_TYPES):
-            raise InputError(f"{name}: problem_type {entry['problem_type']} must be one or more "
-                             f"of {PROBLEM_TYPES}")
-    return recipe
-
-
-# ------------------------------------------- the sources: one converter for each format
+# --------------------------------------------- the sources: one converter for each format
 # A converter takes a row of a release, and the folder its file is in, and yields drafts. To add
 # a source, write one and name it in CONVERTERS. What it raises on a malformed row costs that row.
 
@@ -1329,11 +1296,14 @@ def release_rows(path):
                     raise ValueError(f"it holds a {type(rows).__name__}, no rows")
                 yield from rows
     except (OSError, ValueError, csv.Error) as error:
-        raise InputError(f"cannot read the annotations {path}: {error}") from None
+        raise InputError(f"cannot read {path}: {error}") from None
 
 
-# ----------------------------------------------- mix: from sources to a file of records
+# ------------------------------------------------- mix: from sources to a file of records
 
+FIGURE_2 = Path(__file__).parent / "assets" / "recipe.json"  # what the paper took of each source
+ENTRY = {"source": str, "category": str, "format": str, "annotation": str, "media": str,
+         "problem_type": list, "count": int}  # what a recipe says of a source
 # What a converter raises on a row that is not as its format has it
 MALFORMED = (KeyError, TypeError, IndexError, AttributeError, OverflowError, ValueError)
 MOST_OPTIONS = 26  # letters
@@ -1356,6 +1326,35 @@ FILLER = frozenset("a an the is are was were be do does did this please".split()
 OPENING = re.compile(r"(?:in|from|based on|according to) (?:this|the) (?:video|image|picture|clip)")
 
 
+def read_recipe(path) -> list[dict]:
+    """The entries of a recipe file; InputError naming the entry and the key that is wrong."""
+    recipe = list(release_rows(Path(path)))
+    for i, entry in enumerate(recipe):
+        problem = entry_problem(entry)
+        if problem is not None:
+            name = entry.get("source", "no source") if isinstance(entry, dict) else "no entry"
+            raise InputError(f"{path}: entry {i} ({name}): {problem}")
+    return recipe
+
+
+def entry_problem(entry) -> str | None:
+    """What is wrong with an entry of a recipe, naming the key; None when nothing is."""
+    if not isinstance(entry, dict):
+        return f"not a JSON object but {type(entry).__name__}"
+    for key, kind in ENTRY.items():
+        if not isinstance(entry.get(key), kind):
+            return f"{key} must be a {kind.__name__}, not {entry.get(key)!r}"
+    if entry["format"] not in CONVERTERS:
+        return f"format {entry['format']!r} is none of {list(CONVERTERS)}"
+    if os.path.isabs(entry["annotation"]) or not entry["annotation"]:
+        return f"annotation {entry['annotation']!r} must be a path below --media_root"
+    if entry["count"] < 0:
+        return f"count {entry['count']} is negative"
+    if not entry["problem_type"] or not set(entry["problem_type"]) <= set(PROBLEM_TYPES):
+        return f"problem_type {entry['problem_type']} must be one or more of {PROBLEM_TYPES}"
+    return None
+
+
 def wanted_type(answer, options, wanted):
     """The problem type of a question, among those that an entry wants; None: none of them.
 
@@ -1363,14 +1362,12 @@ def wanted_type(answer, options, wanted):
     ('numerical', 'OCR')
     """
     from rewards import parse_number
-    texts = [kind for kind in ("OCR", "free-form") if kind in wanted]
-    numbers = [kind for kind in ("numerical", "regression") if kind in wanted]
     if options:
         return "multiple choice" if "multiple choice" in wanted else None
-    if numbers and (not texts or len(answer.split()) <= SHORT_ANSWER):
-        if parse_number(answer) is not None:
-            return numbers[0]
-    return texts[0] if texts else None
+    text = next((kind for kind in ("OCR", "free-form") if kind in wanted), None)
+    numeric = next((kind for kind in ("numerical", "regression") if kind in wanted), None)
+    short = text is None or len(answer.split()) <= SHORT_ANSWER
+    return numeric if numeric and short and parse_number(answer) is not None else text
 
 
 class Dropped(Exception):
@@ -1591,7 +1588,7 @@ def mix_report(report) -> str:
     return markdown(rows)
 
 
-# ------------------------------------------------- check: can every medium be decoded?
+# ---------------------------------------------------- check: can every medium be decoded?
 
 def state_of(record, args):
     """What a verdict holds for: the file's size and time of change, and how it is sampled."""
@@ -1647,7 +1644,7 @@ def check(args):
           f"{len(clips) - len(reasons):,} of {len(clips):,} media")
 
 
-# ---------------------------------------------------- stats: a file beside Figure 2
+# ---------------------------------------------------------- stats: a file beside Figure 2
 
 def plain(name):
     """What spellings of a name agree in: letters, digits and +, lower case."""
@@ -1705,7 +1702,7 @@ def stats(args):
     print(text)
 
 
-# ------------------------------------------------------------------------ the commands
+# --------------------------------------------------------------------------- the commands
 
 def parse_args(argv=None):
     parser = FlagParser(description=__doc__.split("\n")[0])
