@@ -635,7 +635,8 @@ def load_model(args, config):
 
 def run_script(main, parse_args):
     """Runs a script from its flags to its end. After a fault the end is immediate: the exit hooks
-    would wait for data workers, and the launcher ends the other ranks when this one is gone."""
+    would wait for data workers, which ignore a SIGTERM, and the launcher ends the other ranks when
+    this one is gone."""
     name = Path(sys.argv[0]).name
     try:
         return main(parse_args())
@@ -649,6 +650,9 @@ def run_script(main, parse_args):
                   file=sys.stderr)
         else:
             traceback.print_exc()
+    signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # torch's handler raises at a worker's end
+    for worker in multiprocessing.active_children():
+        worker.kill()  # it would hold our output open, for whoever reads that to its end
     try:
         sys.stdout.flush()
     finally:  # also where nobody reads the output any more
