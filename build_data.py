@@ -6,7 +6,7 @@ because an experiment is spoilt silently when two copies drift. The commands:
 
     python build_data.py toy --out toy      clips, images, records, a tiny Qwen2.5-VL, args files
     python build_data.py mix --recipe assets/recipe.json --out data/train.json
-                                            records from public releases, by default as in Figure 2
+                                            records from public releases, here as in Figure 2
     python build_data.py check --data data/train.json       decodes every medium, keeps the usable
     python build_data.py stats --data data/train.json       the table of Figure 2
 
@@ -488,7 +488,7 @@ class Help(argparse.ArgumentDefaultsHelpFormatter):
     """Shows the defaults that are values; where there is none, the words of a flag say enough."""
 
     def _get_help_string(self, action):
-        none = str(action.default) in ("None", "False", "[]")
+        none = str(action.default) in ("None", "False", "[]", "")
         return action.help if none else super()._get_help_string(action)
 
 
