@@ -1,13 +1,12 @@
-"""Data: what a record is and how a model sees it; and the command that builds the files.
+"""Data: what a record is and how a model sees it; above that, the commands that build the files.
 
-First half, imported by every stage: the Video-R1 record, the prompt, the frames, the model's
-inputs; how annotation and evaluation ask a model, here or behind a server, and keep its answers.
-One copy of each, because an experiment is spoilt silently when two copies drift.
-Second half, the commands:
+The ground floor is imported by every stage: the Video-R1 record, the prompt, the frames, a model's
+inputs; the flags and the start that the stages share; files that outlive a kill. One copy of each,
+because an experiment is spoilt silently when two copies drift. The commands:
 
     python build_data.py toy --out toy      clips, images, records, a tiny Qwen2.5-VL, args files
-    python build_data.py recipe --out data/recipe.json      Figure 2 of the paper, a list to edit
-    python build_data.py mix --recipe data/recipe.json --out data/train.json   records from releases
+    python build_data.py mix --recipe assets/recipe.json --out data/train.json
+                                            records from public releases, here as in Figure 2
     python build_data.py check --data data/train.json       decodes every medium, keeps the usable
     python build_data.py stats --data data/train.json       the table of Figure 2
 
@@ -36,6 +35,7 @@ from contextlib import contextmanager, suppress
 from datetime import timedelta
 from functools import lru_cache, partial
 from importlib.metadata import version
+from itertools import chain
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -54,36 +54,11 @@ GIF_FPS = 10.0  # of an animation that does not say how long it shows its frames
 UNUSABLE = re.compile(r"[\ud800-\udfff\0]")
 PATCH = 28  # pixels: one visual token covers 28 x 28 (two merged 14 x 14 patches a side)
 
-# The paper's Figure 11 in the wording of its release, letter for letter: a model trained
-# with it elsewhere must be evaluated with it. (No full stop after "thought expressions".)
-TEMPLATE = (
-    "{question}\n"
-    "Please think about this question as if you were a human pondering deeply. "
-    "Engage in an internal dialogue using expressions such as 'let me think', 'wait', 'Hmm', "
-    "'oh, I see', 'let's break it down', etc, or other natural language thought expressions "
-    "It's encouraged to include self-reflection or verification in the reasoning process. "
-    "Provide your detailed reasoning between the <think> </think> tags, "
-    "and then give your final answer between the <answer> </answer> tags."
-)
-NUMBER_SUFFIX = (" Please provide the numerical value (e.g., 42 or 3.14) "
-                 "within the <answer> </answer> tags.")
-ANSWER_SUFFIX = {
-    "multiple choice": " Please provide only the single option letter (e.g., A, B, C, D, etc.) "
-                       "within the <answer> </answer> tags.",
-    "numerical": NUMBER_SUFFIX,
-    "regression": NUMBER_SUFFIX,
-    "OCR": " Please transcribe text from the image/video clearly and provide your text answer "
-           "within the <answer> </answer> tags.",
-    "free-form": " Please provide your text answer within the <answer> </answer> tags.",
-}
-
 # What the readers of images and videos raise on a file that they cannot use.
 MEDIA_FAULTS = (OSError, ValueError, AssertionError, RuntimeError, SyntaxError, EOFError,
                 Image.DecompressionBombError)
 # Bytes that decoding one medium may take; 64 frames of 3840 x 2160 pixels, as floats, fit.
 DECODE_MEMORY = 16 * 2**30
-
-
 FULL_DISK = (errno.ENOSPC, errno.EDQUOT)
 
 
@@ -96,14 +71,8 @@ class MediaError(ValueError):
     """One medium cannot be used: "path: reason". In training it costs that one sample."""
 
 
-class Vision(NamedTuple):
-    """A decoded medium: a video's frames with their timing, or an image."""
-    frames: torch.Tensor | None   # (T, C, H, W) uint8, H and W multiples of 28; None for an image
-    metadata: dict[str, Any]      # fps, frames_indices, total_num_frames; {} for an image
-    image: Image.Image | None     # RGB, sides multiples of 28; None for a video
-
-
-# ------------------------------------------------------------------------------ records
+# ============================================== the ground floor: imported by every stage
+# -------------------------------------------------------------------------------- records
 
 def load_records(path, media_root=None) -> list[dict]:
     """Reads a .json list or .jsonl file of Video-R1 records and checks every one of them.
@@ -191,6 +160,33 @@ def lettered(options) -> list[str]:
     return [f"{letter(i)}. {option}" for i, option in enumerate(options)]
 
 
+# --------------------------------------------------------------------------------- prompt
+
+# The paper's Figure 11 in the wording of its release, letter for letter: a model trained
+# with it elsewhere must be evaluated with it. (No full stop after "thought expressions".)
+TEMPLATE = (
+    "{question}\n"
+    "Please think about this question as if you were a human pondering deeply. "
+    "Engage in an internal dialogue using expressions such as 'let me think', 'wait', 'Hmm', "
+    "'oh, I see', 'let's break it down', etc, or other natural language thought expressions "
+    "It's encouraged to include self-reflection or verification in the reasoning process. "
+    "Provide your detailed reasoning between the <think> </think> tags, "
+    "and then give your final answer between the <answer> </answer> tags."
+)
+NUMBER_SUFFIX = (" Please provide the numerical value (e.g., 42 or 3.14) "
+                 "within the <answer> </answer> tags.")
+ANSWER_SUFFIX = {
+    "multiple choice": " Please provide only the single option letter (e.g., A, B, C, D, etc.) "
+                       "within the <answer> </answer> tags.",
+    "numerical": NUMBER_SUFFIX,
+    "regression": NUMBER_SUFFIX,
+    "OCR": " Please transcribe text from the image/video clearly and provide your text answer "
+           "within the <answer> </answer> tags.",
+    "free-form": " Please provide your text answer within the <answer> </answer> tags.",
+}
+
+
+
 def build_messages(record) -> list[dict]:
     """The conversation up to the answer: one user turn of medium and prompt (Figure 11)."""
     question = record["problem"]
@@ -201,7 +197,14 @@ def build_messages(record) -> list[dict]:
     return [{"role": "user", "content": [medium, {"type": "text", "text": prompt}]}]
 
 
-# ------------------------------------------------------------------------- media and inputs
+# ---------------------------------------------------------------------------------- media
+
+class Vision(NamedTuple):
+    """A decoded medium: a video's frames with their timing, or an image."""
+    frames: torch.Tensor | None   # (T, C, H, W) uint8, H and W multiples of 28; None for an image
+    metadata: dict[str, Any]      # fps, frames_indices, total_num_frames; {} for an image
+    image: Image.Image | None     # RGB, sides multiples of 28; None for a video
+
 
 def load_vision(record, *, max_frames, min_frames, fps, min_pixels, max_pixels) -> Vision:
     """Decodes a record's medium, once; shuffling works on what this returns.
@@ -211,47 +214,46 @@ def load_vision(record, *, max_frames, min_frames, fps, min_pixels, max_pixels) 
     min_pixels and max_pixels, sides multiples of 28. Raises MediaError "path: reason".
     """
     path, root = record["media_path"], os.path.realpath(record["media_root"])
-    if not os.path.realpath(path).startswith(os.path.join(root, "")):
-        raise MediaError(f"{path}: a link that leaves media_root")
     try:
+        if not os.path.realpath(path).startswith(os.path.join(root, "")):
+            raise ValueError("a link that leaves media_root")
         if not os.path.isdir(path) and os.path.getsize(path) == 0:
-            raise MediaError(f"{path}: the file is empty (0 bytes)")
+            raise ValueError("the file is empty (0 bytes)")
         if record["data_type"] == "image":
             return Vision(None, {}, read_image(path, min_pixels, max_pixels))
-        sampling = {"fps": fps, "min_frames": min_frames, "max_frames": max_frames,
-                    "min_pixels": min_pixels, "max_pixels": max_pixels}
-        return read_video(path, **sampling, **part_of(record))
-    except MediaError:
-        raise
+        return read_video(path, fps=fps, min_frames=min_frames, max_frames=max_frames,
+                          min_pixels=min_pixels, max_pixels=max_pixels, **part_of(record))
     except MEDIA_FAULTS as error:
         reason = str(error).strip().splitlines()
         raise MediaError(f"{path}: {reason[0] if reason else type(error).__name__}") from error
 
 
+DECODERS = {}  # the decoder of this process, (id, pipe), under this process's id
+
+
 def load_vision_isolated(record, timeout, **limits) -> Vision:
     """load_vision in another process: a decoder that crashes, hangs for `timeout` seconds or
     asks for more than DECODE_MEMORY costs this one record, as a MediaError."""
-    path, decoder = record["media_path"], load_vision_isolated.decoder
-    if decoder is None or decoder.owner != os.getpid():  # a forked worker starts its own
-        decoder = load_vision_isolated.decoder = Decoder()
+    path, me = record["media_path"], os.getpid()
+    if me not in DECODERS:  # the first record, one after a fault, or a worker that was just forked
+        DECODERS.clear()  # of its parent's, which is not for two
+        DECODERS[me] = start_decoder()
+    decoder, pipe = DECODERS[me]
     try:
-        decoder.pipe.send((record, timeout, limits))
-        if not decoder.pipe.poll(timeout):
-            os.kill(decoder.pid, signal.SIGKILL)  # not waited for: it may hang in the kernel
-            load_vision_isolated.decoder = None  # the next record gets a new one
+        pipe.send((record, timeout, limits))
+        if not pipe.poll(timeout):
+            os.kill(decoder, signal.SIGKILL)  # not waited for: it may hang in the kernel
+            del DECODERS[me]
             raise MediaError(f"{path}: decoding took more than {timeout:g} seconds")
-        answer = decoder.pipe.recv()
+        answer = pipe.recv()
     except (EOFError, OSError):  # it died: before this record, at it, or while it was answering
-        load_vision_isolated.decoder = None
-        status = os.waitstatus_to_exitcode(os.waitpid(decoder.pid, 0)[1])
+        del DECODERS[me]
+        status = os.waitstatus_to_exitcode(os.waitpid(decoder, 0)[1])
         raise MediaError(f"{path}: its decoder died (exit status {status})") from None
     if isinstance(answer, str):
         raise MediaError(answer)
     frames, metadata, image = answer
     return Vision(None if frames is None else torch.from_numpy(frames), metadata, image)
-
-
-load_vision_isolated.decoder = None  # started by the first call in a process
 
 
 def load_vision_of(record, args) -> Vision:
@@ -263,47 +265,47 @@ def load_vision_of(record, args) -> Vision:
         max_pixels=args.image_max_pixels if image else args.max_pixels)
 
 
-class Decoder:
-    """A child process that runs load_vision on what comes through its pipe, until that closes.
+def start_decoder():
+    """(id, pipe) of a child process that runs load_vision on what comes through the pipe.
 
     Forked by hand: PyTorch's data workers are not allowed to start multiprocessing's processes.
     """
+    ours, its = multiprocessing.Pipe()
+    pid = os.fork()
+    if pid == 0:
+        ours.close()
+        try:
+            decode_records(its)
+        finally:  # whatever happens, nothing may return into the parent's code from here
+            traceback.print_exc()  # the parent will say no more than the exit status
+            os._exit(1)
+    its.close()
+    return pid, ours
 
-    def __init__(self):
-        self.owner = os.getpid()
-        self.pipe, pipe = multiprocessing.Pipe()
-        self.pid = os.fork()
-        if self.pid == 0:
-            self.pipe.close()
-            try:
-                self.serve(pipe)
-            finally:  # whatever happens, nothing may return into the parent's code from here
-                traceback.print_exc()  # the parent will say no more than the exit status
-                os._exit(1)
-        pipe.close()
 
-    def serve(self, pipe):
-        torch.set_num_threads(1)  # the parent's threads did not come along
-        signal.signal(signal.SIGTERM, signal.SIG_IGN)  # the parent decides when to stop
-        signal.signal(signal.SIGINT, signal.SIG_IGN)
-        mapped = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
-        resource.setrlimit(resource.RLIMIT_AS, (mapped + DECODE_MEMORY, resource.RLIM_INFINITY))
-        while True:
-            try:
-                record, timeout, limits = pipe.recv()
-            except (EOFError, OSError):  # the parent has ended
-                os._exit(0)
-            signal.alarm(math.ceil(timeout) + 1)  # if the parent is no longer there to stop it
-            try:
-                vision = load_vision(record, **limits)
-                frames = None if vision.frames is None else vision.frames.numpy()
-                answer = (frames, vision.metadata, vision.image)
-            except MediaError as error:
-                answer = str(error)
-            except MemoryError:
-                answer = f"{record['media_path']}: decoding takes more than {DECODE_MEMORY} bytes"
-            signal.alarm(0)
-            pipe.send(answer)
+def decode_records(pipe):
+    """The decoder's life: a record in, a Vision's parts or a MediaError's text out, until the
+    pipe closes."""
+    torch.set_num_threads(1)  # the parent's threads did not come along
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)  # the parent decides when to stop
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    mapped = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
+    resource.setrlimit(resource.RLIMIT_AS, (mapped + DECODE_MEMORY, resource.RLIM_INFINITY))
+    while True:
+        try:
+            record, timeout, limits = pipe.recv()
+        except (EOFError, OSError):  # the parent has ended
+            os._exit(0)
+        signal.alarm(math.ceil(timeout) + 1)  # if the parent is no longer there to stop it
+        try:
+            frames, metadata, image = load_vision(record, **limits)
+            answer = None if frames is None else frames.numpy(), metadata, image
+        except MediaError as error:
+            answer = str(error)
+        except MemoryError:
+            answer = f"{record['media_path']}: decoding takes more than {DECODE_MEMORY} bytes"
+        signal.alarm(0)
+        pipe.send(answer)
 
 
 def read_image(path, min_pixels, max_pixels) -> Image.Image:
@@ -368,6 +370,18 @@ def read_pictures(element):
     metadata = {"fps": fps, "frames_indices": indices, "total_num_frames": count}
     return torch.from_numpy(pixels).permute(0, 3, 1, 2), metadata, drawn / count * fps
 
+
+def shuffle_frames(frames, generator):
+    """The (T, C, H, W) frames in a random order that is never the given one when T > 1."""
+    if len(frames) < 2:
+        return frames
+    order = torch.arange(len(frames))
+    while torch.equal(order, torch.arange(len(frames))):
+        order = torch.randperm(len(frames), generator=generator)
+    return frames[order]
+
+
+# --------------------------------------------------------------------------------- inputs
 
 def encode(processor, record, vision: Vision, device=None) -> dict[str, torch.Tensor]:
     """The model's inputs for one record, prompt up to the assistant's first token.
@@ -442,43 +456,48 @@ def pad_batch(samples, pad_values, side) -> dict[str, torch.Tensor]:
     return batch
 
 
-def shuffle_frames(frames, generator):
-    """The (T, C, H, W) frames in a random order that is never the given one when T > 1."""
-    if len(frames) < 2:
-        return frames
-    order = torch.arange(len(frames))
-    while torch.equal(order, torch.arange(len(frames))):
-        order = torch.randperm(len(frames), generator=generator)
-    return frames[order]
-
-
 def seeded_generator(*key, device="cpu") -> torch.Generator:
     """A random generator that depends on every number of `key`, as in (seed, step, rank)."""
     state = np.random.SeedSequence(key).generate_state(1, np.uint64)[0]
     return torch.Generator(device).manual_seed(int(state) % 2**63)
 
 
-def provenance() -> dict:
-    """What a result owes to its software: package versions and this repository's commit."""
-    packages = ("torch", "transformers", "deepspeed", "qwen-vl-utils", "decord")
-    try:
-        commit = subprocess.run(["git", "rev-parse", "HEAD"], cwd=Path(__file__).parent,
-                                capture_output=True, text=True).stdout.strip()
-    except FileNotFoundError:  # no git on this machine
-        commit = ""
-    return {"versions": {package: version(package) for package in packages},
-            "git_commit": commit or None}
+# Tokens that stand for pixels: a policy that emits one would break its own next forward.
+FORBIDDEN_TOKENS = ("<|vision_start|>", "<|vision_end|>", "<|vision_pad|>", "<|image_pad|>",
+                    "<|video_pad|>")
 
 
-# ----------------------------------------------- flags and start-up, the same in each stage
+def stop_tokens(model, tokenizer):
+    """Every end token of the model; the tokenizer's own first."""
+    ends = model.generation_config.eos_token_id
+    ends = ends if isinstance(ends, list) else [ends]
+    return list(dict.fromkeys([tokenizer.eos_token_id, *(end for end in ends if end is not None)]))
+
+
+def forbidden_tokens(model, tokenizer):
+    """Ids that must not be sampled: visual placeholders, other special tokens (a decoded text does
+    not show them, its length does) but for the ends, and ids that no token has."""
+    ids = {*tokenizer.convert_tokens_to_ids(list(FORBIDDEN_TOKENS)), *tokenizer.all_special_ids}
+    beyond = range(len(tokenizer), model.config.get_text_config().vocab_size)
+    return sorted((ids | set(beyond)) - {None, *stop_tokens(model, tokenizer)})
+
+
+# --------------------------------------------------------------------- flags and start-up
+
+class Help(argparse.ArgumentDefaultsHelpFormatter):
+    """Shows the defaults that are values; where there is none, the words of a flag say enough."""
+
+    def _get_help_string(self, action):
+        none = str(action.default) in ("None", "False", "[]", "")
+        return action.help if none else super()._get_help_string(action)
+
 
 class FlagParser(argparse.ArgumentParser):
     """Shows defaults, says an error in one line, and reads flags from @files too: one
     `--flag=value` a line, blank lines and # comments allowed."""
 
     def __init__(self, **options):
-        super().__init__(fromfile_prefix_chars="@",
-                         formatter_class=argparse.ArgumentDefaultsHelpFormatter, **options)
+        super().__init__(fromfile_prefix_chars="@", formatter_class=Help, **options)
 
     def convert_arg_line_to_args(self, line):
         line = line.strip()
@@ -498,24 +517,24 @@ class FlagParser(argparse.ArgumentParser):
 
 def above(low, kind, most=math.inf):
     """A flag's type: numbers of a kind, above `low` and at most `most`; NaN is neither."""
+    limit = f" and at most {most}" if most < math.inf else ""
+    return number(kind, lambda value: low < value <= most, f"above {low}{limit}")
+
+
+def at_least(low, kind, below=math.inf):
+    """A flag's type: numbers of a kind from `low` on, below `below`."""
+    limit = f" and below {below}" if below < math.inf else ""
+    return number(kind, lambda value: low <= value < below, f"at least {low}{limit}")
+
+
+def number(kind, fits, words):
+    """A flag's type: numbers of a kind that fit; `words` say what does."""
     def read(text):
         value = kind(text)
-        if not low < value <= most:
-            limit = f" and at most {most}" if most < math.inf else ""
-            raise argparse.ArgumentTypeError(f"{text} must be above {low}{limit}")
+        if not fits(value):
+            raise argparse.ArgumentTypeError(f"{text} must be {words}")
         return value
     read.__name__ = kind.__name__  # argparse names it where the text is no number
-    return read
-
-
-def at_least(low, kind):
-    """A flag's type: numbers of a kind from `low` on."""
-    def read(text):
-        value = kind(text)
-        if not value >= low:
-            raise argparse.ArgumentTypeError(f"{text} must be at least {low}")
-        return value
-    read.__name__ = kind.__name__
     return read
 
 
@@ -616,47 +635,43 @@ def load_model(args, config):
 
 def run_script(main, parse_args):
     """Runs a script from its flags to its end. After a fault the end is immediate: the exit hooks
-    would wait for data workers, and the launcher ends the other ranks when this one is gone."""
+    would wait for data workers, which ignore a SIGTERM, and the launcher ends the other ranks when
+    this one is gone."""
+    name = Path(sys.argv[0]).name
     try:
         return main(parse_args())
     except InputError as error:
-        print(f"{Path(sys.argv[0]).name}: {error}", file=sys.stderr)
-    except OSError as error:
-        if error.errno not in FULL_DISK:
-            traceback.print_exc()
-        else:
-            print(f"{Path(sys.argv[0]).name}: {error}: make room and repeat the command (training: "
-                  "with --resume)", file=sys.stderr)
+        print(f"{name}: {error}", file=sys.stderr)
     except KeyboardInterrupt:
-        print("interrupted", file=sys.stderr)
-    except Exception:
-        traceback.print_exc()
-    sys.stdout.flush()
-    sys.stderr.flush()
-    os._exit(1)
+        print(f"{name}: interrupted", file=sys.stderr)
+    except Exception as error:
+        if getattr(error, "errno", None) in FULL_DISK:
+            print(f"{name}: {error}: make room and repeat the command (training: with --resume)",
+                  file=sys.stderr)
+        else:
+            traceback.print_exc()
+    signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # torch's handler raises at a worker's end
+    for worker in multiprocessing.active_children():
+        worker.kill()  # it would hold our output open, for whoever reads that to its end
+    try:
+        sys.stdout.flush()
+    finally:  # also where nobody reads the output any more
+        os._exit(1)
 
 
-# Tokens that stand for pixels: a policy that emits one would break its own next forward.
-FORBIDDEN_TOKENS = ("<|vision_start|>", "<|vision_end|>", "<|vision_pad|>", "<|image_pad|>",
-                    "<|video_pad|>")
+def provenance() -> dict:
+    """What a result owes to its software: package versions and this repository's commit."""
+    packages = ("torch", "transformers", "deepspeed", "qwen-vl-utils", "decord")
+    try:
+        commit = subprocess.run(["git", "rev-parse", "HEAD"], cwd=Path(__file__).parent,
+                                capture_output=True, text=True).stdout.strip()
+    except FileNotFoundError:  # no git on this machine
+        commit = ""
+    return {"versions": {package: version(package) for package in packages},
+            "git_commit": commit or None}
 
 
-def stop_tokens(model, tokenizer):
-    """Every end token of the model; the tokenizer's own first."""
-    ends = model.generation_config.eos_token_id
-    ends = ends if isinstance(ends, list) else [ends]
-    return list(dict.fromkeys([tokenizer.eos_token_id, *(end for end in ends if end is not None)]))
-
-
-def forbidden_tokens(model, tokenizer):
-    """Ids that must not be sampled: visual placeholders, other special tokens (a decoded text does
-    not show them, its length does) but for the ends, and ids that no token has."""
-    ids = {*tokenizer.convert_tokens_to_ids(list(FORBIDDEN_TOKENS)), *tokenizer.all_special_ids}
-    beyond = range(len(tokenizer), model.config.get_text_config().vocab_size)
-    return sorted((ids | set(beyond)) - {None, *stop_tokens(model, tokenizer)})
-
-
-# ------------------------------------------------------- answers as rows that outlive a kill
+# ---------------------------------------------------------------------------------- files
 
 def skip_row(record, error):
     """The line of a record whose medium, or whose answer, could not be had."""
@@ -713,18 +728,14 @@ def writing(path, advice=""):
     try:
         yield
     except OSError as error:
-        raise InputError(f"cannot write {path}: {error.strerror or error}. {advice}".strip()) \
-            from None
-
-
-def aside_of(path) -> str:
-    """Where a file is written until it is whole: each process of each machine has its own."""
-    return f"{path}.{os.uname().nodename}.{os.getpid()}.partial"
+        reason = f"cannot write {path}: {error.strerror or error}. {advice}"
+        raise InputError(reason.strip()) from None
 
 
 def write_whole(files):
     """Writes text files, {path: pieces}: all of them complete, or none and an InputError."""
-    aside = {path: aside_of(path) for path in files}
+    writer = f"{os.uname().nodename}.{os.getpid()}"  # several ranks may write the same file
+    aside = {path: f"{path}.{writer}.partial" for path in files}
     try:
         for path, pieces in files.items():
             with writing(path), open(aside[path], "w", encoding="utf-8") as file:
@@ -749,7 +760,14 @@ def json_list(lines):
     return "[\n", ",\n".join(lines), "\n]\n"
 
 
-# ------------------------------------------------------------------------------ the toy
+def markdown(rows) -> str:
+    """Rows of cells, the first the heading, as a Markdown table."""
+    heading, *others = (f"| {' | '.join(map(str, row))} |\n" for row in rows)
+    return heading + "|---" * len(rows[0]) + "|\n" + "".join(others)
+
+
+# =================================================== the commands: toy, mix, check, stats
+# ------------------------------------------------------------------------------------ toy
 
 TOY_SIDE, TOY_FRAMES, TOY_FPS = 28, 8, 2  # pixels, frames a clip, frames a second
 TOY_COLOURS = {"red": (230, 40, 40), "green": (40, 210, 60), "blue": (60, 80, 240),
@@ -984,7 +1002,7 @@ tgrpo.args
 --max_new_tokens=40 --chunk_size=8
 # responses are about 20 tokens long, so the window of the length reward is too
 --l_min=16 --l_max=24 --save_steps=50
-# every response is kept, for evaluate.py --report
+# every response is kept, for tests/report.py
 --rollout_steps=1
 
 annotate.args
@@ -1041,96 +1059,7 @@ def build_toy(args):
     print(f"{out}/model: {parameters:,} parameters, {len(tokenizer)} tokens")
 
 
-# ------------------------------------------------------------- the recipe: Figure 2 as data
-
-# Figure 2 of the paper: of each category the sources, their problem types and questions.
-FIGURE_2 = {
-    "General (video)": "LLaVA-Video-178K mc 73000, LLaVA-Video-178K free 10000, NeXT-QA mc 7500, "
-                       "PerceptionTest mc 6000, CLEVRER mc 8000, STAR mc 11500",
-    "General (image)": "A-OKVQA mc 4000, IconQA mc 2000, ShareGPT4V free 2000, Visual7W mc 1000, "
-                       "ShareGPT4o free 6000",
-    "Chart": "FigureQA mc 4000, DVQA num 2000, PlotQA num 2000, ChartQA num 1000, MapQA mc 1000, "
-             "TabMWP mc 2000, TabMWP num 2000, Chart2Text free 2000, RoBUT SQA free 2000, "
-             "VisualWebInstruct free 6000",
-    "OCR": "TextVQA ocr 2000, HME100k ocr 4000, ChromeWriting ocr 2000, IAM ocr 2000, "
-           "Rendered Text ocr 4000, TextCaps ocr 2000, TextOCR ocr 2000",
-    "Math": "CLEVR-Math num 1000, GEOS mc 200, Geometry3K mc 2000, GeoQA+ mc 2000, UniGeo mc 2000, "
-            "Multimath-300K mc+num 27000, Super-CLEVR num 1300",
-    "Knowledge": "TQA mc 3000, AI2D mc 4000, ScienceQA mc 4000, PMC-VQA mc 6000, VQA-RAD mc 500, "
-                 "GVLQA mc 4000, ArxivQA mc 10000, EXAMS-V mc 2000, AI2D-gpt4v free 4000",
-    "Spatial": "OpenSpaces reg+mc+free 10000, SpaceLLaVA reg+mc+free 10000"}
-SHORT_TYPES = dict(zip(("mc", "num", "ocr", "free", "reg"), PROBLEM_TYPES))
-# The format of a source's release and, within its folder (videos: <source>/, images:
-# <category>/<source>/), the annotation files and the media; {folder}: where the annotation file is.
-LLAVA_RELEASE = ("llava", "*.json", ".")  # the form that most image sources are also released in
-RELEASES = {
-    "LLaVA-Video-178K mc": ("llava", "*/*_mc_v0_1_qa_processed.json", "{folder}"),
-    "LLaVA-Video-178K free": ("llava", "*/*_oe_v0_1_qa_processed.json", "{folder}"),
-    "NeXT-QA mc": ("nextqa", "train.csv", "NExTVideo"),
-    "PerceptionTest mc": ("perception_test", "mc_question_train.json", "videos"),
-    "CLEVRER mc": ("clevrer", "train.json", "video_train"),
-    "STAR mc": ("star", "STAR_train.json", "Charades_v1_480"),
-    "A-OKVQA mc": ("a_okvqa", "aokvqa_v1p0_train.json", "train2017"),
-    "ChartQA num": ("chartqa", "train/train_*.json", "train/png"),
-    "TabMWP mc": ("tabmwp", "problems_train.json", "tables"),
-    "TabMWP num": ("tabmwp", "problems_train.json", "tables"),
-    "Geometry3K mc": ("geometry3k", "train/*/data.json", "train/{folder}"),
-    "ScienceQA mc": ("scienceqa", "problems.json", "images/train"),
-    "ArxivQA mc": ("arxivqa", "arxivqa.jsonl", ".")}
-
-
-def default_recipe() -> list[dict]:
-    """Figure 2 as a recipe: a list of entries, each what is wanted of a source and where it is."""
-    recipe = []
-    for category, line in FIGURE_2.items():
-        for source, kinds, count in (item.rsplit(" ", 2) for item in line.split(", ")):
-            form, annotation, media = RELEASES.get(f"{source} {kinds}", LLAVA_RELEASE)
-            folder = source if category == "General (video)" else f"{category.split()[0]}/{source}"
-            recipe.append({
-                "source": source, "category": category, "count": int(count), "format": form,
-                "problem_type": [SHORT_TYPES[kind] for kind in kinds.split("+")],
-                "annotation": f"{folder}/{annotation}",
-                "media": os.path.normpath(f"{folder}/{media}")})
-    return recipe
-
-
-def write_recipe(args):
-    """Figure 2 as a file to edit."""
-    recipe = default_recipe()
-    make_folder_of(args.out)
-    write_whole({args.out: json_list(map(json.dumps, recipe))})
-    print(f"{args.out}: {len(recipe)} entries, {sum(e['count'] for e in recipe):,} questions")
-
-
-def read_recipe(path) -> list[dict]:
-    """The entries of a recipe file; InputError naming the entry and the key that is wrong."""
-    try:
-        recipe = json.loads(Path(path).read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise InputError(f"cannot read the recipe {path}: {error}") from None
-    if not isinstance(recipe, list) or not all(isinstance(entry, dict) for entry in recipe):
-        raise InputError(f"{path} is not a list of entries")
-    kinds = {"source": str, "category": str, "format": str, "annotation": str, "media": str,
-             "problem_type": list, "count": int}
-    for i, entry in enumerate(recipe):
-        name = f"{path}: entry {i} ({entry.get('source', 'no source')})"
-        for key, kind in kinds.items():
-            if not isinstance(entry.get(key), kind):
-                raise InputError(f"{name}: {key} must be a {kind.__name__}, not {entry.get(key)!r}")
-        if entry["format"] not in CONVERTERS:
-            raise InputError(f"{name}: format {entry['format']!r} is none of {list(CONVERTERS)}")
-        if os.path.isabs(entry["annotation"]) or not entry["annotation"]:
-            raise InputError(f"{name}: annotation {entry['annotation']!r} must be a path below "
-                             "--media_root")
-        if entry["count"] < 0:
-            raise InputError(f"{name}: count {entry['count']} is negative")
-        if not entry["problem_type"] or not set(entry["problem_type"]) <= set(PROBLEM_TYPES):
-            raise InputError(f"{name}: problem_type {entry['problem_type']} must be one or more "
-                             f"of {PROBLEM_TYPES}")
-    return recipe
-
-
-# ------------------------------------------- the sources: one converter for each format
+# --------------------------------------------- the sources: one converter for each format
 # A converter takes a row of a release, and the folder its file is in, and yields drafts. To add
 # a source, write one and name it in CONVERTERS. What it raises on a malformed row costs that row.
 
@@ -1352,13 +1281,9 @@ CONVERTERS = {"video_r1": from_video_r1, "llava": from_llava, "nextqa": from_nex
               "chartqa": from_chartqa}
 
 
-CHUNK = 1 << 20  # characters of a JSON list that are read at once
-NEXT_ITEM = re.compile(r"[\s,]*")
-
-
 def release_rows(path):
     """The rows of a .csv, a .jsonl, or a .json: a list, an object of rows by key (each row gets
-    it as "key"), or one row alone. A list is read in pieces: some releases are larger than memory.
+    it as "key"), or one row alone.
     """
     try:
         with open(path, encoding="utf-8-sig", newline="") as file:
@@ -1366,39 +1291,23 @@ def release_rows(path):
                 yield from csv.DictReader(file)
             elif path.suffix == ".jsonl":
                 yield from (json.loads(line) for line in file if line.strip())
-            elif (text := file.read(CHUNK)).lstrip().startswith("["):
-                yield from list_items(file, text)
             else:
-                rows = json.loads(text + file.read())
-                if not isinstance(rows, dict):
+                rows = json.load(file)
+                if isinstance(rows, dict):
+                    keyed = all(isinstance(row, dict) for row in rows.values())
+                    rows = [{**row, "key": key} for key, row in rows.items()] if keyed else [rows]
+                if not isinstance(rows, list):
                     raise ValueError(f"it holds a {type(rows).__name__}, no rows")
-                keyed = all(isinstance(row, dict) for row in rows.values())
-                yield from ({**row, "key": key} for key, row in rows.items()) if keyed else [rows]
+                yield from rows
     except (OSError, ValueError, csv.Error) as error:
-        raise InputError(f"cannot read the annotations {path}: {error}") from None
+        raise InputError(f"cannot read {path}: {error}") from None
 
 
-def list_items(file, text):
-    """The items of a JSON list of objects, one at a time; `text` is what has been read of it."""
-    decode, at = json.JSONDecoder().raw_decode, text.index("[") + 1
-    while True:
-        at = NEXT_ITEM.match(text, at).end()
-        if text[at:at + 1] == "]":
-            return
-        try:
-            item, at = decode(text, at)
-        except json.JSONDecodeError:  # the piece ends within the item
-            more = file.read(max(CHUNK, len(text) - at))
-            if not more:
-                raise
-            text, at = text[at:] + more, 0
-            continue
-        yield item
+# ------------------------------------------------- mix: from sources to a file of records
 
-
-# ----------------------------------------------- mix: from sources to a file of records
-
-SLACK = 1000  # records more than twice the wanted, before the worst are let go
+FIGURE_2 = Path(__file__).parent / "assets" / "recipe.json"  # what the paper took of each source
+ENTRY = {"source": str, "category": str, "format": str, "annotation": str, "media": str,
+         "problem_type": list, "count": int}  # what a recipe says of a source
 # What a converter raises on a row that is not as its format has it
 MALFORMED = (KeyError, TypeError, IndexError, AttributeError, OverflowError, ValueError)
 MOST_OPTIONS = 26  # letters
@@ -1421,6 +1330,35 @@ FILLER = frozenset("a an the is are was were be do does did this please".split()
 OPENING = re.compile(r"(?:in|from|based on|according to) (?:this|the) (?:video|image|picture|clip)")
 
 
+def read_recipe(path) -> list[dict]:
+    """The entries of a recipe file; InputError naming the entry and the key that is wrong."""
+    recipe = list(release_rows(Path(path)))
+    for i, entry in enumerate(recipe):
+        problem = entry_problem(entry)
+        if problem is not None:
+            name = entry.get("source", "no source") if isinstance(entry, dict) else "no entry"
+            raise InputError(f"{path}: entry {i} ({name}): {problem}")
+    return recipe
+
+
+def entry_problem(entry) -> str | None:
+    """What is wrong with an entry of a recipe, naming the key; None when nothing is."""
+    if not isinstance(entry, dict):
+        return f"not a JSON object but {type(entry).__name__}"
+    for key, kind in ENTRY.items():
+        if not isinstance(entry.get(key), kind):
+            return f"{key} must be a {kind.__name__}, not {entry.get(key)!r}"
+    if entry["format"] not in CONVERTERS:
+        return f"format {entry['format']!r} is none of {list(CONVERTERS)}"
+    if os.path.isabs(entry["annotation"]) or not entry["annotation"]:
+        return f"annotation {entry['annotation']!r} must be a path below --media_root"
+    if entry["count"] < 0:
+        return f"count {entry['count']} is negative"
+    if not entry["problem_type"] or not set(entry["problem_type"]) <= set(PROBLEM_TYPES):
+        return f"problem_type {entry['problem_type']} must be one or more of {PROBLEM_TYPES}"
+    return None
+
+
 def wanted_type(answer, options, wanted):
     """The problem type of a question, among those that an entry wants; None: none of them.
 
@@ -1428,14 +1366,12 @@ def wanted_type(answer, options, wanted):
     ('numerical', 'OCR')
     """
     from rewards import parse_number
-    texts = [kind for kind in ("OCR", "free-form") if kind in wanted]
-    numbers = [kind for kind in ("numerical", "regression") if kind in wanted]
     if options:
         return "multiple choice" if "multiple choice" in wanted else None
-    if numbers and (not texts or len(answer.split()) <= SHORT_ANSWER):
-        if parse_number(answer) is not None:
-            return numbers[0]
-    return texts[0] if texts else None
+    text = next((kind for kind in ("OCR", "free-form") if kind in wanted), None)
+    numeric = next((kind for kind in ("numerical", "regression") if kind in wanted), None)
+    short = text is None or len(answer.split()) <= SHORT_ANSWER
+    return numeric if numeric and short and parse_number(answer) is not None else text
 
 
 class Dropped(Exception):
@@ -1498,7 +1434,7 @@ def clip_of(record):
     return record["path"], *(record.get(field) for field in CLIP_FIELDS)
 
 
-def question_key(record) -> int:
+def question_key(record) -> tuple:
     """Equal for questions on one medium that differ in case, marks, filler words, or the order of
     their options only.
 
@@ -1511,8 +1447,7 @@ def question_key(record) -> int:
     problem = OPENING.sub("", record["problem"].lower())
     words = [word for word in re.findall(r"\w+", problem) if word not in FILLER]
     options = sorted(option.partition(" ")[2].casefold() for option in record["options"])
-    text = repr((clip_of(record), words or record["problem"], options))
-    return int.from_bytes(hashlib.blake2b(text.encode(), digest_size=8).digest(), "big")
+    return clip_of(record), " ".join(words) or record["problem"], *options
 
 
 def tail(path) -> str:
@@ -1581,92 +1516,61 @@ def spread(records, count, per_medium, rng, taken=()):
     """`count` of the records, drawn at random: first one of each medium, then a second one of
     each, and so on to per_medium, of which `taken` ({path: count}) are used; fewer where there
     are no more. Returns a list.
-
-    Memory holds twice the count: a record that is not among the best so far never will be, since
-    what comes later only improves the places before it.
     """
-    def best(held):
-        ranked, of_medium = [], Counter(taken)
-        for draw, number, record in sorted(held, key=lambda item: item[:2]):
-            turn = of_medium[record["path"]]
+    rounds, of_medium = [[] for _ in range(per_medium)], Counter(taken)
+    for record in sorted(records, key=lambda record: rng.random()):
+        if of_medium[record["path"]] < per_medium:
+            rounds[of_medium[record["path"]]].append(record)
             of_medium[record["path"]] += 1
-            if turn < per_medium:
-                ranked.append((turn, draw, number, record))
-        ranked.sort(key=lambda item: item[:3])
-        return [item[1:] for item in ranked[:count]]
-
-    held = []
-    for number, record in enumerate(records):
-        held.append((rng.random(), number, record))
-        if len(held) > 2 * count + SLACK:
-            held = best(held)
-    return [record for *_, record in best(held)]
+    return list(chain.from_iterable(rounds))[:count]
 
 
-def balance_letters(record, used, rng):
-    """Shuffles a record's options so that its answer gets the letter that `used`, a Counter of
-    (options, letter), has least of; not where an option refers to others or to a letter.
-
-    >>> record = {"problem": "?", "options": ["A. cat", "B. dog"], "solution": "<answer>A</answer>"}
-    >>> balance_letters(record, Counter({(2, "A"): 1}), np.random.default_rng(0))
-    >>> record["options"], record["solution"]
-    (['A. dog', 'B. cat'], '<answer>B</answer>')
+def shuffle_options(record, rng) -> dict:
+    """The record with its options in a random order, lettered A, B, C, ...; as it is where an
+    option refers to others, or where the question or a thought may name a letter.
     """
     texts = [option.partition(" ")[2] for option in record["options"]]
-    if not texts:
-        return
-    size, answer = len(texts), record["solution"][len("<answer>")]
-    # a thought may name the letter too
-    fixed = "process" in record or any(map(POSITIONED.search, [record["problem"], *texts]))
-    if not fixed:
-        right = texts.pop(ord(answer) - ord("A"))
-        counts = [used[size, letter(i)] for i in range(size)]
-        place = int(rng.choice([i for i in range(size) if counts[i] == min(counts)]))
-        texts = [texts[i] for i in rng.permutation(len(texts))]
-        texts.insert(place, right)
-        answer = letter(place)
-        record["options"] = lettered(texts)
-        record["solution"] = f"<answer>{answer}</answer>"
-    used[size, answer] += 1
+    if not texts or "process" in record or any(
+            map(POSITIONED.search, [record["problem"], *texts])):
+        return record
+    order = rng.permutation(len(texts)).tolist()
+    answer = order.index(ord(record["solution"][len("<answer>")]) - ord("A"))
+    return record | {"options": lettered(texts[i] for i in order),
+                     "solution": f"<answer>{letter(answer)}</answer>"}
 
 
 def mix(args):
-    """Builds a mixture by a recipe: converts, cleans, samples and balances; writes it whole."""
-    recipe, root = read_recipe(args.recipe), Path(args.media_root or Path(args.recipe).parent)
-    if not 0 <= args.val_share < 1:
-        raise InputError(f"--val_share {args.val_share} must be at least 0 and below 1")
+    """Builds a mixture by a recipe: converts, cleans, samples and shuffles; writes it whole."""
+    recipe, root = read_recipe(args.recipe), Path(args.media_root or Path(args.out).parent)
     make_folder_of(args.out)
     absent = [entry["annotation"] for entry in recipe if not any(root.glob(entry["annotation"]))]
     if absent and not (args.skip_missing and len(absent) < len(recipe)):
-        raise InputError(f"{root} lacks {len(absent)} of {len(recipe)} annotation files: "
-                         f"{', '.join(absent)}; correct the recipe, or build without them with "
-                         "--skip_missing")
+        raise InputError(f"--media_root {root} lacks {len(absent)} of {len(recipe)} annotation "
+                         f"files: {', '.join(absent)}; correct the recipe, or build without them "
+                         "with --skip_missing")
     is_excluded = benchmark_media(args.exclude, args.exclude_root, root)
-    lines, report = {"train": [], "val": []}, []
-    chosen, taken, used = set(), Counter(), Counter()  # question keys; of each medium; letters
+    records, report = [], []
+    chosen, taken = set(), Counter()  # question keys; questions of each medium
     for i, entry in enumerate(tqdm(recipe, desc="mix")):
         rng, counts = np.random.default_rng([args.seed, i]), Counter()
         offered = candidates_of(entry, root, is_excluded, set(chosen), counts)
-        records = spread(offered, entry["count"], args.per_medium, rng, taken)
-        for record in records:
-            chosen.add(question_key(record))
-            taken[record["path"]] += 1
-            balance_letters(record, used, rng)
-            number = len(lines["train"]) + len(lines["val"])
-            split = "val" if in_validation(record["path"], args) else "train"
-            lines[split].append(json.dumps({"problem_id": number} | record))
-        report.append((entry, len(records), counts))
+        drawn = spread(offered, entry["count"], args.per_medium, rng, taken)
+        chosen.update(map(question_key, drawn))
+        taken.update(record["path"] for record in drawn)
+        records += [shuffle_options(record, rng) for record in drawn]
+        report.append((entry, len(drawn), counts))
     stem = args.out.removesuffix(".json")
-    files = {"train": args.out} | ({"val": f"{stem}_val.json"} if args.val_share else {})
-    for name in files:
-        order = np.random.default_rng([args.seed, len(recipe)]).permutation(len(lines[name]))
-        lines[name] = [lines[name][j] for j in order]
+    val = f"{stem}_val.json"
+    lines = {args.out: []} | ({val: []} if args.val_share else {})
+    for number, record in enumerate(records):
+        path = val if in_validation(record["path"], args) else args.out
+        lines[path].append(json.dumps({"problem_id": number} | record))
+    for mixed in lines.values():
+        np.random.default_rng([args.seed, len(recipe)]).shuffle(mixed)
     text = mix_report(report)
-    write_whole({path: json_list(lines[name]) for name, path in files.items()}
+    write_whole({path: json_list(mixed) for path, mixed in lines.items()}
                 | {f"{stem}.report.md": [text]})
-    print(text)
-    for name, path in files.items():
-        print(f"{path}: {len(lines[name]):,} records")
+    print(text, *(f"{path}: {len(mixed):,} records" for path, mixed in lines.items()), sep="\n")
 
 
 def in_validation(path, args) -> bool:
@@ -1688,13 +1592,7 @@ def mix_report(report) -> str:
     return markdown(rows)
 
 
-def markdown(rows) -> str:
-    """Rows of cells, the first the heading, as a Markdown table."""
-    heading, *others = (f"| {' | '.join(map(str, row))} |\n" for row in rows)
-    return heading + "|---" * len(rows[0]) + "|\n" + "".join(others)
-
-
-# ------------------------------------------------- check: can every medium be decoded?
+# ---------------------------------------------------- check: can every medium be decoded?
 
 def state_of(record, args):
     """What a verdict holds for: the file's size and time of change, and how it is sampled."""
@@ -1750,7 +1648,7 @@ def check(args):
           f"{len(clips) - len(reasons):,} of {len(clips):,} media")
 
 
-# ---------------------------------------------------- stats: a file beside Figure 2
+# ---------------------------------------------------------- stats: a file beside Figure 2
 
 def plain(name):
     """What spellings of a name agree in: letters, digits and +, lower case."""
@@ -1762,7 +1660,7 @@ def figure_rows(records):
     sources that it does not have (count 0). A source is known by a folder of its name, in
     data_source or in path."""
     rows = {(e["category"], e["source"], ", ".join(e["problem_type"])): [0, e["count"]]
-            for e in default_recipe()}
+            for e in read_recipe(FIGURE_2)}
     by_source = defaultdict(list)
     for key in rows:
         by_source[plain(key[1])].append(key)
@@ -1808,51 +1706,43 @@ def stats(args):
     print(text)
 
 
-# ------------------------------------------------------------------------ the commands
+# --------------------------------------------------------------------------- the commands
 
 def parse_args(argv=None):
     parser = FlagParser(description=__doc__.split("\n")[0])
     commands = parser.add_subparsers(dest="command", required=True)
-    toy = commands.add_parser("toy", help="the embedded default: generated data, a tiny model")
-    toy.add_argument("--out", default="toy", help="folder to write; must be empty or absent")
-    toy.add_argument("--cot", type=int, default=2400, help="questions for the cold start")
-    toy.add_argument("--train", type=int, default=1600, help="questions for T-GRPO")
-    toy.add_argument("--test", type=int, default=400, help="held-out questions")
-    toy.add_argument("--seed", type=int, default=0, help="seed of every random draw")
-    toy.set_defaults(run=build_toy)
-    recipe = commands.add_parser("recipe", help="Figure 2 of the paper as a recipe to edit")
-    recipe.add_argument("--out", default="recipe.json", help="file to write")
-    recipe.set_defaults(run=write_recipe)
-    add_mix_flags(commands.add_parser("mix", help="records from the releases that a recipe names"))
-    add_check_flags(commands.add_parser("check", help="decode every medium; keep what can be used"))
-    stat = commands.add_parser("stats", help="the table of Figure 2 for a file of records")
-    stat.add_argument("--data", required=True, help="records, .json or .jsonl")
-    stat.add_argument("--media_root", help="folder of the records' paths; default: the data's")
-    stat.add_argument("--out", help="Markdown file to write; default: print only")
-    stat.set_defaults(run=stats)
-    return parser.parse_args(argv)
 
-
-def add_mix_flags(parser):
-    add = parser.add_argument
-    add("--recipe", required=True, help="list of entries, as `recipe` writes it")
-    add("--media_root", help="folder of the recipe's annotations and media; default: the recipe's")
+    def command(run, name, words):
+        added = commands.add_parser(name, help=words, description=words)
+        added.set_defaults(run=run)
+        return added.add_argument
+    add = command(build_toy, "toy", "the embedded default: generated data, a tiny model")
+    add("--out", default="toy", help="folder to write; must be empty or absent")
+    add("--cot", type=at_least(0, int), default=2400, help="questions for the cold start")
+    add("--train", type=at_least(0, int), default=1600, help="questions for T-GRPO")
+    add("--test", type=at_least(0, int), default=400, help="held-out questions")
+    add("--seed", type=at_least(0, int), default=0, help="seed of every random draw")
+    add = command(mix, "mix", "records from the releases that a recipe names")
+    add("--recipe", required=True, help="list of entries; assets/recipe.json is the paper's")
     add("--out", required=True, help="file of records to write; a report goes beside it")
-    add("--val_share", type=float, default=0.0, help="share of media held out, in <out>_val.json")
-    add("--per_medium", type=int, default=20, help="most questions on one medium")
+    add("--media_root", help="folder of the releases, which the recipe's and the records' paths "
+        "are relative to; default: the folder of --out, where the stages look for them too")
+    add("--val_share", type=at_least(0, float, below=1), default=0.0,
+        help="share of media held out, in <out>_val.json")
+    add("--per_medium", type=above(0, int), default=20, help="most questions on one medium")
     add("--exclude", nargs="*", default=[], help="evaluation files whose media must not be used")
     add("--exclude_root", help="folder of their media; default: each file's own")
     add("--skip_missing", action="store_true", help="do without entries that have no annotations")
-    add("--seed", type=int, default=0, help="seed of every random draw")
-    parser.set_defaults(run=mix)
-
-
-def add_check_flags(parser):
-    add = parser.add_argument
+    add("--seed", type=at_least(0, int), default=0, help="seed of every random draw")
+    add = command(check, "check", "decode every medium; keep what can be used")
     add("--data", required=True, help="records to check, .json or .jsonl")
     add("--out", help="file of usable records to write; default: <data>_clean.json")
     add_media_flags(add)
-    parser.set_defaults(run=check)
+    add = command(stats, "stats", "the table of Figure 2 for a file of records")
+    add("--data", required=True, help="records, .json or .jsonl")
+    add("--media_root", help="folder of the records' paths; default: the data's")
+    add("--out", help="Markdown file to write; default: print only")
+    return parser.parse_args(argv)
 
 
 if __name__ == "__main__":

@@ -2,6 +2,7 @@
 import filecmp
 import json
 import os
+import re
 import shutil
 
 import numpy as np
@@ -10,8 +11,8 @@ import torch
 from PIL import Image
 
 import build_data
-from build_data import (InputError, MediaError, build_messages, encode, load_records, load_vision,
-                        pad_batch)
+from build_data import (FlagParser, InputError, MediaError, above, add_media_flags, at_least,
+                        build_messages, encode, load_records, load_vision, pad_batch)
 from conftest import ROOT, run
 
 LIMITS = {"max_frames": 8, "min_frames": 4, "fps": 2, "min_pixels": 784, "max_pixels": 784}
@@ -273,6 +274,139 @@ def test_toy_clips_show_what_their_records_say(toy):
         assert f"{letter}. {moved}" in record["options"]
         checked += 1
     assert checked > 5
+
+
+def test_the_args_files_of_the_toy_are_read_by_their_scripts(toy):
+    """One `--flag=value` a line, whatever the comments between them."""
+    names = {path.name for path in toy.glob("*.args")}
+    assert names == {"sft.args", "tgrpo.args", "annotate.args", "evaluate.args"}
+    for name in names:
+        lines = (toy / name).read_text().splitlines()
+        assert all(re.fullmatch(r"#.*|--\w+=\S+|", line) for line in lines)
+    assert "--chunk_size=8" in (toy / "tgrpo.args").read_text().splitlines()
+
+
+# -------------------------------------------------------------------- flags and start-up
+
+def flags(*argv):
+    """A parser's namespace, with the media flags and two of its own."""
+    parser = FlagParser(prog="script.py", description="A script.")
+    add_media_flags(parser.add_argument)
+    parser.add_argument("--share", type=at_least(0, float, below=1), default=0.5, help="a share")
+    parser.add_argument("--rate", type=above(0, float, most=2), help="a rate")
+    parser.add_argument("--fast", action="store_true", help="be fast")
+    return parser.parse_args(list(map(str, argv)))
+
+
+def test_flags_come_from_a_file_with_comments_too_and_later_ones_win(tmp_path):
+    path = tmp_path / "a.args"
+    path.write_text("# a comment\n\n  --max_frames=32\n--media_root=a folder\n\t# more\n--fast\n")
+    args = flags(f"@{path}")
+    assert (args.max_frames, args.media_root, args.fast, args.share) == (32, "a folder", True, 0.5)
+    assert flags(f"@{path}", "--max_frames", 64).max_frames == 64
+
+
+@pytest.mark.parametrize("argv, words", [
+    (["--max_frames", "x"], "argument --max_frames: invalid int value: 'x'"),
+    (["--max_frames", "2.5"], "argument --max_frames: invalid int value: '2.5'"),
+    (["--max_frames", "0"], "argument --max_frames: 0 must be above 0"),
+    (["--fps", "nan"], "argument --fps: nan must be above 0"),
+    (["--rate", "2.1"], "argument --rate: 2.1 must be above 0 and at most 2"),
+    (["--rate", "nan"], "argument --rate: nan must be above 0 and at most 2"),
+    (["--num_workers", "-1"], "argument --num_workers: -1 must be at least 0"),
+    (["--share", "1"], "argument --share: 1 must be at least 0 and below 1"),
+    (["--share", "nan"], "argument --share: nan must be at least 0 and below 1"),
+    (["--min_frames", "32"], "--min_frames 32 is above --max_frames 16"),
+    (["--max_pixels", "784"], "--min_pixels 3136 is above --max_pixels 784"),
+    (["--image_max_pixels", "784"], "--image_min_pixels 3136 is above --image_max_pixels 784"),
+    (["--unknown"], "unrecognized arguments: --unknown"),
+    (["@absent.args"], "No such file or directory: 'absent.args'")])
+def test_a_wrong_flag_is_one_line_that_says_what_is_wrong(capsys, argv, words):
+    with pytest.raises(SystemExit) as end:
+        flags(*argv)
+    text = capsys.readouterr().err
+    assert end.value.code == 2 and text.startswith("script.py: ") and words in text
+    assert text.endswith("(--help lists the flags)\n") and text.count("\n") == 1
+
+
+def test_a_value_at_its_bound_is_taken():
+    args = flags("--rate", 2, "--share", 0, "--num_workers", 0, "--min_frames", 16)
+    assert (args.rate, args.share, args.num_workers, args.min_frames) == (2, 0, 0, 16)
+
+
+def test_help_shows_the_defaults_that_are_values(capsys):
+    with pytest.raises(SystemExit) as end:
+        flags("--help")
+    text = " ".join(capsys.readouterr().out.split())
+    assert end.value.code == 0 and "a share (default: 0.5)" in text
+    assert "be fast" in text and "default: None" not in text and "default: False" not in text
+
+
+def test_a_command_s_flags_are_checked_and_shown_in_the_same_way(capsys):
+    for argv, words in ((["toy", "--cot", "-1"], " toy: argument --cot: -1 must be at least 0"),
+                        (["mix", "--out", "a"], "mix: the following arguments are required"),
+                        (["check", "--data", "a", "--min_frames", "99"], "is above --max_frames")):
+        with pytest.raises(SystemExit):
+            build_data.parse_args(argv)
+        text = capsys.readouterr().err
+        assert words in text and text.count("\n") == 1
+
+
+SCRIPT = """
+import errno, os, signal, sys, time, warnings
+import torch
+from build_data import InputError, run_script
+warnings.simplefilter("ignore")  # fewer processors than workers
+
+class Records(torch.utils.data.Dataset):
+    def __len__(self):
+        return 9
+
+    def __getitem__(self, i):
+        signal.signal(signal.SIGTERM, signal.SIG_IGN)
+        if i > 1:
+            time.sleep(1000)
+        return i
+
+def main(fault):
+    loader = iter(torch.utils.data.DataLoader(Records(), num_workers=3, prefetch_factor=1))
+    next(loader)
+    print("at work")
+    if sys.argv[1] == "unread":
+        os.close(sys.stdout.fileno())
+    raise fault
+
+faults = {"input": InputError("no such model"), "unread": InputError("no such model"),
+          "full": OSError(errno.ENOSPC, "No space left on device"), "bug": KeyError("typo"),
+          "file": OSError("not full"), "interrupt": KeyboardInterrupt()}
+run_script(main, lambda: faults[sys.argv[1]])
+"""
+
+
+@pytest.mark.parametrize("fault, words", [
+    ("input", "script.py: no such model"), ("interrupt", "script.py: interrupted"),
+    ("full", "script.py: [Errno 28] No space left on device: make room and repeat the command "
+             "(training: with --resume)"),
+    ("bug", "KeyError: 'typo'"), ("file", "OSError: not full")])
+def test_a_fault_ends_the_script_at_once_although_a_worker_ignores_its_signal(
+        tmp_path, fault, words):
+    """The worker sleeps for 1000 seconds; what was printed before is not lost."""
+    (tmp_path / "script.py").write_text(SCRIPT)
+    result = run(tmp_path / "script.py", fault, env={"PYTHONPATH": str(ROOT)}, check=False,
+                 timeout=60)
+    assert result.returncode == 1 and result.stdout == "at work\n"
+    first, *others = result.stderr.splitlines()
+    if words.startswith("script.py"):  # a sentence for the user; anything else with its traceback
+        assert first == words and not others
+    else:
+        assert first == "Traceback (most recent call last):" and others[-1] == words
+
+
+def test_a_fault_ends_the_script_where_nobody_reads_its_output_too(tmp_path):
+    (tmp_path / "script.py").write_text(SCRIPT)
+    result = run(tmp_path / "script.py", "unread", env={"PYTHONPATH": str(ROOT)}, check=False,
+                 timeout=60)
+    assert (result.returncode, result.stderr) == (1, "script.py: no such model\n")
 
 
 def test_importing_a_script_does_nothing(tmp_path):

@@ -1,11 +1,9 @@
 """Media of every kind: decoded as they look, or one MediaError that names file and reason."""
 import importlib
 import os
-import resource
 import signal
 import struct
 import time
-from argparse import Namespace
 from fractions import Fraction
 
 import av
@@ -16,7 +14,7 @@ from PIL import Image
 from torch.utils.data import DataLoader
 
 import build_data
-from build_data import MediaError, load_vision, load_vision_isolated, load_vision_of
+from build_data import MediaError, load_vision, load_vision_isolated
 
 LIMITS = {"max_frames": 8, "min_frames": 4, "fps": 2, "min_pixels": 784,
           "max_pixels": 128 * 784}
@@ -156,91 +154,6 @@ def test_images_that_cannot_be_shown_are_media_errors(tmp_path):
             load_vision(record_of(tmp_path / name, "image"), **LIMITS)
 
 
-# ----------------------------------------------------------------------- the frame cache
-
-def cache_flags(folder, gigabytes=1.0):
-    return Namespace(frame_cache=folder and str(folder), frame_cache_gb=gigabytes, max_frames=8,
-                     decode_timeout=60, min_frames=4, fps=2, min_pixels=784, max_pixels=128 * 784,
-                     image_min_pixels=784, image_max_pixels=784)
-
-
-def equal_vision(a, b):
-    return torch.equal(a.frames, b.frames) and a.metadata == b.metadata
-
-
-@pytest.fixture
-def decoded(monkeypatch):
-    """The clips that were really decoded, one entry a time."""
-    seen, decode = [], load_vision_isolated
-
-    def record(record, *args, **limits):
-        seen.append(record["problem_id"])
-        return decode(record, *args, **limits)
-    record.decoder = None  # the function keeps its process under its own name
-    monkeypatch.setattr(build_data, "load_vision_isolated", record)
-    monkeypatch.setattr(build_data.keep_frames, "uses", 0)
-    monkeypatch.setattr(build_data.keep_frames, "size", 0)
-    return seen
-
-
-def test_a_cached_video_is_decoded_once_and_is_the_same(tmp_path, decoded):
-    clip = record_of(encode_clip(tmp_path / "a.mp4"))
-    first, second = (load_vision_of(clip, cache_flags(tmp_path / "cache")) for _ in range(2))
-    assert decoded == ["a.mp4"] and equal_vision(first, second)
-    assert equal_vision(first, load_vision_of(clip, cache_flags(None)))
-
-
-@pytest.mark.parametrize("size", [0, 100, 10_000])
-def test_a_cached_file_that_was_cut_off_is_made_again(tmp_path, decoded, size):
-    clip, flags = record_of(encode_clip(tmp_path / "a.mp4")), cache_flags(tmp_path / "cache")
-    first = load_vision_of(clip, flags)
-    kept, = (tmp_path / "cache").iterdir()
-    os.truncate(kept, size)
-    assert all(equal_vision(first, load_vision_of(clip, flags)) for _ in range(2))
-    assert len(decoded) == 2
-
-
-def test_another_file_or_other_frames_are_not_taken_from_the_cache(tmp_path, decoded):
-    clip, flags = record_of(encode_clip(tmp_path / "a.mp4")), cache_flags(tmp_path / "cache")
-    load_vision_of(clip, flags)
-    flags.max_frames = 4
-    assert len(load_vision_of(clip, flags).frames) == 4
-    encode_clip(tmp_path / "a.mp4", count=6)
-    os.utime(tmp_path / "a.mp4", (1, 1))
-    flags.max_frames = 8
-    assert len(load_vision_of(clip, flags).frames) == 6
-    assert len(decoded) == 3
-
-
-def test_the_cache_stays_within_its_bound_and_a_broken_file_leaves_nothing(tmp_path, decoded):
-    clips = [record_of(encode_clip(tmp_path / f"{i}.mp4")) for i in range(3)]
-    flags = cache_flags(tmp_path / "cache", gigabytes=2.5 * 8 * 3 * 56 * 56 / 1e9)
-    for _ in range(2):
-        for clip in clips:
-            load_vision_of(clip, flags)
-    assert len(os.listdir(tmp_path / "cache")) == 2
-    assert decoded == ["0.mp4", "1.mp4", "2.mp4", "2.mp4"]
-    (tmp_path / "broken.mp4").write_bytes(b"broken")
-    with pytest.raises(MediaError):
-        load_vision_of(record_of(tmp_path / "broken.mp4"), flags)
-    assert len(os.listdir(tmp_path / "cache")) == 2
-
-
-def test_a_full_disk_costs_the_cache_and_not_the_run(tmp_path, decoded):
-    """No file may grow beyond 100 bytes: frames are decoded each time, the user is told once."""
-    clips = [record_of(encode_clip(tmp_path / f"{i}.mp4")) for i in range(2)]
-    load_vision_of(clips[0], cache_flags(None))  # starts the decoder, which has no such limit
-    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (100, limits[1]))
-    try:
-        with pytest.warns(UserWarning, match="keeps no more frames: File too large") as told:
-            seen = [load_vision_of(clip, cache_flags(tmp_path / "cache")) for clip in clips * 2]
-    finally:
-        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
-    assert equal_vision(seen[0], seen[2]) and equal_vision(seen[1], seen[3])
-    assert len(told) == 1 and os.listdir(tmp_path / "cache") == [] and len(decoded) == 5
-
-
 # ----------------------------------------------------------- decoders that fall or stand still
 
 @pytest.fixture
@@ -257,7 +170,7 @@ def decoder(tmp_path, monkeypatch):
             bytearray(2 * build_data.DECODE_MEMORY)
         return load_vision(record, **limits)
     monkeypatch.setattr(build_data, "load_vision", misbehave)
-    monkeypatch.setattr(load_vision_isolated, "decoder", None)
+    monkeypatch.setattr(build_data, "DECODERS", {})
     return [record_of(encode_clip(tmp_path / f"{name}.mp4"))
             for name in ("good", "crash", "fine", "hang", "well", "greedy", "right")]
 
@@ -292,12 +205,12 @@ def test_a_decoder_that_crashes_or_hangs_costs_exactly_its_sample(decoder, worke
 
 def test_a_decoder_that_dies_while_it_answers_costs_its_sample(tmp_path, monkeypatch):
     """It announces 100 bytes, sends one and ends."""
-    def serve(self, pipe):
+    def decode_records(pipe):
         pipe.recv()
         os.write(pipe.fileno(), struct.pack("!i", 100) + b"x")
         os._exit(9)
-    monkeypatch.setattr(build_data.Decoder, "serve", serve)
-    monkeypatch.setattr(load_vision_isolated, "decoder", None)
+    monkeypatch.setattr(build_data, "decode_records", decode_records)
+    monkeypatch.setattr(build_data, "DECODERS", {})
     with pytest.raises(MediaError, match=r"a.mp4: its decoder died \(exit status 9\)"):
         load_vision_isolated(record_of(tmp_path / "a.mp4"), 60, **LIMITS)
 
@@ -306,7 +219,7 @@ def test_a_fault_that_nobody_expects_ends_the_decoder_and_is_shown(tmp_path, mon
     def load_vision(record, **limits):
         raise KeyError("unexpected")
     monkeypatch.setattr(build_data, "load_vision", load_vision)
-    monkeypatch.setattr(load_vision_isolated, "decoder", None)
+    monkeypatch.setattr(build_data, "DECODERS", {})
     with pytest.raises(MediaError, match=r"a.mp4: its decoder died \(exit status 1\)"):
         load_vision_isolated(record_of(tmp_path / "a.mp4"), 60, **LIMITS)
     assert "KeyError: 'unexpected'" in capfd.readouterr().err
@@ -316,9 +229,9 @@ def test_a_decoding_process_ends_with_the_process_that_started_it(tmp_path):
     clip = record_of(encode_clip(tmp_path / "a.mp4"))
     reader, writer = os.pipe()
     if os.fork() == 0:
-        load_vision_isolated.decoder = None
-        load_vision_isolated(clip, 60, **LIMITS)
-        os.write(writer, str(load_vision_isolated.decoder.pid).encode())
+        load_vision_isolated(clip, 60, **LIMITS)  # a forked process starts its own decoder
+        (pid, _), = build_data.DECODERS.values()
+        os.write(writer, str(pid).encode())
         os.kill(os.getpid(), signal.SIGKILL)
     os.wait()
     pid, deadline = int(os.read(reader, 20)), time.time() + 20
