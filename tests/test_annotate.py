@@ -14,12 +14,12 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
 import numpy as np
 import pytest
+import requests
 
 import annotate
 import build_data
-from annotate import parse_args, reject_reason
-from build_data import (ApiError, InputError, api_messages, ask_api, build_messages, load_records,
-                        load_vision)
+from annotate import ApiError, api_messages, ask_api, parse_args, reject_reason
+from build_data import InputError, build_messages, load_records, load_vision
 from conftest import ROOT, run
 
 KEY = "sk-very-secret-1234567890"
@@ -78,7 +78,7 @@ class Server:
 @pytest.fixture(autouse=True)
 def key(monkeypatch):
     monkeypatch.setenv("OPENAI_API_KEY", KEY)
-    monkeypatch.setattr(build_data, "FIRST_PAUSE", 0.01)
+    monkeypatch.setattr(annotate, "FIRST_PAUSE", 0.01)
 
 
 def flags(server, *more):
@@ -88,7 +88,8 @@ def flags(server, *more):
 
 def ask(server, n=1, *more):
     args = flags(server, *more)
-    return ask_api(args, [{"role": "user", "content": "Hi"}], n, seed=5)
+    with requests.Session() as session:
+        return ask_api(session, args, [{"role": "user", "content": "Hi"}], n, seed=5)
 
 
 # ----------------------------------------------------------------------------- the server
@@ -141,7 +142,7 @@ def test_retry_after_is_honoured_as_seconds_and_as_a_date():
 
 
 def test_pauses_grow_and_the_last_error_is_told_without_the_key():
-    for before in ("your key ", "x" * (build_data.ERROR_SHOWN - 20)):  # where it would be cut
+    for before in ("your key ", "x" * (annotate.ERROR_SHOWN - 20)):  # where it would be cut
         with Server(lambda body, number: (500, {}, f"{before}{KEY} broke me")) as server:
             with pytest.raises(ApiError) as error:
                 ask(server)
@@ -392,7 +393,7 @@ def test_a_medium_that_cannot_be_read_costs_its_record_and_is_named(toy, tmp_pat
 
 
 def test_a_server_that_is_gone_ends_the_run_early(toy, tmp_path, monkeypatch):
-    monkeypatch.setattr(build_data, "MOST_FAILURES", 5)
+    monkeypatch.setattr(annotate, "MOST_FAILURES", 5)
     with Server(lambda body, number: (500, {}, "broken")) as server:
         with pytest.raises(InputError, match="5 requests in a row failed, the last: .*HTTP 500"):
             annotate_toy(toy, tmp_path / "o.json", server)
@@ -403,7 +404,7 @@ def test_questions_that_a_server_refuses_do_not_end_a_run_that_it_answers(
         toy, tmp_path, monkeypatch):
     """It refuses 6 of 32 in a row, twice what would end the run; then again, with nothing else to
     ask; a server that refuses all of them is given up."""
-    monkeypatch.setattr(build_data, "MOST_FAILURES", 3)
+    monkeypatch.setattr(annotate, "MOST_FAILURES", 3)
     with Server(lambda body, number: reply("x") if number == 0 or 6 < number < 32 else
                 (400, {}, "too long")) as server:
         report = annotate_toy(toy, tmp_path / "o.json", server, "--concurrency", "1")[2]
@@ -418,13 +419,13 @@ def test_questions_that_a_server_refuses_do_not_end_a_run_that_it_answers(
 def test_what_failed_is_asked_for_last():
     records = [{"problem_id": i} for i in range(4)]
     rows = {"0": {"reason": "HTTP 500"}, "2": {"output": ["x"]}}
-    assert [r["problem_id"] for r in build_data.unanswered(records, rows)] == [1, 3, 0]
+    assert [r["problem_id"] for r in annotate.unanswered(records, rows)] == [1, 3, 0]
 
 
 def test_names_of_files_are_no_patterns(tmp_path):
     with build_data.row_writer(tmp_path / "a[1].rank0.jsonl", 1, {"seed": 0}) as write:
         write([{"problem_id": 7, "output": ["x"]}])
-    assert list(build_data.read_rows(tmp_path, "a[1]", {"seed": 0})) == ["7"]
+    assert list(annotate.read_rows(tmp_path, "a[1]", {"seed": 0})) == ["7"]
 
 
 def test_a_full_disk_keeps_the_answers_that_had_come_and_is_one_clear_sentence(
@@ -526,7 +527,7 @@ def test_a_server_and_this_machine_give_an_image_the_same_greedy_answer(toy, pro
     data = ["--data", tmp_path / "images.json", "--media_root", toy, *flags]
     annotate_here("--model", toy / "model", "--out", tmp_path / "here.json", *data)
     args = parse_args(list(map(str, ["--model", toy / "model", "--out", "x.json", *data])))
-    model, lock = annotate.load_model(args, processor.tokenizer, "cpu"), threading.Lock()
+    model, lock = annotate.load_answering_model(args, processor.tokenizer, "cpu"), threading.Lock()
 
     def answer(body, number):
         assert body["temperature"] == 0 and body["max_tokens"] == 6
@@ -537,7 +538,7 @@ def test_a_server_and_this_machine_give_an_image_the_same_greedy_answer(toy, pro
         inputs = processor(text=[prompt], images=[image], return_tensors="pt")
         with lock:
             ids = model.generate(**inputs)[0, inputs["input_ids"].shape[1]:].tolist()
-        ids, cut = build_data.cut_at_end(ids, model.generation_config.eos_token_id)
+        ids, cut = annotate.cut_at_end(ids, model.generation_config.eos_token_id)
         said = processor.tokenizer.decode(ids, skip_special_tokens=True)
         return reply(said, finish="length" if cut else "stop")
     with Server(answer) as server:
