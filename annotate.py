@@ -88,8 +88,13 @@ def parse_args(argv=None):
                                        "name that the server knows it by")
     add("--data", required=True, help="records to annotate, .json or .jsonl")
     add("--out", required=True, help="file of annotated records to write; its side files go beside")
+    add("--deepspeed_config", help="DeepSpeed's JSON file of stage 3: splits the model over the "
+                                   "ranks; without it every rank holds the whole model")
     # responses; the released annotation had top_p 0.95 and 512 new tokens
     add("--samples", type=above(0, int), default=1, help="responses to a record; the best is kept")
+    add_asking_flags(add, temperature=1.0, top_p=0.95, max_new_tokens=768)
+    add("--video_url", default="", help="how videos reach the server: '' as sampled frames; data: "
+                                        "as files; else a URL prefix that the server can read")
     # the filter
     add("--min_accuracy", type=float, default=0.6, help="a response's reward must be above this")
     add("--min_think", type=int, default=40, help="fewest characters of a thought")
@@ -98,11 +103,7 @@ def parse_args(argv=None):
         help="smallest share of a response's letters that are of the question's script")
     add("--max_repetition", type=float, default=0.3,
         help="largest share of a thought's runs of 6 words that occurred before in it")
-    add("--video_url", default="", help="how videos reach the server: '' as sampled frames; data: "
-                                        "as files; else a URL prefix that the server can read")
-    add("--deepspeed_config", help="DeepSpeed's JSON file of stage 3: splits the model over the "
-                                   "ranks; without it every rank holds the whole model")
-    add_asking_flags(add, temperature=1.0, top_p=0.95, max_new_tokens=768)
+    # media and machine
     add_media_flags(add)
     add_machine_flags(add)
     return parser.parse_args(argv)
@@ -241,9 +242,11 @@ def row_of(sample, answers, seconds):
 
 
 def ask_here(batches, count, write, processor, device, args):
-    """Writes the rows of a rank's batches. There are `count` on the rank that has most of them, and
-    ranks that hold one model in parts make the same number of calls: a blank question stands for
-    a batch that is missing or has no usable medium."""
+    """Writes the rows of a rank's batches, of which the longest share has `count`.
+
+    Ranks that hold one model in parts make the same number of calls: a blank question stands for a
+    batch that this rank does not have, or that has no usable medium.
+    """
     model = load_answering_model(args, processor.tokenizer, device, args.samples,
                                  args.deepspeed_config)
     blank = {"record": {"problem_id": "blank"},
@@ -324,8 +327,8 @@ def main(args):
             ask_server(chain.from_iterable(batches), args.samples, row_of, write, args,
                        len(todo) < len(records))
         elif todo:
-            most = -(-len(todo) // world)  # records of the first rank, which has no fewer
-            ask_here(batches, -(-most // args.batch_size), write, processor, device, args)
+            longest = len(todo[::world])  # the first rank's share
+            ask_here(batches, -(-longest // args.batch_size), write, processor, device, args)
     dist.barrier(ranks)
 
     # ------------------------------------------------------------------ filter and report
@@ -334,7 +337,8 @@ def main(args):
         print(write_result(records, rows, args))
 
 
-# =================== how a model is asked, here or behind a server: evaluate.py too ===
+# ===================================== how a model is asked, here or behind a server
+# evaluate.py asks in the same way.
 
 JPEG_QUALITY = 95  # of frames sent to a server; Pillow's highest sensible value
 
@@ -394,7 +398,8 @@ def add_asking_flags(add, temperature, top_p, max_new_tokens):
         "http://localhost:8000/v1; the key, if it wants one, is read from the environment: "
         "OPENAI_API_KEY")
     add("--api_timeout", type=above(0, float), default=600, help="seconds that an answer may take")
-    add("--api_retries", type=at_least(0, int), default=6, help="times a failed request is repeated")
+    add("--api_retries", type=at_least(0, int), default=6,
+        help="times a failed request is repeated")
     add("--concurrency", type=above(0, int), default=32,
         help="requests of a rank under way together")
 
@@ -429,9 +434,9 @@ def ask_api(session, args, messages, n, seed):
     """n answers of an OpenAI-compatible server: [(text, tokens, whether it was cut off), ...].
 
     Of several answers to one request a server tells only the sum of tokens: each gets the mean.
-    Raises ApiError when args.api_retries repetitions have failed too, InputError when all would.
-    urllib3's Retry counts them and waits, if a server says for how long: that long. It is asked
-    here, not mounted in the session, which cannot repeat a reply that says 200 and holds no answer.
+    Raises ApiError when args.api_retries repetitions have failed too, Refused where none would
+    help, InputError where no request would. urllib3's Retry counts and waits. It is asked here:
+    mounted in the session it would not repeat a reply that says 200 and holds no answer.
     """
     url = args.api_base.rstrip("/") + "/chat/completions"
     key = os.environ.get(KEY_VARIABLE, "").strip()
@@ -443,11 +448,11 @@ def ask_api(session, args, messages, n, seed):
         return request
     # unseeded jitter: clients must not come back at the same moment
     retries = Retry(args.api_retries, backoff_factor=FIRST_PAUSE / 2, backoff_jitter=FIRST_PAUSE)
-    answers, settings = [], {"temperature": args.temperature, "top_p": args.top_p,
-                             "max_tokens": args.max_new_tokens}
+    answers = []
     while len(answers) < n:  # some servers answer once, whatever n is
         body = {"model": args.model, "messages": messages, "n": n - len(answers),
-                "seed": seed + len(answers)} | settings
+                "temperature": args.temperature, "top_p": args.top_p,
+                "max_tokens": args.max_new_tokens, "seed": seed + len(answers)}
         reply = requests.Response()  # without a status: of a server that does not answer
         try:
             reply = session.post(url, json=body, auth=authorise,
@@ -631,7 +636,7 @@ def read_rows(output, stem, configuration):
         for key, value in configuration.items():
             if first.get(key) != value:
                 raise InputError(f"{path} has rows with another {key}: {str(first.get(key))[:60]}, "
-                                 f"not {str(value)[:60]}; name another --output")
+                                 f"not {str(value)[:60]}; write to another place")
         for row in others:
             if "output" not in rows.get(str(row["problem_id"]), {}):
                 rows[str(row["problem_id"])] = row
