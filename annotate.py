@@ -311,8 +311,7 @@ def main(args):
     out = Path(args.out)
     make_folder_of(out)
     configuration = configuration_of(args, processor)
-    rows = read_rows(out.parent, out.stem, configuration)
-    todo = unanswered(records, rows)
+    todo = unanswered(records, read_rows(out.parent, out.stem, configuration))
     rank, device = setup_distributed(args)
     ranks, world = dist.new_group(backend="gloo", timeout=LONGEST_WAIT), dist.get_world_size()
     dist.barrier(ranks)  # all ranks have read the rows before one adds to them
@@ -333,12 +332,10 @@ def main(args):
 
     # ------------------------------------------------------------------ filter and report
     if rank == 0:
-        rows = read_rows(out.parent, out.stem, configuration)
-        print(write_result(records, rows, args))
+        print(write_result(records, read_rows(out.parent, out.stem, configuration), args))
 
 
-# ===================================== how a model is asked, here or behind a server
-# evaluate.py asks in the same way.
+# ================ how a model is asked, here or behind a server; evaluate.py asks so too
 
 JPEG_QUALITY = 95  # of frames sent to a server; Pillow's highest sensible value
 
@@ -417,7 +414,7 @@ KEY_VARIABLE = "OPENAI_API_KEY"  # the only place a key is read from; it is neve
 FIRST_PAUSE = 1.0  # seconds before the second repetition, doubled for each; the first is at once
 CONNECT_TIMEOUT = 10.0  # seconds
 HOPELESS = {401, 403, 404}  # HTTP: no request of this run can succeed
-REFUSALS = {*range(400, 500)} - HOPELESS - {408, 409, 425, 429}  # nor this one, if repeated
+FINAL = {*range(400, 500)} - HOPELESS - {408, 409, 425, 429}  # nor this one, if repeated
 ERROR_SHOWN = 300  # characters of what a server says about an error
 MOST_FAILURES = 20  # requests in a row without an answer, after which the server is given up
 
@@ -469,7 +466,7 @@ def ask_api(session, args, messages, n, seed):
         if reply.status_code in HOPELESS:
             raise InputError(f"{url} refuses model {args.model}: {reason} "
                              f"(the key is read from the environment variable {KEY_VARIABLE})")
-        if reply.status_code in REFUSALS:
+        if reply.status_code in FINAL:
             raise Refused(f"{url}: {reason}")
         try:
             retries = retries.increment()
