@@ -35,28 +35,26 @@ import io
 import json
 import mimetypes
 import os
-import random
 import re
+import threading
 import time
 import unicodedata
 import zlib
 from collections import Counter
 from concurrent.futures import FIRST_COMPLETED, ThreadPoolExecutor, wait
 from datetime import timedelta
-from email.utils import parsedate_to_datetime
-from functools import partial
 from glob import escape
 from itertools import chain
 from pathlib import Path
 from urllib.parse import quote
 
-import deepspeed
 import requests
 import torch
 import torch.distributed as dist
-from deepspeed.accelerator import get_accelerator
 from PIL import Image
 from torch.utils.data import DataLoader
+from urllib3.exceptions import InvalidHeader, MaxRetryError
+from urllib3.util import Retry
 
 from build_data import (ANSWER_SUFFIX, TEMPLATE, UNUSABLE, FlagParser, InputError, MediaError,
                         Vision, above, add_machine_flags, add_media_flags, as_in_file, at_least,
@@ -90,8 +88,13 @@ def parse_args(argv=None):
                                        "name that the server knows it by")
     add("--data", required=True, help="records to annotate, .json or .jsonl")
     add("--out", required=True, help="file of annotated records to write; its side files go beside")
+    add("--deepspeed_config", help="DeepSpeed's JSON file of stage 3: splits the model over the "
+                                   "ranks; without it every rank holds the whole model")
     # responses; the released annotation had top_p 0.95 and 512 new tokens
     add("--samples", type=above(0, int), default=1, help="responses to a record; the best is kept")
+    add_asking_flags(add, temperature=1.0, top_p=0.95, max_new_tokens=768)
+    add("--video_url", default="", help="how videos reach the server: '' as sampled frames; data: "
+                                        "as files; else a URL prefix that the server can read")
     # the filter
     add("--min_accuracy", type=float, default=0.6, help="a response's reward must be above this")
     add("--min_think", type=int, default=40, help="fewest characters of a thought")
@@ -100,11 +103,7 @@ def parse_args(argv=None):
         help="smallest share of a response's letters that are of the question's script")
     add("--max_repetition", type=float, default=0.3,
         help="largest share of a thought's runs of 6 words that occurred before in it")
-    add("--video_url", default="", help="how videos reach the server: '' as sampled frames; data: "
-                                        "as files; else a URL prefix that the server can read")
-    add("--deepspeed_config", help="DeepSpeed's JSON file of stage 3: splits the model over the "
-                                   "ranks; without it every rank holds the whole model")
-    add_asking_flags(add, temperature=1.0, top_p=0.95, max_new_tokens=768)
+    # media and machine
     add_media_flags(add)
     add_machine_flags(add)
     return parser.parse_args(argv)
@@ -219,11 +218,11 @@ def choose(record, row, args):
     return as_in_file(record) | {"process": f"<think>{think_of(best)}</think>"}, judged
 
 
-# --------------------------------------------------------------------------------- data
+# --------------------------------------------------------------------------------- the command
 
 def prompt_of(processor, args, record):
-    """A record with its encoded inputs, or (without a processor) with the messages that a server
-    gets; or the line of one whose medium cannot be used. Runs in worker processes."""
+    """A record with its encoded inputs or, without a processor, with the messages that a server
+    gets; or the row of one whose medium cannot be used. Runs in worker processes."""
     try:
         vision = load_vision_of(record, args)
     except MediaError as error:
@@ -235,7 +234,30 @@ def prompt_of(processor, args, record):
     return {"record": record, "inputs": inputs}
 
 
-# ---------------------------------------------------------- what a run leaves beside --out
+def row_of(sample, answers, seconds):
+    """The row of one record's responses."""
+    texts, tokens, truncated = map(list, zip(*answers))
+    return {"problem_id": sample["record"]["problem_id"], "output": texts, "tokens": tokens,
+            "truncated": truncated, "seconds": seconds}
+
+
+def ask_here(batches, count, write, processor, device, args):
+    """Writes the rows of a rank's batches, of which the longest share has `count`.
+
+    Ranks that hold one model in parts make the same number of calls: a blank question stands for a
+    batch that this rank does not have, or that has no usable medium.
+    """
+    model = load_answering_model(args, processor.tokenizer, device, args.samples,
+                                 args.deepspeed_config)
+    blank = {"record": {"problem_id": "blank"},
+             "inputs": image_as_video(processor, encode_blank(processor))}
+    batches = iter(batches)
+    for _ in range(count):
+        batch = next(batches, [])
+        write(ask_model(model, processor.tokenizer, batch, row_of, args.seed))
+        if args.deepspeed_config and not any("inputs" in sample for sample in batch):
+            respond(model, [blank], args.seed)
+
 
 def configuration_of(args, processor):
     """What responses depend on: rows that were made with another one are refused."""
@@ -278,30 +300,6 @@ def write_result(records, rows, args):
     return report
 
 
-# ------------------------------------------------------------- the model, here or behind a server
-
-def row_of(sample, answers, seconds):
-    """The row of one record's responses."""
-    texts, tokens, truncated = map(list, zip(*answers))
-    return {"problem_id": sample["record"]["problem_id"], "output": texts, "tokens": tokens,
-            "truncated": truncated, "seconds": seconds}
-
-
-def ask_here(share, longest_share, write, processor, device, args):
-    """Answers a rank's share of the records, a batch at a time, as often as the longest share
-    takes: ranks that hold one model in parts make the same number of calls."""
-    model = load_answering_model(args, processor.tokenizer, device, args.samples)
-    blank = {"record": {"problem_id": "blank"},
-             "inputs": image_as_video(processor, encode_blank(processor))}
-    batches = iter(DataLoader(share, batch_size=args.batch_size, num_workers=args.num_workers,
-                              collate_fn=lambda batch: [prompt_of(processor, args, record)
-                                                        for record in batch]))
-    for _ in range(-(-longest_share // args.batch_size)):
-        write(ask_model(model, processor.tokenizer, next(batches, []), row_of, args.seed, blank))
-
-
-# ---------------------------------------------------------------------------------- main
-
 def main(args):
     # --------------------------------------------- inputs, checked before a model is loaded
     check_flags(args)
@@ -313,31 +311,32 @@ def main(args):
     out = Path(args.out)
     make_folder_of(out)
     configuration = configuration_of(args, processor)
-    rows = read_rows(out.parent, out.stem, configuration)
-    todo = unanswered(records, rows)
+    todo = unanswered(records, read_rows(out.parent, out.stem, configuration))
     rank, device = setup_distributed(args)
     ranks, world = dist.new_group(backend="gloo", timeout=LONGEST_WAIT), dist.get_world_size()
     dist.barrier(ranks)  # all ranks have read the rows before one adds to them
 
     # -------------------------------------------------------------- responses, row by row
     share = todo[rank::world]
+    batches = DataLoader(share, args.batch_size, num_workers=args.num_workers, collate_fn=lambda
+                         batch: [prompt_of(processor, args, record) for record in batch])
     path = out.parent / f"{out.stem}.rank{rank}.jsonl"
     with row_writer(path, len(share), configuration, rank != 0) as write:
         if args.api_base:
-            prompts = DataLoader(share, batch_size=None, num_workers=args.num_workers,
-                                 collate_fn=partial(prompt_of, None, args))
-            ask_server(prompts, args.samples, row_of, write, args, len(todo) < len(records))
+            ask_server(chain.from_iterable(batches), args.samples, row_of, write, args,
+                       len(todo) < len(records))
         elif todo:
-            ask_here(share, len(todo[::world]), write, processor, device, args)
+            longest = len(todo[::world])  # the first rank's share
+            ask_here(batches, -(-longest // args.batch_size), write, processor, device, args)
     dist.barrier(ranks)
 
     # ------------------------------------------------------------------ filter and report
     if rank == 0:
-        rows = read_rows(out.parent, out.stem, configuration)
-        print(write_result(records, rows, args))
+        print(write_result(records, read_rows(out.parent, out.stem, configuration), args))
 
 
-# ------------------------------------------------------------ how a model is asked
+# ================ how a model is asked, here or behind a server; evaluate.py asks so too
+
 JPEG_QUALITY = 95  # of frames sent to a server; Pillow's highest sensible value
 
 
@@ -396,7 +395,8 @@ def add_asking_flags(add, temperature, top_p, max_new_tokens):
         "http://localhost:8000/v1; the key, if it wants one, is read from the environment: "
         "OPENAI_API_KEY")
     add("--api_timeout", type=above(0, float), default=600, help="seconds that an answer may take")
-    add("--api_retries", type=at_least(0, int), default=6, help="times a failed request is repeated")
+    add("--api_retries", type=at_least(0, int), default=6,
+        help="times a failed request is repeated")
     add("--concurrency", type=above(0, int), default=32,
         help="requests of a rank under way together")
 
@@ -411,11 +411,10 @@ def http_url(text):
 # ------------------------------------------------------------- a model behind a server
 
 KEY_VARIABLE = "OPENAI_API_KEY"  # the only place a key is read from; it is never written
-FIRST_PAUSE, LONGEST_PAUSE = 1.0, 60.0  # seconds before a request is repeated; doubled each time
-LONGEST_RETRY_AFTER = 3600.0  # seconds that a server may ask to wait
+FIRST_PAUSE = 1.0  # seconds before the second repetition, doubled for each; the first is at once
 CONNECT_TIMEOUT = 10.0  # seconds
-REPEATED = {408, 409, 425, 429}  # HTTP: not now; as any status from 500. Others will not change
 HOPELESS = {401, 403, 404}  # HTTP: no request of this run can succeed
+FINAL = {*range(400, 500)} - HOPELESS - {408, 409, 425, 429}  # nor this one, if repeated
 ERROR_SHOWN = 300  # characters of what a server says about an error
 MOST_FAILURES = 20  # requests in a row without an answer, after which the server is given up
 
@@ -428,23 +427,14 @@ class Refused(ApiError):
     """It would not to a repetition either: the request is at fault, not the server."""
 
 
-def ask_api(args, messages, n, seed):
+def ask_api(session, args, messages, n, seed):
     """n answers of an OpenAI-compatible server: [(text, tokens, whether it was cut off), ...].
 
     Of several answers to one request a server tells only the sum of tokens: each gets the mean.
-    Raises ApiError when a request fails args.api_retries times more, InputError when all would.
+    Raises ApiError when args.api_retries repetitions have failed too, Refused where none would
+    help, InputError where no request would. urllib3's Retry counts and waits. It is asked here:
+    mounted in the session it would not repeat a reply that says 200 and holds no answer.
     """
-    answers = []
-    while len(answers) < n:  # some servers answer once, whatever n is
-        answers += post_api(args, {
-            "model": args.model, "messages": messages, "n": n - len(answers),
-            "temperature": args.temperature, "top_p": args.top_p,
-            "max_tokens": args.max_new_tokens, "seed": seed + len(answers)})
-    return answers[:n]
-
-
-def post_api(args, body):
-    """The answers to one request, which is repeated while the server fails to give any."""
     url = args.api_base.rstrip("/") + "/chat/completions"
     key = os.environ.get(KEY_VARIABLE, "").strip()
     if not (key.isascii() and key.isprintable()):  # no header takes it, and the error quotes it
@@ -453,29 +443,40 @@ def post_api(args, body):
     def authorise(request):  # not a header, over which ~/.netrc would win
         request.headers.update({"Authorization": f"Bearer {key}"} if key else {})
         return request
-    for attempt in range(args.api_retries + 1):
-        status, pause = None, min(LONGEST_PAUSE, FIRST_PAUSE * 2**attempt)
-        pause *= random.uniform(0.5, 1)  # unseeded: clients must not come back at the same moment
+    # unseeded jitter: clients must not come back at the same moment
+    retries = Retry(args.api_retries, backoff_factor=FIRST_PAUSE / 2, backoff_jitter=FIRST_PAUSE)
+    answers = []
+    while len(answers) < n:  # some servers answer once, whatever n is
+        body = {"model": args.model, "messages": messages, "n": n - len(answers),
+                "temperature": args.temperature, "top_p": args.top_p,
+                "max_tokens": args.max_new_tokens, "seed": seed + len(answers)}
+        reply = requests.Response()  # without a status: of a server that does not answer
         try:
-            reply = requests.post(url, json=body, auth=authorise,
-                                  timeout=(CONNECT_TIMEOUT, args.api_timeout))
+            reply = session.post(url, json=body, auth=authorise,
+                                 timeout=(CONNECT_TIMEOUT, args.api_timeout))
             if reply.status_code == 200:
-                return read_choices(reply.json())
-            status, reason = reply.status_code, f"HTTP {reply.status_code}: {reply.text}"
-            pause = max(pause, retry_after(reply.headers.get("Retry-After", "")))
+                answers += read_choices(reply.json())
+                continue
+            reason = f"HTTP {reply.status_code}: {reply.text}"
         except (requests.RequestException, KeyError, TypeError, ValueError) as error:
             reason = f"{type(error).__name__}: {error}"
         if key:  # a server may quote it
             reason = reason.replace(key, f"<{KEY_VARIABLE}>")
         reason = reason[:ERROR_SHOWN]
-        if status in HOPELESS:
+        if reply.status_code in HOPELESS:
             raise InputError(f"{url} refuses model {args.model}: {reason} "
                              f"(the key is read from the environment variable {KEY_VARIABLE})")
-        if status and status < 500 and status not in REPEATED:
+        if reply.status_code in FINAL:
             raise Refused(f"{url}: {reason}")
-        if attempt < args.api_retries:
-            time.sleep(pause)
-    raise ApiError(f"{url}: {args.api_retries + 1} attempts failed, the last: {reason}")
+        try:
+            retries = retries.increment()
+            retries.sleep(reply.raw)
+        except InvalidHeader:  # a Retry-After that is neither whole seconds nor a date
+            retries.sleep()
+        except MaxRetryError:
+            raise ApiError(f"{url}: {args.api_retries + 1} attempts failed, the last: {reason}") \
+                from None
+    return answers[:n]
 
 
 def read_choices(reply):
@@ -495,16 +496,6 @@ def read_choices(reply):
             for text, choice in zip(texts, choices)]
 
 
-def retry_after(text):
-    """Seconds that a Retry-After header asks for, as a number or a date; 0 for anything else."""
-    try:
-        seconds = (float(text) if re.fullmatch(r"\d+(\.\d+)?", text) else
-                   parsedate_to_datetime(text).timestamp() - time.time())
-    except ValueError:
-        return 0.0
-    return min(max(seconds, 0.0), LONGEST_RETRY_AFTER)
-
-
 def ask_server(samples, n, row_of, write, args, answered=False):
     """Writes row_of(sample, n answers, seconds), or why there is none, for each of the samples;
     args.concurrency at a time. Samples with a "reason" have no medium and are rows already.
@@ -512,19 +503,22 @@ def ask_server(samples, n, row_of, write, args, answered=False):
     InputError when the server fails MOST_FAILURES requests in a row: it is gone. What it refuses
     counts only until it has `answered` once: some requests may be at fault, not all of them.
     """
-    running, failed = set(), 0
+    running, failed, own = set(), 0, threading.local()
+
+    def begin():  # requests does not promise that threads may share a session
+        own.session = requests.Session()
 
     def work(sample):  # in a thread: the row is on disk before anything else can go wrong
         record, started = sample["record"], time.perf_counter()
         seed = record_generator(args.seed, record, TOKEN_STREAM).initial_seed() % 2**31
         try:
-            answers = ask_api(args, sample["messages"], n, seed)
+            answers = ask_api(own.session, args, sample["messages"], n, seed)
         except ApiError as error:
             write([skip_row(record, error)])
             return error
         write([row_of(sample, answers, time.perf_counter() - started)])
 
-    with ThreadPoolExecutor(args.concurrency) as pool:
+    with ThreadPoolExecutor(args.concurrency, initializer=begin) as pool:
         for sample in chain(samples, [None]):  # None: the last ones are waited for
             if sample and "reason" in sample:
                 write([sample])
@@ -541,16 +535,7 @@ def ask_server(samples, n, row_of, write, args, answered=False):
                         raise InputError(f"{failed} requests in a row failed, the last: {error}")
 
 
-def generation_config(model, tokenizer, args, n=1):
-    """n answers to each prompt, as the flags say: the model's own sampling defaults (a repetition
-    penalty in Qwen2.5-VL's release) are put aside."""
-    from transformers import GenerationConfig
-    sampling = {"do_sample": True, "temperature": args.temperature, "top_p": args.top_p, "top_k": 0}
-    return GenerationConfig(
-        max_new_tokens=args.max_new_tokens, num_return_sequences=n,
-        **(sampling if args.temperature else {}), eos_token_id=stop_tokens(model, tokenizer),
-        pad_token_id=tokenizer.pad_token_id, suppress_tokens=forbidden_tokens(model, tokenizer))
-
+# -------------------------------------------------------------- a model on this machine
 
 def cut_at_end(ids, end_ids):
     """A response up to its first end token, which is kept, and whether it had none.
@@ -580,47 +565,59 @@ def respond(model, samples, seed):
     return [cut_at_end(row, config.eos_token_id) for row in ids.tolist()]
 
 
-def ask_model(model, tokenizer, samples, row_of, seed, blank=None) -> list[dict]:
-    """A batch's rows: row_of(sample, its answers as in ask_api, seconds), or why there is none.
-
-    Without anything to answer, `blank` is: ranks that hold one model in parts stay in step.
-    """
-    started, rows = time.perf_counter(), [sample for sample in samples if "reason" in sample]
+def ask_model(model, tokenizer, samples, row_of, seed) -> list[dict]:
+    """A batch's rows: row_of(sample, its answers as in ask_api, seconds), or why there is none."""
+    rows = [sample for sample in samples if "reason" in sample]
     good = [sample for sample in samples if "inputs" in sample]
-    asked = good or [blank] * (blank is not None)
-    responses = [(tokenizer.decode(ids, skip_special_tokens=True), len(ids), cut)
-                 for ids, cut in (respond(model, asked, seed) if asked else ())]
-    seconds = (time.perf_counter() - started) / max(len(good), 1)
-    n = len(responses) // max(len(asked), 1)
-    return rows + [row_of(sample, responses[i * n:(i + 1) * n], seconds)
+    if not good:
+        return rows
+    started, n = time.perf_counter(), model.generation_config.num_return_sequences
+    answers = [(tokenizer.decode(ids, skip_special_tokens=True), len(ids), cut)
+               for ids, cut in respond(model, good, seed)]
+    seconds = (time.perf_counter() - started) / len(good)
+    return rows + [row_of(sample, answers[i * n:(i + 1) * n], seconds)
                    for i, sample in enumerate(good)]
 
 
 def precision():
     """bfloat16 where there is an accelerator, else float32."""
+    from deepspeed.accelerator import get_accelerator
     return torch.float32 if get_accelerator().device_name() == "cpu" else torch.bfloat16
 
 
-def load_answering_model(args, tokenizer, device, n=1):
-    """The model, set to give n answers as the flags say; with --deepspeed_config, this rank's
-    part."""
+def load_answering_model(args, tokenizer, device, n=1, deepspeed_config=None):
+    """The model, set to give n answers to each prompt as the flags say: its own sampling defaults
+    (a repetition penalty in Qwen2.5-VL's release) are put aside. With DeepSpeed's JSON file of
+    stage 3, this rank's part of it."""
+    from transformers import GenerationConfig
     config = {"bf16": {"enabled": precision() == torch.bfloat16},
               "train_micro_batch_size_per_gpu": 1}  # asked for, of no consequence
-    if getattr(args, "deepspeed_config", None):
-        try:
-            zero = json.loads(Path(args.deepspeed_config).read_text(encoding="utf-8"))
-            config["zero_optimization"], stage = zero["zero_optimization"], \
-                zero["zero_optimization"]["stage"]
-        except (OSError, ValueError, KeyError, TypeError) as error:
-            raise InputError(f"--deepspeed_config {args.deepspeed_config}: {error!r}") from None
-        if stage != 3:
-            raise InputError(f"{args.deepspeed_config} has stage {stage}: only 3 shards weights")
+    if deepspeed_config:
+        config["zero_optimization"] = stage_3_of(deepspeed_config)
     model = load_model(args, config)
-    model.generation_config = generation_config(model, tokenizer, args, n)
-    if "zero_optimization" in config:
+    sampling = {"do_sample": True, "temperature": args.temperature, "top_p": args.top_p, "top_k": 0}
+    model.generation_config = GenerationConfig(
+        max_new_tokens=args.max_new_tokens, num_return_sequences=n,
+        **(sampling if args.temperature else {}), eos_token_id=stop_tokens(model, tokenizer),
+        pad_token_id=tokenizer.pad_token_id, suppress_tokens=forbidden_tokens(model, tokenizer))
+    if deepspeed_config:
+        import deepspeed
         model = deepspeed.initialize(model=model, config=config)[0].module
     return model.to(device).eval()
 
+
+def stage_3_of(path):
+    """What DeepSpeed's JSON file says of ZeRO; InputError where it is not of stage 3."""
+    try:
+        zero = json.loads(Path(path).read_text(encoding="utf-8"))["zero_optimization"]
+        if zero["stage"] != 3:
+            raise ValueError(f"only stage 3 shards weights, not {zero['stage']}")
+        return zero
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise InputError(f"--deepspeed_config {path}: {error!r}") from None
+
+
+# ------------------------------------------------------- answers as rows that outlive a kill
 
 def unanswered(records, rows):
     """The records that `rows`, by problem_id as text, has no answer to; what failed comes last."""
@@ -632,11 +629,11 @@ def read_rows(output, stem, configuration):
     """Rows of all ranks and runs, by problem_id as text; an answer wins over an earlier skip."""
     rows = {}
     for path in sorted(Path(output).glob(f"{escape(stem)}.rank*.jsonl")):
-        first, *others = whole_rows(path) or [{}]
-        for key, value in configuration.items() if first else ():
+        first, *others = whole_rows(path) or [configuration]
+        for key, value in configuration.items():
             if first.get(key) != value:
                 raise InputError(f"{path} has rows with another {key}: {str(first.get(key))[:60]}, "
-                                 f"not {str(value)[:60]}; name another --output")
+                                 f"not {str(value)[:60]}; write to another place")
         for row in others:
             if "output" not in rows.get(str(row["problem_id"]), {}):
                 rows[str(row["problem_id"])] = row

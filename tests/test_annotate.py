@@ -14,12 +14,12 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
 import numpy as np
 import pytest
+import requests
 
 import annotate
 import build_data
-from annotate import parse_args, reject_reason
-from build_data import (ApiError, InputError, api_messages, ask_api, build_messages, load_records,
-                        load_vision)
+from annotate import ApiError, api_messages, ask_api, parse_args, reject_reason
+from build_data import InputError, build_messages, load_records, load_vision
 from conftest import ROOT, run
 
 KEY = "sk-very-secret-1234567890"
@@ -42,17 +42,22 @@ class Server:
 
     def __init__(self, answer):
         outer, self.requests, self.lock = self, [], threading.Lock()
+        self.clients = set()  # an address for each connection
 
         class Handler(BaseHTTPRequestHandler):
+            protocol_version = "HTTP/1.1"  # a connection serves many requests
+
             def do_POST(self):
                 body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
                 with outer.lock:
                     outer.requests.append((self.path, dict(self.headers), body, time.monotonic()))
+                    outer.clients.add(self.client_address)
                     number = len(outer.requests) - 1
                 sent = answer(body, number)
+                status, headers, text = sent if isinstance(sent, tuple) else (200, {}, sent)
+                self.close_connection = sent is None or "Content-Length" in headers
                 if sent is None:
                     return
-                status, headers, text = sent if isinstance(sent, tuple) else (200, {}, sent)
                 data = (json.dumps(text) if isinstance(text, dict) else text).encode()
                 self.send_response(status)
                 for name, value in ({"Content-Length": str(len(data))} | headers).items():
@@ -78,7 +83,7 @@ class Server:
 @pytest.fixture(autouse=True)
 def key(monkeypatch):
     monkeypatch.setenv("OPENAI_API_KEY", KEY)
-    monkeypatch.setattr(build_data, "FIRST_PAUSE", 0.01)
+    monkeypatch.setattr(annotate, "FIRST_PAUSE", 0.01)
 
 
 def flags(server, *more):
@@ -86,9 +91,12 @@ def flags(server, *more):
                        "--api_timeout", "0.5", "--api_retries", "2", *more])
 
 
+HI = [{"role": "user", "content": "Hi"}]
+
+
 def ask(server, n=1, *more):
-    args = flags(server, *more)
-    return ask_api(args, [{"role": "user", "content": "Hi"}], n, seed=5)
+    with requests.Session() as session:
+        return ask_api(session, flags(server, *more), HI, n, seed=5)
 
 
 # ----------------------------------------------------------------------------- the server
@@ -98,8 +106,8 @@ def test_a_request_carries_the_sampling_and_the_key_and_answers_come_with_their_
         assert ask(server, 2) == [("a", 7, False), ("b", 7, False)]
         path, headers, body, _ = server.requests[0]
     assert path == "/v1/chat/completions" and headers["Authorization"] == f"Bearer {KEY}"
-    assert body == {"model": "m", "messages": [{"role": "user", "content": "Hi"}], "n": 2,
-                    "seed": 5, "temperature": 1.0, "top_p": 0.95, "max_tokens": 768}
+    assert body == {"model": "m", "messages": HI, "n": 2, "seed": 5, "temperature": 1.0,
+                    "top_p": 0.95, "max_tokens": 768}
 
 
 def test_a_server_that_answers_once_whatever_n_is_gets_asked_again_with_another_seed():
@@ -108,7 +116,7 @@ def test_a_server_that_answers_once_whatever_n_is_gets_asked_again_with_another_
 
 
 @pytest.mark.parametrize("fault", [
-    (500, {}, "out of memory"), (429, {}, "slow down"), (503, {}, ""), None, "{\"choices\": [",
+    (500, {}, "out of memory"), (429, {}, "slow down"), (503, {}, ""), (204, {}, ""), None, "[",
     "[]", "{}", {"choices": []}, {"choices": [{}], "usage": {"completion_tokens": 1}},
     reply([{"type": "text", "text": "a"}]), reply("half \ud83d"),
     (200, {"Content-Length": "5000"}, '{"choices": [{"mess')])
@@ -127,21 +135,38 @@ def test_a_slow_answer_is_given_up_and_asked_for_again():
         assert len(server.requests) == 2
 
 
+def times_of_requests(answer, *more):
+    """When requests came to a server that gives these answers, until one is good."""
+    with Server(answer) as server:
+        ask(server, 1, *more)
+        times = [moment for *_, moment in server.requests]
+    return [after - before for before, after in zip(times, times[1:])]
+
+
 def test_retry_after_is_honoured_as_seconds_and_as_a_date():
     from email.utils import formatdate
     waits = ["1", formatdate(time.time() + 3, usegmt=True)]
-    with Server(lambda body, number: (429, {"Retry-After": waits[number]}, "") if number < 2
-                else reply("a")) as server:
-        ask(server)
-        times = [moment for *_, moment in server.requests]
-    assert 1 <= times[1] - times[0] < 1.5
-    assert 0 < times[2] - times[1] < 3
-    assert [build_data.retry_after(text) for text in ("", "soon", "-3", "nan", "9e9", "99999")] == [
-        0, 0, 0, 0, 0, 3600]
+    first, second = times_of_requests(lambda body, number: (
+        429, {"Retry-After": waits[number]}, "") if number < 2 else reply("a"))
+    assert 1 <= first < 1.5 and 0 < second < 3
 
 
-def test_pauses_grow_and_the_last_error_is_told_without_the_key():
-    for before in ("your key ", "x" * (build_data.ERROR_SHOWN - 20)):  # where it would be cut
+@pytest.mark.parametrize("text", ["", "soon", "-3", "nan", "9e9", "1.5"])
+def test_a_retry_after_that_is_neither_means_the_usual_pause(text):
+    pauses = times_of_requests(lambda body, number: (429, {"Retry-After": text}, "")
+                               if number < 2 else reply("a"))
+    assert len(pauses) == 2 and max(pauses) < 1
+
+
+def test_a_request_is_repeated_at_once_and_then_after_pauses_that_double(monkeypatch):
+    monkeypatch.setattr(annotate, "FIRST_PAUSE", 0.2)
+    first, second, third = times_of_requests(
+        lambda body, number: (500, {}, "") if number < 3 else reply("a"), "--api_retries", "3")
+    assert first < 0.2 <= second and 0.4 <= third
+
+
+def test_the_last_error_is_told_without_the_key():
+    for before in ("your key ", "x" * (annotate.ERROR_SHOWN - 20)):  # where it would be cut
         with Server(lambda body, number: (500, {}, f"{before}{KEY} broke me")) as server:
             with pytest.raises(ApiError) as error:
                 ask(server)
@@ -150,24 +175,62 @@ def test_pauses_grow_and_the_last_error_is_told_without_the_key():
         assert KEY[:4] not in str(error.value)
 
 
-@pytest.mark.parametrize("key, sent", [(f" {KEY}\n", KEY), (f"{KEY[:9]}\n{KEY[9:]}", None),
-                                       (f"{KEY}…", None)])
-def test_a_key_with_a_line_break_is_stripped_or_refused_and_never_told(monkeypatch, key, sent):
+@pytest.mark.parametrize("key, sent", [
+    (KEY, f"Bearer {KEY}"), (f" {KEY}\n", f"Bearer {KEY}"), ("", None)])
+def test_the_key_is_the_environments_without_spaces_and_never_that_of_netrc(
+        monkeypatch, tmp_path, key, sent):
+    (tmp_path / "netrc").write_text("machine 127.0.0.1 login me password secret")
+    monkeypatch.setenv("NETRC", str(tmp_path / "netrc"))
     monkeypatch.setenv("OPENAI_API_KEY", key)
     with Server(lambda body, number: reply("a")) as server:
-        if sent:
-            ask(server)
-            assert server.requests[0][1]["Authorization"] == f"Bearer {sent}"
-            return
+        ask(server)
+        assert server.requests[0][1].get("Authorization") == sent
+
+
+@pytest.mark.parametrize("key", [f"{KEY[:9]}\n{KEY[9:]}", f"{KEY}…"])
+def test_a_key_with_characters_that_no_key_has_is_refused_and_never_told(monkeypatch, key):
+    monkeypatch.setenv("OPENAI_API_KEY", key)
+    with Server(lambda body, number: reply("a")) as server:
         with pytest.raises(InputError, match="OPENAI_API_KEY holds characters") as error:
             ask(server)
+        assert server.requests == []
     assert KEY[:9] not in str(error.value)
 
 
-def test_an_address_without_a_scheme_is_told_at_once():
-    args = parse_args(["--model", "m", "--data", "d", "--out", "o.json", "--api_base", "host:8000"])
-    with pytest.raises(InputError, match="--api_base host:8000 must begin with http"):
-        annotate.check_flags(args)
+@pytest.mark.parametrize("flag, value, told", [
+    ("--api_base", "host:8000", "host:8000 must begin with http"),
+    ("--temperature", "-1", "-1 must be at least 0"),
+    ("--top_p", "0", "0 must be above 0 and at most 1"),
+    ("--top_p", "1.5", "1.5 must be above 0 and at most 1"),
+    ("--samples", "0", "0 must be above 0"),
+    ("--api_retries", "-1", "-1 must be at least 0"),
+    ("--concurrency", "0", "0 must be above 0")])
+def test_a_value_that_a_flag_cannot_have_is_told_at_once(flag, value, told, capsys):
+    with pytest.raises(SystemExit):
+        parse_args(["--model", "m", "--data", "d", "--out", "o.json", flag, value])
+    assert f"{flag}: {told}" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("more, told", [
+    (["--samples", "2", "--temperature", "0"], "--samples 2 at --temperature 0 are all the same"),
+    (["--api_base", "http://x", "--deepspeed_config", "x"], "--deepspeed_config is for a model on"),
+    (["--out", "cot.jsonl"], "--out cot.jsonl must end in .json")])
+def test_flags_that_do_not_go_together_are_told_before_anything_is_read(more, told):
+    with pytest.raises(InputError, match=told):
+        annotate.main(parse_args(["--model", "absent", "--data", "absent", "--out", "o.json",
+                                  *more]))
+
+
+@pytest.mark.parametrize("text, told", [
+    (None, "No such file"), ("{", "JSONDecodeError"), ("{}", "zero_optimization"),
+    ("[]", "TypeError"),
+    ('{"zero_optimization": {"stage": 2}}', "only stage 3 shards weights, not 2")])
+def test_a_deepspeed_config_that_shards_no_weights_is_a_clear_error(tmp_path, text, told):
+    path = tmp_path / "ds.json"
+    if text is not None:
+        path.write_text(text)
+    with pytest.raises(InputError, match=f"--deepspeed_config .*ds.json: .*{told}"):
+        annotate.stage_3_of(path)
 
 
 def test_a_bad_request_is_not_repeated_and_a_wrong_key_ends_the_run():
@@ -186,6 +249,20 @@ def test_a_server_that_is_not_there_is_a_clear_error():
         pass
     with pytest.raises(ApiError, match="3 attempts failed, the last: ConnectionError"):
         ask(server)
+
+
+def test_four_requests_at_a_time_need_four_connections_in_all():
+    def answer(body, number):
+        time.sleep(0.02)
+        return reply("a")
+    samples = [{"record": {"problem_id": i, "path": ""}, "messages": HI} for i in range(20)]
+    rows = []
+    with Server(answer) as server:
+        annotate.ask_server(samples, 1, annotate.row_of, rows.extend,
+                            flags(server, "--concurrency", "4"))
+        assert len(server.requests) == 20 and len(server.clients) == 4
+        assert len({body["seed"] for _, _, body, _ in server.requests}) == 20
+    assert sorted(row["problem_id"] for row in rows) == list(range(20))
 
 
 # ------------------------------------------------------------------------- what it is sent
@@ -392,7 +469,7 @@ def test_a_medium_that_cannot_be_read_costs_its_record_and_is_named(toy, tmp_pat
 
 
 def test_a_server_that_is_gone_ends_the_run_early(toy, tmp_path, monkeypatch):
-    monkeypatch.setattr(build_data, "MOST_FAILURES", 5)
+    monkeypatch.setattr(annotate, "MOST_FAILURES", 5)
     with Server(lambda body, number: (500, {}, "broken")) as server:
         with pytest.raises(InputError, match="5 requests in a row failed, the last: .*HTTP 500"):
             annotate_toy(toy, tmp_path / "o.json", server)
@@ -403,7 +480,7 @@ def test_questions_that_a_server_refuses_do_not_end_a_run_that_it_answers(
         toy, tmp_path, monkeypatch):
     """It refuses 6 of 32 in a row, twice what would end the run; then again, with nothing else to
     ask; a server that refuses all of them is given up."""
-    monkeypatch.setattr(build_data, "MOST_FAILURES", 3)
+    monkeypatch.setattr(annotate, "MOST_FAILURES", 3)
     with Server(lambda body, number: reply("x") if number == 0 or 6 < number < 32 else
                 (400, {}, "too long")) as server:
         report = annotate_toy(toy, tmp_path / "o.json", server, "--concurrency", "1")[2]
@@ -418,13 +495,13 @@ def test_questions_that_a_server_refuses_do_not_end_a_run_that_it_answers(
 def test_what_failed_is_asked_for_last():
     records = [{"problem_id": i} for i in range(4)]
     rows = {"0": {"reason": "HTTP 500"}, "2": {"output": ["x"]}}
-    assert [r["problem_id"] for r in build_data.unanswered(records, rows)] == [1, 3, 0]
+    assert [r["problem_id"] for r in annotate.unanswered(records, rows)] == [1, 3, 0]
 
 
 def test_names_of_files_are_no_patterns(tmp_path):
     with build_data.row_writer(tmp_path / "a[1].rank0.jsonl", 1, {"seed": 0}) as write:
         write([{"problem_id": 7, "output": ["x"]}])
-    assert list(build_data.read_rows(tmp_path, "a[1]", {"seed": 0})) == ["7"]
+    assert list(annotate.read_rows(tmp_path, "a[1]", {"seed": 0})) == ["7"]
 
 
 def test_a_full_disk_keeps_the_answers_that_had_come_and_is_one_clear_sentence(
@@ -499,17 +576,24 @@ def test_a_model_on_this_machine_gives_each_record_its_samples(toy, tmp_path):
 
 
 def test_a_model_in_parts_on_two_ranks_answers_like_a_whole_one(toy, tmp_path):
-    """Greedy, images and videos mixed, 32 records in batches of 5: ranks of 4 and 4 batches."""
-    flags = ("annotate.py", "--model", toy / "model", "--data", toy / "train.json", *SMALL,
-             "--temperature", 0, "--max_new_tokens", 4, "--batch_size", 5, "--num_workers", 0)
+    """Greedy, images and videos mixed, in batches of 5: ranks of 4 and 3 batches, and nothing in
+    the second rank's first batch can be read."""
+    records = json.loads((toy / "train.json").read_text())[:31]
+    for record in records[1:10:2]:
+        record["path"] = "./media/absent.mp4"
+    (tmp_path / "train.json").write_text(json.dumps(records))
+    flags = ("annotate.py", "--model", toy / "model", "--data", tmp_path / "train.json",
+             "--media_root", toy, *SMALL, "--temperature", 0, "--max_new_tokens", 4,
+             "--batch_size", 5, "--num_workers", 0)
     run(*flags, "--out", tmp_path / "parts.json", "--deepspeed_config", "ds_zero3.json", ranks=2)
     annotate_here(*flags[1:], "--out", tmp_path / "whole.json")
 
     def rows(stem):
         lines = [line for path in tmp_path.glob(f"{stem}.rank*.jsonl")
                  for line in path.read_text().splitlines()[1:]]
-        return {row["problem_id"]: row["output"] for row in map(json.loads, lines)}
-    assert len(rows("whole")) == 32 and rows("parts") == rows("whole")
+        return {row["problem_id"]: row.get("output") for row in map(json.loads, lines)}
+    assert len(rows("whole")) == 31 and rows("parts") == rows("whole")
+    assert list(rows("whole").values()).count(None) == 5
 
 
 def test_a_server_and_this_machine_give_an_image_the_same_greedy_answer(toy, processor, tmp_path):
@@ -526,7 +610,7 @@ def test_a_server_and_this_machine_give_an_image_the_same_greedy_answer(toy, pro
     data = ["--data", tmp_path / "images.json", "--media_root", toy, *flags]
     annotate_here("--model", toy / "model", "--out", tmp_path / "here.json", *data)
     args = parse_args(list(map(str, ["--model", toy / "model", "--out", "x.json", *data])))
-    model, lock = annotate.load_model(args, processor.tokenizer, "cpu"), threading.Lock()
+    model, lock = annotate.load_answering_model(args, processor.tokenizer, "cpu"), threading.Lock()
 
     def answer(body, number):
         assert body["temperature"] == 0 and body["max_tokens"] == 6
@@ -537,7 +621,7 @@ def test_a_server_and_this_machine_give_an_image_the_same_greedy_answer(toy, pro
         inputs = processor(text=[prompt], images=[image], return_tensors="pt")
         with lock:
             ids = model.generate(**inputs)[0, inputs["input_ids"].shape[1]:].tolist()
-        ids, cut = build_data.cut_at_end(ids, model.generation_config.eos_token_id)
+        ids, cut = annotate.cut_at_end(ids, model.generation_config.eos_token_id)
         said = processor.tokenizer.decode(ids, skip_special_tokens=True)
         return reply(said, finish="length" if cut else "stop")
     with Server(answer) as server:
