@@ -12,6 +12,7 @@ import pytest
 import torch
 
 import ablate
+from build_data import InputError
 from conftest import ROOT, run
 
 README = (ROOT / "README.md").read_text(encoding="utf-8")
@@ -29,7 +30,8 @@ print("a line\\nstep 1\\rstep 2 of", name)
 if name in pathlib.Path("broken").read_text().split():
     sys.exit("no luck today")
 out.mkdir(parents=True)
-rows = [{"arguments": {"max_steps": 6}, "git_commit": "c0ffee", "versions": {"torch": "2"}}]
+arguments = {} if "sft.py" in argv else {"max_steps": 6}
+rows = [{"arguments": arguments, "git_commit": "c0ffee", "versions": {"torch": "2"}}]
 rows += [{"step": s, "time/step": 0.5, "data/skipped": s == 2, "reward/accuracy": s / 10,
           "group/p": 0.5} for s in range(1, 7)]
 (out / "metrics.jsonl").write_text("".join(json.dumps(row) + "\\n" for row in rows))
@@ -51,6 +53,10 @@ pathlib.Path(out, f"toy_8_{order}.json").write_text(json.dumps({"rows": rows, "s
 '''
 
 
+def main(*argv):
+    return ablate.main(ablate.parse_args(argv))
+
+
 @pytest.fixture
 def lab(tmp_path, monkeypatch):
     """A folder with a toy and scripts that leave the right files at once. Calling it runs
@@ -68,13 +74,13 @@ def lab(tmp_path, monkeypatch):
 
     def call(*flags):
         Path("calls").write_text("")
-        status = ablate.main(["run", "--steps", "6", "--json", "results.json", *flags])
+        status = main("run", "--steps", "6", *flags)
         return status, Path("calls").read_text().splitlines()
     return call
 
 
 def results():
-    return json.loads(Path("results.json").read_text())
+    return json.loads(Path("toy/ablations.json").read_text())
 
 
 # --------------------------------------------------------------------------- statistics
@@ -100,8 +106,8 @@ def test_the_table_has_mean_error_pairs_and_says_where_there_is_no_spread():
     runs = [entry("tgrpo", seed, ordered=value) for seed, value in enumerate([70, 80, 90])]
     runs += [entry("grpo", seed, ordered=value) for seed, value in enumerate([71, 82, 93])]
     runs += [entry("zero", 0, ordered=12.34)]
-    table = ablate.table_of({"runs": runs, "versions": {"torch": "2"}, "steps": 9, "threads": 1})
-    assert "T-GRPO of 9 steps; torch 2; 1 thread a run." in table
+    table = ablate.tables_of({"runs": runs, "versions": {"torch": "2"}, "steps": 9})
+    assert "T-GRPO of 9 steps; torch 2; one thread a run." in table
     cells = {row.split("|")[1].strip(): [cell.strip() for cell in row.split("|")[2:-1]]
              for row in table.splitlines() if row.startswith("|")}
     assert cells["`tgrpo`: T-GRPO as written"][0] == "80.0 ± 5.8"
@@ -124,7 +130,7 @@ def test_curves_are_means_over_bins_and_absent_where_nothing_was_measured():
 
 def test_a_band_is_the_standard_error_over_seeds():
     seeds = [{"a": [1.0, None]}, {"a": [3.0, 1.0]}, {}]
-    assert ablate.band_of(seeds, "a") == [(0, 2.0, 1.0)]
+    assert ablate.band_of(seeds, "a") == [(2.5, 2.0, 1.0)]  # the bin of steps 1 to 5
 
 
 # ------------------------------------------------------------------------------- running
@@ -187,45 +193,59 @@ def test_a_training_that_ends_without_a_model_is_no_success(lab):
     assert lab("--seeds", "1", "--only", "tgrpo")[0] == 1
 
 
-def test_a_folder_that_another_process_trains_into_is_waited_for(lab, monkeypatch, capsys):
-    output = Path("toy/ablations/seed0/sft")
-    output.mkdir(parents=True)
-    (output / "metrics.jsonl").write_text('{"arguments": {}}\n')
-    monkeypatch.setattr(ablate, "QUIET", 2)
-    start = time.time()
-    Path("broken").write_text("seed0/sft")
-    lab("--seeds", "1", "--only", "sft")
-    assert "waiting until it is finished" in capsys.readouterr().out
-    assert time.time() - start > 1
+def slow_runner():
+    """A Runner whose cold starts take minutes, and a function that waits until the first runs."""
+    Path("sft.py").write_text("import os, time; print('up', os.getsid(0) == os.getpid(), "
+                              "flush=True); time.sleep(60)")
+    Path("toy/ablations").mkdir()
+    log = Path("toy/ablations/seed0/sft.log")
+
+    def wait(future):
+        while not (log.exists() and re.search("^up", log.read_text(), re.M)):
+            assert not future.done()
+            time.sleep(0.05)
+        return log.read_text()
+    return ablate.Runner(ablate.parse_args(["run"])), wait
+
+
+def test_a_folder_that_another_process_trains_into_is_waited_for(lab, capsys):
+    """A killed call's commands go on: they hold the lock that it held."""
+    runner, wait = slow_runner()
+    with ThreadPoolExecutor(2) as pool:
+        future = pool.submit(runner.run, 0, "sft")
+        wait(future)
+        runner.lock.close()  # as when its process is killed
+        locked = pool.submit(ablate.lock_folder, "toy/ablations")
+        time.sleep(0.5)
+        assert not locked.done()
+        runner.stop()
+        locked.result(timeout=10).close()
+    assert "waiting until those who train into it have ended" in capsys.readouterr().out
 
 
 def test_stopping_ends_what_runs_and_starts_no_more(lab):
-    Path("sft.py").write_text("import time; print('up', flush=True); time.sleep(60)")
-    runner = ablate.Runner(ablate.parse_args(["run"]))
-    log = Path("toy/ablations/seed0/sft.log")
+    runner, wait = slow_runner()
     with ThreadPoolExecutor(1) as pool:
         future = pool.submit(runner.run, 0, "sft")
-        while not (log.exists() and "up" in log.read_text().split("\n")):
-            assert not future.done()
-            time.sleep(0.05)
+        assert "up True" in wait(future)  # a session of its own, which no Ctrl-C reaches
         runner.stop()
-        with pytest.raises(ablate.RunFailed, match="ended with status -15"):
+        with pytest.raises(InputError, match="ended with status -15"):
             future.result(timeout=10)
-    with pytest.raises(ablate.RunFailed, match="stopped"):
+    with pytest.raises(InputError, match="stopped"):
         runner.run(1, "sft")
 
 
 def test_runs_of_another_number_of_steps_are_not_mixed_in(lab):
     lab("--seeds", "1", "--only", "tgrpo")
-    with pytest.raises(SystemExit, match="seed0/tgrpo is a run of 6 steps: give --steps 6"):
+    with pytest.raises(InputError, match="seed0/tgrpo is a run of 6 steps: give --steps 6"):
         lab("--seeds", "1", "--only", "tgrpo", "--steps", "7")
 
 
 def test_a_missing_toy_and_missing_results_say_what_makes_them(lab, tmp_path):
-    with pytest.raises(SystemExit, match="build_data.py toy --out elsewhere"):
+    with pytest.raises(InputError, match="build_data.py toy --out elsewhere"):
         lab("--toy", "elsewhere")
-    with pytest.raises(SystemExit, match="ablate.py run makes it"):
-        ablate.main(["table", "--json", "absent.json"])
+    with pytest.raises(InputError, match="ablate.py run makes it"):
+        main("table", "--json", "absent.json")
 
 
 def test_the_videos_only_data_has_no_images(lab):
@@ -258,22 +278,20 @@ def test_every_configuration_changes_what_it_says_and_nothing_else(tmp_path):
 
 
 @pytest.mark.slow
-def test_a_small_run_from_cold_start_to_table(toy, tmp_path, capsys):
+def test_a_small_run_from_cold_start_to_table(toy, tmp_path):
     small = tmp_path / "toy"
     shutil.copytree(toy, small)
     for name, flags in (("sft", ["--num_train_epochs=1", "--per_rank_batch_size=16"]),
                         ("tgrpo", ["--prompts_per_rank=2"])):
         with (small / f"{name}.args").open("a") as file:
             file.write("\n".join(flags) + "\n")
-    json_file = tmp_path / "results.json"
-    assert ablate.main(["run", "--toy", str(small), "--seeds", "1", "--steps", "2", "--only",
-                        "tgrpo", "zero", "--json", str(json_file)]) == 0
-    found = json.loads(json_file.read_text())
+    assert main("run", "--toy", str(small), "--seeds", "1", "--steps", "2", "--only", "tgrpo",
+                "zero") == 0
+    found = json.loads((small / "ablations.json").read_text())
     assert [run["config"] for run in found["runs"]] == ["sft", "tgrpo", "zero"]
     assert all(len(run["curves"]["reward/accuracy"]) == 1 for run in found["runs"][1:])
-    capsys.readouterr()
-    ablate.main(["table", "--json", str(json_file)])
-    assert "| `zero`: no cold start |" in capsys.readouterr().out
+    main("table", "--json", str(small / "ablations.json"))
+    assert "| `zero`: no cold start |" in (small / "ablations.md").read_text()
 
 
 # -------------------------------------------------------------------- when alpha acts
@@ -313,7 +331,22 @@ def test_the_pass_rate_by_enumeration():
     assert ablate.pass_rate(1.0) == 1 and ablate.pass_rate(1.0, test="gt") == 0
 
 
-# ------------------------------------------------------------- the README's worked example
+# ---------------------------------------------- the README's figures and worked example
+
+def test_the_committed_tables_are_what_the_results_give(tmp_path):
+    shutil.copy(ROOT / "tests" / "ablations.json", tmp_path)
+    main("table", "--json", str(tmp_path / "ablations.json"))
+    assert (tmp_path / "ablations.md").read_text() == \
+        (ROOT / "tests" / "ablations.md").read_text(), "python tests/ablate.py table"
+
+
+def test_the_readmes_figures_of_the_ablations_stand_in_the_tables():
+    section = README.split("### What was measured")[1].split("\n## ")[0]
+    figures = re.findall(r"[+-]?\d+\.\d ± \d+\.\d", section)
+    tables = (ROOT / "tests" / "ablations.md").read_text()
+    assert len(figures) > 8 and [each for each in figures if each not in tables] == []
+
+
 
 def worked_example() -> tuple[list, list]:
     """The README's rows: (response, tokens, numbers) of the group and of the shuffled one."""
@@ -352,22 +385,24 @@ def test_the_worked_example_is_what_the_code_computes():
 
 def test_plot_without_matplotlib_says_how_to_get_it(monkeypatch):
     monkeypatch.setitem(sys.modules, "matplotlib", None)
-    with pytest.raises(SystemExit, match="pip install matplotlib"):
-        ablate.main(["plot"])
+    with pytest.raises(InputError, match="pip install matplotlib"):
+        main("plot")
 
 
 def test_pictures_of_runs_and_of_results(tmp_path, lab):
     pytest.importorskip("matplotlib")
     lab("--seeds", "2", "--only", "tgrpo", "grpo")
-    ablate.main(["plot", "--json", "results.json", "--png", "a/curves.png"])
-    ablate.main(["plot", *map(str, Path("toy/ablations").glob("seed*/tgrpo")), "--png", "b/c.png"])
-    for path in ("a/curves.png", "a/advantages.png", "b/c.png"):
+    main("plot", "--json", "toy/ablations.json", "--folder", "a")
+    folders = [str(path) for path in sorted(Path("toy/ablations").glob("seed*/tgrpo"))]
+    main("plot", *folders)
+    for path in ("a/curves.png", "a/advantages.png", f"{folders[0]}/curves.png"):
         assert 10_000 < (tmp_path / path).stat().st_size < 150_000
-    with pytest.raises(SystemExit, match="RUN_DIR is an --output"):
-        ablate.main(["plot", "toy"])
+    assert not Path(folders[0], "advantages.png").exists()  # it is of no run
+    with pytest.raises(InputError, match="RUN_DIR is an --output"):
+        main("plot", "toy")
     lab("--seeds", "1", "--only", "zero", "--out", "elsewhere/ablations")
-    with pytest.raises(SystemExit, match="no finished run of tgrpo or grpo"):
-        ablate.main(["plot", "--json", "results.json", "--png", "c/curves.png"])
+    with pytest.raises(InputError, match="no finished run of tgrpo or grpo"):
+        main("plot", "--json", "elsewhere/ablations.json", "--folder", "c")
     assert [path.name for path in Path("c").iterdir()] == ["advantages.png"]  # needs no run
 
 
