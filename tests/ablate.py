@@ -319,9 +319,9 @@ def prepare(args):
     Path(args.out).mkdir(parents=True, exist_ok=True)
     for path in Path(args.out).glob("seed*/*/metrics.jsonl"):
         with path.open(encoding="utf-8") as file:
-            arguments = json.loads(file.readline() or "{}").get("arguments", {})
-        steps = arguments.get("max_steps", args.steps)  # sft.py has none
-        if steps != args.steps:
+            header = json.loads(file.readline() or "{}")
+        steps = header["arguments"]["max_steps"] if header else args.steps
+        if path.parent.name != "sft" and steps != args.steps:
             # the learning rate's schedule depends on it: the runs could not be compared
             raise InputError(f"{path.parent} is a run of {steps} steps: give --steps {steps}, or "
                              "name another --out")

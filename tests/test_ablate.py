@@ -30,8 +30,8 @@ print("a line\\nstep 1\\rstep 2 of", name)
 if name in pathlib.Path("broken").read_text().split():
     sys.exit("no luck today")
 out.mkdir(parents=True)
-arguments = {} if "sft.py" in argv else {"max_steps": 6}
-rows = [{"arguments": arguments, "git_commit": "c0ffee", "versions": {"torch": "2"}}]
+rows = [{"arguments": {"max_steps": 900 if "sft.py" in argv else 6}, "git_commit": "c0ffee",
+         "versions": {"torch": "2"}}]
 rows += [{"step": s, "time/step": 0.5, "data/skipped": s == 2, "reward/accuracy": s / 10,
           "group/p": 0.5} for s in range(1, 7)]
 (out / "metrics.jsonl").write_text("".join(json.dumps(row) + "\\n" for row in rows))
