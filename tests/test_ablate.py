@@ -315,8 +315,8 @@ def test_alpha_cancels_from_two_valued_rewards_and_acts_where_it_is_said_to(corr
 
 
 def test_a_policy_blind_to_order_passes_the_temporal_test_as_often_as_the_readme_says():
-    percent = re.search(r"between (\d+) and (\d+) % of the\s+time .*?strict .*?between (\d+) and "
-                        r"(\d+) %", README, re.S).groups()
+    percent = re.search(r"between (\d+) and (\d+) % of the time .*?strict .*?between (\d+) and "
+                        r"(\d+) %", " ".join(README.split())).groups()
     chances = [i / 100 for i in range(20, 91)]
     rates = [[100 * ablate.pass_rate(chance, test=test) for chance in chances]
              for test in ("ge", "gt")]
@@ -348,13 +348,16 @@ def test_the_readmes_figures_of_the_ablations_stand_in_the_tables():
 
 
 
+EXAMPLE = README.split("### One group of one step")[1].split("\n## ")[0]
+
+
 def worked_example() -> tuple[list, list]:
-    """The README's rows: (response, tokens, numbers) of the group and of the shuffled one."""
-    text = README.split("### One group of one step")[1].split("\n## ")[0]
-    cells = [[cell.strip() for cell in line.strip("|").split("|")] for line in text.splitlines()
+    """The README's rows: (response, numbers) of the ordered group and of the shuffled one."""
+    form = re.search("`(<think>.*</answer>)`", EXAMPLE)[1]
+    cells = [[cell.strip() for cell in line.strip("|").split("|")] for line in EXAMPLE.splitlines()
              if re.match(r"\| ~?\d", line)]
-    rows = [(response.strip("`"), *(float(n) if n else None for n in numbers))
-            for _, response, *numbers in cells]
+    rows = [(re.sub("5(.+)9(.+)0", rf"{starts}\g<1>{ends}\g<2>{answer}", form),
+             *(float(n) for n in numbers if n)) for _, starts, ends, answer, *numbers in cells]
     return rows[:8], rows[8:]
 
 
@@ -362,23 +365,22 @@ def test_the_worked_example_is_what_the_code_computes():
     ordered, shuffled = worked_example()
     assert len(ordered) == 8 and len(shuffled) == 4
     record = {"problem_id": 985, "problem_type": "regression", "solution": "<answer>9</answer>"}
-    texts, lengths = [row[0] for row in ordered], [int(row[1]) for row in ordered]
+    length = int(re.search(r"response has (\d+)", EXAMPLE)[1])
 
     def grade(alpha):
-        return ablate.graded(record, texts, [row[0] for row in shuffled], lengths, alpha=alpha,
-                             l_min=16, l_max=24)
+        return ablate.graded(record, [row[0] for row in ordered], [row[0] for row in shuffled],
+                             [length] * 8, alpha=alpha, l_min=16, l_max=24)
     sample = grade(0.3)
     parts = sample["parts"]
     columns = [parts["accuracy"], parts["format"], parts["temporal"], parts["length"], sample["R"],
                sample["A"], grade(0)["A"]]
     for i, values in enumerate(zip(*(column.tolist() for column in columns))):
-        assert list(ordered[i][2:]) == pytest.approx(values, abs=0.0051), i
+        assert list(ordered[i][1:]) == pytest.approx(values, abs=0.0051), i
     assert (parts["p"], parts["p_tilde"], parts["r_t"]) == (0.625, 0.5, 0.3)
-    text = README.split("### One group of one step")[1].split("\n## ")[0]
-    assert all(words in text for words in ("5/8", "2/4", "$r_t = 0.3$"))
+    assert all(words in EXAMPLE for words in ("5/8", "2/4", "$r_t = 0.3$"))
     mean, spread = sample["R"].mean().item(), sample["R"].std().item()
-    assert f"{mean:.3f}" in text and f"{spread:.3f}" in text
-    assert [row[2] for row in shuffled] == pytest.approx([0.89, 0.33, 0.22, 0.56])
+    assert f"{mean:.3f}" in EXAMPLE and f"{spread:.3f}" in EXAMPLE
+    assert [row[1] for row in shuffled] == pytest.approx([0.89, 0.33, 0.22, 0.56])
 
 
 # -------------------------------------------------------------------------------- plots
