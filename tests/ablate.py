@@ -1,10 +1,10 @@
-"""The paper's ablations at toy scale, each with several seeds: runs, table, pictures.
+"""The paper's ablations at toy scale, each with several seeds: runs, tables, pictures.
 
     python build_data.py toy --out toy
     python tests/ablate.py run                  # hours; killed at any time, it goes on
-    python tests/ablate.py table                # Markdown, from tests/ablations.json
+    python tests/ablate.py table                # tests/ablations.md, from tests/ablations.json
     python tests/ablate.py plot                 # assets/*.png, needs matplotlib
-    python tests/ablate.py table --json toy/ablations.json         # from what `run` wrote here
+    python tests/ablate.py table --json toy/ablations.json   # toy/ablations.md, from your own run
 
 `run` makes one cold start a seed and, from it, a run of tgrpo.py for each row of CONFIGS with its
 evaluation on ordered and on shuffled frames:
@@ -12,13 +12,13 @@ evaluation on ordered and on shuffled frames:
     OUT/seed0/sft  OUT/seed0/tgrpo ...          cold start, trained models with metrics.jsonl
     OUT/seed0/eval_sft  OUT/seed0/eval_tgrpo ...                  what evaluate.py wrote
     OUT/seed0/sft.log  OUT/seed0/tgrpo.log ...                 what the commands printed
+    OUT.json                                    the results of all that is finished
 
-What is finished is read from there, so the same command does the rest. After every run the
-results of all that is finished in OUT are written to --json, in place of what it held. Seeds are
-those of the cold start, the order of the questions and the sampling; the toy's questions, its
-untrained model and the test set are the same for all.
+What is finished is read from there, so the same command does the rest. Seeds are those of the
+cold start, the order of the questions and the sampling; the toy's questions, its untrained model
+and the test set are the same for all.
 """
-import argparse
+import fcntl
 import json
 import math
 import os
@@ -29,11 +29,17 @@ import statistics
 import subprocess
 import sys
 import threading
-import time
+from collections import defaultdict
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from pathlib import Path
 
+import torch
+
 ROOT = Path(__file__).resolve().parents[1]
+sys.path.insert(0, str(ROOT))
+
+from build_data import FlagParser, InputError, above, run_script, write_whole  # noqa: E402
+
 # name: what it is, extra flags of tgrpo.py (None: it is not run). In the order of running.
 CONFIGS = {
     "sft": ("cold start only", None),
@@ -55,7 +61,7 @@ CONFIGS = {
 }
 # With the temporal reward, and the same without it.
 PAIRS = [("tgrpo", "grpo"), ("advantage", "grpo"), ("unscaled", "grpo-unscaled")]
-# Columns of the table: a measure of the results' file, and its heading.
+# Columns of the tables: a measure of the results' file, and its heading.
 MEASURES = {"ordered": "ordered, %", "shuffled": "shuffled, %", "gap": "gap",
             "order": "needs order, %", "static": "does not, %", "conflict": "conflict, %",
             "agree": "agree, %", "tokens": "tokens"}
@@ -64,6 +70,22 @@ ORDERS = ("ordered", "shuffled")
 # Kinds of toy questions (build_data.py's toy_question) whose answer depends on the order of the
 # frames. A telling colour gives none away: it is right in half of the direction questions.
 ORDER_KINDS = ("direction_agree", "direction_conflict", "describe", "first", "end")
+ABOUT = """\
+# The paper's ablations at toy scale
+
+`python tests/ablate.py table` writes this file from {json}; what it says is told in the README,
+"What does the temporal reward do?".
+
+Held-out accuracy in %, greedy, on the toy's test questions: with ordered and with shuffled frames,
+and the gap between them; with ordered frames on the questions that need the order (direction,
+description, which colour first, where it ends), on those that do not (colour, count, word), and on
+the direction questions whose colour is in conflict or agrees with the answer; tokens of a response;
+seconds of training on one thread, of the seed that other work on the machine disturbed least.
+
+Every other number is the mean over seeds ± its standard error. A seed is another cold start, order
+of questions and sampling; data and the untrained model are the same. Differences are paired: both
+runs start from the same cold start. With five seeds a 95 % interval reaches 2.8 standard errors to
+either side; of twenty differences that are nothing, one is expected to lie outside its own."""
 CURVES = ("reward/accuracy", "reward/temporal", "group/temporal_rate", "group/p", "group/p_tilde",
           "policy/kl", "response/tokens", "group/zero_std_rate")
 PLOTTED = ("tgrpo", "grpo")  # the lines of the picture
@@ -80,49 +102,37 @@ STYLES = [("#0072B2", "-"), ("#D55E00", "--"), ("#009E73", "-."), ("#CC79A7", (0
 PALETTE = 128  # colours of a picture's file
 BIN = 5  # steps whose mean is a point of a curve
 SAVE_STEPS = 25  # steps between checkpoints: what a kill costs at most
-QUIET = 60  # seconds without a new line after which nobody else is training into a folder
 TAIL = 15  # lines of a failed run's log that are shown
 
 
-class RunFailed(Exception):
-    """A command that did not finish; the message says which, and ends with its log's tail."""
-
-
 def parse_args(argv=None):
-    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser = FlagParser(description=__doc__.split("\n")[0])
     commands = parser.add_subparsers(dest="command", required=True)
     run = commands.add_parser("run", help="cold starts, runs, evaluations; resumes")
     run.add_argument("--toy", default="toy", help="folder that build_data.py toy wrote")
     run.add_argument("--out", help="folder of the runs; default: TOY/ablations")
-    run.add_argument("--seeds", type=int, default=5, help="seeds 0 to SEEDS - 1")
-    run.add_argument("--steps", type=int, default=60, help="steps of every T-GRPO run")
-    run.add_argument("--jobs", type=int, default=2, help="commands at a time, a thread each")
+    run.add_argument("--seeds", type=above(0, int), default=5, help="seeds 0 to SEEDS - 1")
+    run.add_argument("--steps", type=above(0, int), default=60, help="steps of every T-GRPO run")
+    run.add_argument("--jobs", type=above(0, int), default=2,
+                     help="commands at a time, a thread each")
     run.add_argument("--only", nargs="+", metavar="NAME", choices=CONFIGS, default=list(CONFIGS),
-                     help=f"these and their cold starts only: {', '.join(CONFIGS)}")
+                     help="these and their cold starts")
     run.set_defaults(function=run_all)
-    table = commands.add_parser("table", help="Markdown from the results")
-    table.set_defaults(function=print_table)
+    table = commands.add_parser("table", help="the results as Markdown")
+    table.set_defaults(function=write_table)
     plot = commands.add_parser("plot", help="curves and advantages as PNG; needs matplotlib")
     plot.add_argument("runs", nargs="*", metavar="RUN_DIR",
                       help="outputs of tgrpo.py to draw; folders of the same name are seeds of one "
                            "line. Default: tgrpo and grpo from the results")
-    plot.add_argument("--png", help="the curves; advantages.png is written beside it. Default: in "
-                                    "the first RUN_DIR, or assets/curves.png")
+    plot.add_argument("--folder", help="where curves.png and, without RUN_DIR, advantages.png are "
+                                       "written; default: the first RUN_DIR, or assets")
     plot.set_defaults(function=plot_all)
-    run.add_argument("--json", help="the results' file; default: OUT.json")
     for command in (table, plot):
         command.add_argument("--json", default=str(ROOT / "tests" / "ablations.json"),
-                             help="the results' file")
+                             help="the results' file; its table goes beside it")
     args = parser.parse_args(argv)
-    if args.command == "plot":
-        args.png = args.png or str(Path(args.runs[0] if args.runs else ROOT / "assets")
-                                   / "curves.png")
     if args.command == "run":
         args.out = args.out or f"{args.toy}/ablations"
-        args.json = args.json or f"{args.out}.json"
-        for name in ("seeds", "steps", "jobs"):
-            if getattr(args, name) < 1:
-                parser.error(f"--{name} must be positive, not {getattr(args, name)}")
     return args
 
 
@@ -155,15 +165,20 @@ def thin(steps, name) -> list:
     return [short(mean(values)) for values in bins]
 
 
+def curves_of(steps) -> dict:
+    """{metric: a value a bin} of those of CURVES that a run has."""
+    return {name: thin(steps, name) for name in CURVES if any(name in row for row in steps)}
+
+
 def scores_of(results) -> dict:
     """Accuracies in % from evaluate.py's {order: result}: all questions, and groups of kinds."""
-    def score(order, kinds=None):
-        kind = [row["data_source"].removeprefix("toy/") for row in results[order]["rows"]]
-        return mean([100 * row["accuracy"] for row, name in zip(results[order]["rows"], kind)
-                     if kinds is None or name in kinds])
+    rows = {order: [(row["data_source"].removeprefix("toy/"), 100 * row["accuracy"])
+                    for row in result["rows"]] for order, result in results.items()}
+    kinds = sorted({kind for kind, _ in rows["ordered"]})
 
-    rows = results["ordered"]["rows"]
-    kinds = sorted({row["data_source"].removeprefix("toy/") for row in rows})
+    def score(order, kinds=kinds):
+        return mean([accuracy for kind, accuracy in rows[order] if kind in kinds])
+
     ordered, shuffled = score("ordered"), score("shuffled")
     scores = {"ordered": ordered, "shuffled": shuffled, "gap": ordered - shuffled,
               "order": score("ordered", ORDER_KINDS),
@@ -175,61 +190,44 @@ def scores_of(results) -> dict:
 
 
 def read_run(out, seed, name) -> dict | None:
-    """One finished run as it stands in the results' file, or None."""
-    folder = Path(out, f"seed{seed}")
-    if not all(path.exists() for path in result_files(out, seed, name)):
+    """One run as it stands in the results' file, with its "header"; None if it is unfinished."""
+    model, *evaluations = result_files(out, seed, name)
+    if not all(path.exists() for path in (model, *evaluations)):
         return None
-    results = {order: json.loads(result_file(folder, name, order).read_text(encoding="utf-8"))
-               for order in ORDERS}
-    header, *steps = read_lines(folder / name / "metrics.jsonl")
-    run = {"config": name, "seed": seed, "flags": CONFIGS[name][1], **scores_of(results),
-           "tokens": short(mean([row["tokens"] for row in results["ordered"]["rows"]])),
-           "seconds": short(sum(row["time/step"] for row in steps)),
-           "skipped": sum(row["data/skipped"] for row in steps)
-           + sum(len(result["skipped"]) for result in results.values()),
-           "git_commit": header["git_commit"], "versions": header["versions"]}
-    if name != "sft":
-        run["curves"] = {metric: thin(steps, metric) for metric in CURVES
-                         if any(metric in row for row in steps)}
-    return run
+    results = {order: json.loads(path.read_text(encoding="utf-8"))
+               for order, path in zip(ORDERS, evaluations)}
+    header, *steps = read_lines(model.parent / "metrics.jsonl")
+    return {"config": name, "seed": seed, "flags": CONFIGS[name][1], **scores_of(results),
+            "tokens": short(mean([row["tokens"] for row in results["ordered"]["rows"]])),
+            "seconds": short(sum(row["time/step"] for row in steps)),
+            "skipped": sum(row["data/skipped"] for row in steps)
+            + sum(len(result["skipped"]) for result in results.values()),
+            "curves": {} if name == "sft" else curves_of(steps), "header": header}
 
 
-def collect(args) -> dict:
-    """The results of everything that is finished in --out."""
+def write_results(args):
+    """OUT.json, one run a line: everything that is finished. The whole file, or the one before."""
     seeds = sorted(int(path.name[4:]) for path in Path(args.out).glob("seed*")
                    if path.name[4:].isdigit())
-    runs = [read_run(args.out, seed, name) for name in CONFIGS for seed in seeds]
-    runs = [run for run in runs if run]
-    commits = sorted({run.pop("git_commit") or "" for run in runs})
-    versions = {package: sorted({run["versions"][package] for run in runs})
-                for package in (runs[0]["versions"] if runs else [])}
-    for run in runs:
-        del run["versions"]
-    return {"versions": {name: ", ".join(found) for name, found in versions.items()},
-            "git_commits": commits, "threads": 1, "steps": args.steps, "bin_steps": BIN,
-            "order_kinds": ORDER_KINDS, "runs": runs}
-
-
-def write_results(path, results):
-    """The results' file, one run a line: the whole file, or the one before."""
-    head = json.dumps({key: value for key, value in results.items() if key != "runs"})
-    rows = ",\n".join(json.dumps(run, separators=(",", ":")) for run in results["runs"])
-    aside = Path(f"{path}.partial")
-    aside.write_text(f'{head[:-1]}, "runs": [\n{rows}\n]}}\n', encoding="utf-8")
-    aside.replace(path)
+    found = [read_run(args.out, seed, name) for name in CONFIGS for seed in seeds]
+    runs = [run for run in found if run]
+    headers = [run.pop("header") for run in runs]
+    versions = {package: ", ".join(sorted({header["versions"][package] for header in headers}))
+                for package in headers[0]["versions"]}
+    commits = sorted({header["git_commit"] or "" for header in headers})
+    head = json.dumps({"versions": versions, "git_commits": commits, "steps": args.steps})
+    lines = ",\n".join(json.dumps(run, separators=(",", ":")) for run in runs)
+    write_whole({f"{args.out}.json": [f'{head[:-1]}, "runs": [\n{lines}\n]}}\n']})
 
 
 # ---------------------------------------------------------------------------- running
-
-def result_file(folder, name, order):
-    return folder / f"eval_{name}" / f"toy_8_{order}.json"
-
 
 def result_files(out, seed, name) -> list[Path]:
     """What a run leaves when it is finished, in the order of its commands. (config.json is the
     last file of a model that is written.)"""
     folder = Path(out, f"seed{seed}")
-    return [folder / name / "config.json", *(result_file(folder, name, order) for order in ORDERS)]
+    return [folder / name / "config.json",
+            *(folder / f"eval_{name}" / f"toy_8_{order}.json" for order in ORDERS)]
 
 
 def commands_of(args, seed, name) -> list[list[str]]:
@@ -242,7 +240,7 @@ def commands_of(args, seed, name) -> list[list[str]]:
         # later flags win, so a configuration's come last
         train = ["tgrpo.py", f"@{args.toy}/tgrpo.args", "--model", str(folder / "sft"), *common,
                  "--max_steps", str(args.steps), "--save_steps", str(SAVE_STEPS),
-                 "--frame_cache", f"{args.out}/frames", "--num_workers", "1",
+                 "--num_workers", "1",
                  *(word.format(out=args.out, toy=args.toy) for word in flags.split())]
     evaluations = [["evaluate.py", f"@{args.toy}/evaluate.args", "--model", str(folder / name),
                     "--output", str(folder / f"eval_{name}"), "--order", order]
@@ -256,58 +254,55 @@ def tail_of(log) -> str:
     return "\n".join(f"    {line.split(chr(13))[-1]}" for line in lines[-TAIL:] if line.strip())
 
 
+def lock_folder(out):
+    """The open lock file of a folder of runs, once nobody else has it: neither another call, nor
+    the commands that a killed one has left behind, since they hold it too."""
+    lock = open(Path(out, "lock"), "w")
+    try:
+        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        print(f"{out}: in use; waiting until those who train into it have ended", flush=True)
+        fcntl.flock(lock, fcntl.LOCK_EX)
+    return lock
+
+
 class Runner:
     """Runs a configuration's commands; `stop` ends those under way and starts no more."""
 
     def __init__(self, args):
-        self.args, self.children, self.stopping = args, set(), threading.Event()
+        self.args, self.lock = args, lock_folder(args.out)
+        self.children, self.stopping = set(), threading.Event()
 
     def run(self, seed, name, cold_start=None):
-        """All of one run, what is finished already left out. RunFailed says what went wrong."""
+        """All of one run, what is finished already left out. InputError says what went wrong."""
+        if cold_start and cold_start.exception():  # which waits until it has ended
+            raise InputError("its cold start failed")
         folder = Path(self.args.out, f"seed{seed}")
-        if cold_start:
-            cold_start.exception()  # waits until it has ended, well or not
-            if not (folder / "sft" / "config.json").exists():
-                raise RunFailed("its cold start failed")
-        folder.mkdir(parents=True, exist_ok=True)
+        folder.mkdir(exist_ok=True)
         results = result_files(self.args.out, seed, name)
         for result, command in zip(results, commands_of(self.args, seed, name)):
-            self.wait_for_others(folder / name, result)
             if not result.exists():
                 self.call(command, folder / f"{name}.log", result)
         for checkpoint in (folder / name).glob("checkpoint-*"):
             shutil.rmtree(checkpoint)
 
-    def wait_for_others(self, output, result):
-        """While another process, of a call that was killed, say, still trains into a folder."""
-        metrics = output / "metrics.jsonl"
-        if result.parent != output or result.exists() or not metrics.exists():
-            return
-        seen = metrics.stat().st_mtime
-        quiet = time.time() - seen
-        if quiet < QUIET:
-            print(f"{output}: written to a moment ago; waiting until it is finished or has been "
-                  f"quiet for {QUIET} seconds", flush=True)
-        # Seconds are counted here, not read from the clock: both of us may have been suspended.
-        while quiet < QUIET and not result.exists() and not self.stopping.wait(1):
-            quiet = quiet + 1 if metrics.stat().st_mtime == seen else 0
-            seen = metrics.stat().st_mtime
-
     def call(self, command, log, result):
         if self.stopping.is_set():
-            raise RunFailed("stopped")
+            raise InputError("stopped")
         with log.open("a", encoding="utf-8") as file:
             file.write(f"\n$ {shlex.join(command)}\n")
             file.flush()
+            # a session of its own: Ctrl-C is for this process, which passes it on once
             child = subprocess.Popen(command, stdout=file, stderr=subprocess.STDOUT,
-                                     stdin=subprocess.DEVNULL,
+                                     stdin=subprocess.DEVNULL, start_new_session=True,
+                                     pass_fds=[self.lock.fileno()],
                                      env={**os.environ, "OMP_NUM_THREADS": "1"})
             self.children.add(child)
             status = child.wait()
             self.children.discard(child)
         if status or not result.exists():  # a process that SIGTERM stopped exits with 0
-            raise RunFailed(f"{Path(command[1]).name} ended with status {status} and no {result}; "
-                            f"the end of {log}:\n{tail_of(log)}")
+            raise InputError(f"{Path(command[1]).name} ended with status {status} and no {result}; "
+                             f"the end of {log}:\n{tail_of(log)}")
 
     def stop(self):
         self.stopping.set()
@@ -319,17 +314,17 @@ def prepare(args):
     """Checks --toy and --out; writes what configurations need beside the toy."""
     for name in ("sft.args", "tgrpo.args", "evaluate.args", "train.json", "model/config.json"):
         if not Path(args.toy, name).exists():
-            raise RunFailed(f"{args.toy}/{name} is missing: python build_data.py toy "
-                            f"--out {args.toy}")
+            raise InputError(f"{args.toy}/{name} is missing: python build_data.py toy "
+                             f"--out {args.toy}")
     Path(args.out).mkdir(parents=True, exist_ok=True)
     for path in Path(args.out).glob("seed*/*/metrics.jsonl"):
         with path.open(encoding="utf-8") as file:
-            steps = json.loads(file.readline() or "{}").get("arguments", {}).get("max_steps")
-        if steps not in (None, args.steps) and CONFIGS.get(path.parent.name, ("", None))[1] \
-                is not None:
+            header = json.loads(file.readline() or "{}")
+        steps = header["arguments"]["max_steps"] if header else args.steps
+        if path.parent.name != "sft" and steps != args.steps:
             # the learning rate's schedule depends on it: the runs could not be compared
-            raise RunFailed(f"{path.parent} is a run of {steps} steps: give --steps {steps}, or "
-                            "name another --out")
+            raise InputError(f"{path.parent} is a run of {steps} steps: give --steps {steps}, or "
+                             "name another --out")
     records = json.loads(Path(args.toy, "train.json").read_text(encoding="utf-8"))
     videos = [record for record in records if record["data_type"] == "video"]
     Path(args.out, "videos.json").write_text(json.dumps(videos), encoding="utf-8")
@@ -338,47 +333,43 @@ def prepare(args):
 def run_all(args) -> int:
     """Every configuration with every seed; 1 when some failed."""
     prepare(args)
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit("ablate.py: stopped; the same command goes "
-                                                      "on"))
-    runner, failed = Runner(args), []
+    signal.signal(signal.SIGTERM, signal.default_int_handler)  # ends like Ctrl-C
+    runner, starts, runs, failed = Runner(args), {}, {}, []
+    wanted = set(args.only) | ({"sft"} if set(args.only) - {"zero"} else set())
     with ThreadPoolExecutor(args.jobs) as pool:
         # Cold starts stand first in the queue, so that none waits for one behind it.
-        seeds = range(args.seeds)
-        starts = {seed: pool.submit(runner.run, seed, "sft") for seed in seeds
-                  if set(args.only) - {"zero"}}
-        futures = {future: (seed, "sft") for seed, future in starts.items()}
-        for name in CONFIGS:
-            for seed in seeds if name in args.only and name != "sft" else []:
-                start = starts[seed] if name != "zero" else None
-                futures[pool.submit(runner.run, seed, name, start)] = seed, name
+        for name in [name for name in CONFIGS if name in wanted]:
+            for seed in range(args.seeds):
+                start = starts.get(seed) if name != "zero" else None
+                future = pool.submit(runner.run, seed, name, start)
+                runs[future] = seed, name
+                if name == "sft":
+                    starts[seed] = future
         try:
-            for done, future in enumerate(as_completed(futures), 1):
-                seed, name = futures[future]
-                error = future.exception()
-                if error and not isinstance(error, RunFailed):
-                    raise error
-                if error:
+            for done, future in enumerate(as_completed(runs), 1):
+                seed, name = runs[future]
+                try:
+                    future.result()
+                except InputError as error:
                     failed.append(f"seed {seed}, {name}")
-                    print(f"[{done}/{len(futures)}] seed {seed}, {name}: FAILED: {error}",
-                          flush=True)
-                    continue
-                write_results(args.json, collect(args))
-                print(f"[{done}/{len(futures)}] {summary(read_run(args.out, seed, name))}",
-                      flush=True)
+                    said = f"FAILED: {error}"
+                else:
+                    write_results(args)
+                    said = summary(read_run(args.out, seed, name))
+                print(f"[{done}/{len(runs)}] seed {seed}, {name}: {said}", flush=True)
         except BaseException:  # Ctrl-C and SIGTERM too: nothing goes on unattended
             pool.shutdown(wait=False, cancel_futures=True)
             runner.stop()
             raise
     if failed:
-        print(f"{len(failed)} of {len(futures)} runs failed: {'; '.join(failed)}. The same "
-              "command runs them again")
+        print(f"{len(failed)} of {len(runs)} runs failed: {'; '.join(failed)}. The same command "
+              "runs them again")
     return 1 if failed else 0
 
 
 def summary(run) -> str:
-    return (f"seed {run['seed']}, {run['config']}: ordered {run['ordered']:.1f} %, "
-            f"gap {run['gap']:.1f}, conflict {run['conflict']:.1f} %, "
-            f"{run['seconds']:.0f} s of training")
+    return (f"ordered {run['ordered']:.1f} %, gap {run['gap']:.1f}, conflict "
+            f"{run['conflict']:.1f} %, {run['seconds']:.0f} s of training")
 
 
 # -------------------------------------------------------------------------- statistics
@@ -413,16 +404,21 @@ def cell(values, sign="") -> str:
     return f"{middle} (1 seed)" if error is None else f"{middle} ± {error:.1f}"
 
 
-# ------------------------------------------------------------------------------- table
+# ------------------------------------------------------------------------------ tables
 
 def read_results(path) -> dict:
     try:
         return json.loads(Path(path).read_text(encoding="utf-8"))
     except FileNotFoundError:
-        raise RunFailed(f"{path} is missing: python tests/ablate.py run makes it") from None
+        raise InputError(f"{path} is missing: python tests/ablate.py run makes it") from None
 
 
-def table_of(results) -> str:
+def markdown(rows) -> str:
+    rows = [rows[0], ["---"] * len(rows[0]), *rows[1:]]
+    return "\n".join(f"| {' | '.join(row)} |" for row in rows)
+
+
+def tables_of(results) -> str:
     """Three tables: each configuration; what the temporal reward adds in each of its forms; and
     the rest that was measured."""
     runs = results["runs"]
@@ -442,26 +438,24 @@ def table_of(results) -> str:
                      f"{min(run['seconds'] for run in found):.0f}"])
     pairs = [["with less without the temporal reward", *map(MEASURES.get, MAIN_MEASURES), "seeds"]]
     for name, other in PAIRS:
-        differences = {measure: paired(runs, name, other, measure) for measure in MAIN_MEASURES}
-        pairs.append([f"`{name}` less `{other}`",
-                      *(cell(values, "+") for values in differences.values()),
-                      str(len(differences["ordered"]))])
+        differences = [paired(runs, name, other, measure) for measure in MAIN_MEASURES]
+        pairs.append([f"`{name}` less `{other}`", *(cell(values, "+") for values in differences),
+                      str(len(differences[0]))])
     versions = ", ".join(f"{name} {found}" for name, found in results["versions"].items())
-    made = [f"T-GRPO of {results['steps']} steps; {versions}; {results['threads']} thread a run."]
-    unfinished = [f"Not run: {', '.join(absent)}."] if absent else []
-    skipped = sum(run["skipped"] for run in runs)
-    missing = [f"Questions that were skipped: {skipped}."] if skipped else []
-    return "\n\n".join([*map(markdown, (rows, pairs, rest)), *made, *unfinished, *missing])
+    notes = [f"T-GRPO of {results['steps']} steps; {versions}; one thread a run."]
+    if absent:
+        notes.append(f"Not run: {', '.join(absent)}.")
+    if skipped := sum(run["skipped"] for run in runs):
+        notes.append(f"Questions that were skipped: {skipped}.")
+    return "\n\n".join([*map(markdown, (rows, pairs, rest)), *notes])
 
 
-def markdown(rows) -> str:
-    rows = [rows[0], ["---"] * len(rows[0]), *rows[1:]]
-    return "\n".join(f"| {' | '.join(row)} |" for row in rows)
-
-
-def print_table(args) -> int:
-    print(table_of(read_results(args.json)))
-    return 0
+def write_table(args):
+    """The tables of a results' file and what their columns are, as Markdown beside it."""
+    path = Path(args.json).with_suffix(".md")
+    about = ABOUT.format(json=Path(args.json).name)
+    write_whole({path: [f"{about}\n\n{tables_of(read_results(args.json))}\n"]})
+    print(path)
 
 
 # ------------------------------------------------------------- the algorithm, looked at
@@ -482,7 +476,7 @@ def pass_rate(accuracy, G=8, G_tilde=4, test="ge") -> float:
 
 def graded(record, texts, texts_shuffled, lengths, **flags) -> dict:
     """What tgrpo.py makes of a question's responses: {"parts", "R" (G,), "A" (G,), ...}."""
-    tgrpo, torch = import_tgrpo()
+    import tgrpo  # pictures need it, runs and tables do not
     args = tgrpo.parse_args(["--model=", "--data=", "--output="])
     vars(args).update(G=len(texts), **flags)
     end, known = -1, texts + texts_shuffled
@@ -500,18 +494,9 @@ def graded(record, texts, texts_shuffled, lengths, **flags) -> dict:
 
     sample = {"record": record, "responses": tokens(0, lengths)}  # (G, L)
     if texts_shuffled:
-        sample |= {"shuffled": True,
-                   "responses_shuffled": tokens(len(texts), [2] * len(texts_shuffled))}
+        sample["responses_shuffled"] = tokens(len(texts), [2] * len(texts_shuffled))
     tgrpo.grade_group(sample, Tokenizer, [end], args)
     return sample
-
-
-def import_tgrpo():
-    """tgrpo.py and torch: slow to import, and only some commands need them."""
-    sys.path.insert(0, str(ROOT))
-    import torch
-    import tgrpo
-    return tgrpo, torch
 
 
 # -------------------------------------------------------------------------------- plots
@@ -520,8 +505,8 @@ def import_pyplot():
     try:
         import matplotlib
     except ImportError:
-        raise RunFailed("plot needs matplotlib, which is not in requirements.txt: "
-                        "pip install matplotlib") from None
+        raise InputError("plot needs matplotlib, which is not in requirements.txt: "
+                         "pip install matplotlib") from None
     matplotlib.use("Agg")
     from matplotlib import pyplot
     pyplot.rcParams.update({"font.size": 13, "axes.spines.top": False, "axes.spines.right": False,
@@ -530,54 +515,50 @@ def import_pyplot():
     return pyplot
 
 
-def curves_of(args) -> tuple[dict, int]:
-    """{label: curves of each seed} from run folders or the results' file; steps of a bin."""
-    groups = {}
-    if not args.runs:
-        results = read_results(args.json)
-        for name in PLOTTED:
-            for run in by_seed(results["runs"], name).values():
-                groups.setdefault(CONFIGS[name][0].split(":")[0], []).append(run["curves"])
-        if not groups:
-            raise RunFailed(f"{args.json} has no finished run of {' or '.join(PLOTTED)} yet: name "
-                            "folders of runs")
-        return groups, results["bin_steps"]
+def curves_to_draw(args) -> dict:
+    """{label: curves of each seed}, of run folders or of the results' file."""
+    lines = defaultdict(list)
     for folder in map(Path, args.runs):
         try:
             steps = read_lines(folder / "metrics.jsonl")[1:]
         except OSError as error:
-            raise RunFailed(f"{error.filename}: {error.strerror}; RUN_DIR is an --output of "
-                            "tgrpo.py") from None
+            raise InputError(f"{error.filename}: {error.strerror}; RUN_DIR is an --output of "
+                             "tgrpo.py") from None
         if not steps:
-            raise RunFailed(f"{folder}/metrics.jsonl has no step yet")
-        groups.setdefault(folder.resolve().name, []).append(
-            {metric: thin(steps, metric) for metric in CURVES
-             if any(metric in row for row in steps)})
-    return groups, BIN
+            raise InputError(f"{folder}/metrics.jsonl has no step yet")
+        lines[folder.resolve().name].append(curves_of(steps))
+    for run in [] if args.runs else read_results(args.json)["runs"]:
+        if run["config"] in PLOTTED:
+            lines[CONFIGS[run["config"]][0].split(":")[0]].append(run["curves"])
+    if not lines:
+        raise InputError(f"{args.json} has no finished run of {' or '.join(PLOTTED)} yet: name "
+                         "folders of runs")
+    if len(lines) > len(STYLES):
+        raise InputError(f"{len(lines)} different names of folders, and {len(STYLES)} styles of "
+                         "lines that can be told apart: plot fewer")
+    return lines
 
 
 def band_of(seeds, metric) -> list[tuple]:
-    """(bin, mean, standard error or 0) of a metric over seeds, for bins where all have it."""
+    """(step in the middle of a bin, mean, standard error or 0) of a metric over seeds, for the
+    bins where all have it."""
     columns = zip(*(curves[metric] for curves in seeds if metric in curves))
-    points = [(i, mean_and_error(values)) for i, values in enumerate(columns)
-              if None not in values]
-    return [(i, middle, error or 0.0) for i, (middle, error) in points]
+    return [((i + 0.5) * BIN, middle, error or 0.0) for i, values in enumerate(columns)
+            if None not in values for middle, error in [mean_and_error(values)]]
 
 
-def plot_curves(pyplot, groups, bin_steps, path):
+def plot_curves(pyplot, lines, path):
     """The paper's Figure 5 and what explains it: a panel a metric, a line a configuration."""
     figure, axes = pyplot.subplots(2, 3, figsize=(13, 7), sharex=True)
-    for axis, (title, lines) in zip(axes.flat, PANELS.items()):
+    for axis, (title, metrics) in zip(axes.flat, PANELS.items()):
         axis.set_title(title, fontsize=13)
-        for (label, seeds), (colour, style) in zip(groups.items(), STYLES):
-            for metric, own_style in lines:
-                points = band_of(seeds, metric)
-                x = [(i + 0.5) * bin_steps for i, *_ in points]
-                middle, error = ([point[k] for point in points] for k in (1, 2))
-                axis.plot(x, middle, color=colour, linestyle=own_style or style,
-                          label=f"{label} ({len(seeds)} seed{'s' * (len(seeds) > 1)})")
-                axis.fill_between(x, [m - e for m, e in zip(middle, error)],
-                                  [m + e for m, e in zip(middle, error)], color=colour, alpha=0.2,
+        for (label, seeds), (colour, style) in zip(lines.items(), STYLES):
+            label = f"{label} ({len(seeds)} seed{'s' * (len(seeds) > 1)})"
+            for metric, own_style in metrics:
+                # (3, bins), also where there is no bin
+                step, middle, error = torch.tensor(band_of(seeds, metric)).reshape(-1, 3).T
+                axis.plot(step, middle, color=colour, linestyle=own_style or style, label=label)
+                axis.fill_between(step, middle - error, middle + error, color=colour, alpha=0.2,
                                   linewidth=0)
     axes[0, 0].legend(fontsize=11, frameon=False)
     for axis in axes[1]:
@@ -643,26 +624,17 @@ def plot_advantages(pyplot, path):
     save(pyplot, figure, path)
 
 
-def plot_all(args) -> int:
-    pyplot, path = import_pyplot(), Path(args.png)
-    plot_advantages(pyplot, path.with_name("advantages.png"))  # needs no run
-    groups, bin_steps = curves_of(args)
-    if len(groups) > len(STYLES):
-        raise RunFailed(f"{len(groups)} different names of folders, and {len(STYLES)} styles of "
-                        "lines that can be told apart: plot fewer")
-    plot_curves(pyplot, groups, bin_steps, path)
-    return 0
+def plot_all(args):
+    pyplot = import_pyplot()
+    folder = Path(args.folder or (args.runs[0] if args.runs else ROOT / "assets"))
+    if not args.runs:
+        plot_advantages(pyplot, folder / "advantages.png")  # of no run, but of the algorithm
+    plot_curves(pyplot, curves_to_draw(args), folder / "curves.png")
 
 
-def main(argv=None) -> int:
-    args = parse_args(argv)
-    try:
-        return args.function(args)
-    except RunFailed as error:
-        sys.exit(f"ablate.py: {error}")
-    except KeyboardInterrupt:
-        sys.exit("ablate.py: stopped; the same command goes on")
+def main(args):
+    return args.function(args)
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(run_script(main, parse_args))

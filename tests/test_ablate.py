@@ -12,6 +12,7 @@ import pytest
 import torch
 
 import ablate
+from build_data import InputError
 from conftest import ROOT, run
 
 README = (ROOT / "README.md").read_text(encoding="utf-8")
@@ -29,7 +30,8 @@ print("a line\\nstep 1\\rstep 2 of", name)
 if name in pathlib.Path("broken").read_text().split():
     sys.exit("no luck today")
 out.mkdir(parents=True)
-rows = [{"arguments": {"max_steps": 6}, "git_commit": "c0ffee", "versions": {"torch": "2"}}]
+rows = [{"arguments": {"max_steps": 900 if "sft.py" in argv else 6}, "git_commit": "c0ffee",
+         "versions": {"torch": "2"}}]
 rows += [{"step": s, "time/step": 0.5, "data/skipped": s == 2, "reward/accuracy": s / 10,
           "group/p": 0.5} for s in range(1, 7)]
 (out / "metrics.jsonl").write_text("".join(json.dumps(row) + "\\n" for row in rows))
@@ -51,6 +53,10 @@ pathlib.Path(out, f"toy_8_{order}.json").write_text(json.dumps({"rows": rows, "s
 '''
 
 
+def main(*argv):
+    return ablate.main(ablate.parse_args(argv))
+
+
 @pytest.fixture
 def lab(tmp_path, monkeypatch):
     """A folder with a toy and scripts that leave the right files at once. Calling it runs
@@ -68,13 +74,13 @@ def lab(tmp_path, monkeypatch):
 
     def call(*flags):
         Path("calls").write_text("")
-        status = ablate.main(["run", "--steps", "6", "--json", "results.json", *flags])
+        status = main("run", "--steps", "6", *flags)
         return status, Path("calls").read_text().splitlines()
     return call
 
 
 def results():
-    return json.loads(Path("results.json").read_text())
+    return json.loads(Path("toy/ablations.json").read_text())
 
 
 # --------------------------------------------------------------------------- statistics
@@ -100,8 +106,8 @@ def test_the_table_has_mean_error_pairs_and_says_where_there_is_no_spread():
     runs = [entry("tgrpo", seed, ordered=value) for seed, value in enumerate([70, 80, 90])]
     runs += [entry("grpo", seed, ordered=value) for seed, value in enumerate([71, 82, 93])]
     runs += [entry("zero", 0, ordered=12.34)]
-    table = ablate.table_of({"runs": runs, "versions": {"torch": "2"}, "steps": 9, "threads": 1})
-    assert "T-GRPO of 9 steps; torch 2; 1 thread a run." in table
+    table = ablate.tables_of({"runs": runs, "versions": {"torch": "2"}, "steps": 9})
+    assert "T-GRPO of 9 steps; torch 2; one thread a run." in table
     cells = {row.split("|")[1].strip(): [cell.strip() for cell in row.split("|")[2:-1]]
              for row in table.splitlines() if row.startswith("|")}
     assert cells["`tgrpo`: T-GRPO as written"][0] == "80.0 ± 5.8"
@@ -124,7 +130,7 @@ def test_curves_are_means_over_bins_and_absent_where_nothing_was_measured():
 
 def test_a_band_is_the_standard_error_over_seeds():
     seeds = [{"a": [1.0, None]}, {"a": [3.0, 1.0]}, {}]
-    assert ablate.band_of(seeds, "a") == [(0, 2.0, 1.0)]
+    assert ablate.band_of(seeds, "a") == [(2.5, 2.0, 1.0)]  # the bin of steps 1 to 5
 
 
 # ------------------------------------------------------------------------------- running
@@ -187,45 +193,59 @@ def test_a_training_that_ends_without_a_model_is_no_success(lab):
     assert lab("--seeds", "1", "--only", "tgrpo")[0] == 1
 
 
-def test_a_folder_that_another_process_trains_into_is_waited_for(lab, monkeypatch, capsys):
-    output = Path("toy/ablations/seed0/sft")
-    output.mkdir(parents=True)
-    (output / "metrics.jsonl").write_text('{"arguments": {}}\n')
-    monkeypatch.setattr(ablate, "QUIET", 2)
-    start = time.time()
-    Path("broken").write_text("seed0/sft")
-    lab("--seeds", "1", "--only", "sft")
-    assert "waiting until it is finished" in capsys.readouterr().out
-    assert time.time() - start > 1
+def slow_runner():
+    """A Runner whose cold starts take minutes, and a function that waits until the first runs."""
+    Path("sft.py").write_text("import os, time; print('up', os.getsid(0) == os.getpid(), "
+                              "flush=True); time.sleep(60)")
+    Path("toy/ablations").mkdir()
+    log = Path("toy/ablations/seed0/sft.log")
+
+    def wait(future):
+        while not (log.exists() and re.search("^up", log.read_text(), re.M)):
+            assert not future.done()
+            time.sleep(0.05)
+        return log.read_text()
+    return ablate.Runner(ablate.parse_args(["run"])), wait
+
+
+def test_a_folder_that_another_process_trains_into_is_waited_for(lab, capsys):
+    """A killed call's commands go on: they hold the lock that it held."""
+    runner, wait = slow_runner()
+    with ThreadPoolExecutor(2) as pool:
+        future = pool.submit(runner.run, 0, "sft")
+        wait(future)
+        runner.lock.close()  # as when its process is killed
+        locked = pool.submit(ablate.lock_folder, "toy/ablations")
+        time.sleep(0.5)
+        assert not locked.done()
+        runner.stop()
+        locked.result(timeout=10).close()
+    assert "waiting until those who train into it have ended" in capsys.readouterr().out
 
 
 def test_stopping_ends_what_runs_and_starts_no_more(lab):
-    Path("sft.py").write_text("import time; print('up', flush=True); time.sleep(60)")
-    runner = ablate.Runner(ablate.parse_args(["run"]))
-    log = Path("toy/ablations/seed0/sft.log")
+    runner, wait = slow_runner()
     with ThreadPoolExecutor(1) as pool:
         future = pool.submit(runner.run, 0, "sft")
-        while not (log.exists() and "up" in log.read_text().split("\n")):
-            assert not future.done()
-            time.sleep(0.05)
+        assert "up True" in wait(future)  # a session of its own, which no Ctrl-C reaches
         runner.stop()
-        with pytest.raises(ablate.RunFailed, match="ended with status -15"):
+        with pytest.raises(InputError, match="ended with status -15"):
             future.result(timeout=10)
-    with pytest.raises(ablate.RunFailed, match="stopped"):
+    with pytest.raises(InputError, match="stopped"):
         runner.run(1, "sft")
 
 
 def test_runs_of_another_number_of_steps_are_not_mixed_in(lab):
     lab("--seeds", "1", "--only", "tgrpo")
-    with pytest.raises(SystemExit, match="seed0/tgrpo is a run of 6 steps: give --steps 6"):
+    with pytest.raises(InputError, match="seed0/tgrpo is a run of 6 steps: give --steps 6"):
         lab("--seeds", "1", "--only", "tgrpo", "--steps", "7")
 
 
 def test_a_missing_toy_and_missing_results_say_what_makes_them(lab, tmp_path):
-    with pytest.raises(SystemExit, match="build_data.py toy --out elsewhere"):
+    with pytest.raises(InputError, match="build_data.py toy --out elsewhere"):
         lab("--toy", "elsewhere")
-    with pytest.raises(SystemExit, match="ablate.py run makes it"):
-        ablate.main(["table", "--json", "absent.json"])
+    with pytest.raises(InputError, match="ablate.py run makes it"):
+        main("table", "--json", "absent.json")
 
 
 def test_the_videos_only_data_has_no_images(lab):
@@ -258,22 +278,20 @@ def test_every_configuration_changes_what_it_says_and_nothing_else(tmp_path):
 
 
 @pytest.mark.slow
-def test_a_small_run_from_cold_start_to_table(toy, tmp_path, capsys):
+def test_a_small_run_from_cold_start_to_table(toy, tmp_path):
     small = tmp_path / "toy"
     shutil.copytree(toy, small)
     for name, flags in (("sft", ["--num_train_epochs=1", "--per_rank_batch_size=16"]),
                         ("tgrpo", ["--prompts_per_rank=2"])):
         with (small / f"{name}.args").open("a") as file:
             file.write("\n".join(flags) + "\n")
-    json_file = tmp_path / "results.json"
-    assert ablate.main(["run", "--toy", str(small), "--seeds", "1", "--steps", "2", "--only",
-                        "tgrpo", "zero", "--json", str(json_file)]) == 0
-    found = json.loads(json_file.read_text())
+    assert main("run", "--toy", str(small), "--seeds", "1", "--steps", "2", "--only", "tgrpo",
+                "zero") == 0
+    found = json.loads((small / "ablations.json").read_text())
     assert [run["config"] for run in found["runs"]] == ["sft", "tgrpo", "zero"]
     assert all(len(run["curves"]["reward/accuracy"]) == 1 for run in found["runs"][1:])
-    capsys.readouterr()
-    ablate.main(["table", "--json", str(json_file)])
-    assert "| `zero`: no cold start |" in capsys.readouterr().out
+    main("table", "--json", str(small / "ablations.json"))
+    assert "| `zero`: no cold start |" in (small / "ablations.md").read_text()
 
 
 # -------------------------------------------------------------------- when alpha acts
@@ -297,8 +315,8 @@ def test_alpha_cancels_from_two_valued_rewards_and_acts_where_it_is_said_to(corr
 
 
 def test_a_policy_blind_to_order_passes_the_temporal_test_as_often_as_the_readme_says():
-    percent = re.search(r"between (\d+) and (\d+) % of the\s+time .*?strict .*?between (\d+) and "
-                        r"(\d+) %", README, re.S).groups()
+    percent = re.search(r"between (\d+) and (\d+) % of the time .*?strict .*?between (\d+) and "
+                        r"(\d+) %", " ".join(README.split())).groups()
     chances = [i / 100 for i in range(20, 91)]
     rates = [[100 * ablate.pass_rate(chance, test=test) for chance in chances]
              for test in ("ge", "gt")]
@@ -313,15 +331,33 @@ def test_the_pass_rate_by_enumeration():
     assert ablate.pass_rate(1.0) == 1 and ablate.pass_rate(1.0, test="gt") == 0
 
 
-# ------------------------------------------------------------- the README's worked example
+# ---------------------------------------------- the README's figures and worked example
+
+def test_the_committed_tables_are_what_the_results_give(tmp_path):
+    shutil.copy(ROOT / "tests" / "ablations.json", tmp_path)
+    main("table", "--json", str(tmp_path / "ablations.json"))
+    assert (tmp_path / "ablations.md").read_text() == \
+        (ROOT / "tests" / "ablations.md").read_text(), "python tests/ablate.py table"
+
+
+def test_the_readmes_figures_of_the_ablations_stand_in_the_tables():
+    section = README.split("### What was measured")[1].split("\n## ")[0]
+    figures = re.findall(r"[+-]?\d+\.\d ± \d+\.\d", section)
+    tables = (ROOT / "tests" / "ablations.md").read_text()
+    assert len(figures) > 8 and [each for each in figures if each not in tables] == []
+
+
+
+EXAMPLE = README.split("### One group of one step")[1].split("\n## ")[0]
+
 
 def worked_example() -> tuple[list, list]:
-    """The README's rows: (response, tokens, numbers) of the group and of the shuffled one."""
-    text = README.split("### One group of one step")[1].split("\n## ")[0]
-    cells = [[cell.strip() for cell in line.strip("|").split("|")] for line in text.splitlines()
+    """The README's rows: (response, numbers) of the ordered group and of the shuffled one."""
+    form = re.search("`(<think>.*</answer>)`", EXAMPLE)[1]
+    cells = [[cell.strip() for cell in line.strip("|").split("|")] for line in EXAMPLE.splitlines()
              if re.match(r"\| ~?\d", line)]
-    rows = [(response.strip("`"), *(float(n) if n else None for n in numbers))
-            for _, response, *numbers in cells]
+    rows = [(re.sub("5(.+)9(.+)0", rf"{starts}\g<1>{ends}\g<2>{answer}", form),
+             *(float(n) for n in numbers if n)) for _, starts, ends, answer, *numbers in cells]
     return rows[:8], rows[8:]
 
 
@@ -329,45 +365,46 @@ def test_the_worked_example_is_what_the_code_computes():
     ordered, shuffled = worked_example()
     assert len(ordered) == 8 and len(shuffled) == 4
     record = {"problem_id": 985, "problem_type": "regression", "solution": "<answer>9</answer>"}
-    texts, lengths = [row[0] for row in ordered], [int(row[1]) for row in ordered]
+    length = int(re.search(r"response has (\d+)", EXAMPLE)[1])
 
     def grade(alpha):
-        return ablate.graded(record, texts, [row[0] for row in shuffled], lengths, alpha=alpha,
-                             l_min=16, l_max=24)
+        return ablate.graded(record, [row[0] for row in ordered], [row[0] for row in shuffled],
+                             [length] * 8, alpha=alpha, l_min=16, l_max=24)
     sample = grade(0.3)
     parts = sample["parts"]
     columns = [parts["accuracy"], parts["format"], parts["temporal"], parts["length"], sample["R"],
                sample["A"], grade(0)["A"]]
     for i, values in enumerate(zip(*(column.tolist() for column in columns))):
-        assert list(ordered[i][2:]) == pytest.approx(values, abs=0.0051), i
+        assert list(ordered[i][1:]) == pytest.approx(values, abs=0.0051), i
     assert (parts["p"], parts["p_tilde"], parts["r_t"]) == (0.625, 0.5, 0.3)
-    text = README.split("### One group of one step")[1].split("\n## ")[0]
-    assert all(words in text for words in ("5/8", "2/4", "$r_t = 0.3$"))
+    assert all(words in EXAMPLE for words in ("5/8", "2/4", "$r_t = 0.3$"))
     mean, spread = sample["R"].mean().item(), sample["R"].std().item()
-    assert f"{mean:.3f}" in text and f"{spread:.3f}" in text
-    assert [row[2] for row in shuffled] == pytest.approx([0.89, 0.33, 0.22, 0.56])
+    assert f"{mean:.3f}" in EXAMPLE and f"{spread:.3f}" in EXAMPLE
+    assert [row[1] for row in shuffled] == pytest.approx([0.89, 0.33, 0.22, 0.56])
 
 
 # -------------------------------------------------------------------------------- plots
 
 def test_plot_without_matplotlib_says_how_to_get_it(monkeypatch):
     monkeypatch.setitem(sys.modules, "matplotlib", None)
-    with pytest.raises(SystemExit, match="pip install matplotlib"):
-        ablate.main(["plot"])
+    with pytest.raises(InputError, match="pip install matplotlib"):
+        main("plot")
 
 
 def test_pictures_of_runs_and_of_results(tmp_path, lab):
     pytest.importorskip("matplotlib")
     lab("--seeds", "2", "--only", "tgrpo", "grpo")
-    ablate.main(["plot", "--json", "results.json", "--png", "a/curves.png"])
-    ablate.main(["plot", *map(str, Path("toy/ablations").glob("seed*/tgrpo")), "--png", "b/c.png"])
-    for path in ("a/curves.png", "a/advantages.png", "b/c.png"):
+    main("plot", "--json", "toy/ablations.json", "--folder", "a")
+    folders = [str(path) for path in sorted(Path("toy/ablations").glob("seed*/tgrpo"))]
+    main("plot", *folders)
+    for path in ("a/curves.png", "a/advantages.png", f"{folders[0]}/curves.png"):
         assert 10_000 < (tmp_path / path).stat().st_size < 150_000
-    with pytest.raises(SystemExit, match="RUN_DIR is an --output"):
-        ablate.main(["plot", "toy"])
+    assert not Path(folders[0], "advantages.png").exists()  # it is of no run
+    with pytest.raises(InputError, match="RUN_DIR is an --output"):
+        main("plot", "toy")
     lab("--seeds", "1", "--only", "zero", "--out", "elsewhere/ablations")
-    with pytest.raises(SystemExit, match="no finished run of tgrpo or grpo"):
-        ablate.main(["plot", "--json", "results.json", "--png", "c/curves.png"])
+    with pytest.raises(InputError, match="no finished run of tgrpo or grpo"):
+        main("plot", "--json", "elsewhere/ablations.json", "--folder", "c")
     assert [path.name for path in Path("c").iterdir()] == ["advantages.png"]  # needs no run
 
 
