@@ -1,0 +1,38 @@
+"""Two columns over one ground: an import goes back along the pipeline, and no text stands twice."""
+import ast
+from collections import defaultdict
+
+import pytest
+
+from conftest import ROOT
+
+ARROWS = {"rewards": set(), "build_data": {"rewards"}, "sft": {"rewards", "build_data"},
+          "tgrpo": {"rewards", "build_data", "sft"}, "annotate": {"rewards", "build_data"},
+          "evaluate": {"rewards", "build_data", "annotate"}}
+
+
+def tree_of(script):
+    return ast.parse((ROOT / f"{script}.py").read_text(encoding="utf-8"))
+
+
+@pytest.mark.parametrize("script", ARROWS)
+def test_a_script_imports_from_earlier_ones_of_its_column(script):
+    names = {name for node in ast.walk(tree_of(script)) for name in (
+        [node.module] if isinstance(node, ast.ImportFrom) else
+        [alias.name for alias in node.names] if isinstance(node, ast.Import) else [])}
+    assert names & ARROWS.keys() <= ARROWS[script]
+    assert ARROWS.keys() == {path.stem for path in ROOT.glob("*.py")}
+
+
+def test_no_function_stands_twice():
+    places, flags = defaultdict(list), defaultdict(list)
+    for script in ARROWS:
+        for node in ast.walk(tree_of(script)):
+            if isinstance(node, ast.FunctionDef) and len(node.body) > 1:
+                places[ast.dump(node)].append((script, node.name))
+            if isinstance(node, ast.Call) and getattr(node.func, "id", "") == "add":
+                flags[node.args[0].value].append((script, ast.dump(node)))
+    assert [where for where in places.values() if len(where) > 1] == []
+    # a flag's line, too: what several scripts share is added by one function
+    assert [name for name, where in flags.items()
+            if len({call for _, call in where}) < len(where)] == []
