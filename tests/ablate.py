@@ -269,8 +269,8 @@ def lock_folder(out):
 class Runner:
     """Runs a configuration's commands; `stop` ends those under way and starts no more."""
 
-    def __init__(self, args):
-        self.args, self.lock = args, lock_folder(args.out)
+    def __init__(self, args, lock):
+        self.args, self.lock = args, lock
         self.children, self.stopping = set(), threading.Event()
 
     def run(self, seed, name, cold_start=None):
@@ -334,9 +334,10 @@ def run_all(args) -> int:
     """Every configuration with every seed; 1 when some failed."""
     prepare(args)
     signal.signal(signal.SIGTERM, signal.default_int_handler)  # ends like Ctrl-C
-    runner, starts, runs, failed = Runner(args), {}, {}, []
+    starts, runs, failed = {}, {}, []
     wanted = set(args.only) | ({"sft"} if set(args.only) - {"zero"} else set())
-    with ThreadPoolExecutor(args.jobs) as pool:
+    with lock_folder(args.out) as lock, ThreadPoolExecutor(args.jobs) as pool:
+        runner = Runner(args, lock)
         # Cold starts stand first in the queue, so that none waits for one behind it.
         for name in [name for name in CONFIGS if name in wanted]:
             for seed in range(args.seeds):

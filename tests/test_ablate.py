@@ -205,7 +205,8 @@ def slow_runner():
             assert not future.done()
             time.sleep(0.05)
         return log.read_text()
-    return ablate.Runner(ablate.parse_args(["run"])), wait
+    args = ablate.parse_args(["run"])
+    return ablate.Runner(args, ablate.lock_folder(args.out)), wait
 
 
 def test_a_folder_that_another_process_trains_into_is_waited_for(lab, capsys):
