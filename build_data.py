@@ -31,7 +31,7 @@ import threading
 import traceback
 import warnings
 from collections import Counter, defaultdict
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from datetime import timedelta
 from functools import lru_cache, partial
 from importlib.metadata import version
@@ -184,7 +184,6 @@ ANSWER_SUFFIX = {
            "within the <answer> </answer> tags.",
     "free-form": " Please provide your text answer within the <answer> </answer> tags.",
 }
-
 
 
 def build_messages(record) -> list[dict]:
@@ -710,16 +709,11 @@ def row_writer(path, total, configuration=None, quiet=False):
 
 
 def append_rows(file, rows):
-    """Adds rows to a file without a buffer: all of them, or none and an InputError."""
-    size = os.path.getsize(file.name)
+    """Adds rows to a file without a buffer, or InputError: a torn last row is no row later."""
     data = "".join(json.dumps(row) + "\n" for row in rows).encode()
     with writing(file.name, "The rows in it are whole: make room and repeat the command"):
-        try:
-            while data:  # a disk that is nearly full takes a part
-                data = data[file.write(data):]
-        except OSError:
-            file.truncate(size)
-            raise
+        while data:  # a disk that is nearly full takes a part
+            data = data[file.write(data):]
 
 
 @contextmanager
@@ -733,20 +727,17 @@ def writing(path, advice=""):
 
 
 def write_whole(files):
-    """Writes text files, {path: pieces}: all of them complete, or none and an InputError."""
-    writer = f"{os.uname().nodename}.{os.getpid()}"  # several ranks may write the same file
-    aside = {path: f"{path}.{writer}.partial" for path in files}
-    try:
-        for path, pieces in files.items():
-            with writing(path), open(aside[path], "w", encoding="utf-8") as file:
-                file.writelines(pieces)
-        for path in files:
-            with writing(path):
-                os.replace(aside[path], path)
-    finally:
-        for path in aside.values():
-            with suppress(OSError):
-                os.unlink(path)
+    """Writes text files, {path: pieces}: each of them complete, or not at all and an InputError."""
+    for path, pieces in files.items():
+        writer = f"{os.uname().nodename}.{os.getpid()}"  # several ranks may write the same file
+        aside = Path(f"{path}.{writer}.partial")
+        with writing(path):
+            try:
+                with aside.open("w", encoding="utf-8") as file:
+                    file.writelines(pieces)
+                aside.replace(path)
+            finally:
+                aside.unlink(missing_ok=True)
 
 
 def make_folder_of(path):

@@ -27,7 +27,6 @@ import signal
 import time
 from dataclasses import dataclass
 from functools import lru_cache, partial
-from itertools import chain
 from pathlib import Path
 
 import deepspeed
@@ -530,10 +529,8 @@ def close_step(run, step, drawn, metrics, finite, rollouts=()) -> bool:
     note(metrics, "time/step", [time.perf_counter() - run.started])
     skipped = [sample for sample in drawn if "record" not in sample]
     ids = [sample["record"]["problem_id"] for sample in drawn if "record" in sample]
-    metrics, rollouts, skipped, ids, signals = zip(*gather_objects(
-        (metrics, list(rollouts), skipped, ids, run.signals)))
-    rollouts, skipped, ids, signals = map(list, map(chain.from_iterable, (
-        rollouts, skipped, ids, signals)))
+    metrics, *lists = zip(*gather_objects((metrics, list(rollouts), skipped, ids, run.signals)))
+    rollouts, skipped, ids, signals = (sum(parts, []) for parts in lists)  # of all ranks
     if run.rank == 0:
         row = merge(metrics) | {"optim/learning_rate": learning_rate(step, args),
                                 "data/skipped": len(skipped)}

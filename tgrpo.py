@@ -211,7 +211,9 @@ def prefill(model, prompts, counts, max_new_tokens):
     tokens, the mask (N, P + L) of what may be attended to, and logits (N, V) and position (N, 1)
     of each row's first response token.
     """
-    P, rows = max(inputs["input_ids"].shape[1] for inputs in prompts), torch.tensor(counts)
+    P = max(inputs["input_ids"].shape[1] for inputs in prompts)
+    source = torch.arange(len(counts)).repeat_interleave(torch.tensor(counts))  # (N,) prompt rows
+    source = source.to(prompts[0]["input_ids"].device)
     outputs, positions, masks = [], [], []
     for inputs in prompts:
         output, _, position = run_prompt(model, inputs)
@@ -221,7 +223,7 @@ def prefill(model, prompts, counts, max_new_tokens):
         masks.append(F.pad(inputs["attention_mask"], (gap, max_new_tokens)))  # (B, P + L)
 
     def spread(parts):  # (B, ...) each -> (N, ...)
-        return torch.cat(parts).repeat_interleave(rows.to(parts[0].device), 0)
+        return torch.cat(parts)[source]
 
     def pad(kv):  # to (B, heads, P, dim)
         return F.pad(kv, (0, 0, P - kv.shape[2], 0))
