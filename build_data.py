@@ -709,11 +709,16 @@ def row_writer(path, total, configuration=None, quiet=False):
 
 
 def append_rows(file, rows):
-    """Adds rows to a file without a buffer, or InputError: a torn last row is no row later."""
+    """Adds rows to a file without a buffer: all of them, or none and an InputError."""
+    size = os.path.getsize(file.name)
     data = "".join(json.dumps(row) + "\n" for row in rows).encode()
     with writing(file.name, "The rows in it are whole: make room and repeat the command"):
-        while data:  # a disk that is nearly full takes a part
-            data = data[file.write(data):]
+        try:
+            while data:  # a disk that is nearly full takes a part
+                data = data[file.write(data):]
+        except OSError:
+            file.truncate(size)
+            raise
 
 
 @contextmanager
