@@ -11,9 +11,7 @@ micro-batches; prompt and visual tokens carry none.
 
 Left out on purpose: packing (rows are padded to the longest of the micro-batch).
 
-The second half, behind a ruler, is what any training run here is, on the simplest loss first:
-start, questions, an optimizer step, the end of a step, checkpoints, the final model. tgrpo.py
-trains by it too.
+The second half, behind a ruler, is what any training run here is; tgrpo.py trains by it too.
 
 Shapes: B records of a micro-batch, L tokens, N target tokens, V vocabulary.
 """
@@ -150,6 +148,7 @@ def main(args):
     processor = load_processor(args)
     run = open_run(args, records, parse_args)
     step_size = args.per_rank_batch_size * args.gradient_accumulation_steps  # a rank, a step
+    # one of the arguments in the run's first line from here on
     args.max_steps = math.ceil(len(records) * args.num_train_epochs / (step_size * run.world))
     model = load_model(args, run.config)
     if args.gradient_checkpointing:
@@ -171,14 +170,15 @@ def main(args):
             note(metrics, "response/tokens", [(inputs["labels"] != IGNORED).sum().item()
                                               for inputs in good])
         finite = train_on(run, step, micro_batches, metrics)
+        lap(run, metrics, "update")
         if close_step(run, step, drawn, metrics, finite):
             return
     save_model(run, processor)
 
 
 # ========================================================================================
-# What a training run is. A stage opens a run, starts its engine and goes through its steps;
-# each ends in close_step, which is all that writes below --output but for the final model.
+# What a training run is. A stage opens a run, starts its engine and goes through its steps; each
+# ends in close_step, which writes what the step was and, where one is due, a checkpoint.
 # ========================================================================================
 
 ORDER_STREAM = 0  # first key of the data order's generators; a stage's own streams begin at 1
@@ -189,7 +189,7 @@ FREE_ARGUMENTS = {"data", "media_root", "output", "deepspeed_config", "num_worke
 # As well, where the learning rate does not decay towards the end
 LENGTH_ARGUMENTS = {"max_steps", "num_train_epochs"}
 SHOWN = ("optim/loss", "reward/total", "reward/accuracy", "policy/kl")  # in the progress bar
-INTERRUPTED = 130  # exit status after Ctrl-C, by the shells' convention
+LOGS = ("metrics", "rollouts", "skipped")  # <name>.jsonl in --output
 
 
 def add_run_flags(add, lr_schedule, save_steps):
@@ -230,16 +230,15 @@ class Run:
     rank: int
     world: int            # number of ranks
     device: torch.device
-    first_step: int       # 0, or the newest checkpoint's
     signals: list         # SIGTERM or SIGINT, once received: the run ends after its step
-    engine: deepspeed.DeepSpeedEngine | None = None  # the policy in training; start_engine
-    infinite: torch.Tensor | None = None  # counts gradients that hold NaN or infinity
+    first_step: int = 0   # the newest checkpoint's, where one is resumed
     saved: int = 0        # step of the newest checkpoint
     updated: int = -1     # the last step with an optimizer step
     skipped: int = 0      # questions without a usable medium so far, on all ranks
+    lapped: float = 0.0   # when the last part of a step ended, by perf_counter
+    engine: deepspeed.DeepSpeedEngine | None = None  # the policy in training; start_engine
+    infinite: torch.Tensor | None = None  # counts gradients that hold NaN or infinity
     bar: tqdm | None = None
-    started: float = 0.0  # of the step, by perf_counter
-    lapped: float = 0.0   # when the step's last part ended
 
 
 # ------------------------------------------------------------------------------- start
@@ -255,12 +254,11 @@ def open_run(args, records, parse_args) -> Run:
                 "records": hashlib.sha256(text.encode()).hexdigest()[:12],
                 "world_size": dist.get_world_size(),
                 "zero_stage": config.get("zero_optimization", {}).get("stage", 0), **provenance()}
-    first_step = open_output(args)
-    if first_step:
-        defaults = vars(parse_args(["--model=", "--data=", "--output="]))
-        check_identity(args, identity, defaults)
-    return Run(args, config, identity, rank, dist.get_world_size(), device, first_step,
-               catch_signals())
+    run = Run(args, config, identity, rank, dist.get_world_size(), device, catch_signals(rank))
+    run.first_step = run.saved = open_output(run)
+    if run.first_step:
+        check_identity(run, vars(parse_args(["--model=", "--data=", "--output="])))
+    return run
 
 
 def read_deepspeed_config(args):
@@ -286,49 +284,51 @@ def read_deepspeed_config(args):
     return {key: value for key, value in config.items() if value != "auto"} | ours
 
 
-def open_output(args) -> int:
+def open_output(run) -> int:
     """Makes --output. Returns the step to start from: 0, or with --resume `latest`'s.
 
     A folder that holds a model, or without --resume a run, is refused: nothing is written over.
     """
-    output = Path(args.output)
+    output, resume = Path(run.args.output), run.args.resume
+    probe, latest = output / "shared.probe", output / "latest"
     try:
         output.mkdir(parents=True, exist_ok=True)
-        newest = output / "latest"
-        tag = newest.read_text(encoding="utf-8").strip() if newest.exists() else ""
+        tag = latest.read_text(encoding="utf-8").strip() if latest.exists() else ""
+        if run.rank == 0:
+            probe.touch()
     except OSError as error:
         raise InputError(f"cannot write to --output {output}: {error}") from None
-    used = (output / "metrics.jsonl").exists() or checkpoints(output)
-    # the ranks agree before any of them writes; one that sees another disk is found out here
-    probe = output / "shared.probe"
-    if dist.get_rank() == 0:
-        probe.touch()
+    # the ranks agree before any of them writes more; one that sees another disk is found out here
     dist.barrier()
     found = gather_objects((probe.exists(), tag))
-    if dist.get_rank() == 0:
+    if run.rank == 0:
         probe.unlink()
     if len(set(found)) > 1:
         raise InputError(f"ranks see different files in --output {output}: it must be on storage "
                          f"that all nodes share (newest checkpoints: {[tag for _, tag in found]})")
-    if not args.resume and used or not tag and (output / "config.json").exists():
+    there = {folder.name: step for step, folder in checkpoints(output).items()}
+    used = there or (output / "metrics.jsonl").exists()
+    if not resume and used or not tag and (output / "config.json").exists():
         raise InputError(f"--output {output} holds a run or a model: continue a run with --resume, "
                          "or name another folder")
-    if tag and not (output / tag).is_dir():
-        raise InputError(f"{newest} names {tag}, which is not there: write the name of another "
-                         f"checkpoint into it, or remove it to begin again")
-    return int(tag.removeprefix("checkpoint-")) if tag else 0
+    # a kill leaves at most one checkpoint that `latest` does not name
+    if tag not in there and (tag or len(there) > 1):
+        raise InputError(f"{latest} must name the checkpoint to go on from, and says {tag!r}: "
+                         f"write one of {sorted(there)} into it, or name another --output")
+    return there.get(tag, 0)
 
 
-def check_identity(args, now, defaults):
+def check_identity(run, defaults):
     """InputError that names what differs between the run in --output and this one."""
-    path = Path(args.output) / "metrics.jsonl"
+    path, now = Path(run.args.output) / "metrics.jsonl", run.identity
     try:
         with path.open(encoding="utf-8") as file:
             was = json.loads(file.readline())
         before, after = defaults | was["arguments"], now["arguments"]
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise InputError(f"the first line of {path} must say what run this is: {error!r}") from None
-    free = FREE_ARGUMENTS | (LENGTH_ARGUMENTS if args.lr_schedule == "constant" else set())
+    constant = run.args.lr_schedule == "constant"
+    free = FREE_ARGUMENTS | (LENGTH_ARGUMENTS if constant else set())
     changed = [f"--{name} was {before.get(name)}, is {after[name]}"
                for name in sorted(after.keys() - free) if before.get(name) != after[name]]
     changed += [f"{what} was {was.get(key)}, is {now[key]}" for key, what in (
@@ -336,8 +336,8 @@ def check_identity(args, now, defaults):
         ("zero_stage", "ZeRO stage")) if was.get(key) != now[key]]
     if changed:
         raise InputError(
-            f"--resume: {args.output} holds another run: {'; '.join(changed)}. Give what it had, "
-            "or start another --output from its weights (README, 'When something breaks')")
+            f"--resume: {run.args.output} holds another run: {'; '.join(changed)}. Give what it "
+            "had, or start another --output from its weights (README, 'When something breaks')")
 
 
 def start_engine(run, model):
@@ -354,15 +354,13 @@ def start_engine(run, model):
     if run.first_step:
         tag = f"checkpoint-{run.first_step}"
         _, state = run.engine.load_checkpoint(str(output), tag=tag)
-        run.saved, run.skipped = run.first_step, state["skipped"]
+        run.skipped = state["skipped"]
     if run.rank == 0:
-        for path in output.glob("*.jsonl"):
-            trim_log(path, run.first_step)
+        for path in (output / f"{name}.jsonl" for name in LOGS):
+            if path.exists():
+                trim_log(path, run.first_step)
         if not run.first_step:
             write_whole({output / "metrics.jsonl": [json.dumps(run.identity) + "\n"]})
-        for step, folder in checkpoints(output).items():
-            if step > run.first_step:  # `latest` does not name it: the run was killed meanwhile
-                shutil.rmtree(folder)
     run.bar = tqdm(total=args.max_steps, initial=run.first_step, disable=run.rank != 0,
                    desc=Path(args.output).name)
 
@@ -392,15 +390,17 @@ def trim_log(path, first_step):
     write_whole({path: (line + "\n" for line in kept)})
 
 
-def catch_signals() -> list:
+def catch_signals(rank) -> list:
     """Lets SIGTERM (pre-emption) and Ctrl-C end the run after its current step: the list that is
     returned is no longer empty then. A second Ctrl-C ends it at once."""
     received = []
 
     def handle(number, _):
         if number == signal.SIGINT and number in received:
-            os._exit(INTERRUPTED)
+            os._exit(128 + number)  # the shells' convention
         received.append(number)
+        if rank == 0:  # print may be in the middle of a line of its own
+            os.write(2, b"\nending after this step (a second Ctrl-C: at once)\n")
     signal.signal(signal.SIGTERM, handle)
     signal.signal(signal.SIGINT, handle)
     return received
@@ -451,14 +451,16 @@ def steps(run, records, example, per_step):
     args = run.args
     positions = [(step * run.world + run.rank) * per_step + i
                  for step in range(run.first_step, args.max_steps) for i in range(per_step)]
+    # the next step's questions, and one more a worker, are decoded while a step is under way
+    ahead = -(-per_step // args.num_workers) + 1 if args.num_workers else None
     loader = iter(DataLoader(
-        Questions(records, example, args), sampler=positions, batch_size=per_step,
-        collate_fn=list, num_workers=args.num_workers,
-        prefetch_factor=2 if args.num_workers else None, pin_memory=run.device.type != "cpu",
+        Questions(records, example, args), sampler=positions, batch_size=None, collate_fn=dict,
+        num_workers=args.num_workers, prefetch_factor=ahead, pin_memory=run.device.type != "cpu",
         worker_init_fn=leave_signals_to_main))
     for step in range(run.first_step, args.max_steps):
-        metrics, run.started, run.lapped = {}, time.perf_counter(), time.perf_counter()
-        drawn = next(loader)
+        metrics = {}
+        run.lapped = time.perf_counter()
+        drawn = [next(loader) for _ in range(per_step)]
         lap(run, metrics, "data")
         yield step, drawn, metrics
 
@@ -519,17 +521,18 @@ def optimizer_step(run, step, loss) -> bool:
     return True
 
 
-def close_step(run, step, drawn, metrics, finite, rollouts=()) -> bool:
+def close_step(run, step, drawn, metrics, finite, rollouts=[]) -> bool:
     """What every step ends with; collective. Merges the ranks' metrics, writes the step's lines
     and a checkpoint where one is due. True when a signal has asked for the run's end.
 
     InputError when the step was not finite, or too many questions had to be skipped.
     """
     args = run.args
-    note(metrics, "time/step", [time.perf_counter() - run.started])
+    parts = [total for name, (total, _) in metrics.items() if name.startswith("time/")]
+    note(metrics, "time/step", [sum(parts)])
     skipped = [sample for sample in drawn if "record" not in sample]
     ids = [sample["record"]["problem_id"] for sample in drawn if "record" in sample]
-    metrics, *lists = zip(*gather_objects((metrics, list(rollouts), skipped, ids, run.signals)))
+    metrics, *lists = zip(*gather_objects((metrics, rollouts, skipped, ids, run.signals)))
     rollouts, skipped, ids, signals = (sum(parts, []) for parts in lists)  # of all ranks
     if run.rank == 0:
         row = merge(metrics) | {"optim/learning_rate": learning_rate(step, args),
@@ -543,9 +546,9 @@ def close_step(run, step, drawn, metrics, finite, rollouts=()) -> bool:
         run.engine.monitor.write_events([(name, value, step + 1) for name, value in row.items()])
         run.bar.set_postfix({name: f"{row[name]:.4g}" for name in SHOWN if name in row})
         run.bar.update()
-    run.skipped += len(skipped)
     if not finite:
         stop_at_infinity(run, step, ids)
+    run.skipped += len(skipped)
     check_skipped(run, (step + 1) * len(drawn) * run.world, skipped)
     if signals or args.save_steps and (step + 1) % args.save_steps == 0:
         save_checkpoint(run, step + 1)
@@ -609,14 +612,15 @@ def save_checkpoint(run, step):
     run.saved = step
     if run.rank == 0:
         write_whole({output / "latest": [tag]})
-        folders, keep = list(checkpoints(output).values()), run.args.keep_checkpoints
-        for folder in folders[:-keep] if keep else ():
+        whole = [folder for at, folder in checkpoints(output).items() if at <= step]
+        for folder in whole[:-run.args.keep_checkpoints] if run.args.keep_checkpoints else ():
             shutil.rmtree(folder)
     dist.barrier()
 
 
 def checkpoints(output) -> dict[int, Path]:
-    """{step: folder} of the checkpoints in a folder, oldest first; the newest may be incomplete."""
+    """{step: folder} of the checkpoints in a folder, oldest first. One that is later than `latest`
+    may be incomplete: the run was killed meanwhile, and will write over it."""
     found = {path.name.removeprefix("checkpoint-"): path for path in output.glob("checkpoint-*")}
     return {int(step): found[step] for step in sorted(filter(str.isdigit, found), key=int)}
 

@@ -10,15 +10,15 @@ One step, for each question q of a rank:
   4. temporal reward r_t = alpha if p >= p_tilde, to correct responses (Eq. 1, 2) temporal_reward
      and omega to correct ones of moderate length (Eq. 5)                          length_reward
   5. advantage A_i = (R_i - mean) / std within the group (Eq. 3)               group_advantages
-  6. clipped policy-gradient step with a KL term (Eq. 4)             tgrpo_loss, backward_group
+  6. clipped policy-gradient step with a KL term (Eq. 4)                     tgrpo_loss, update
 Shuffled responses are only compared with; they are never trained on. `--alpha 0` is GRPO.
 
 Which variant: the ratio and its clip are per token, the loss is the mean over a response's
 tokens and then over responses, the KL is the k3 estimator. Left out: reward models, packing.
 What any training run is, from flags to checkpoints, stands in sft.py.
 
-Shapes: G responses of a question, n responses of a chunk, L response tokens, P prompt tokens,
-B prompts side by side, N rows that decode together, V vocabulary, T frames, C x H x W pixels.
+Shapes: G responses of a question, n of a chunk, L response tokens, P prompt tokens, B prompts side
+by side, N rows of a rollout, of which n still decode, V vocabulary, T frames, C x H x W pixels.
 """
 from functools import partial
 
@@ -37,6 +37,7 @@ from rewards import accuracy_reward, format_reward, length_reward
 from sft import (add_run_flags, close_step, gather_objects, lap, note, open_run, optimizer_step,
                  save_model, start_engine, steps, to_device)
 
+PIECE = 512  # tokens whose logits are turned into log-probabilities together
 STD_EPSILON = 1e-4  # added to the standard deviation in Eq. 3, as in the released code
 FRAME_STREAM, ROLLOUT_STREAM = 1, 2  # first key of the generators: no two kinds of draw share one
 
@@ -178,15 +179,15 @@ def rope_positions(model, inputs):
 
 def run_prompt(model, inputs):
     """One forward over a prompt (B, P). Returns the model's output with its cache of keys and
-    values (B, heads, P, dim a layer), and the positions (B, 1) of the prompt's last token and of
-    the first response token. They are neighbours but for videos so long that their time axis
-    exceeds the positions of the text after them."""
+    values (B, heads, P, dim a layer), and a pair of positions (B, 1): of the prompt's last token
+    and of the first response token. They are neighbours but for videos so long that their time
+    axis exceeds the positions of the text after them."""
     positions, next_position = rope_positions(model, inputs)
     vision = {key: inputs[key] for key in inputs
               if key.startswith("pixel_values") or key.endswith("grid_thw")}
     output = model(input_ids=inputs["input_ids"], position_ids=positions, use_cache=True,
                    logits_to_keep=1, **vision)
-    return output, positions[0, :, -1:], next_position
+    return output, (positions[0, :, -1:], next_position)
 
 
 def sample_tokens(logits, temperature, top_p, generator):
@@ -212,28 +213,22 @@ def prefill(model, prompts, counts, max_new_tokens):
     of each row's first response token.
     """
     P = max(inputs["input_ids"].shape[1] for inputs in prompts)
-    source = torch.arange(len(counts)).repeat_interleave(torch.tensor(counts))  # (N,) prompt rows
-    source = source.to(prompts[0]["input_ids"].device)
-    outputs, positions, masks = [], [], []
+    origin = torch.arange(len(counts)).repeat_interleave(torch.tensor(counts))  # (N,) prompt rows
+    origin = origin.to(prompts[0]["input_ids"].device)
+    caches, masks, logits, positions = [], [], [], []
     for inputs in prompts:
-        output, _, position = run_prompt(model, inputs)
-        outputs.append(output)
-        positions.append(position)  # (B, 1)
+        output, (_, position) = run_prompt(model, inputs)
         gap = P - inputs["input_ids"].shape[1]
+        caches.append([[F.pad(kv, (0, 0, gap, 0)) for kv in (layer.keys, layer.values)]
+                       for layer in output.past_key_values.layers])  # (B, heads, P, dim) each
         masks.append(F.pad(inputs["attention_mask"], (gap, max_new_tokens)))  # (B, P + L)
-
-    def spread(parts):  # (B, ...) each -> (N, ...)
-        return torch.cat(parts)[source]
-
-    def pad(kv):  # to (B, heads, P, dim)
-        return F.pad(kv, (0, 0, P - kv.shape[2], 0))
+        logits.append(output.logits[:, -1])  # (B, V)
+        positions.append(position)  # (B, 1)
     cache = StaticCache(model.config, max_cache_len=P + max_new_tokens)
-    for i, room in enumerate(cache.layers):
-        layers = [output.past_key_values.layers[i] for output in outputs]
-        room.update(spread([pad(layer.keys) for layer in layers]),
-                    spread([pad(layer.values) for layer in layers]))
-    logits = spread([output.logits[:, -1] for output in outputs])  # (N, V)
-    return cache, spread(masks), logits, spread(positions)
+    for layer, of_prompts in zip(cache.layers, zip(*caches)):
+        keys, values = (torch.cat(kv)[origin] for kv in zip(*of_prompts))  # (N, heads, P, dim)
+        layer.update(keys, values)
+    return cache, *(torch.cat(x)[origin] for x in (masks, logits, positions))
 
 
 def decode(model, tokens, position, mask, cache):
@@ -251,12 +246,12 @@ def rollout(model, prompts, counts, *, max_new_tokens, temperature, top_p, eos_i
     not wait for each other's longest response.
     Returns one (count, L) tensor of ids for each prompt row; end tokens fill it up.
     """
-    counts = [n for count in counts for n in count]
+    of_rows = [n for of_prompt in counts for n in of_prompt]  # one a prompt row
     device = prompts[0]["input_ids"].device
-    rows, eos = torch.arange(sum(counts), device=device), torch.tensor(eos_ids, device=device)
+    rows, eos = torch.arange(sum(of_rows), device=device), torch.tensor(eos_ids, device=device)
     ids = torch.full((len(rows), max_new_tokens), eos_ids[0], device=device)  # (N, L)
     with torch.inference_mode():  # faster than no_grad; what it makes must not meet autograd
-        cache, mask, logits, position = prefill(model, prompts, counts, max_new_tokens)
+        cache, mask, logits, position = prefill(model, prompts, of_rows, max_new_tokens)
         P = mask.shape[1] - max_new_tokens
         for t in range(max_new_tokens):
             logits[:, forbidden_ids] = -torch.inf  # (n, V)
@@ -270,19 +265,19 @@ def rollout(model, prompts, counts, *, max_new_tokens, temperature, top_p, eos_i
                 cache.reorder_cache(alive)
             mask[:, P + t] = 1
             logits = decode(model, tokens, position + t, mask, cache)  # (n, V)
-    return ids[:, :t + 1].split(counts)
+    return ids[:, :t + 1].split(of_rows)
 
 
 # -------------------------------------- update: the prompt is encoded once for its group
 
-def response_logits(model, cache, inputs, last_position, next_position, responses):
+def response_logits(model, cache, inputs, positions, responses):
     """Logits (n, L, V) that predict each response token, on top of the prompt's cached keys and
-    values (1, heads, P - 1, dim) a layer: the prompt's last token is fed again with them."""
-    n, L = responses.shape
-    last = inputs["input_ids"][:, -1:].expand(n, 1)
-    ids = torch.cat([last, responses[:, :-1]], dim=1)  # (n, L)
-    position = torch.cat([last_position, next_position + torch.arange(
-        L - 1, device=ids.device)], dim=1)  # (1, L)
+    values (1, heads, P - 1, dim) a layer: the prompt's last token is fed again with them.
+    positions: run_prompt's pair."""
+    (n, L), (last, following) = responses.shape, positions  # following: of the first response token
+    ids = torch.cat([inputs["input_ids"][:, -1:].expand(n, 1), responses[:, :-1]], dim=1)  # (n, L)
+    later = following + torch.arange(L - 1, device=ids.device)  # (1, L - 1)
+    position = torch.cat([last, later], dim=1)  # (1, L)
     shared = Cache(layers=[DynamicLayer() for _ in cache])
     for layer, (keys, values) in zip(shared.layers, cache):
         layer.lazy_initialization(keys, values)
@@ -292,20 +287,21 @@ def response_logits(model, cache, inputs, last_position, next_position, response
 
 
 def token_logps(logits, responses, temperature):
-    """Log-probabilities (n, L) of the response tokens under the (n, L, V) logits. Row by row, and
+    """Log-probabilities (n, L) of the response tokens under the (n, L, V) logits. In pieces, and
     again in the backward pass: at 150,000 tokens of vocabulary the float32 copies of the logits
     outweigh all activations of the model."""
-    def of_row(logits, ids):  # (L, V), (L,)
+    def of_piece(logits, ids):  # (m, V), (m,)
         return (logits.float() / temperature).log_softmax(-1).gather(-1, ids[:, None])[:, 0]
-    return torch.stack([checkpoint(of_row, *row, use_reentrant=False)
-                        for row in zip(logits, responses)])  # (n, L)
+    pieces = zip(logits.flatten(0, 1).split(PIECE), responses.flatten().split(PIECE))
+    return torch.cat([checkpoint(of_piece, *piece, use_reentrant=False)
+                      for piece in pieces]).view_as(responses)  # (n, L)
 
 
 @torch.no_grad()
 def token_entropy(logits, temperature):
     """Entropies (n, L) of the next-token distributions of (n, L, V) logits."""
-    return torch.stack([torch.special.entr((row.float() / temperature).softmax(-1)).sum(-1)
-                        for row in logits])  # (n, L)
+    return torch.cat([torch.special.entr((piece.float() / temperature).softmax(-1)).sum(-1)
+                      for piece in logits.flatten(0, 1).split(PIECE)]).view(logits.shape[:2])
 
 
 def prompt_cache(output):
@@ -318,11 +314,11 @@ def prompt_cache(output):
 def group_logps(model, inputs, responses, lengths, chunk_size, temperature=1.0):
     """Log-probabilities (G, L) of a group's responses, up to their lengths (G,): the prompt once,
     then the responses, chunk_size at a time. Equal to a forward over G copies of both."""
-    output, *positions = run_prompt(model, inputs)
+    output, positions = run_prompt(model, inputs)
     cache = prompt_cache(output)
     logps = torch.zeros(responses.shape, device=responses.device)  # (G, L)
     for rows, chunk in chunks_of(responses, lengths, chunk_size):
-        logits = response_logits(model, cache, inputs, *positions, chunk)  # (n, L, V)
+        logits = response_logits(model, cache, inputs, positions, chunk)  # (n, L, V)
         logps[rows, :chunk.shape[1]] = token_logps(logits, chunk, temperature)
     return logps
 
@@ -342,7 +338,7 @@ def begin_backward(engine, blank):
     tower's gradients would be added to those of the step before.
     """
     engine.set_gradient_accumulation_boundary(False)
-    output, *_ = run_prompt(engine, blank)
+    output, _ = run_prompt(engine, blank)
     engine.backward(0.0 * output.logits.sum())
 
 
@@ -356,13 +352,13 @@ def backward_group(engine, inputs, responses, lengths, chunk_loss, chunk_size, t
     (d) One backward carries these through the prompt and the vision tower. `last`: gradients
     are complete after this group, ranks may average them.
     """
-    output, *positions = run_prompt(engine, inputs)  # (a)
+    output, positions = run_prompt(engine, inputs)  # (a)
     attached = [kv for pair in prompt_cache(output) for kv in pair]
     leaves = [kv.detach().requires_grad_() for kv in attached]  # (b)
     cache = list(zip(leaves[::2], leaves[1::2]))
     engine.set_gradient_accumulation_boundary(False)
     for rows, chunk in chunks_of(responses, lengths, chunk_size):  # (c)
-        logits = response_logits(engine, cache, inputs, *positions, chunk)  # (n, L, V)
+        logits = response_logits(engine, cache, inputs, positions, chunk)  # (n, L, V)
         engine.backward(chunk_loss(rows, token_logps(logits, chunk, temperature),
                                    token_entropy(logits, temperature)))
     engine.set_gradient_accumulation_boundary(last)
@@ -371,32 +367,7 @@ def backward_group(engine, inputs, responses, lengths, chunk_loss, chunk_size, t
                     + 0.0 * output.logits.sum())
 
 
-# ------------------------------------------------------------------- one step, on one rank
-
-# A group, the dict of one question, gathers what the step makes of it. With *: only of a video,
-# when the temporal reward needs a second group.
-#   record                                  the question                        example, in a worker
-#   ordered, shuffled*                      model inputs, the prompt's                             "
-#   frame_order*                            list of T: the place that each shuffled frame had      "
-#   responses (G, L), responses_shuffled* (G_tilde, L)     ids                      sample_responses
-#   mask (G, L), lengths (G,)               up to the end token; their sums              grade_group
-#   texts, texts_shuffled, truncated        lists of G, G_tilde (or 0) and G                       "
-#   parts                                   accuracy, format, length, temporal*: (G,);             "
-#                                           p, p_tilde*, r_t*: numbers
-#   R, A                                    rewards and advantages (G,)                            "
-#   old, ref                                log-probabilities (G, L)                          update
-
-
-def example(processor, args, record, vision, position):
-    """What a worker makes of a record at a position of the data order: the group's first keys."""
-    group = {"record": record, "ordered": encode(processor, record, vision)}
-    if record["data_type"] == "video" and args.alpha:
-        generator = seeded_generator(FRAME_STREAM, args.seed, position)
-        order = shuffle_frames(torch.arange(len(vision.frames)), generator)  # (T,)
-        shuffled = vision._replace(frames=vision.frames[order])
-        group |= {"shuffled": encode(processor, record, shuffled), "frame_order": order.tolist()}
-    return group
-
+# ------------------------------------------------------------ the models beside the policy
 
 def start_sampler(run):
     """What rollouts sample from: the policy itself or, where its weights are sharded (ZeRO-3), a
@@ -430,6 +401,33 @@ def start_reference(run):
     keys = ("zero_optimization", "bf16", "train_micro_batch_size_per_gpu")
     config = {key: run.config[key] for key in keys if key in run.config}
     return deepspeed.initialize(model=model, config=config)[0]
+
+
+# ------------------------------------------------------------------- one step, on one rank
+
+# A group, the dict of one question, gathers what the step makes of it. With *: only of a video,
+# when the temporal reward needs a second group.
+#   record                                  the question                        example, in a worker
+#   ordered, shuffled*                      model inputs, the prompt's                             "
+#   frame_order*                            list of T: the place that each shuffled frame had      "
+#   responses (G, L), responses_shuffled* (G_tilde, L)     ids                      sample_responses
+#   mask (G, L), lengths (G,)               up to the end token; their sums              grade_group
+#   texts, texts_shuffled, truncated        lists of G, G_tilde (or 0) and G                       "
+#   parts                                   accuracy, format, length, temporal*: (G,);             "
+#                                           p, p_tilde*, r_t*: numbers
+#   R, A                                    rewards and advantages (G,)                            "
+#   old, ref                                log-probabilities (G, L)                          update
+
+
+def example(processor, args, record, vision, position):
+    """What a worker makes of a record at a position of the data order: the group's first keys."""
+    group = {"record": record, "ordered": encode(processor, record, vision)}
+    if record["data_type"] == "video" and args.alpha:
+        generator = seeded_generator(FRAME_STREAM, args.seed, position)
+        order = shuffle_frames(torch.arange(len(vision.frames)), generator)  # (T,)
+        shuffled = vision._replace(frames=vision.frames[order])
+        group |= {"shuffled": encode(processor, record, shuffled), "frame_order": order.tolist()}
+    return group
 
 
 def blank_group(processor, G, end_id, device):
@@ -471,15 +469,15 @@ def grade_group(group, tokenizer, eos_ids, args):
     texts_shuffled = read(group["responses_shuffled"])[1] if "responses_shuffled" in group else []
     lengths = mask.sum(1).int().cpu()  # (G,) tokens, the end token included
     parts = group_rewards(texts, texts_shuffled, lengths.tolist(), group["record"], args)
-    r_t = parts.get("temporal", torch.zeros(args.G))  # (G,)
+    temporal = parts.get("temporal", torch.zeros(args.G))  # (G,)
     R = parts["accuracy"] + parts["format"] + parts["length"]  # (G,)
     if args.temporal_to == "reward":
-        R = R + r_t  # (G,) Eq. 2
+        R = R + temporal  # (G,) Eq. 2
     A = group_advantages(R.double(), args.scale_advantages).float()  # (G,) Eq. 3
     if args.temporal_to == "advantage":
-        A = A + r_t  # (G,)
-    last = group["responses"].cpu()[torch.arange(args.G), lengths - 1]  # (G,)
-    truncated = ~torch.isin(last, torch.tensor(eos_ids))  # (G,): no end token
+        A = A + temporal  # (G,)
+    final = group["responses"].cpu()[torch.arange(args.G), lengths - 1]  # (G,)
+    truncated = ~torch.isin(final, torch.tensor(eos_ids))  # (G,): no end token
     longest = lengths.max()  # other groups' longer responses need not be computed here
     group |= {"responses": group["responses"][:, :longest], "mask": mask[:, :longest],
               "lengths": lengths, "texts": texts, "texts_shuffled": texts_shuffled, "parts": parts,
@@ -495,15 +493,16 @@ def update(run, step, reference, groups, blank, metrics):
     """
     args, engine = run.args, run.engine
     total = sum(gather_objects(len(groups)))  # of all ranks
-    if total == 0:
+    if total == 0:  # on every rank
         return True
     groups = groups + [blank] * (args.prompts_per_rank - len(groups))
     for group in groups:
-        group |= {"ordered": to_device(group["ordered"], run.device),
-                  "A": group["A"].to(run.device), "old": torch.zeros_like(group["mask"])}
-        group["ref"] = group_logps(reference, group["ordered"], group["responses"],
-                                   group["lengths"], args.chunk_size, args.temperature) \
-            if args.beta else None  # (G, L)
+        group["A"], group["old"] = group["A"].to(run.device), torch.zeros_like(group["mask"])
+        group["ref"] = None
+        if args.beta:
+            inputs = to_device(group["ordered"], run.device)
+            group["ref"] = group_logps(reference, inputs, group["responses"], group["lengths"],
+                                       args.chunk_size, args.temperature)  # (G, L)
     for u in range(args.updates_per_rollout):
         begin_backward(engine, blank["ordered"])
         for i, group in enumerate(groups):
@@ -517,8 +516,9 @@ def update(run, step, reference, groups, blank, metrics):
                 note(metrics, "optim/loss", [loss.item()], count=len(rows) / args.G)
                 return loss * run.world / total  # DeepSpeed averages over ranks
 
-            backward_group(engine, group["ordered"], group["responses"], group["lengths"],
-                           chunk_loss, args.chunk_size, args.temperature, last=i == len(groups) - 1)
+            inputs = to_device(group["ordered"], run.device)
+            backward_group(engine, inputs, group["responses"], group["lengths"], chunk_loss,
+                           args.chunk_size, args.temperature, last=i == len(groups) - 1)
         if not optimizer_step(run, step, metrics.get("optim/loss", (0.0, 0))[0]):
             return False
     return True
@@ -621,8 +621,9 @@ def main(args):
         finite = update(run, step, reference, groups, blank, metrics)
         lap(run, metrics, "update")
         # metrics, logs, checkpoint
-        shown = groups if step % args.rollout_steps == 0 or not finite else []
-        if close_step(run, step, drawn, metrics, finite, map(rollout_row, shown)):
+        due = step % args.rollout_steps == 0 or not finite
+        rollouts = [rollout_row(group) for group in groups if due]
+        if close_step(run, step, drawn, metrics, finite, rollouts):
             return
     save_model(run, processor)
 
