@@ -43,8 +43,9 @@ import zlib
 from collections import Counter
 from concurrent.futures import FIRST_COMPLETED, ThreadPoolExecutor, wait
 from datetime import timedelta
+from functools import cached_property, partial
 from glob import escape
-from itertools import chain
+from itertools import chain, islice
 from pathlib import Path
 from urllib.parse import quote
 
@@ -241,24 +242,6 @@ def row_of(sample, answers, seconds):
             "truncated": truncated, "seconds": seconds}
 
 
-def ask_here(batches, count, write, processor, device, args):
-    """Writes the rows of a rank's batches, of which the longest share has `count`.
-
-    Ranks that hold one model in parts make the same number of calls: a blank question stands for a
-    batch that this rank does not have, or that has no usable medium.
-    """
-    model = load_answering_model(args, processor.tokenizer, device, args.samples,
-                                 args.deepspeed_config)
-    blank = {"record": {"problem_id": "blank"},
-             "inputs": image_as_video(processor, encode_blank(processor))}
-    batches = iter(batches)
-    for _ in range(count):
-        batch = next(batches, [])
-        write(ask_model(model, processor.tokenizer, batch, row_of, args.seed))
-        if args.deepspeed_config and not any("inputs" in sample for sample in batch):
-            respond(model, [blank], args.seed)
-
-
 def configuration_of(args, processor):
     """What responses depend on: rows that were made with another one are refused."""
     flags = ("model", "max_frames", "min_frames", "fps", "min_pixels", "max_pixels",
@@ -301,38 +284,22 @@ def write_result(records, rows, args):
 
 
 def main(args):
-    # --------------------------------------------- inputs, checked before a model is loaded
+    # ---------------------------------------------- inputs, checked before a model is loaded
     check_flags(args)
     records = load_records(args.data, args.media_root)
     problem_id, count = Counter(str(r["problem_id"]) for r in records).most_common(1)[0]
     if count > 1:
         raise InputError(f"{args.data}: {count} records have the problem_id {problem_id}")
-    processor = None if args.api_base else load_processor(args)
     out = Path(args.out)
     make_folder_of(out)
-    configuration = configuration_of(args, processor)
-    todo = unanswered(records, read_rows(out.parent, out.stem, configuration))
-    rank, device = setup_distributed(args)
-    ranks, world = dist.new_group(backend="gloo", timeout=LONGEST_WAIT), dist.get_world_size()
-    dist.barrier(ranks)  # all ranks have read the rows before one adds to them
+    asker = Asker(args)
+    configuration = configuration_of(args, asker.processor)
 
-    # -------------------------------------------------------------- responses, row by row
-    share = todo[rank::world]
-    batches = DataLoader(share, args.batch_size, num_workers=args.num_workers, collate_fn=lambda
-                         batch: [prompt_of(processor, args, record) for record in batch])
-    path = out.parent / f"{out.stem}.rank{rank}.jsonl"
-    with row_writer(path, len(share), configuration, rank != 0) as write:
-        if args.api_base:
-            ask_server(chain.from_iterable(batches), args.samples, row_of, write, args,
-                       len(todo) < len(records))
-        elif todo:
-            longest = len(todo[::world])  # the first rank's share
-            ask_here(batches, -(-longest // args.batch_size), write, processor, device, args)
-    dist.barrier(ranks)
-
-    # ------------------------------------------------------------------ filter and report
-    if rank == 0:
-        print(write_result(records, read_rows(out.parent, out.stem, configuration), args))
+    # ----------------------------------------------- responses, row by row, then the filter
+    rows = ask_all(asker, out.parent, out.stem, records, configuration,
+                   partial(prompt_of, asker.processor, args), row_of)
+    if asker.rank == 0:
+        print(write_result(records, rows, args))
 
 
 # ================ how a model is asked, here or behind a server; evaluate.py asks so too
@@ -408,216 +375,44 @@ def http_url(text):
     return text
 
 
-# ------------------------------------------------------------- a model behind a server
+# ------------------------------------------- questions, and rows that outlive a kill
 
-KEY_VARIABLE = "OPENAI_API_KEY"  # the only place a key is read from; it is never written
-FIRST_PAUSE = 1.0  # seconds before the second repetition, doubled for each; the first is at once
-CONNECT_TIMEOUT = 10.0  # seconds
-HOPELESS = {401, 403, 404}  # HTTP: no request of this run can succeed
-FINAL = {*range(400, 500)} - HOPELESS - {408, 409, 425, 429}  # nor this one, if repeated
-ERROR_SHOWN = 300  # characters of what a server says about an error
-MOST_FAILURES = 20  # requests in a row without an answer, after which the server is given up
+class Asker:
+    """Who answers a rank's questions: a server, or (with a processor) a model on this machine,
+    loaded when the first question needs it."""
 
+    def __init__(self, args):
+        self.args, self.processor = args, None if args.api_base else load_processor(args)
+        self.rank, self.device = setup_distributed(args)
+        self.ranks = dist.new_group(backend="gloo", timeout=LONGEST_WAIT)
 
-class ApiError(RuntimeError):
-    """The server gave no usable answer to one request, for the reason given."""
-
-
-class Refused(ApiError):
-    """It would not to a repetition either: the request is at fault, not the server."""
+    @cached_property
+    def model(self):
+        return load_answering_model(self.args, self.processor.tokenizer, self.device)
 
 
-def ask_api(session, args, messages, n, seed):
-    """n answers of an OpenAI-compatible server: [(text, tokens, whether it was cut off), ...].
+def ask_all(asker, output, stem, records, configuration, prompt_of, row_of):
+    """{problem_id as text: row} of all ranks and runs, after each rank has asked a share of what
+    was missing: prompt_of(record) -> sample, row_of(sample, its answers, seconds) -> row."""
+    args, world = asker.args, dist.get_world_size()
+    todo = unanswered(records, read_rows(output, stem, configuration))
+    dist.barrier(asker.ranks)  # all ranks have read the rows before one adds to them
+    if todo:
+        share = todo[asker.rank::world]
+        # the next window is decoded while this one is answered
+        ahead = -(-WINDOW * args.batch_size // args.num_workers) if args.num_workers else None
+        samples = DataLoader(share, batch_size=None, collate_fn=prompt_of,
+                             num_workers=args.num_workers, prefetch_factor=ahead)
+        path = output / f"{stem}.rank{asker.rank}.jsonl"
+        with row_writer(path, len(share), configuration, asker.rank != 0) as write:
+            if args.api_base:
+                ask_server(samples, row_of, write, args, len(todo) < len(records))
+            else:
+                longest = len(todo[::world])  # the first rank's share
+                ask_here(asker, samples, -(-longest // args.batch_size), row_of, write)
+    dist.barrier(asker.ranks)
+    return read_rows(output, stem, configuration)
 
-    Of several answers to one request a server tells only the sum of tokens: each gets the mean.
-    Raises ApiError when args.api_retries repetitions have failed too, Refused where none would
-    help, InputError where no request would. urllib3's Retry counts and waits. It is asked here:
-    mounted in the session it would not repeat a reply that says 200 and holds no answer.
-    """
-    url = args.api_base.rstrip("/") + "/chat/completions"
-    key = os.environ.get(KEY_VARIABLE, "").strip()
-    if not (key.isascii() and key.isprintable()):  # no header takes it, and the error quotes it
-        raise InputError(f"{KEY_VARIABLE} holds characters that no key has")
-
-    def authorise(request):  # not a header, over which ~/.netrc would win
-        request.headers.update({"Authorization": f"Bearer {key}"} if key else {})
-        return request
-    # unseeded jitter: clients must not come back at the same moment
-    retries = Retry(args.api_retries, backoff_factor=FIRST_PAUSE / 2, backoff_jitter=FIRST_PAUSE)
-    answers = []
-    while len(answers) < n:  # some servers answer once, whatever n is
-        body = {"model": args.model, "messages": messages, "n": n - len(answers),
-                "temperature": args.temperature, "top_p": args.top_p,
-                "max_tokens": args.max_new_tokens, "seed": seed + len(answers)}
-        reply = requests.Response()  # without a status: of a server that does not answer
-        try:
-            reply = session.post(url, json=body, auth=authorise,
-                                 timeout=(CONNECT_TIMEOUT, args.api_timeout))
-            if reply.status_code == 200:
-                answers += read_choices(reply.json())
-                continue
-            reason = f"HTTP {reply.status_code}: {reply.text}"
-        except (requests.RequestException, KeyError, TypeError, ValueError) as error:
-            reason = f"{type(error).__name__}: {error}"
-        if key:  # a server may quote it
-            reason = reason.replace(key, f"<{KEY_VARIABLE}>")
-        reason = reason[:ERROR_SHOWN]
-        if reply.status_code in HOPELESS:
-            raise InputError(f"{url} refuses model {args.model}: {reason} "
-                             f"(the key is read from the environment variable {KEY_VARIABLE})")
-        if reply.status_code in FINAL:
-            raise Refused(f"{url}: {reason}")
-        try:
-            retries = retries.increment()
-            retries.sleep(reply.raw)
-        except InvalidHeader:  # a Retry-After that is neither whole seconds nor a date
-            retries.sleep()
-        except MaxRetryError:
-            raise ApiError(f"{url}: {args.api_retries + 1} attempts failed, the last: {reason}") \
-                from None
-    return answers[:n]
-
-
-def read_choices(reply):
-    """The answers in a server's reply; KeyError, TypeError or ValueError where it has none.
-
-    >>> read_choices({"choices": [{"message": {"content": "Hi"}, "finish_reason": "stop"}],
-    ...               "usage": {"completion_tokens": 2}})
-    [('Hi', 2, False)]
-    """
-    choices = reply["choices"]
-    # content is null where the answer was cut off before it began
-    texts = [choice["message"]["content"] or "" for choice in choices]
-    if not texts or any(UNUSABLE.search(text) for text in texts):  # TypeError for what is no text
-        raise ValueError("the reply has no choices, or half of a character")
-    tokens = round(reply["usage"]["completion_tokens"] / len(texts))
-    return [(text, tokens, choice["finish_reason"] == "length")
-            for text, choice in zip(texts, choices)]
-
-
-def ask_server(samples, n, row_of, write, args, answered=False):
-    """Writes row_of(sample, n answers, seconds), or why there is none, for each of the samples;
-    args.concurrency at a time. Samples with a "reason" have no medium and are rows already.
-
-    InputError when the server fails MOST_FAILURES requests in a row: it is gone. What it refuses
-    counts only until it has `answered` once: some requests may be at fault, not all of them.
-    """
-    running, failed, own = set(), 0, threading.local()
-
-    def begin():  # requests does not promise that threads may share a session
-        own.session = requests.Session()
-
-    def work(sample):  # in a thread: the row is on disk before anything else can go wrong
-        record, started = sample["record"], time.perf_counter()
-        seed = record_generator(args.seed, record, TOKEN_STREAM).initial_seed() % 2**31
-        try:
-            answers = ask_api(own.session, args, sample["messages"], n, seed)
-        except ApiError as error:
-            write([skip_row(record, error)])
-            return error
-        write([row_of(sample, answers, time.perf_counter() - started)])
-
-    with ThreadPoolExecutor(args.concurrency, initializer=begin) as pool:
-        for sample in chain(samples, [None]):  # None: the last ones are waited for
-            if sample and "reason" in sample:
-                write([sample])
-            elif sample:
-                running.add(pool.submit(work, sample))
-            while len(running) >= (args.concurrency if sample else 1):
-                done, running = wait(running, return_when=FIRST_COMPLETED)
-                for error in (future.result() for future in done):
-                    if error is None:
-                        answered, failed = True, 0
-                    elif not (answered and isinstance(error, Refused)):
-                        failed += 1
-                    if failed >= MOST_FAILURES:
-                        raise InputError(f"{failed} requests in a row failed, the last: {error}")
-
-
-# -------------------------------------------------------------- a model on this machine
-
-def cut_at_end(ids, end_ids):
-    """A response up to its first end token, which is kept, and whether it had none.
-
-    >>> cut_at_end([5, 6, 2, 0, 0], {2, 0}), cut_at_end([5, 6], {2, 0})
-    (([5, 6, 2], False), ([5, 6], True))
-    """
-    for i, token in enumerate(ids):
-        if token in end_ids:
-            return ids[:i + 1], False
-    return ids, True
-
-
-@torch.inference_mode()
-def respond(model, samples, seed):
-    """Responses to B encoded samples, as ids up to the end token: [(ids, cut off), ...], those of
-    one sample in a row, as many as the model's generation_config says."""
-    config = model.generation_config
-    pad_values = {"input_ids": config.pad_token_id, "attention_mask": 0, "mm_token_type_ids": 0}
-    batch = pad_batch([sample["inputs"] for sample in samples], pad_values, "left")
-    batch = {key: value.to(model.device) for key, value in batch.items()}  # ids (B, L)
-    # generate draws from torch's own generator: seeded for each batch, by its first record
-    torch.manual_seed(record_generator(seed, samples[0]["record"], TOKEN_STREAM).initial_seed())
-    sharded = hasattr(next(model.parameters()), "ds_id")  # by ZeRO-3: ranks must keep step
-    ids = model.generate(**batch, synced_gpus=sharded)
-    ids = ids[:, batch["input_ids"].shape[1]:]  # (B n, response's L)
-    return [cut_at_end(row, config.eos_token_id) for row in ids.tolist()]
-
-
-def ask_model(model, tokenizer, samples, row_of, seed) -> list[dict]:
-    """A batch's rows: row_of(sample, its answers as in ask_api, seconds), or why there is none."""
-    rows = [sample for sample in samples if "reason" in sample]
-    good = [sample for sample in samples if "inputs" in sample]
-    if not good:
-        return rows
-    started, n = time.perf_counter(), model.generation_config.num_return_sequences
-    answers = [(tokenizer.decode(ids, skip_special_tokens=True), len(ids), cut)
-               for ids, cut in respond(model, good, seed)]
-    seconds = (time.perf_counter() - started) / len(good)
-    return rows + [row_of(sample, answers[i * n:(i + 1) * n], seconds)
-                   for i, sample in enumerate(good)]
-
-
-def precision():
-    """bfloat16 where there is an accelerator, else float32."""
-    from deepspeed.accelerator import get_accelerator
-    return torch.float32 if get_accelerator().device_name() == "cpu" else torch.bfloat16
-
-
-def load_answering_model(args, tokenizer, device, n=1, deepspeed_config=None):
-    """The model, set to give n answers to each prompt as the flags say: its own sampling defaults
-    (a repetition penalty in Qwen2.5-VL's release) are put aside. With DeepSpeed's JSON file of
-    stage 3, this rank's part of it."""
-    from transformers import GenerationConfig
-    config = {"bf16": {"enabled": precision() == torch.bfloat16},
-              "train_micro_batch_size_per_gpu": 1}  # asked for, of no consequence
-    if deepspeed_config:
-        config["zero_optimization"] = stage_3_of(deepspeed_config)
-    model = load_model(args, config)
-    sampling = {"do_sample": True, "temperature": args.temperature, "top_p": args.top_p, "top_k": 0}
-    model.generation_config = GenerationConfig(
-        max_new_tokens=args.max_new_tokens, num_return_sequences=n,
-        **(sampling if args.temperature else {}), eos_token_id=stop_tokens(model, tokenizer),
-        pad_token_id=tokenizer.pad_token_id, suppress_tokens=forbidden_tokens(model, tokenizer))
-    if deepspeed_config:
-        import deepspeed
-        model = deepspeed.initialize(model=model, config=config)[0].module
-    return model.to(device).eval()
-
-
-def stage_3_of(path):
-    """What DeepSpeed's JSON file says of ZeRO; InputError where it is not of stage 3."""
-    try:
-        zero = json.loads(Path(path).read_text(encoding="utf-8"))["zero_optimization"]
-        if zero["stage"] != 3:
-            raise ValueError(f"only stage 3 shards weights, not {zero['stage']}")
-        return zero
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise InputError(f"--deepspeed_config {path}: {error!r}") from None
-
-
-# ------------------------------------------------------- answers as rows that outlive a kill
 
 def unanswered(records, rows):
     """The records that `rows`, by problem_id as text, has no answer to; what failed comes last."""
@@ -662,6 +457,237 @@ def model_hash(model):
         raise InputError(f"cannot read --model {model}: {error}") from None
     return digest.hexdigest()
 
+
+# ------------------------------------------------------------- a model behind a server
+
+KEY_VARIABLE = "OPENAI_API_KEY"  # the only place a key is read from; it is never written
+FIRST_PAUSE = 1.0  # seconds before the second repetition, doubled for each; the first is at once
+CONNECT_TIMEOUT = 10.0  # seconds
+HOPELESS = {401, 403, 404}  # HTTP: no request of this run can succeed
+FINAL = {*range(400, 500)} - HOPELESS - {408, 409, 425, 429}  # nor this one, if repeated
+ERROR_SHOWN = 300  # characters of what a server says about an error
+MOST_FAILURES = 20  # requests in a row without an answer, after which the server is given up
+
+
+class ApiError(RuntimeError):
+    """The server gave no usable answer to one request, for the reason given."""
+
+
+class Refused(ApiError):
+    """It would not to a repetition either: the request is at fault, not the server."""
+
+
+def ask_api(session, args, messages, seed):
+    """--samples answers of an OpenAI-compatible server: [(text, tokens, whether it was cut off), ...].
+
+    Of several answers to one request a server tells only the sum of tokens: each gets the mean.
+    Raises ApiError when args.api_retries repetitions have failed too, Refused where none would
+    help, InputError where no request would. urllib3's Retry counts and waits. It is asked here:
+    mounted in the session it would not repeat a reply that says 200 and holds no answer.
+    """
+    url = args.api_base.rstrip("/") + "/chat/completions"
+    key = os.environ.get(KEY_VARIABLE, "").strip()
+    if not (key.isascii() and key.isprintable()):  # no header takes it, and the error quotes it
+        raise InputError(f"{KEY_VARIABLE} holds characters that no key has")
+
+    def authorise(request):  # not a header, over which ~/.netrc would win
+        request.headers.update({"Authorization": f"Bearer {key}"} if key else {})
+        return request
+    # unseeded jitter: clients must not come back at the same moment
+    retries = Retry(args.api_retries, backoff_factor=FIRST_PAUSE / 2, backoff_jitter=FIRST_PAUSE)
+    answers = []
+    while len(answers) < args.samples:  # some servers answer once, whatever n is
+        body = {"model": args.model, "messages": messages, "n": args.samples - len(answers),
+                "temperature": args.temperature, "top_p": args.top_p,
+                "max_tokens": args.max_new_tokens, "seed": seed + len(answers)}
+        reply = requests.Response()  # without a status: of a server that does not answer
+        try:
+            reply = session.post(url, json=body, auth=authorise,
+                                 timeout=(CONNECT_TIMEOUT, args.api_timeout))
+            if reply.status_code == 200:
+                answers += read_choices(reply.json())
+                continue
+            reason = f"HTTP {reply.status_code}: {reply.text}"
+        except (requests.RequestException, KeyError, TypeError, ValueError) as error:
+            reason = f"{type(error).__name__}: {error}"
+        if key:  # a server may quote it
+            reason = reason.replace(key, f"<{KEY_VARIABLE}>")
+        reason = reason[:ERROR_SHOWN]
+        if reply.status_code in HOPELESS:
+            raise InputError(f"{url} refuses model {args.model}: {reason} "
+                             f"(the key is read from the environment variable {KEY_VARIABLE})")
+        if reply.status_code in FINAL:
+            raise Refused(f"{url}: {reason}")
+        try:
+            retries = retries.increment()
+            retries.sleep(reply.raw)
+        except InvalidHeader:  # a Retry-After that is neither whole seconds nor a date
+            retries.sleep()
+        except MaxRetryError:
+            raise ApiError(f"{url}: {args.api_retries + 1} attempts failed, the last: {reason}") \
+                from None
+    return answers[:args.samples]
+
+
+def read_choices(reply):
+    """The answers in a server's reply; KeyError, TypeError or ValueError where it has none.
+
+    >>> read_choices({"choices": [{"message": {"content": "Hi"}, "finish_reason": "stop"}],
+    ...               "usage": {"completion_tokens": 2}})
+    [('Hi', 2, False)]
+    """
+    choices = reply["choices"]
+    # content is null where the answer was cut off before it began
+    texts = [choice["message"]["content"] or "" for choice in choices]
+    if not texts or any(UNUSABLE.search(text) for text in texts):  # TypeError for what is no text
+        raise ValueError("the reply has no choices, or half of a character")
+    tokens = round(reply["usage"]["completion_tokens"] / len(texts))
+    return [(text, tokens, choice["finish_reason"] == "length")
+            for text, choice in zip(texts, choices)]
+
+
+def ask_server(samples, row_of, write, args, answered=False):
+    """Writes each sample's row, or why there is none; args.concurrency at a time. Samples with a
+    "reason" have no medium and are rows already.
+
+    InputError when the server fails MOST_FAILURES requests in a row: it is gone. What it refuses
+    counts only until it has `answered` once: some requests may be at fault, not all of them.
+    """
+    running, failed, own = set(), 0, threading.local()
+
+    def begin():  # requests does not promise that threads may share a session
+        own.session = requests.Session()
+
+    def work(sample):  # in a thread: the row is on disk before anything else can go wrong
+        record, started = sample["record"], time.perf_counter()
+        seed = record_generator(args.seed, record, TOKEN_STREAM).initial_seed() % 2**31
+        try:
+            answers = ask_api(own.session, args, sample["messages"], seed)
+        except ApiError as error:
+            write([skip_row(record, error)])
+            return error
+        write([row_of(sample, answers, time.perf_counter() - started)])
+
+    with ThreadPoolExecutor(args.concurrency, initializer=begin) as pool:
+        for sample in chain(samples, [None]):  # None: the last ones are waited for
+            if sample and "reason" in sample:
+                write([sample])
+            elif sample:
+                running.add(pool.submit(work, sample))
+            while len(running) >= (args.concurrency if sample else 1):
+                done, running = wait(running, return_when=FIRST_COMPLETED)
+                for error in (future.result() for future in done):
+                    if error is None:
+                        answered, failed = True, 0
+                    elif not (answered and isinstance(error, Refused)):
+                        failed += 1
+                    if failed >= MOST_FAILURES:
+                        raise InputError(f"{failed} requests in a row failed, the last: {error}")
+
+
+# -------------------------------------------------------------- a model on this machine
+
+def cut_at_end(ids, end_ids):
+    """A response up to its first end token, which is kept, and whether it had none.
+
+    >>> cut_at_end([5, 6, 2, 0, 0], {2, 0}), cut_at_end([5, 6], {2, 0})
+    (([5, 6, 2], False), ([5, 6], True))
+    """
+    for i, token in enumerate(ids):
+        if token in end_ids:
+            return ids[:i + 1], False
+    return ids, True
+
+
+@torch.inference_mode()
+def respond(model, tokenizer, samples, seed):
+    """The answers, as ask_api's, to each of B encoded samples: as many as the model's
+    generation_config says."""
+    config = model.generation_config
+    pad_values = {"input_ids": config.pad_token_id, "attention_mask": 0, "mm_token_type_ids": 0}
+    batch = pad_batch([sample["inputs"] for sample in samples], pad_values, "left")
+    batch = {key: value.to(model.device) for key, value in batch.items()}  # ids (B, L)
+    # generate draws from torch's own generator: seeded for each batch, by its first record
+    torch.manual_seed(record_generator(seed, samples[0]["record"], TOKEN_STREAM).initial_seed())
+    sharded = hasattr(next(model.parameters()), "ds_id")  # by ZeRO-3: ranks must keep step
+    ids = model.generate(**batch, synced_gpus=sharded)
+    ids = ids[:, batch["input_ids"].shape[1]:]  # (B n, response's L)
+    responses = [cut_at_end(row, config.eos_token_id) for row in ids.tolist()]
+    answers = [(tokenizer.decode(ids, skip_special_tokens=True), len(ids), cut)
+               for ids, cut in responses]
+    n = config.num_return_sequences
+    return [answers[i:i + n] for i in range(0, len(answers), n)]
+
+
+def ask_here(asker, samples, count, row_of, write):
+    """Writes the rows of a rank's samples, in `count` batches.
+
+    Ranks that hold one model in parts make the same number of calls: a blank question stands for a
+    batch that this rank does not have, or that has no usable medium.
+    """
+    args, processor, blank = asker.args, asker.processor, []
+    if args.deepspeed_config:
+        blank = [{"record": {"problem_id": "blank"},
+                  "inputs": image_as_video(processor, encode_blank(processor))}]
+    batches = by_length(samples, args.batch_size)
+    for _ in range(count):
+        batch = next(batches, [])
+        good = [sample for sample in batch if "inputs" in sample]
+        rows = [sample for sample in batch if "reason" in sample]
+        if good or blank:
+            started = time.perf_counter()
+            said = respond(asker.model, processor.tokenizer, good or blank, args.seed)
+            seconds = (time.perf_counter() - started) / max(len(good), 1)
+            rows += [row_of(sample, answers, seconds) for sample, answers in zip(good, said)]
+        write(rows)
+
+
+WINDOW = 2  # batches of decoded samples among which similar lengths are looked for
+
+
+def by_length(samples, size):
+    """Lists of up to `size` samples, out of each WINDOW * size neighbours those of like length."""
+    samples = iter(samples)
+    while window := list(islice(samples, WINDOW * size)):
+        window.sort(key=lambda s: s["inputs"]["input_ids"].shape[1] if "inputs" in s else 0)
+        yield from (window[i:i + size] for i in range(0, len(window), size))
+
+
+def precision():
+    """bfloat16 where there is an accelerator, else float32."""
+    from deepspeed.accelerator import get_accelerator
+    return torch.float32 if get_accelerator().device_name() == "cpu" else torch.bfloat16
+
+
+def load_answering_model(args, tokenizer, device):
+    """The model, set to answer as the flags say: its own sampling defaults (a repetition penalty
+    in Qwen2.5-VL's release) are put aside. With --deepspeed_config, this rank's part of it."""
+    from transformers import GenerationConfig
+    config = {"bf16": {"enabled": precision() == torch.bfloat16},
+              "train_micro_batch_size_per_gpu": 1}  # asked for, of no consequence
+    if args.deepspeed_config:
+        config["zero_optimization"] = stage_3_of(args.deepspeed_config)
+    model = load_model(args, config)
+    sampling = {"do_sample": True, "temperature": args.temperature, "top_p": args.top_p, "top_k": 0}
+    model.generation_config = GenerationConfig(
+        max_new_tokens=args.max_new_tokens, num_return_sequences=args.samples,
+        **(sampling if args.temperature else {}), eos_token_id=stop_tokens(model, tokenizer),
+        pad_token_id=tokenizer.pad_token_id, suppress_tokens=forbidden_tokens(model, tokenizer))
+    if args.deepspeed_config:
+        import deepspeed
+        model = deepspeed.initialize(model=model, config=config)[0].module
+    return model.to(device).eval()
+
+
+def stage_3_of(path):
+    """What DeepSpeed's JSON file says of ZeRO; InputError where it is not of stage 3."""
+    try:
+        zero = json.loads(Path(path).read_text(encoding="utf-8"))["zero_optimization"]
+        if zero["stage"] != 3:
+            raise ValueError(f"only stage 3 shards weights, not {zero['stage']}")
+        return zero
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise InputError(f"--deepspeed_config {path}: {error!r}") from None
 
 if __name__ == "__main__":
     run_script(main, parse_args)

@@ -43,8 +43,8 @@ import re
 import time
 from collections import Counter, defaultdict
 from fractions import Fraction
-from functools import cached_property, partial
-from itertools import islice, product
+from functools import partial
+from itertools import product
 from pathlib import Path
 from typing import Callable, NamedTuple
 
@@ -52,21 +52,17 @@ import numpy as np
 import torch
 import torch.distributed as dist
 from PIL import Image
-from torch.utils.data import DataLoader
 
-from annotate import (FRAME_STREAM, LONGEST_WAIT, add_asking_flags, api_messages, ask_model,
-                      ask_server, load_answering_model, model_hash, precision, read_rows,
-                      record_generator, unanswered)
+from annotate import (FRAME_STREAM, Asker, add_asking_flags, api_messages, ask_all, model_hash,
+                      precision, read_rows, record_generator)
 from build_data import (ANSWER_SUFFIX, TEMPLATE, FlagParser, InputError, MediaError, above,
                         add_machine_flags, add_media_flags, as_in_file, encode, letter, lettered,
-                        load_processor, load_records, load_vision_of, make_folder_of, provenance,
-                        row_writer, run_script, setup_distributed, shuffle_frames, skip_row,
-                        write_whole)
+                        load_records, load_vision_of, make_folder_of, provenance, row_writer,
+                        run_script, shuffle_frames, skip_row, write_whole)
 from rewards import accuracy_reward, extract_answer, format_reward, parse_number
 
 ORDERS = ("ordered", "shuffled", "reversed", "single_frame", "blind")
 GREY = 128  # the middle of 0 to 255
-WINDOW = 2  # batches of decoded samples among which similar lengths are looked for
 
 
 def parse_args(argv=None):
@@ -91,6 +87,7 @@ def parse_args(argv=None):
     add_media_flags(add, max_frames=None, max_pixels=256 * 28 * 28)
     add_asking_flags(add, temperature=0.01, top_p=0.001, max_new_tokens=1024)
     add_machine_flags(add)
+    parser.set_defaults(samples=1, deepspeed_config=None)  # one answer, of a whole model
     return parser.parse_args(argv)
 
 
@@ -719,19 +716,6 @@ def prompt_of(processor, args, record):
 
 # ------------------------------------------------------------- answers, and what a run leaves
 
-class Run:
-    """What every question of a run needs; `configuration` is what its answers have in common."""
-
-    def __init__(self, args, processor, configuration):
-        self.args, self.processor, self.configuration = args, processor, configuration
-        self.rank, self.device = setup_distributed(args)
-        self.ranks = dist.new_group(backend="gloo", timeout=LONGEST_WAIT)
-
-    @cached_property
-    def model(self):  # loaded when the first question needs it
-        return load_answering_model(self.args, self.processor.tokenizer, self.device)
-
-
 def row_of(sample, answers, seconds):
     """The row of a record's response."""
     (text, tokens, truncated), = answers
@@ -741,36 +725,12 @@ def row_of(sample, answers, seconds):
         "prompt_tokens": sample["inputs"]["input_ids"].shape[1]}
 
 
-def by_length(samples, size):
-    """Lists of up to `size` samples, out of each WINDOW * size neighbours those of like length."""
-    samples = iter(samples)
-    while window := list(islice(samples, WINDOW * size)):
-        window.sort(key=lambda s: s["inputs"]["input_ids"].shape[1] if "inputs" in s else 0)
-        yield from (window[i:i + size] for i in range(0, len(window), size))
-
-
-def answers(run, stem, records, configuration, as_prompt):
-    """The rows of all ranks and runs, after each rank has asked a share of what was missing;
-    as_prompt(record) is what prompt_of returns."""
-    args, output = run.args, Path(run.args.output)
-    todo = unanswered(records, read_rows(output, stem, configuration))
-    dist.barrier(run.ranks)  # all ranks have read the rows before one adds to them
-    if share := todo[run.rank::dist.get_world_size()]:
-        # the next window is decoded while this one is answered
-        ahead = -(-WINDOW * args.batch_size // args.num_workers) if args.num_workers else None
-        prompts = DataLoader(share, batch_size=None, collate_fn=as_prompt,
-                             num_workers=args.num_workers, prefetch_factor=ahead)
-        path = output / f"{stem}.rank{run.rank}.jsonl"
-        with row_writer(path, len(share), configuration, run.rank != 0) as write:
-            if args.api_base:
-                ask_server(prompts, 1, row_of, write, args, len(todo) < len(records))
-            else:
-                for samples in by_length(prompts, args.batch_size):
-                    write(ask_model(run.model, run.processor.tokenizer, samples, row_of, args.seed))
-    dist.barrier(run.ranks)
-    rows = read_rows(output, stem, configuration)
+def answers(asker, stem, records, configuration, prompt_of):
+    """annotate.ask_all in --output, where skipped.jsonl then names the records without a row."""
+    output = Path(asker.args.output)
+    rows = ask_all(asker, output, stem, records, configuration, prompt_of, row_of)
     skipped = [{"result": stem, **row} for row in rows.values() if "reason" in row]
-    if skipped and run.rank == 0:
+    if skipped and asker.rank == 0:
         with row_writer(output / "skipped.jsonl", len(skipped), quiet=True) as write:
             write(skipped)
     return rows
@@ -889,36 +849,36 @@ def judge_prompt_of(processor, record):
     return sample | {"inputs": dict(processor(text=[prompt], return_tensors="pt"))}
 
 
-def verdicts(run, stem, prompt, rows):
+def verdicts(asker, configuration, stem, prompt, rows):
     """{problem_id as text: True or False} by the judge, for the rows of a result it decides on."""
     records = []
     for row in rows:
         question = "\n".join([row["problem"], *(row.get("options") or [])])
         text = prompt.format_map({"question": question, "output": row["output"]})
         records.append({"problem_id": row["problem_id"], "path": row["path"], "judge_prompt": text})
-    configuration = run.configuration | {"records_sha256": hash_of(records)}
-    said = answers(run, stem, records, configuration, partial(judge_prompt_of, run.processor))
+    configuration = configuration | {"records_sha256": hash_of(records)}
+    said = answers(asker, stem, records, configuration, partial(judge_prompt_of, asker.processor))
     found = {key: verdict(row["output"]) for key, row in said.items() if "output" in row}
     return {key: value for key, value in found.items() if value is not None}
 
 
-def judge(run, path):
+def judge(asker, configuration, path):
     """[{"uses": whether the response uses temporal reasoning, "path" of its medium}, ...] for the
     questions of a result file that need it. Leaves <stem>.judge.json; what the judge does not
     decide is in neither."""
     rows = {str(row["problem_id"]): row for row in read_result(path)["rows"]}
-    args, stem = run.args, Path(path).stem
-    needs = verdicts(run, f"{stem}.questions", JUDGE_QUESTION, rows.values())
+    args, stem, ask = asker.args, Path(path).stem, partial(verdicts, asker, configuration)
+    needs = ask(f"{stem}.questions", JUDGE_QUESTION, rows.values())
     needed = [row for key, row in rows.items() if needs.get(key)]
-    uses = verdicts(run, f"{stem}.responses", JUDGE_RESPONSE, needed)
+    uses = ask(f"{stem}.responses", JUDGE_RESPONSE, needed)
     found = [{"uses": value, "path": rows[key]["path"]} for key, value in uses.items()]
-    if run.rank == 0:
+    if asker.rank == 0:
         print(f"{stem}: {len(rows)} questions answered, {len(needs)} judged, {len(needed)} need "
               "temporal reasoning")
         write_whole({f"{args.output}/{stem}.judge.json": [json.dumps({
             "questions": len(rows), "judged": len(needs), "needs": len(needed),
             "uses": measure(found, ["uses"], args.seed).get("uses"), "judge": args.model,
-            "configuration": run.configuration, "prompts": [JUDGE_QUESTION, JUDGE_RESPONSE],
+            "configuration": configuration, "prompts": [JUDGE_QUESTION, JUDGE_RESPONSE],
             **provenance(),
             "rows": [{"problem_id": row["problem_id"], "needs": needs[key], "uses": uses.get(key)}
                      for key, row in rows.items() if key in needs]}, indent=1)]})
@@ -937,15 +897,14 @@ def main(args):
     benchmarks = {} if args.judge else read_benchmarks(args)
     for path in args.judge or ():
         read_result(path)
-    processor = None if args.api_base else load_processor(args)
-    shared = shared_configuration(args, processor)
+    asker = Asker(args)
+    shared = shared_configuration(args, asker.processor)
     tasks = plan(args, benchmarks, shared)
-    run = Run(args, processor, shared)
 
     # ------------------------------------------------------------------- verdicts of a judge
     if args.judge:
-        uses = [row for path in args.judge for row in judge(run, path)]
-        if run.rank == 0:  # Figure 6's number
+        uses = [row for path in args.judge for row in judge(asker, shared, path)]
+        if asker.rank == 0:  # Figure 6's number
             share = cell(measure(uses, ["uses"], args.seed).get("uses"))
             print(f"temporal reasoning in {share or '-'} % of {len(uses)} responses to questions "
                   "that need it")
@@ -955,11 +914,11 @@ def main(args):
     for name, records, configuration in tasks:
         frames = configuration["frames"]
         limits = argparse.Namespace(**vars(args), max_frames=frames)
-        rows = answers(run, f"{name}_{frames}_{args.order}", records, configuration,
-                       partial(prompt_of, processor, limits))
-        if run.rank == 0:
+        rows = answers(asker, f"{name}_{frames}_{args.order}", records, configuration,
+                       partial(prompt_of, asker.processor, limits))
+        if asker.rank == 0:
             write_result(args, name, records, configuration, rows)
-    if run.rank == 0:
+    if asker.rank == 0:
         names = re.compile(rf"({'|'.join(BENCHMARKS)})_\d+_(ordered|{args.order})[.]json")
         results = [read_result(path) for path in Path(args.output).iterdir()
                    if names.fullmatch(path.name)]

@@ -7,6 +7,7 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from types import SimpleNamespace
 from unittest.mock import patch
 
 import numpy as np
@@ -206,7 +207,7 @@ def test_prompts_of_all_orders_differ_in_pixels_alone(toy):
     records = load_records(toy / "test.json")
     args = evaluate.parse_args(flags(toy, "unused"))
     args.max_frames = 8
-    processor = evaluate.load_processor(args)
+    processor = build_data.load_processor(args)
     record = next(r for r in records if r["data_source"] == "toy/direction_agree")
     encoded = {}
     for args.order in evaluate.ORDERS:
@@ -218,10 +219,16 @@ def test_prompts_of_all_orders_differ_in_pixels_alone(toy):
 
 # ------------------------------------------------------------------------------- generation
 
+def responses(model, samples, seed):
+    """(ids, how many, whether it was cut off) of the one response to each sample."""
+    tokenizer = SimpleNamespace(decode=lambda ids, skip_special_tokens: tuple(ids))
+    return [answer for answer, in annotate.respond(model, tokenizer, samples, seed)]
+
+
 def test_a_padded_batch_of_videos_and_images_is_answered_like_one_by_one(toy):
     args = evaluate.parse_args(flags(toy, "unused", "--temperature", 0, "--max_new_tokens", 24))
-    processor = evaluate.load_processor(args)
-    model = evaluate.load_answering_model(args, processor.tokenizer, torch.device("cpu"))
+    processor = build_data.load_processor(args)
+    model = annotate.load_answering_model(args, processor.tokenizer, torch.device("cpu"))
     with torch.no_grad():  # as initialised, it answers every question alike
         for parameter in model.model.parameters():
             parameter.mul_(2 if parameter.ndim > 1 else 1)
@@ -230,9 +237,9 @@ def test_a_padded_batch_of_videos_and_images_is_answered_like_one_by_one(toy):
                for record in load_records(toy / "test.json")[:12]]
     assert len({sample["inputs"]["input_ids"].shape[1] for sample in samples}) > 1
     assert {sample["record"]["data_type"] for sample in samples} == {"image", "video"}
-    together = annotate.respond(model, samples, 0)
-    assert together == [annotate.respond(model, [sample], 0)[0] for sample in samples]
-    assert len({tuple(ids) for ids, _ in together}) > 1  # not equal for a trivial reason
+    together = responses(model, samples, 0)
+    assert together == [responses(model, [sample], 0)[0] for sample in samples]
+    assert len({ids for ids, *_ in together}) > 1  # not equal for a trivial reason
 
 
 def test_samples_of_like_length_are_batched_together_and_none_is_lost():
@@ -240,23 +247,23 @@ def test_samples_of_like_length_are_batched_together_and_none_is_lost():
         return {"inputs": {"input_ids": torch.zeros(1, length)}} if length else {"reason": "broken"}
     lengths = [9, 1, 8, 0, 7, 3]  # a window is WINDOW * 2 = 4 samples
     batches = [[s["inputs"]["input_ids"].shape[1] if "inputs" in s else 0 for s in batch]
-               for batch in evaluate.by_length(map(sample, lengths), 2)]
-    assert evaluate.WINDOW == 2 and batches == [[0, 1], [8, 9], [3, 7]]
+               for batch in annotate.by_length(map(sample, lengths), 2)]
+    assert annotate.WINDOW == 2 and batches == [[0, 1], [8, 9], [3, 7]]
 
 
 def test_vision_tokens_are_not_sampled_and_draws_repeat_with_the_seed(toy):
     args = evaluate.parse_args(flags(toy, "unused", "--temperature", 3, "--top_p", 1,
                                      "--max_new_tokens", 40))
-    processor = evaluate.load_processor(args)
-    model = evaluate.load_answering_model(args, processor.tokenizer, torch.device("cpu"))
+    processor = build_data.load_processor(args)
+    model = annotate.load_answering_model(args, processor.tokenizer, torch.device("cpu"))
     assert model.generation_config.top_k == 0  # a default of 50 would cut the distribution
     args.max_frames = 8
     samples = [evaluate.prompt_of(processor, args, record)
                for record in load_records(toy / "test.json")[:8]]
-    first = annotate.respond(model, samples, 0)
-    assert first == annotate.respond(model, samples, 0) != annotate.respond(model, samples, 1)
+    first = responses(model, samples, 0)
+    assert first == responses(model, samples, 0) != responses(model, samples, 1)
     pads = processor.tokenizer.convert_tokens_to_ids(list(build_data.FORBIDDEN_TOKENS))
-    assert len(pads) == 5 and not {token for ids, _ in first for token in ids} & set(pads)
+    assert len(pads) == 5 and not {token for ids, *_ in first for token in ids} & set(pads)
 
 
 def test_a_response_ends_with_its_first_end_token():
@@ -406,7 +413,7 @@ def test_the_defaults_are_the_papers():
 ])
 def test_bad_flags_end_in_one_sentence_before_the_model_is_loaded(
         toy, tmp_path, monkeypatch, more, message):
-    monkeypatch.setattr(evaluate, "load_answering_model", None)
+    monkeypatch.setattr(annotate, "load_answering_model", None)
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
     more = [text.replace("TOY", str(toy)) for text in more]
     with pytest.raises(InputError, match=message):
@@ -442,7 +449,7 @@ def test_rows_of_another_configuration_are_refused_and_named(toy, tmp_path, monk
     model = tmp_path / "model"
     shutil.copytree(toy / "model", model)
     run(toy, tmp_path / "out", "--model", model)
-    monkeypatch.setattr(evaluate, "load_answering_model", None)
+    monkeypatch.setattr(annotate, "load_answering_model", None)
     with pytest.raises(InputError, match="rows with another max_new_tokens: 12, not 13"):
         run(toy, tmp_path / "out", "--model", model, "--max_new_tokens", 13)
     with pytest.raises(InputError, match="rows with another max_pixels"):
