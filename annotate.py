@@ -242,20 +242,6 @@ def row_of(sample, answers, seconds):
             "truncated": truncated, "seconds": seconds}
 
 
-def configuration_of(args, processor):
-    """What responses depend on: rows that were made with another one are refused."""
-    flags = ("model", "max_frames", "min_frames", "fps", "min_pixels", "max_pixels",
-             "image_min_pixels", "image_max_pixels", "samples", "temperature", "top_p",
-             "max_new_tokens", "seed")
-    ours = {"video_url": args.video_url} if args.api_base else {
-        "model_sha256": model_hash(args.model), "dtype": str(precision()),
-        "chat_template": processor.chat_template}
-    return {flag: getattr(args, flag) for flag in flags} | ours | {
-        "engine": "api" if args.api_base else "transformers",
-        "template": TEMPLATE, "answer_suffix": ANSWER_SUFFIX,
-        "records_sha256": hashlib.sha256(Path(args.data).read_bytes()).hexdigest()}
-
-
 def write_result(records, rows, args):
     """--out and its side files, from every row that there is. Returns the report."""
     kept, rejected, reasons, skipped = [], [], Counter(), Counter()
@@ -293,7 +279,8 @@ def main(args):
     out = Path(args.out)
     make_folder_of(out)
     asker = Asker(args)
-    configuration = configuration_of(args, asker.processor)
+    configuration = configuration_of(asker, "max_frames", "samples", "video_url") | {
+        "records_sha256": hashlib.sha256(Path(args.data).read_bytes()).hexdigest()}
 
     # ----------------------------------------------- responses, row by row, then the filter
     rows = ask_all(asker, out.parent, out.stem, records, configuration,
@@ -433,6 +420,19 @@ def read_rows(output, stem, configuration):
             if "output" not in rows.get(str(row["problem_id"]), {}):
                 rows[str(row["problem_id"])] = row
     return rows
+
+
+def configuration_of(asker, *more):
+    """What answers depend on, with these flags more: rows made with another one are refused."""
+    args = asker.args
+    flags = ("min_frames", "fps", "min_pixels", "max_pixels", "image_min_pixels",
+             "image_max_pixels", "temperature", "top_p", "max_new_tokens", "seed", *more)
+    engine = {"engine": "api", "model": args.model} if args.api_base else {
+        "engine": "transformers", "model_sha256": model_hash(args.model),
+        "dtype": str(precision()), "attn_implementation": args.attn_implementation,
+        "chat_template": asker.processor.chat_template}
+    return {flag: getattr(args, flag) for flag in flags} | engine | {
+        "template": TEMPLATE, "answer_suffix": ANSWER_SUFFIX}
 
 
 HASHED_BLOCKS, BLOCK_BYTES = 64, 4096  # of each weight file: seconds for any size of model

@@ -53,12 +53,12 @@ import torch
 import torch.distributed as dist
 from PIL import Image
 
-from annotate import (FRAME_STREAM, Asker, add_asking_flags, api_messages, ask_all, model_hash,
-                      precision, read_rows, record_generator)
-from build_data import (ANSWER_SUFFIX, TEMPLATE, FlagParser, InputError, MediaError, above,
-                        add_machine_flags, add_media_flags, as_in_file, encode, letter, lettered,
-                        load_records, load_vision_of, make_folder_of, provenance, row_writer,
-                        run_script, shuffle_frames, skip_row, write_whole)
+from annotate import (FRAME_STREAM, Asker, add_asking_flags, api_messages, ask_all,
+                      configuration_of, read_rows, record_generator)
+from build_data import (FlagParser, InputError, MediaError, above, add_machine_flags,
+                        add_media_flags, as_in_file, encode, letter, lettered, load_records,
+                        load_vision_of, make_folder_of, provenance, row_writer, run_script,
+                        shuffle_frames, skip_row, write_whole)
 from rewards import accuracy_reward, extract_answer, format_reward, parse_number
 
 ORDERS = ("ordered", "shuffled", "reversed", "single_frame", "blind")
@@ -741,18 +741,6 @@ def hash_of(value):
     return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()
 
 
-def shared_configuration(args, processor):
-    """What answers depend on, beside records and frames: rows made with another are refused."""
-    flags = ("min_frames", "fps", "min_pixels", "max_pixels", "image_min_pixels",
-             "image_max_pixels", "temperature", "top_p", "max_new_tokens", "seed")
-    engine = {"engine": "api", "model": args.model} if args.api_base else {
-        "engine": "transformers", "model_sha256": model_hash(args.model),
-        "dtype": str(precision()), "attn_implementation": args.attn_implementation,
-        "chat_template": processor.chat_template}
-    return {flag: getattr(args, flag) for flag in flags} | engine | {
-        "template": TEMPLATE, "answer_suffix": ANSWER_SUFFIX}
-
-
 def plan(args, benchmarks, shared):
     """[(name, records, configuration), ...] of the results to make. InputError where --output has
     rows of another configuration."""
@@ -898,7 +886,7 @@ def main(args):
     for path in args.judge or ():
         read_result(path)
     asker = Asker(args)
-    shared = shared_configuration(args, asker.processor)
+    shared = configuration_of(asker)
     tasks = plan(args, benchmarks, shared)
 
     # ------------------------------------------------------------------- verdicts of a judge
