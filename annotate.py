@@ -273,9 +273,7 @@ def main(args):
     # ---------------------------------------------- inputs, checked before a model is loaded
     check_flags(args)
     records = load_records(args.data, args.media_root)
-    problem_id, count = Counter(str(r["problem_id"]) for r in records).most_common(1)[0]
-    if count > 1:
-        raise InputError(f"{args.data}: {count} records have the problem_id {problem_id}")
+    refuse_repeated_ids(args.data, records)
     out = Path(args.out)
     make_folder_of(out)
     asker = Asker(args)
@@ -399,6 +397,13 @@ def ask_all(asker, output, stem, records, configuration, prompt_of, row_of):
                 ask_here(asker, samples, -(-longest // args.batch_size), row_of, write)
     dist.barrier(asker.ranks)
     return read_rows(output, stem, configuration)
+
+
+def refuse_repeated_ids(path, records):
+    """InputError where records of a file share a problem_id: answers are found by it."""
+    problem_id, count = Counter(str(r["problem_id"]) for r in records).most_common(1)[0]
+    if count > 1:
+        raise InputError(f"{path}: {count} records have the problem_id {problem_id}")
 
 
 def unanswered(records, rows):

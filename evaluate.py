@@ -54,7 +54,7 @@ import torch.distributed as dist
 from PIL import Image
 
 from annotate import (FRAME_STREAM, Asker, add_asking_flags, api_messages, ask_all,
-                      configuration_of, read_rows, record_generator)
+                      configuration_of, read_rows, record_generator, refuse_repeated_ids)
 from build_data import (FlagParser, InputError, MediaError, above, add_machine_flags,
                         add_media_flags, as_in_file, encode, letter, lettered, load_records,
                         load_vision_of, make_folder_of, provenance, row_writer, run_script,
@@ -672,9 +672,7 @@ def read_benchmarks(args):
             raise InputError(f"--benchmark has two files named {name}")
         records = (read_benchmark(name, path, args) if name in BENCHMARKS
                    else load_records(path, args.media_root))
-        problem_id, count = Counter(str(r["problem_id"]) for r in records).most_common(1)[0]
-        if count > 1:
-            raise InputError(f"{path}: {count} records have the problem_id {problem_id}")
+        refuse_repeated_ids(path, records)
         if not any(os.path.exists(record["media_path"]) for record in records):
             raise InputError(f"{path}: none of its media is there, the first would be "
                              f"{records[0]['media_path']}; give their folder as --media_root")
