@@ -24,7 +24,8 @@ and a record gets the best response that passes. Not tested: whether the thought
 --out is a file of records with `process`, ready for sft.py. Beside cot.json: `cot.rank<r>.jsonl`,
 each response as it came; `cot.rejected.jsonl`, responses of the records that were left out, with
 the reason; `cot.report.md`, the counts. The same command resumes by problem_id, on any number of
-ranks, and asks only for what failed; other thresholds filter the same responses again.
+ranks, and asks only for what failed; other thresholds filter the same responses again. A server
+that gives no answer to 20 requests in a row ends the run; single requests that it refuses do not.
 
 Shapes: B records of a batch, L tokens.
 """
@@ -67,7 +68,6 @@ from build_data import (ANSWER_SUFFIX, TEMPLATE, UNUSABLE, FlagParser, InputErro
 from rewards import (WORD, accuracy_reward, choice_letter, extract_answer, format_reward,
                      parse_number)
 
-LONGEST_WAIT = timedelta(days=7)  # of the first rank to finish for the last one
 REASONS_SHOWN = 20  # for which records got no response, in the report
 RUN = 6  # words: a shorter run is shared with the prompt, or repeated, by chance
 
@@ -89,8 +89,8 @@ def parse_args(argv=None):
                                        "name that the server knows it by")
     add("--data", required=True, help="records to annotate, .json or .jsonl")
     add("--out", required=True, help="file of annotated records to write; its side files go beside")
-    add("--deepspeed_config", help="DeepSpeed's JSON file of stage 3: splits the model over the "
-                                   "ranks; without it every rank holds the whole model")
+    add("--deepspeed_config", type=stage_3, help="DeepSpeed's JSON file of stage 3: splits the "
+        "model over the ranks; without it every rank holds the whole model")
     # responses; the released annotation had top_p 0.95 and 512 new tokens
     add("--samples", type=above(0, int), default=1, help="responses to a record; the best is kept")
     add_asking_flags(add, temperature=1.0, top_p=0.95, max_new_tokens=768)
@@ -107,17 +107,25 @@ def parse_args(argv=None):
     # media and machine
     add_media_flags(add)
     add_machine_flags(add)
-    return parser.parse_args(argv)
-
-
-def check_flags(args):
-    """Raises InputError for values that no run can work with."""
+    args = parser.parse_args(argv)
     if args.samples > 1 and not args.temperature:
-        raise InputError(f"--samples {args.samples} at --temperature 0 are all the same")
+        parser.error(f"--samples {args.samples} at --temperature 0 are all the same")
     if args.api_base and args.deepspeed_config:
-        raise InputError("--deepspeed_config is for a model on this machine, not for --api_base")
+        parser.error("--deepspeed_config is for a model on this machine, not for --api_base")
     if Path(args.out).suffix != ".json":
-        raise InputError(f"--out {args.out} must end in .json")
+        parser.error(f"--out {args.out} must end in .json")
+    return args
+
+
+def stage_3(path):
+    """A flag's type: what a JSON file of DeepSpeed's says of ZeRO, if that is stage 3."""
+    try:
+        zero = json.loads(Path(path).read_text(encoding="utf-8"))["zero_optimization"]
+        if zero["stage"] != 3:
+            raise ValueError(f"only stage 3 shards weights, not {zero['stage']}")
+        return zero
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise argparse.ArgumentTypeError(f"{path}: {error!r}") from None
 
 
 # ------------------------------------------------------------------- the filter, pure functions
@@ -206,12 +214,13 @@ def reject_reason(response, truncated, record, args):
 
 
 def choose(record, row, args):
-    """(the annotated record or None, [(reason or None, response), ...]) from a record's responses.
+    """(the annotated record or None, [(reason or None, response), ...]) from a record's responses,
+    of which there may be none.
 
     Of the responses that pass, the first with the highest accuracy reward is taken.
     """
     judged = [(reject_reason(text, cut, record, args), text)
-              for text, cut in zip(row["output"], row["truncated"])]
+              for text, cut in zip(row.get("output", []), row.get("truncated", []))]
     good = [text for reason, text in judged if reason is None]
     if not good:
         return None, judged
@@ -243,20 +252,18 @@ def row_of(sample, answers, seconds):
 
 
 def write_result(records, rows, args):
-    """--out and its side files, from every row that there is. Returns the report."""
-    kept, rejected, reasons, skipped = [], [], Counter(), Counter()
+    """--out and its side files, from every record's row. Returns the report."""
+    kept, rejected, reasons = [], [], Counter()
     for record in records:
-        row = rows.get(str(record["problem_id"]), {})
-        if "output" not in row:
-            skipped[row.get("reason", "not asked yet")] += 1
-            continue
-        annotated, judged = choose(record, row, args)
+        annotated, judged = choose(record, rows[str(record["problem_id"])], args)
         reasons.update(reason or "passed" for reason, _ in judged)
         if annotated:
             kept.append(annotated)
-            continue
-        rejected += [{"problem_id": record["problem_id"], "reason": reason,
-                      "solution": record["solution"], "response": text} for reason, text in judged]
+        else:
+            rejected += [{"problem_id": record["problem_id"], "reason": reason,
+                          "solution": record["solution"], "response": text}
+                         for reason, text in judged]
+    skipped = Counter(row["reason"] for row in rows.values() if "reason" in row)
     table = [("responses", "count", "share"), *(
         (reason, n, f"{n / reasons.total():.1%}") for reason, n in reasons.most_common())]
     report = (f"{len(kept)} of {len(records)} records annotated ({len(kept) / len(records):.1%}; "
@@ -271,7 +278,6 @@ def write_result(records, rows, args):
 
 def main(args):
     # ---------------------------------------------- inputs, checked before a model is loaded
-    check_flags(args)
     records = load_records(args.data, args.media_root)
     refuse_repeated_ids(args.data, records)
     out = Path(args.out)
@@ -298,7 +304,8 @@ def api_messages(record, vision: Vision, video_url="") -> list[dict]:
 
     Such a server takes the frames of a video for single pictures without timing. video_url lets
     it sample the video itself: "data" sends the file; anything else is a prefix to which the
-    record's path is appended, for a server that can read it (file:///srv/data or http://...).
+    record's path is appended, for a server that can read it (http://... or file:///srv/data, which
+    vLLM reads with --allowed-local-media-path).
     A clip within a file, or a folder of frames (CLIP_FIELDS), always goes as frames.
     """
     *_, text = build_messages(record)[0]["content"]
@@ -326,12 +333,10 @@ def data_url(kind, content) -> str:
     return f"data:{kind};base64,{base64.b64encode(content).decode()}"
 
 
-FRAME_STREAM, TOKEN_STREAM = 1, 2  # last key of record_generator: no two draws share one
-
-
-def record_generator(seed, record, stream) -> torch.Generator:
-    """A generator of the record's own: its draws depend on no batch, no rank and no restart."""
-    return seeded_generator(seed, zlib.crc32(str(record["problem_id"]).encode()), stream)
+def record_seed(seed, record) -> int:
+    """A seed of the record's own: its draws depend on no batch, no rank and no restart."""
+    key = zlib.crc32(str(record["problem_id"]).encode())
+    return seeded_generator(seed, key).initial_seed() % 2**31  # servers take 31 bits
 
 
 def add_asking_flags(add, temperature, top_p, max_new_tokens):
@@ -362,6 +367,9 @@ def http_url(text):
 
 # ------------------------------------------- questions, and rows that outlive a kill
 
+LONGEST_WAIT = timedelta(days=7)  # of the first rank to finish for the last one
+
+
 class Asker:
     """Who answers a rank's questions: a server, or (with a processor) a model on this machine,
     loaded when the first question needs it."""
@@ -391,12 +399,21 @@ def ask_all(asker, output, stem, records, configuration, prompt_of, row_of):
         path = output / f"{stem}.rank{asker.rank}.jsonl"
         with row_writer(path, len(share), configuration, asker.rank != 0) as write:
             if args.api_base:
-                ask_server(samples, row_of, write, args, len(todo) < len(records))
+                ask_server(usable(samples, write), row_of, write, args, len(todo) < len(records))
             else:
-                longest = len(todo[::world])  # the first rank's share
-                ask_here(asker, samples, -(-longest // args.batch_size), row_of, write)
+                most = -(-len(todo[::world]) // args.batch_size)  # the first rank's batches
+                ask_here(asker, usable(samples, write), most, row_of, write)
     dist.barrier(asker.ranks)
     return read_rows(output, stem, configuration)
+
+
+def usable(samples, write):
+    """The samples with something to ask; the others are rows already, and written."""
+    for sample in samples:
+        if "reason" in sample:
+            write([sample])
+        else:
+            yield sample
 
 
 def refuse_repeated_ids(path, records):
@@ -483,7 +500,7 @@ class Refused(ApiError):
 
 
 def ask_api(session, args, messages, seed):
-    """--samples answers of an OpenAI-compatible server: [(text, tokens, whether it was cut off), ...].
+    """args.samples answers of an OpenAI-compatible server: [(text, tokens, cut off or not), ...].
 
     Of several answers to one request a server tells only the sum of tokens: each gets the mean.
     Raises ApiError when args.api_retries repetitions have failed too, Refused where none would
@@ -552,8 +569,7 @@ def read_choices(reply):
 
 
 def ask_server(samples, row_of, write, args, answered=False):
-    """Writes each sample's row, or why there is none; args.concurrency at a time. Samples with a
-    "reason" have no medium and are rows already.
+    """Writes each sample's row, or why there is none; args.concurrency at a time.
 
     InputError when the server fails MOST_FAILURES requests in a row: it is gone. What it refuses
     counts only until it has `answered` once: some requests may be at fault, not all of them.
@@ -565,9 +581,8 @@ def ask_server(samples, row_of, write, args, answered=False):
 
     def work(sample):  # in a thread: the row is on disk before anything else can go wrong
         record, started = sample["record"], time.perf_counter()
-        seed = record_generator(args.seed, record, TOKEN_STREAM).initial_seed() % 2**31
         try:
-            answers = ask_api(own.session, args, sample["messages"], seed)
+            answers = ask_api(own.session, args, sample["messages"], record_seed(args.seed, record))
         except ApiError as error:
             write([skip_row(record, error)])
             return error
@@ -575,9 +590,7 @@ def ask_server(samples, row_of, write, args, answered=False):
 
     with ThreadPoolExecutor(args.concurrency, initializer=begin) as pool:
         for sample in chain(samples, [None]):  # None: the last ones are waited for
-            if sample and "reason" in sample:
-                write([sample])
-            elif sample:
+            if sample:
                 running.add(pool.submit(work, sample))
             while len(running) >= (args.concurrency if sample else 1):
                 done, running = wait(running, return_when=FIRST_COMPLETED)
@@ -613,7 +626,7 @@ def respond(model, tokenizer, samples, seed):
     batch = pad_batch([sample["inputs"] for sample in samples], pad_values, "left")
     batch = {key: value.to(model.device) for key, value in batch.items()}  # ids (B, L)
     # generate draws from torch's own generator: seeded for each batch, by its first record
-    torch.manual_seed(record_generator(seed, samples[0]["record"], TOKEN_STREAM).initial_seed())
+    torch.manual_seed(record_seed(seed, samples[0]["record"]))
     sharded = hasattr(next(model.parameters()), "ds_id")  # by ZeRO-3: ranks must keep step
     ids = model.generate(**batch, synced_gpus=sharded)
     ids = ids[:, batch["input_ids"].shape[1]:]  # (B n, response's L)
@@ -624,27 +637,24 @@ def respond(model, tokenizer, samples, seed):
     return [answers[i:i + n] for i in range(0, len(answers), n)]
 
 
-def ask_here(asker, samples, count, row_of, write):
-    """Writes the rows of a rank's samples, in `count` batches.
+def ask_here(asker, samples, most, row_of, write):
+    """Writes each sample's row; no rank has more than `most` batches of them.
 
-    Ranks that hold one model in parts make the same number of calls: a blank question stands for a
-    batch that this rank does not have, or that has no usable medium.
+    Ranks that hold one model in parts make the same number of calls: a blank question stands for
+    each batch that this rank does not have.
     """
     args, processor, blank = asker.args, asker.processor, []
     if args.deepspeed_config:
         blank = [{"record": {"problem_id": "blank"},
                   "inputs": image_as_video(processor, encode_blank(processor))}]
     batches = by_length(samples, args.batch_size)
-    for _ in range(count):
+    for _ in range(most):
         batch = next(batches, [])
-        good = [sample for sample in batch if "inputs" in sample]
-        rows = [sample for sample in batch if "reason" in sample]
-        if good or blank:
-            started = time.perf_counter()
-            said = respond(asker.model, processor.tokenizer, good or blank, args.seed)
-            seconds = (time.perf_counter() - started) / max(len(good), 1)
-            rows += [row_of(sample, answers, seconds) for sample, answers in zip(good, said)]
-        write(rows)
+        if batch or blank:
+            model, started = asker.model, time.perf_counter()
+            answers = respond(model, processor.tokenizer, batch or blank, args.seed)
+            seconds = (time.perf_counter() - started) / len(answers)
+            write([row_of(sample, its, seconds) for sample, its in zip(batch, answers)])
 
 
 WINDOW = 2  # batches of decoded samples among which similar lengths are looked for
@@ -654,7 +664,7 @@ def by_length(samples, size):
     """Lists of up to `size` samples, out of each WINDOW * size neighbours those of like length."""
     samples = iter(samples)
     while window := list(islice(samples, WINDOW * size)):
-        window.sort(key=lambda s: s["inputs"]["input_ids"].shape[1] if "inputs" in s else 0)
+        window.sort(key=lambda sample: sample["inputs"]["input_ids"].shape[1])
         yield from (window[i:i + size] for i in range(0, len(window), size))
 
 
@@ -671,7 +681,7 @@ def load_answering_model(args, tokenizer, device):
     config = {"bf16": {"enabled": precision() == torch.bfloat16},
               "train_micro_batch_size_per_gpu": 1}  # asked for, of no consequence
     if args.deepspeed_config:
-        config["zero_optimization"] = stage_3_of(args.deepspeed_config)
+        config["zero_optimization"] = args.deepspeed_config
     model = load_model(args, config)
     sampling = {"do_sample": True, "temperature": args.temperature, "top_p": args.top_p, "top_k": 0}
     model.generation_config = GenerationConfig(
@@ -683,16 +693,6 @@ def load_answering_model(args, tokenizer, device):
         model = deepspeed.initialize(model=model, config=config)[0].module
     return model.to(device).eval()
 
-
-def stage_3_of(path):
-    """What DeepSpeed's JSON file says of ZeRO; InputError where it is not of stage 3."""
-    try:
-        zero = json.loads(Path(path).read_text(encoding="utf-8"))["zero_optimization"]
-        if zero["stage"] != 3:
-            raise ValueError(f"only stage 3 shards weights, not {zero['stage']}")
-        return zero
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise InputError(f"--deepspeed_config {path}: {error!r}") from None
 
 if __name__ == "__main__":
     run_script(main, parse_args)

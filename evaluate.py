@@ -53,12 +53,12 @@ import torch
 import torch.distributed as dist
 from PIL import Image
 
-from annotate import (FRAME_STREAM, Asker, add_asking_flags, api_messages, ask_all,
-                      configuration_of, read_rows, record_generator, refuse_repeated_ids)
+from annotate import (Asker, add_asking_flags, api_messages, ask_all, configuration_of, read_rows,
+                      record_seed, refuse_repeated_ids)
 from build_data import (FlagParser, InputError, MediaError, above, add_machine_flags,
                         add_media_flags, as_in_file, encode, letter, lettered, load_records,
                         load_vision_of, make_folder_of, provenance, row_writer, run_script,
-                        shuffle_frames, skip_row, write_whole)
+                        seeded_generator, shuffle_frames, skip_row, write_whole)
 from rewards import accuracy_reward, extract_answer, format_reward, parse_number
 
 ORDERS = ("ordered", "shuffled", "reversed", "single_frame", "blind")
@@ -68,13 +68,14 @@ GREY = 128  # the middle of 0 to 255
 def parse_args(argv=None):
     parser = FlagParser(description=__doc__.split("\n")[0])
     add = parser.add_argument
-    # what to do
-    add("--benchmark", type=named_file, nargs="+", metavar="NAME=FILE",
-        help="questions and the name of their results; vsibench, videommmu, mmvu, mvbench, "
-             "tempcompass and videomme also as released: FILE may be the release's folder")
-    add("--judge", nargs="+", metavar="RESULT", help="result files: does --model find temporal "
-        "reasoning in their responses")
-    add("--diff", nargs=2, metavar=("A", "B"), help="two result files: what changed from A to B")
+    # what to do: one of three
+    what = parser.add_mutually_exclusive_group(required=True).add_argument
+    what("--benchmark", type=named_file, nargs="+", metavar="NAME=FILE",
+         help="questions and the name of their results; vsibench, videommmu, mmvu, mvbench, "
+              "tempcompass and videomme also as released: FILE may be the release's folder")
+    what("--judge", nargs="+", metavar="RESULT", help="result files: does --model find temporal "
+         "reasoning in their responses")
+    what("--diff", nargs=2, metavar=("A", "B"), help="two result files: what changed from A to B")
     add("--compare", choices=("paper",), help="print the paper's Table 1 beside these results")
     add("--model", help="Hugging Face directory or name of the model to evaluate, or to judge with")
     add("--output", help="folder for rows and results; completed if it has some")
@@ -88,7 +89,12 @@ def parse_args(argv=None):
     add_asking_flags(add, temperature=0.01, top_p=0.001, max_new_tokens=1024)
     add_machine_flags(add)
     parser.set_defaults(samples=1, deepspeed_config=None)  # one answer, of a whole model
-    return parser.parse_args(argv)
+    args = parser.parse_args(argv)
+    if not (args.diff or args.model and args.output):
+        parser.error("--model and --output are needed (only --diff does without)")
+    if min(args.frames) < args.min_frames:
+        parser.error(f"--frames {min(args.frames)} is below --min_frames {args.min_frames}")
+    return args
 
 
 def named_file(text):
@@ -97,17 +103,6 @@ def named_file(text):
         raise argparse.ArgumentTypeError(
             f"{text} is not NAME=FILE with a name of letters, digits, '_', '.' and '-'")
     return text
-
-
-def check_flags(args):
-    """Raises InputError for values that no run can work with."""
-    needed = {"--output": args.output, "--model": args.model,
-              "--benchmark or --judge": args.benchmark or args.judge}
-    for flag, value in needed.items():
-        if not value:
-            raise InputError(f"{flag} is needed (only --diff does without)")
-    if min(args.frames) < args.min_frames:
-        raise InputError(f"--frames {min(args.frames)} is below --min_frames {args.min_frames}")
 
 
 # ---------------------------------------------- the benchmarks: releases to records
@@ -680,14 +675,14 @@ def read_benchmarks(args):
     return benchmarks
 
 
-def reorder(vision, order, generator):
+def reorder(vision, order, seed):
     """The medium as `order`, one of ORDERS, shows it; sizes, timing and token count are kept."""
     frames = vision.frames  # (T, C, H, W)
     if frames is None:
         grey = Image.new("RGB", vision.image.size, (GREY, GREY, GREY))
         return vision._replace(image=grey) if order == "blind" else vision
     if order == "shuffled":
-        frames = shuffle_frames(frames, generator)
+        frames = shuffle_frames(frames, seeded_generator(seed))
     elif order == "reversed":
         frames = frames.flip(0)
     elif order == "single_frame":
@@ -704,7 +699,7 @@ def prompt_of(processor, args, record):
         vision = load_vision_of(record, args)
     except MediaError as error:
         return skip_row(record, error)
-    vision = reorder(vision, args.order, record_generator(args.seed, record, FRAME_STREAM))
+    vision = reorder(vision, args.order, record_seed(args.seed, record))
     frames = vision.frames  # (T, C, H, W)
     size = [1, *vision.image.size[::-1]] if frames is None else [*frames[:, 0].shape]
     if processor is None:
@@ -878,7 +873,6 @@ def main(args):
         print("\n".join(difference(*map(read_result, args.diff))))
         return
     # --------------------------------------------- inputs, checked before a model is loaded
-    check_flags(args)
     make_folder_of(Path(args.output) / "skipped.jsonl")
     benchmarks = {} if args.judge else read_benchmarks(args)
     for path in args.judge or ():

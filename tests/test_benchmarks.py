@@ -23,7 +23,8 @@ LIMITS = {"max_frames": 8, "min_frames": 4, "fps": 2, "min_pixels": 784, "max_pi
 
 def read(name, path, tmp_path, *more):
     """The records of a benchmark, by problem_id."""
-    args = evaluate.parse_args(["--output", str(tmp_path / "out"), *more])
+    args = evaluate.parse_args(["--benchmark", f"{name}={path}", "--model", "m", "--output",
+                                str(tmp_path / "out"), *more])
     (tmp_path / "out").mkdir(exist_ok=True)
     return {record["problem_id"]: record
             for record in evaluate.read_benchmark(name, path, args)}
