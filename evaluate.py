@@ -8,9 +8,12 @@
         --model Qwen/Qwen2.5-VL-72B-Instruct --api_base http://localhost:8000/v1
 
 A benchmark of BENCHMARKS is read from the released eval_*.json or from its own release (the file,
-or the folder it was downloaded to); under another name, a file of records. Scores:
+or the folder it was downloaded to; parquet needs pyarrow); under another name, a file of records.
+Scores:
 
-    score      what the benchmark counts, MRA for VSI-Bench's numbers; rows "mean of ..." combine it
+    score      what the benchmark counts, MRA for VSI-Bench's numbers. "mean of types": every problem
+               type has one vote (numbers by mra_released); "mean of tasks": every task has one, the
+               easy, medium and hard form of a task together (numbers by mra)
     accuracy   mean accuracy reward; regression counts with its graded reward, not with its MRA
     correct    share of accuracy rewards >= --correct_threshold
     mra        mean relative accuracy as VSI-Bench defines it; mra_released: as the paper's code
@@ -27,7 +30,8 @@ one, in every place): motion; blind (grey in every place): sight. The prompt's t
 timing stay. --judge asks a large model which questions need temporal reasoning and which responses
 use it (Figure 6).
 
-Every rank answers a share, with the whole model or through --api_base. --output (one folder for all
+Every rank answers a share, with the whole model or through --api_base: a server gets pictures
+without timing, so its scores are not those of the same model here. --output (one folder for all
 ranks) gets `<name>_<frames>_<order>.rank<r>.jsonl` with a row for each answer, the same name .json
 with scores, settings and graded rows, `<name>.records.json` (a benchmark's questions) and
 `skipped.jsonl`. The same command, on any number of ranks, resumes by problem_id.

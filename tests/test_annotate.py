@@ -574,9 +574,13 @@ def test_killed_in_the_middle_it_loses_no_answer_that_had_come(toy, right, tmp_p
         assert len(server.requests) == len(records) - 6
 
 
-def test_a_model_on_this_machine_gives_each_record_its_samples(toy, tmp_path):
-    annotate_here(f"@{toy}/annotate.args", "--model", toy / "model", "--samples", 2,
-                  "--max_new_tokens", 8, "--num_workers", 0, "--out", tmp_path / "cot.json")
+def test_a_model_on_this_machine_gives_each_record_its_samples(toy, tmp_path, monkeypatch):
+    """Not loaded again where no answer is missing."""
+    command = (f"@{toy}/annotate.args", "--model", toy / "model", "--samples", 2,
+               "--max_new_tokens", 8, "--num_workers", 0, "--out", tmp_path / "cot.json")
+    annotate_here(*command)
+    monkeypatch.setattr(annotate, "load_answering_model", None)
+    annotate_here(*command)
     rows = list(map(json.loads, (tmp_path / "cot.rank0.jsonl").read_text().splitlines()))[1:]
     assert sorted(row["problem_id"] for row in rows) == list(range(32))
     assert all(len(row["output"]) == len(row["tokens"]) == 2 for row in rows)
