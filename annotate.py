@@ -295,50 +295,6 @@ def main(args):
 
 # ================ how a model is asked, here or behind a server; evaluate.py asks so too
 
-JPEG_QUALITY = 95  # of frames sent to a server; Pillow's highest sensible value
-
-
-def api_messages(record, vision: Vision, video_url="") -> list[dict]:
-    """build_messages for a server that speaks OpenAI's protocol: the same text and the pixels
-    that load_vision decoded, as data: URLs (an image as PNG, sampled frames as JPEG pictures).
-
-    Such a server takes the frames of a video for single pictures without timing. video_url lets
-    it sample the video itself: "data" sends the file; anything else is a prefix to which the
-    record's path is appended, for a server that can read it (http://... or file:///srv/data, which
-    vLLM reads with --allowed-local-media-path).
-    A clip within a file, or a folder of frames (CLIP_FIELDS), always goes as frames.
-    """
-    *_, text = build_messages(record)[0]["content"]
-    kind, path = "image_url", record["path"]
-    if vision.frames is None:
-        urls = [data_url("image/png", vision.image)]
-    elif not video_url or part_of(record):
-        frames = vision.frames.permute(0, 2, 3, 1).numpy()  # (T, H, W, C)
-        urls = [data_url("image/jpeg", Image.fromarray(frame)) for frame in frames]
-    elif video_url == "data":
-        kind, content = "video_url", Path(record["media_path"]).read_bytes()
-        urls = [data_url(mimetypes.guess_type(path)[0] or "video/mp4", content)]
-    else:
-        kind, urls = "video_url", [f"{video_url.rstrip('/')}/{quote(os.path.normpath(path))}"]
-    content = [{"type": kind, kind: {"url": url}} for url in urls]
-    return [{"role": "user", "content": [*content, text]}]
-
-
-def data_url(kind, content) -> str:
-    """Bytes, or a picture, as a data: URL."""
-    if isinstance(content, Image.Image):
-        file = io.BytesIO()
-        content.save(file, kind.split("/")[1], quality=JPEG_QUALITY)  # PNG takes no notice of it
-        content = file.getvalue()
-    return f"data:{kind};base64,{base64.b64encode(content).decode()}"
-
-
-def record_seed(seed, record) -> int:
-    """A seed of the record's own: its draws depend on no batch, no rank and no restart."""
-    key = zlib.crc32(str(record["problem_id"]).encode())
-    return seeded_generator(seed, key).initial_seed() % 2**31  # servers take 31 bits
-
-
 def add_asking_flags(add, temperature, top_p, max_new_tokens):
     """How a model answers, here or behind a server; `add` is a parser's add_argument."""
     add("--temperature", type=at_least(0, float), default=temperature,
@@ -371,22 +327,24 @@ LONGEST_WAIT = timedelta(days=7)  # of the first rank to finish for the last one
 
 
 class Asker:
-    """Who answers a rank's questions: a server, or (with a processor) a model on this machine,
-    loaded when the first question needs it."""
+    """Who answers a rank's questions: a server, or a model on this machine."""
 
     def __init__(self, args):
-        self.args, self.processor = args, None if args.api_base else load_processor(args)
+        self.args = args
+        self.processor = None if args.api_base else load_processor(args)
         self.rank, self.device = setup_distributed(args)
         self.ranks = dist.new_group(backend="gloo", timeout=LONGEST_WAIT)
 
     @cached_property
-    def model(self):
+    def model(self):  # loaded when the first question needs it
         return load_answering_model(self.args, self.processor.tokenizer, self.device)
 
 
 def ask_all(asker, output, stem, records, configuration, prompt_of, row_of):
     """{problem_id as text: row} of all ranks and runs, after each rank has asked a share of what
-    was missing: prompt_of(record) -> sample, row_of(sample, its answers, seconds) -> row."""
+    was missing. prompt_of(record) is a sample, {"record", "inputs" here or "messages" to a server},
+    or a row with the "reason" why there is none; row_of(sample, its answers, seconds) is its row.
+    """
     args, world = asker.args, dist.get_world_size()
     todo = unanswered(records, read_rows(output, stem, configuration))
     dist.barrier(asker.ranks)  # all ranks have read the rows before one adds to them
@@ -408,12 +366,18 @@ def ask_all(asker, output, stem, records, configuration, prompt_of, row_of):
 
 
 def usable(samples, write):
-    """The samples with something to ask; the others are rows already, and written."""
+    """The samples that can be asked; what is a row already is written."""
     for sample in samples:
         if "reason" in sample:
             write([sample])
         else:
             yield sample
+
+
+def record_seed(seed, record) -> int:
+    """A seed of the record's own: its draws depend on no batch, no rank and no restart."""
+    key = zlib.crc32(str(record["problem_id"]).encode())
+    return seeded_generator(seed, key).initial_seed() % 2**31  # servers take 31 bits
 
 
 def refuse_repeated_ids(path, records):
@@ -481,6 +445,44 @@ def model_hash(model):
 
 
 # ------------------------------------------------------------- a model behind a server
+
+JPEG_QUALITY = 95  # of frames sent to a server; Pillow's highest sensible value
+
+
+def api_messages(record, vision: Vision, video_url="") -> list[dict]:
+    """build_messages for a server that speaks OpenAI's protocol: the same text and the pixels
+    that load_vision decoded, as data: URLs (an image as PNG, sampled frames as JPEG pictures).
+
+    Such a server takes the frames of a video for single pictures without timing. video_url lets
+    it sample the video itself: "data" sends the file; anything else is a prefix to which the
+    record's path is appended, for a server that can read it (http://... or file:///srv/data, which
+    vLLM reads with --allowed-local-media-path).
+    A clip within a file, or a folder of frames (CLIP_FIELDS), always goes as frames.
+    """
+    *_, text = build_messages(record)[0]["content"]
+    kind, path = "image_url", record["path"]
+    if vision.frames is None:
+        urls = [data_url("image/png", vision.image)]
+    elif not video_url or part_of(record):
+        frames = vision.frames.permute(0, 2, 3, 1).numpy()  # (T, H, W, C)
+        urls = [data_url("image/jpeg", Image.fromarray(frame)) for frame in frames]
+    elif video_url == "data":
+        kind, content = "video_url", Path(record["media_path"]).read_bytes()
+        urls = [data_url(mimetypes.guess_type(path)[0] or "video/mp4", content)]
+    else:
+        kind, urls = "video_url", [f"{video_url.rstrip('/')}/{quote(os.path.normpath(path))}"]
+    content = [{"type": kind, kind: {"url": url}} for url in urls]
+    return [{"role": "user", "content": [*content, text]}]
+
+
+def data_url(kind, content) -> str:
+    """Bytes, or a picture, as a data: URL."""
+    if isinstance(content, Image.Image):
+        file = io.BytesIO()
+        content.save(file, kind.split("/")[1], quality=JPEG_QUALITY)  # PNG takes no notice of it
+        content = file.getvalue()
+    return f"data:{kind};base64,{base64.b64encode(content).decode()}"
+
 
 KEY_VARIABLE = "OPENAI_API_KEY"  # the only place a key is read from; it is never written
 FIRST_PAUSE = 1.0  # seconds before the second repetition, doubled for each; the first is at once
