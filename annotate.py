@@ -24,7 +24,8 @@ and a record gets the best response that passes. Not tested: whether the thought
 --out is a file of records with `process`, ready for sft.py. Beside cot.json: `cot.rank<r>.jsonl`,
 each response as it came; `cot.rejected.jsonl`, responses of the records that were left out, with
 the reason; `cot.report.md`, the counts. The same command resumes by problem_id, on any number of
-ranks, and asks only for what failed; other thresholds filter the same responses again.
+ranks, and asks only for what failed; other thresholds filter the same responses again. A server
+that gives no answer to 20 requests in a row ends the run; single requests that it refuses do not.
 
 Shapes: B records of a batch, L tokens.
 """
@@ -43,8 +44,9 @@ import zlib
 from collections import Counter
 from concurrent.futures import FIRST_COMPLETED, ThreadPoolExecutor, wait
 from datetime import timedelta
+from functools import cached_property, partial
 from glob import escape
-from itertools import chain
+from itertools import chain, islice
 from pathlib import Path
 from urllib.parse import quote
 
@@ -66,7 +68,6 @@ from build_data import (ANSWER_SUFFIX, TEMPLATE, UNUSABLE, FlagParser, InputErro
 from rewards import (WORD, accuracy_reward, choice_letter, extract_answer, format_reward,
                      parse_number)
 
-LONGEST_WAIT = timedelta(days=7)  # of the first rank to finish for the last one
 REASONS_SHOWN = 20  # for which records got no response, in the report
 RUN = 6  # words: a shorter run is shared with the prompt, or repeated, by chance
 
@@ -88,8 +89,8 @@ def parse_args(argv=None):
                                        "name that the server knows it by")
     add("--data", required=True, help="records to annotate, .json or .jsonl")
     add("--out", required=True, help="file of annotated records to write; its side files go beside")
-    add("--deepspeed_config", help="DeepSpeed's JSON file of stage 3: splits the model over the "
-                                   "ranks; without it every rank holds the whole model")
+    add("--deepspeed_config", type=stage_3, help="DeepSpeed's JSON file of stage 3: splits the "
+        "model over the ranks; without it every rank holds the whole model")
     # responses; the released annotation had top_p 0.95 and 512 new tokens
     add("--samples", type=above(0, int), default=1, help="responses to a record; the best is kept")
     add_asking_flags(add, temperature=1.0, top_p=0.95, max_new_tokens=768)
@@ -106,17 +107,25 @@ def parse_args(argv=None):
     # media and machine
     add_media_flags(add)
     add_machine_flags(add)
-    return parser.parse_args(argv)
-
-
-def check_flags(args):
-    """Raises InputError for values that no run can work with."""
+    args = parser.parse_args(argv)
     if args.samples > 1 and not args.temperature:
-        raise InputError(f"--samples {args.samples} at --temperature 0 are all the same")
+        parser.error(f"--samples {args.samples} at --temperature 0 are all the same")
     if args.api_base and args.deepspeed_config:
-        raise InputError("--deepspeed_config is for a model on this machine, not for --api_base")
+        parser.error("--deepspeed_config is for a model on this machine, not for --api_base")
     if Path(args.out).suffix != ".json":
-        raise InputError(f"--out {args.out} must end in .json")
+        parser.error(f"--out {args.out} must end in .json")
+    return args
+
+
+def stage_3(path):
+    """A flag's type: what a JSON file of DeepSpeed's says of ZeRO, if that is stage 3."""
+    try:
+        zero = json.loads(Path(path).read_text(encoding="utf-8"))["zero_optimization"]
+        if zero["stage"] != 3:
+            raise ValueError(f"only stage 3 shards weights, not {zero['stage']}")
+        return zero
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise argparse.ArgumentTypeError(f"{path}: {error!r}") from None
 
 
 # ------------------------------------------------------------------- the filter, pure functions
@@ -205,12 +214,13 @@ def reject_reason(response, truncated, record, args):
 
 
 def choose(record, row, args):
-    """(the annotated record or None, [(reason or None, response), ...]) from a record's responses.
+    """(the annotated record or None, [(reason or None, response), ...]) from a record's responses,
+    of which there may be none.
 
     Of the responses that pass, the first with the highest accuracy reward is taken.
     """
     judged = [(reject_reason(text, cut, record, args), text)
-              for text, cut in zip(row["output"], row["truncated"])]
+              for text, cut in zip(row.get("output", []), row.get("truncated", []))]
     good = [text for reason, text in judged if reason is None]
     if not good:
         return None, judged
@@ -241,53 +251,19 @@ def row_of(sample, answers, seconds):
             "truncated": truncated, "seconds": seconds}
 
 
-def ask_here(batches, count, write, processor, device, args):
-    """Writes the rows of a rank's batches, of which the longest share has `count`.
-
-    Ranks that hold one model in parts make the same number of calls: a blank question stands for a
-    batch that this rank does not have, or that has no usable medium.
-    """
-    model = load_answering_model(args, processor.tokenizer, device, args.samples,
-                                 args.deepspeed_config)
-    blank = {"record": {"problem_id": "blank"},
-             "inputs": image_as_video(processor, encode_blank(processor))}
-    batches = iter(batches)
-    for _ in range(count):
-        batch = next(batches, [])
-        write(ask_model(model, processor.tokenizer, batch, row_of, args.seed))
-        if args.deepspeed_config and not any("inputs" in sample for sample in batch):
-            respond(model, [blank], args.seed)
-
-
-def configuration_of(args, processor):
-    """What responses depend on: rows that were made with another one are refused."""
-    flags = ("model", "max_frames", "min_frames", "fps", "min_pixels", "max_pixels",
-             "image_min_pixels", "image_max_pixels", "samples", "temperature", "top_p",
-             "max_new_tokens", "seed")
-    ours = {"video_url": args.video_url} if args.api_base else {
-        "model_sha256": model_hash(args.model), "dtype": str(precision()),
-        "chat_template": processor.chat_template}
-    return {flag: getattr(args, flag) for flag in flags} | ours | {
-        "engine": "api" if args.api_base else "transformers",
-        "template": TEMPLATE, "answer_suffix": ANSWER_SUFFIX,
-        "records_sha256": hashlib.sha256(Path(args.data).read_bytes()).hexdigest()}
-
-
 def write_result(records, rows, args):
-    """--out and its side files, from every row that there is. Returns the report."""
-    kept, rejected, reasons, skipped = [], [], Counter(), Counter()
+    """--out and its side files, from every record's row. Returns the report."""
+    kept, rejected, reasons = [], [], Counter()
     for record in records:
-        row = rows.get(str(record["problem_id"]), {})
-        if "output" not in row:
-            skipped[row.get("reason", "not asked yet")] += 1
-            continue
-        annotated, judged = choose(record, row, args)
+        annotated, judged = choose(record, rows[str(record["problem_id"])], args)
         reasons.update(reason or "passed" for reason, _ in judged)
         if annotated:
             kept.append(annotated)
-            continue
-        rejected += [{"problem_id": record["problem_id"], "reason": reason,
-                      "solution": record["solution"], "response": text} for reason, text in judged]
+        else:
+            rejected += [{"problem_id": record["problem_id"], "reason": reason,
+                          "solution": record["solution"], "response": text}
+                         for reason, text in judged]
+    skipped = Counter(row["reason"] for row in rows.values() if "reason" in row)
     table = [("responses", "count", "share"), *(
         (reason, n, f"{n / reasons.total():.1%}") for reason, n in reasons.most_common())]
     report = (f"{len(kept)} of {len(records)} records annotated ({len(kept) / len(records):.1%}; "
@@ -301,86 +277,23 @@ def write_result(records, rows, args):
 
 
 def main(args):
-    # --------------------------------------------- inputs, checked before a model is loaded
-    check_flags(args)
+    # ---------------------------------------------- inputs, checked before a model is loaded
     records = load_records(args.data, args.media_root)
-    problem_id, count = Counter(str(r["problem_id"]) for r in records).most_common(1)[0]
-    if count > 1:
-        raise InputError(f"{args.data}: {count} records have the problem_id {problem_id}")
-    processor = None if args.api_base else load_processor(args)
+    refuse_repeated_ids(args.data, records)
     out = Path(args.out)
     make_folder_of(out)
-    configuration = configuration_of(args, processor)
-    todo = unanswered(records, read_rows(out.parent, out.stem, configuration))
-    rank, device = setup_distributed(args)
-    ranks, world = dist.new_group(backend="gloo", timeout=LONGEST_WAIT), dist.get_world_size()
-    dist.barrier(ranks)  # all ranks have read the rows before one adds to them
+    asker = Asker(args)
+    configuration = configuration_of(asker, "max_frames", "samples", "video_url") | {
+        "records_sha256": hashlib.sha256(Path(args.data).read_bytes()).hexdigest()}
 
-    # -------------------------------------------------------------- responses, row by row
-    share = todo[rank::world]
-    batches = DataLoader(share, args.batch_size, num_workers=args.num_workers, collate_fn=lambda
-                         batch: [prompt_of(processor, args, record) for record in batch])
-    path = out.parent / f"{out.stem}.rank{rank}.jsonl"
-    with row_writer(path, len(share), configuration, rank != 0) as write:
-        if args.api_base:
-            ask_server(chain.from_iterable(batches), args.samples, row_of, write, args,
-                       len(todo) < len(records))
-        elif todo:
-            longest = len(todo[::world])  # the first rank's share
-            ask_here(batches, -(-longest // args.batch_size), write, processor, device, args)
-    dist.barrier(ranks)
-
-    # ------------------------------------------------------------------ filter and report
-    if rank == 0:
-        print(write_result(records, read_rows(out.parent, out.stem, configuration), args))
+    # ----------------------------------------------- responses, row by row, then the filter
+    rows = ask_all(asker, out.parent, out.stem, records, configuration,
+                   partial(prompt_of, asker.processor, args), row_of)
+    if asker.rank == 0:
+        print(write_result(records, rows, args))
 
 
 # ================ how a model is asked, here or behind a server; evaluate.py asks so too
-
-JPEG_QUALITY = 95  # of frames sent to a server; Pillow's highest sensible value
-
-
-def api_messages(record, vision: Vision, video_url="") -> list[dict]:
-    """build_messages for a server that speaks OpenAI's protocol: the same text and the pixels
-    that load_vision decoded, as data: URLs (an image as PNG, sampled frames as JPEG pictures).
-
-    Such a server takes the frames of a video for single pictures without timing. video_url lets
-    it sample the video itself: "data" sends the file; anything else is a prefix to which the
-    record's path is appended, for a server that can read it (file:///srv/data or http://...).
-    A clip within a file, or a folder of frames (CLIP_FIELDS), always goes as frames.
-    """
-    *_, text = build_messages(record)[0]["content"]
-    kind, path = "image_url", record["path"]
-    if vision.frames is None:
-        urls = [data_url("image/png", vision.image)]
-    elif not video_url or part_of(record):
-        frames = vision.frames.permute(0, 2, 3, 1).numpy()  # (T, H, W, C)
-        urls = [data_url("image/jpeg", Image.fromarray(frame)) for frame in frames]
-    elif video_url == "data":
-        kind, content = "video_url", Path(record["media_path"]).read_bytes()
-        urls = [data_url(mimetypes.guess_type(path)[0] or "video/mp4", content)]
-    else:
-        kind, urls = "video_url", [f"{video_url.rstrip('/')}/{quote(os.path.normpath(path))}"]
-    content = [{"type": kind, kind: {"url": url}} for url in urls]
-    return [{"role": "user", "content": [*content, text]}]
-
-
-def data_url(kind, content) -> str:
-    """Bytes, or a picture, as a data: URL."""
-    if isinstance(content, Image.Image):
-        file = io.BytesIO()
-        content.save(file, kind.split("/")[1], quality=JPEG_QUALITY)  # PNG takes no notice of it
-        content = file.getvalue()
-    return f"data:{kind};base64,{base64.b64encode(content).decode()}"
-
-
-FRAME_STREAM, TOKEN_STREAM = 1, 2  # last key of record_generator: no two draws share one
-
-
-def record_generator(seed, record, stream) -> torch.Generator:
-    """A generator of the record's own: its draws depend on no batch, no rank and no restart."""
-    return seeded_generator(seed, zlib.crc32(str(record["problem_id"]).encode()), stream)
-
 
 def add_asking_flags(add, temperature, top_p, max_new_tokens):
     """How a model answers, here or behind a server; `add` is a parser's add_argument."""
@@ -408,7 +321,168 @@ def http_url(text):
     return text
 
 
+# ------------------------------------------- questions, and rows that outlive a kill
+
+LONGEST_WAIT = timedelta(days=7)  # of the first rank to finish for the last one
+
+
+class Asker:
+    """Who answers a rank's questions: a server, or a model on this machine."""
+
+    def __init__(self, args):
+        self.args = args
+        self.processor = None if args.api_base else load_processor(args)
+        self.rank, self.device = setup_distributed(args)
+        self.ranks = dist.new_group(backend="gloo", timeout=LONGEST_WAIT)
+
+    @cached_property
+    def model(self):  # loaded when the first question needs it
+        return load_answering_model(self.args, self.processor.tokenizer, self.device)
+
+
+def ask_all(asker, output, stem, records, configuration, prompt_of, row_of):
+    """{problem_id as text: row} of all ranks and runs, after each rank has asked a share of what
+    was missing. prompt_of(record) is a sample, {"record", "inputs" here or "messages" to a server},
+    or a row with the "reason" why there is none; row_of(sample, its answers, seconds) is its row.
+    """
+    args, world = asker.args, dist.get_world_size()
+    todo = unanswered(records, read_rows(output, stem, configuration))
+    dist.barrier(asker.ranks)  # all ranks have read the rows before one adds to them
+    if todo:
+        share = todo[asker.rank::world]
+        # the next window is decoded while this one is answered
+        ahead = -(-WINDOW * args.batch_size // args.num_workers) if args.num_workers else None
+        samples = DataLoader(share, batch_size=None, collate_fn=prompt_of,
+                             num_workers=args.num_workers, prefetch_factor=ahead)
+        path = output / f"{stem}.rank{asker.rank}.jsonl"
+        with row_writer(path, len(share), configuration, asker.rank != 0) as write:
+            if args.api_base:
+                ask_server(usable(samples, write), row_of, write, args, len(todo) < len(records))
+            else:
+                most = -(-len(todo[::world]) // args.batch_size)  # the first rank's batches
+                ask_here(asker, usable(samples, write), most, row_of, write)
+    dist.barrier(asker.ranks)
+    return read_rows(output, stem, configuration)
+
+
+def usable(samples, write):
+    """The samples that can be asked; what is a row already is written."""
+    for sample in samples:
+        if "reason" in sample:
+            write([sample])
+        else:
+            yield sample
+
+
+def record_seed(seed, record) -> int:
+    """A seed of the record's own: its draws depend on no batch, no rank and no restart."""
+    key = zlib.crc32(str(record["problem_id"]).encode())
+    return seeded_generator(seed, key).initial_seed() % 2**31  # servers take 31 bits
+
+
+def refuse_repeated_ids(path, records):
+    """InputError where records of a file share a problem_id: answers are found by it."""
+    problem_id, count = Counter(str(r["problem_id"]) for r in records).most_common(1)[0]
+    if count > 1:
+        raise InputError(f"{path}: {count} records have the problem_id {problem_id}")
+
+
+def unanswered(records, rows):
+    """The records that `rows`, by problem_id as text, has no answer to; what failed comes last."""
+    todo = [r for r in records if "output" not in rows.get(str(r["problem_id"]), {})]
+    return sorted(todo, key=lambda r: str(r["problem_id"]) in rows)
+
+
+def read_rows(output, stem, configuration):
+    """Rows of all ranks and runs, by problem_id as text; an answer wins over an earlier skip."""
+    rows = {}
+    for path in sorted(Path(output).glob(f"{escape(stem)}.rank*.jsonl")):
+        first, *others = whole_rows(path) or [configuration]
+        for key, value in configuration.items():
+            if first.get(key) != value:
+                raise InputError(f"{path} has rows with another {key}: {str(first.get(key))[:60]}, "
+                                 f"not {str(value)[:60]}; write to another place")
+        for row in others:
+            if "output" not in rows.get(str(row["problem_id"]), {}):
+                rows[str(row["problem_id"])] = row
+    return rows
+
+
+def configuration_of(asker, *more):
+    """What answers depend on, with these flags more: rows made with another one are refused."""
+    args = asker.args
+    flags = ("min_frames", "fps", "min_pixels", "max_pixels", "image_min_pixels",
+             "image_max_pixels", "temperature", "top_p", "max_new_tokens", "seed", *more)
+    engine = {"engine": "api", "model": args.model} if args.api_base else {
+        "engine": "transformers", "model_sha256": model_hash(args.model),
+        "dtype": str(precision()), "attn_implementation": args.attn_implementation,
+        "chat_template": asker.processor.chat_template}
+    return {flag: getattr(args, flag) for flag in flags} | engine | {
+        "template": TEMPLATE, "answer_suffix": ANSWER_SUFFIX}
+
+
+HASHED_BLOCKS, BLOCK_BYTES = 64, 4096  # of each weight file: seconds for any size of model
+
+
+def model_hash(model):
+    """A hash of config.json and, of every weight file, its name, size and some blocks spread
+    evenly: it tells two checkpoints of a run apart without reading all of either."""
+    import huggingface_hub
+    try:
+        folder = model if Path(model).is_dir() else huggingface_hub.snapshot_download(
+            model, allow_patterns=["*.json", "*.safetensors"])
+        digest = hashlib.sha256((Path(folder) / "config.json").read_bytes())
+        for path in sorted(Path(folder).glob("*.safetensors")):
+            size = path.stat().st_size
+            digest.update(f"{path.name} {size}".encode())
+            with path.open("rb") as file:
+                for block in range(HASHED_BLOCKS):
+                    file.seek(size * block // HASHED_BLOCKS)
+                    digest.update(file.read(BLOCK_BYTES))
+    except (OSError, ValueError) as error:
+        raise InputError(f"cannot read --model {model}: {error}") from None
+    return digest.hexdigest()
+
+
 # ------------------------------------------------------------- a model behind a server
+
+JPEG_QUALITY = 95  # of frames sent to a server; Pillow's highest sensible value
+
+
+def api_messages(record, vision: Vision, video_url="") -> list[dict]:
+    """build_messages for a server that speaks OpenAI's protocol: the same text and the pixels
+    that load_vision decoded, as data: URLs (an image as PNG, sampled frames as JPEG pictures).
+
+    Such a server takes the frames of a video for single pictures without timing. video_url lets
+    it sample the video itself: "data" sends the file; anything else is a prefix to which the
+    record's path is appended, for a server that can read it (http://... or file:///srv/data, which
+    vLLM reads with --allowed-local-media-path).
+    A clip within a file, or a folder of frames (CLIP_FIELDS), always goes as frames.
+    """
+    *_, text = build_messages(record)[0]["content"]
+    kind, path = "image_url", record["path"]
+    if vision.frames is None:
+        urls = [data_url("image/png", vision.image)]
+    elif not video_url or part_of(record):
+        frames = vision.frames.permute(0, 2, 3, 1).numpy()  # (T, H, W, C)
+        urls = [data_url("image/jpeg", Image.fromarray(frame)) for frame in frames]
+    elif video_url == "data":
+        kind, content = "video_url", Path(record["media_path"]).read_bytes()
+        urls = [data_url(mimetypes.guess_type(path)[0] or "video/mp4", content)]
+    else:
+        kind, urls = "video_url", [f"{video_url.rstrip('/')}/{quote(os.path.normpath(path))}"]
+    content = [{"type": kind, kind: {"url": url}} for url in urls]
+    return [{"role": "user", "content": [*content, text]}]
+
+
+def data_url(kind, content) -> str:
+    """Bytes, or a picture, as a data: URL."""
+    if isinstance(content, Image.Image):
+        file = io.BytesIO()
+        content.save(file, kind.split("/")[1], quality=JPEG_QUALITY)  # PNG takes no notice of it
+        content = file.getvalue()
+    return f"data:{kind};base64,{base64.b64encode(content).decode()}"
+
 
 KEY_VARIABLE = "OPENAI_API_KEY"  # the only place a key is read from; it is never written
 FIRST_PAUSE = 1.0  # seconds before the second repetition, doubled for each; the first is at once
@@ -427,8 +501,8 @@ class Refused(ApiError):
     """It would not to a repetition either: the request is at fault, not the server."""
 
 
-def ask_api(session, args, messages, n, seed):
-    """n answers of an OpenAI-compatible server: [(text, tokens, whether it was cut off), ...].
+def ask_api(session, args, messages, seed):
+    """args.samples answers of an OpenAI-compatible server: [(text, tokens, cut off or not), ...].
 
     Of several answers to one request a server tells only the sum of tokens: each gets the mean.
     Raises ApiError when args.api_retries repetitions have failed too, Refused where none would
@@ -446,8 +520,8 @@ def ask_api(session, args, messages, n, seed):
     # unseeded jitter: clients must not come back at the same moment
     retries = Retry(args.api_retries, backoff_factor=FIRST_PAUSE / 2, backoff_jitter=FIRST_PAUSE)
     answers = []
-    while len(answers) < n:  # some servers answer once, whatever n is
-        body = {"model": args.model, "messages": messages, "n": n - len(answers),
+    while len(answers) < args.samples:  # some servers answer once, whatever n is
+        body = {"model": args.model, "messages": messages, "n": args.samples - len(answers),
                 "temperature": args.temperature, "top_p": args.top_p,
                 "max_tokens": args.max_new_tokens, "seed": seed + len(answers)}
         reply = requests.Response()  # without a status: of a server that does not answer
@@ -476,7 +550,7 @@ def ask_api(session, args, messages, n, seed):
         except MaxRetryError:
             raise ApiError(f"{url}: {args.api_retries + 1} attempts failed, the last: {reason}") \
                 from None
-    return answers[:n]
+    return answers[:args.samples]
 
 
 def read_choices(reply):
@@ -496,9 +570,8 @@ def read_choices(reply):
             for text, choice in zip(texts, choices)]
 
 
-def ask_server(samples, n, row_of, write, args, answered=False):
-    """Writes row_of(sample, n answers, seconds), or why there is none, for each of the samples;
-    args.concurrency at a time. Samples with a "reason" have no medium and are rows already.
+def ask_server(samples, row_of, write, args, answered=False):
+    """Writes each sample's row, or why there is none; args.concurrency at a time.
 
     InputError when the server fails MOST_FAILURES requests in a row: it is gone. What it refuses
     counts only until it has `answered` once: some requests may be at fault, not all of them.
@@ -510,9 +583,8 @@ def ask_server(samples, n, row_of, write, args, answered=False):
 
     def work(sample):  # in a thread: the row is on disk before anything else can go wrong
         record, started = sample["record"], time.perf_counter()
-        seed = record_generator(args.seed, record, TOKEN_STREAM).initial_seed() % 2**31
         try:
-            answers = ask_api(own.session, args, sample["messages"], n, seed)
+            answers = ask_api(own.session, args, sample["messages"], record_seed(args.seed, record))
         except ApiError as error:
             write([skip_row(record, error)])
             return error
@@ -520,9 +592,7 @@ def ask_server(samples, n, row_of, write, args, answered=False):
 
     with ThreadPoolExecutor(args.concurrency, initializer=begin) as pool:
         for sample in chain(samples, [None]):  # None: the last ones are waited for
-            if sample and "reason" in sample:
-                write([sample])
-            elif sample:
+            if sample:
                 running.add(pool.submit(work, sample))
             while len(running) >= (args.concurrency if sample else 1):
                 done, running = wait(running, return_when=FIRST_COMPLETED)
@@ -550,33 +620,54 @@ def cut_at_end(ids, end_ids):
 
 
 @torch.inference_mode()
-def respond(model, samples, seed):
-    """Responses to B encoded samples, as ids up to the end token: [(ids, cut off), ...], those of
-    one sample in a row, as many as the model's generation_config says."""
+def respond(model, tokenizer, samples, seed):
+    """The answers, as ask_api's, to each of B encoded samples: as many as the model's
+    generation_config says."""
     config = model.generation_config
     pad_values = {"input_ids": config.pad_token_id, "attention_mask": 0, "mm_token_type_ids": 0}
     batch = pad_batch([sample["inputs"] for sample in samples], pad_values, "left")
     batch = {key: value.to(model.device) for key, value in batch.items()}  # ids (B, L)
     # generate draws from torch's own generator: seeded for each batch, by its first record
-    torch.manual_seed(record_generator(seed, samples[0]["record"], TOKEN_STREAM).initial_seed())
+    torch.manual_seed(record_seed(seed, samples[0]["record"]))
     sharded = hasattr(next(model.parameters()), "ds_id")  # by ZeRO-3: ranks must keep step
     ids = model.generate(**batch, synced_gpus=sharded)
     ids = ids[:, batch["input_ids"].shape[1]:]  # (B n, response's L)
-    return [cut_at_end(row, config.eos_token_id) for row in ids.tolist()]
-
-
-def ask_model(model, tokenizer, samples, row_of, seed) -> list[dict]:
-    """A batch's rows: row_of(sample, its answers as in ask_api, seconds), or why there is none."""
-    rows = [sample for sample in samples if "reason" in sample]
-    good = [sample for sample in samples if "inputs" in sample]
-    if not good:
-        return rows
-    started, n = time.perf_counter(), model.generation_config.num_return_sequences
+    responses = [cut_at_end(row, config.eos_token_id) for row in ids.tolist()]
     answers = [(tokenizer.decode(ids, skip_special_tokens=True), len(ids), cut)
-               for ids, cut in respond(model, good, seed)]
-    seconds = (time.perf_counter() - started) / len(good)
-    return rows + [row_of(sample, answers[i * n:(i + 1) * n], seconds)
-                   for i, sample in enumerate(good)]
+               for ids, cut in responses]
+    n = config.num_return_sequences
+    return [answers[i:i + n] for i in range(0, len(answers), n)]
+
+
+def ask_here(asker, samples, most, row_of, write):
+    """Writes each sample's row; no rank has more than `most` batches of them.
+
+    Ranks that hold one model in parts make the same number of calls: a blank question stands for
+    each batch that this rank does not have.
+    """
+    args, processor, blank = asker.args, asker.processor, []
+    if args.deepspeed_config:
+        blank = [{"record": {"problem_id": "blank"},
+                  "inputs": image_as_video(processor, encode_blank(processor))}]
+    batches = by_length(samples, args.batch_size)
+    for _ in range(most):
+        batch = next(batches, [])
+        if batch or blank:
+            model, started = asker.model, time.perf_counter()
+            answers = respond(model, processor.tokenizer, batch or blank, args.seed)
+            seconds = (time.perf_counter() - started) / len(answers)
+            write([row_of(sample, its, seconds) for sample, its in zip(batch, answers)])
+
+
+WINDOW = 2  # batches of decoded samples among which similar lengths are looked for
+
+
+def by_length(samples, size):
+    """Lists of up to `size` samples, out of each WINDOW * size neighbours those of like length."""
+    samples = iter(samples)
+    while window := list(islice(samples, WINDOW * size)):
+        window.sort(key=lambda sample: sample["inputs"]["input_ids"].shape[1])
+        yield from (window[i:i + size] for i in range(0, len(window), size))
 
 
 def precision():
@@ -585,82 +676,24 @@ def precision():
     return torch.float32 if get_accelerator().device_name() == "cpu" else torch.bfloat16
 
 
-def load_answering_model(args, tokenizer, device, n=1, deepspeed_config=None):
-    """The model, set to give n answers to each prompt as the flags say: its own sampling defaults
-    (a repetition penalty in Qwen2.5-VL's release) are put aside. With DeepSpeed's JSON file of
-    stage 3, this rank's part of it."""
+def load_answering_model(args, tokenizer, device):
+    """The model, set to answer as the flags say: its own sampling defaults (a repetition penalty
+    in Qwen2.5-VL's release) are put aside. With --deepspeed_config, this rank's part of it."""
     from transformers import GenerationConfig
     config = {"bf16": {"enabled": precision() == torch.bfloat16},
               "train_micro_batch_size_per_gpu": 1}  # asked for, of no consequence
-    if deepspeed_config:
-        config["zero_optimization"] = stage_3_of(deepspeed_config)
+    if args.deepspeed_config:
+        config["zero_optimization"] = args.deepspeed_config
     model = load_model(args, config)
     sampling = {"do_sample": True, "temperature": args.temperature, "top_p": args.top_p, "top_k": 0}
     model.generation_config = GenerationConfig(
-        max_new_tokens=args.max_new_tokens, num_return_sequences=n,
+        max_new_tokens=args.max_new_tokens, num_return_sequences=args.samples,
         **(sampling if args.temperature else {}), eos_token_id=stop_tokens(model, tokenizer),
         pad_token_id=tokenizer.pad_token_id, suppress_tokens=forbidden_tokens(model, tokenizer))
-    if deepspeed_config:
+    if args.deepspeed_config:
         import deepspeed
         model = deepspeed.initialize(model=model, config=config)[0].module
     return model.to(device).eval()
-
-
-def stage_3_of(path):
-    """What DeepSpeed's JSON file says of ZeRO; InputError where it is not of stage 3."""
-    try:
-        zero = json.loads(Path(path).read_text(encoding="utf-8"))["zero_optimization"]
-        if zero["stage"] != 3:
-            raise ValueError(f"only stage 3 shards weights, not {zero['stage']}")
-        return zero
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise InputError(f"--deepspeed_config {path}: {error!r}") from None
-
-
-# ------------------------------------------------------- answers as rows that outlive a kill
-
-def unanswered(records, rows):
-    """The records that `rows`, by problem_id as text, has no answer to; what failed comes last."""
-    todo = [r for r in records if "output" not in rows.get(str(r["problem_id"]), {})]
-    return sorted(todo, key=lambda r: str(r["problem_id"]) in rows)
-
-
-def read_rows(output, stem, configuration):
-    """Rows of all ranks and runs, by problem_id as text; an answer wins over an earlier skip."""
-    rows = {}
-    for path in sorted(Path(output).glob(f"{escape(stem)}.rank*.jsonl")):
-        first, *others = whole_rows(path) or [configuration]
-        for key, value in configuration.items():
-            if first.get(key) != value:
-                raise InputError(f"{path} has rows with another {key}: {str(first.get(key))[:60]}, "
-                                 f"not {str(value)[:60]}; write to another place")
-        for row in others:
-            if "output" not in rows.get(str(row["problem_id"]), {}):
-                rows[str(row["problem_id"])] = row
-    return rows
-
-
-HASHED_BLOCKS, BLOCK_BYTES = 64, 4096  # of each weight file: seconds for any size of model
-
-
-def model_hash(model):
-    """A hash of config.json and, of every weight file, its name, size and some blocks spread
-    evenly: it tells two checkpoints of a run apart without reading all of either."""
-    import huggingface_hub
-    try:
-        folder = model if Path(model).is_dir() else huggingface_hub.snapshot_download(
-            model, allow_patterns=["*.json", "*.safetensors"])
-        digest = hashlib.sha256((Path(folder) / "config.json").read_bytes())
-        for path in sorted(Path(folder).glob("*.safetensors")):
-            size = path.stat().st_size
-            digest.update(f"{path.name} {size}".encode())
-            with path.open("rb") as file:
-                for block in range(HASHED_BLOCKS):
-                    file.seek(size * block // HASHED_BLOCKS)
-                    digest.update(file.read(BLOCK_BYTES))
-    except (OSError, ValueError) as error:
-        raise InputError(f"cannot read --model {model}: {error}") from None
-    return digest.hexdigest()
 
 
 if __name__ == "__main__":

@@ -8,9 +8,12 @@
         --model Qwen/Qwen2.5-VL-72B-Instruct --api_base http://localhost:8000/v1
 
 A benchmark of BENCHMARKS is read from the released eval_*.json or from its own release (the file,
-or the folder it was downloaded to); under another name, a file of records. Scores:
+or the folder it was downloaded to; parquet needs pyarrow); under another name, a file of records.
+Scores:
 
-    score      what the benchmark counts, MRA for VSI-Bench's numbers; rows "mean of ..." combine it
+    score      what the benchmark counts, MRA for VSI-Bench's numbers. "mean of types": every problem
+               type has one vote (numbers by mra_released); "mean of tasks": every task has one, the
+               easy, medium and hard form of a task together (numbers by mra)
     accuracy   mean accuracy reward; regression counts with its graded reward, not with its MRA
     correct    share of accuracy rewards >= --correct_threshold
     mra        mean relative accuracy as VSI-Bench defines it; mra_released: as the paper's code
@@ -27,7 +30,8 @@ one, in every place): motion; blind (grey in every place): sight. The prompt's t
 timing stay. --judge asks a large model which questions need temporal reasoning and which responses
 use it (Figure 6).
 
-Every rank answers a share, with the whole model or through --api_base. --output (one folder for all
+Every rank answers a share, with the whole model or through --api_base: a server gets pictures
+without timing, so its scores are not those of the same model here. --output (one folder for all
 ranks) gets `<name>_<frames>_<order>.rank<r>.jsonl` with a row for each answer, the same name .json
 with scores, settings and graded rows, `<name>.records.json` (a benchmark's questions) and
 `skipped.jsonl`. The same command, on any number of ranks, resumes by problem_id.
@@ -43,8 +47,8 @@ import re
 import time
 from collections import Counter, defaultdict
 from fractions import Fraction
-from functools import cached_property, partial
-from itertools import islice, product
+from functools import partial
+from itertools import product
 from pathlib import Path
 from typing import Callable, NamedTuple
 
@@ -52,33 +56,30 @@ import numpy as np
 import torch
 import torch.distributed as dist
 from PIL import Image
-from torch.utils.data import DataLoader
 
-from annotate import (FRAME_STREAM, LONGEST_WAIT, add_asking_flags, api_messages, ask_model,
-                      ask_server, load_answering_model, model_hash, precision, read_rows,
-                      record_generator, unanswered)
-from build_data import (ANSWER_SUFFIX, TEMPLATE, FlagParser, InputError, MediaError, above,
-                        add_machine_flags, add_media_flags, as_in_file, encode, letter, lettered,
-                        load_processor, load_records, load_vision_of, make_folder_of, provenance,
-                        row_writer, run_script, setup_distributed, shuffle_frames, skip_row,
-                        write_whole)
+from annotate import (Asker, add_asking_flags, api_messages, ask_all, configuration_of, read_rows,
+                      record_seed, refuse_repeated_ids)
+from build_data import (FlagParser, InputError, MediaError, above, add_machine_flags,
+                        add_media_flags, as_in_file, encode, letter, lettered, load_records,
+                        load_vision_of, make_folder_of, provenance, row_writer, run_script,
+                        seeded_generator, shuffle_frames, skip_row, write_whole)
 from rewards import accuracy_reward, extract_answer, format_reward, parse_number
 
 ORDERS = ("ordered", "shuffled", "reversed", "single_frame", "blind")
 GREY = 128  # the middle of 0 to 255
-WINDOW = 2  # batches of decoded samples among which similar lengths are looked for
 
 
 def parse_args(argv=None):
     parser = FlagParser(description=__doc__.split("\n")[0])
     add = parser.add_argument
-    # what to do
-    add("--benchmark", type=named_file, nargs="+", metavar="NAME=FILE",
-        help="questions and the name of their results; vsibench, videommmu, mmvu, mvbench, "
-             "tempcompass and videomme also as released: FILE may be the release's folder")
-    add("--judge", nargs="+", metavar="RESULT", help="result files: does --model find temporal "
-        "reasoning in their responses")
-    add("--diff", nargs=2, metavar=("A", "B"), help="two result files: what changed from A to B")
+    # what to do: one of three
+    what = parser.add_mutually_exclusive_group(required=True).add_argument
+    what("--benchmark", type=named_file, nargs="+", metavar="NAME=FILE",
+         help="questions and the name of their results; vsibench, videommmu, mmvu, mvbench, "
+              "tempcompass and videomme also as released: FILE may be the release's folder")
+    what("--judge", nargs="+", metavar="RESULT", help="result files: does --model find temporal "
+         "reasoning in their responses")
+    what("--diff", nargs=2, metavar=("A", "B"), help="two result files: what changed from A to B")
     add("--compare", choices=("paper",), help="print the paper's Table 1 beside these results")
     add("--model", help="Hugging Face directory or name of the model to evaluate, or to judge with")
     add("--output", help="folder for rows and results; completed if it has some")
@@ -91,7 +92,13 @@ def parse_args(argv=None):
     add_media_flags(add, max_frames=None, max_pixels=256 * 28 * 28)
     add_asking_flags(add, temperature=0.01, top_p=0.001, max_new_tokens=1024)
     add_machine_flags(add)
-    return parser.parse_args(argv)
+    parser.set_defaults(samples=1, deepspeed_config=None)  # one answer, of a whole model
+    args = parser.parse_args(argv)
+    if not (args.diff or args.model and args.output):
+        parser.error("--model and --output are needed (only --diff does without)")
+    if min(args.frames) < args.min_frames:
+        parser.error(f"--frames {min(args.frames)} is below --min_frames {args.min_frames}")
+    return args
 
 
 def named_file(text):
@@ -100,17 +107,6 @@ def named_file(text):
         raise argparse.ArgumentTypeError(
             f"{text} is not NAME=FILE with a name of letters, digits, '_', '.' and '-'")
     return text
-
-
-def check_flags(args):
-    """Raises InputError for values that no run can work with."""
-    needed = {"--output": args.output, "--model": args.model,
-              "--benchmark or --judge": args.benchmark or args.judge}
-    for flag, value in needed.items():
-        if not value:
-            raise InputError(f"{flag} is needed (only --diff does without)")
-    if min(args.frames) < args.min_frames:
-        raise InputError(f"--frames {min(args.frames)} is below --min_frames {args.min_frames}")
 
 
 # ---------------------------------------------- the benchmarks: releases to records
@@ -675,9 +671,7 @@ def read_benchmarks(args):
             raise InputError(f"--benchmark has two files named {name}")
         records = (read_benchmark(name, path, args) if name in BENCHMARKS
                    else load_records(path, args.media_root))
-        problem_id, count = Counter(str(r["problem_id"]) for r in records).most_common(1)[0]
-        if count > 1:
-            raise InputError(f"{path}: {count} records have the problem_id {problem_id}")
+        refuse_repeated_ids(path, records)
         if not any(os.path.exists(record["media_path"]) for record in records):
             raise InputError(f"{path}: none of its media is there, the first would be "
                              f"{records[0]['media_path']}; give their folder as --media_root")
@@ -685,14 +679,14 @@ def read_benchmarks(args):
     return benchmarks
 
 
-def reorder(vision, order, generator):
+def reorder(vision, order, seed):
     """The medium as `order`, one of ORDERS, shows it; sizes, timing and token count are kept."""
     frames = vision.frames  # (T, C, H, W)
     if frames is None:
         grey = Image.new("RGB", vision.image.size, (GREY, GREY, GREY))
         return vision._replace(image=grey) if order == "blind" else vision
     if order == "shuffled":
-        frames = shuffle_frames(frames, generator)
+        frames = shuffle_frames(frames, seeded_generator(seed))
     elif order == "reversed":
         frames = frames.flip(0)
     elif order == "single_frame":
@@ -709,7 +703,7 @@ def prompt_of(processor, args, record):
         vision = load_vision_of(record, args)
     except MediaError as error:
         return skip_row(record, error)
-    vision = reorder(vision, args.order, record_generator(args.seed, record, FRAME_STREAM))
+    vision = reorder(vision, args.order, record_seed(args.seed, record))
     frames = vision.frames  # (T, C, H, W)
     size = [1, *vision.image.size[::-1]] if frames is None else [*frames[:, 0].shape]
     if processor is None:
@@ -718,19 +712,6 @@ def prompt_of(processor, args, record):
 
 
 # ------------------------------------------------------------- answers, and what a run leaves
-
-class Run:
-    """What every question of a run needs; `configuration` is what its answers have in common."""
-
-    def __init__(self, args, processor, configuration):
-        self.args, self.processor, self.configuration = args, processor, configuration
-        self.rank, self.device = setup_distributed(args)
-        self.ranks = dist.new_group(backend="gloo", timeout=LONGEST_WAIT)
-
-    @cached_property
-    def model(self):  # loaded when the first question needs it
-        return load_answering_model(self.args, self.processor.tokenizer, self.device)
-
 
 def row_of(sample, answers, seconds):
     """The row of a record's response."""
@@ -741,36 +722,12 @@ def row_of(sample, answers, seconds):
         "prompt_tokens": sample["inputs"]["input_ids"].shape[1]}
 
 
-def by_length(samples, size):
-    """Lists of up to `size` samples, out of each WINDOW * size neighbours those of like length."""
-    samples = iter(samples)
-    while window := list(islice(samples, WINDOW * size)):
-        window.sort(key=lambda s: s["inputs"]["input_ids"].shape[1] if "inputs" in s else 0)
-        yield from (window[i:i + size] for i in range(0, len(window), size))
-
-
-def answers(run, stem, records, configuration, as_prompt):
-    """The rows of all ranks and runs, after each rank has asked a share of what was missing;
-    as_prompt(record) is what prompt_of returns."""
-    args, output = run.args, Path(run.args.output)
-    todo = unanswered(records, read_rows(output, stem, configuration))
-    dist.barrier(run.ranks)  # all ranks have read the rows before one adds to them
-    if share := todo[run.rank::dist.get_world_size()]:
-        # the next window is decoded while this one is answered
-        ahead = -(-WINDOW * args.batch_size // args.num_workers) if args.num_workers else None
-        prompts = DataLoader(share, batch_size=None, collate_fn=as_prompt,
-                             num_workers=args.num_workers, prefetch_factor=ahead)
-        path = output / f"{stem}.rank{run.rank}.jsonl"
-        with row_writer(path, len(share), configuration, run.rank != 0) as write:
-            if args.api_base:
-                ask_server(prompts, 1, row_of, write, args, len(todo) < len(records))
-            else:
-                for samples in by_length(prompts, args.batch_size):
-                    write(ask_model(run.model, run.processor.tokenizer, samples, row_of, args.seed))
-    dist.barrier(run.ranks)
-    rows = read_rows(output, stem, configuration)
+def answers(asker, stem, records, configuration, prompt_of):
+    """annotate.ask_all in --output, where skipped.jsonl then names the records without a row."""
+    output = Path(asker.args.output)
+    rows = ask_all(asker, output, stem, records, configuration, prompt_of, row_of)
     skipped = [{"result": stem, **row} for row in rows.values() if "reason" in row]
-    if skipped and run.rank == 0:
+    if skipped and asker.rank == 0:
         with row_writer(output / "skipped.jsonl", len(skipped), quiet=True) as write:
             write(skipped)
     return rows
@@ -779,18 +736,6 @@ def answers(run, stem, records, configuration, as_prompt):
 def hash_of(value):
     """A hash of what JSON can hold, whatever the order of its keys."""
     return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()
-
-
-def shared_configuration(args, processor):
-    """What answers depend on, beside records and frames: rows made with another are refused."""
-    flags = ("min_frames", "fps", "min_pixels", "max_pixels", "image_min_pixels",
-             "image_max_pixels", "temperature", "top_p", "max_new_tokens", "seed")
-    engine = {"engine": "api", "model": args.model} if args.api_base else {
-        "engine": "transformers", "model_sha256": model_hash(args.model),
-        "dtype": str(precision()), "attn_implementation": args.attn_implementation,
-        "chat_template": processor.chat_template}
-    return {flag: getattr(args, flag) for flag in flags} | engine | {
-        "template": TEMPLATE, "answer_suffix": ANSWER_SUFFIX}
 
 
 def plan(args, benchmarks, shared):
@@ -889,36 +834,36 @@ def judge_prompt_of(processor, record):
     return sample | {"inputs": dict(processor(text=[prompt], return_tensors="pt"))}
 
 
-def verdicts(run, stem, prompt, rows):
+def verdicts(asker, configuration, stem, prompt, rows):
     """{problem_id as text: True or False} by the judge, for the rows of a result it decides on."""
     records = []
     for row in rows:
         question = "\n".join([row["problem"], *(row.get("options") or [])])
         text = prompt.format_map({"question": question, "output": row["output"]})
         records.append({"problem_id": row["problem_id"], "path": row["path"], "judge_prompt": text})
-    configuration = run.configuration | {"records_sha256": hash_of(records)}
-    said = answers(run, stem, records, configuration, partial(judge_prompt_of, run.processor))
+    configuration = configuration | {"records_sha256": hash_of(records)}
+    said = answers(asker, stem, records, configuration, partial(judge_prompt_of, asker.processor))
     found = {key: verdict(row["output"]) for key, row in said.items() if "output" in row}
     return {key: value for key, value in found.items() if value is not None}
 
 
-def judge(run, path):
+def judge(asker, configuration, path):
     """[{"uses": whether the response uses temporal reasoning, "path" of its medium}, ...] for the
     questions of a result file that need it. Leaves <stem>.judge.json; what the judge does not
     decide is in neither."""
     rows = {str(row["problem_id"]): row for row in read_result(path)["rows"]}
-    args, stem = run.args, Path(path).stem
-    needs = verdicts(run, f"{stem}.questions", JUDGE_QUESTION, rows.values())
+    args, stem, ask = asker.args, Path(path).stem, partial(verdicts, asker, configuration)
+    needs = ask(f"{stem}.questions", JUDGE_QUESTION, rows.values())
     needed = [row for key, row in rows.items() if needs.get(key)]
-    uses = verdicts(run, f"{stem}.responses", JUDGE_RESPONSE, needed)
+    uses = ask(f"{stem}.responses", JUDGE_RESPONSE, needed)
     found = [{"uses": value, "path": rows[key]["path"]} for key, value in uses.items()]
-    if run.rank == 0:
+    if asker.rank == 0:
         print(f"{stem}: {len(rows)} questions answered, {len(needs)} judged, {len(needed)} need "
               "temporal reasoning")
         write_whole({f"{args.output}/{stem}.judge.json": [json.dumps({
             "questions": len(rows), "judged": len(needs), "needs": len(needed),
             "uses": measure(found, ["uses"], args.seed).get("uses"), "judge": args.model,
-            "configuration": run.configuration, "prompts": [JUDGE_QUESTION, JUDGE_RESPONSE],
+            "configuration": configuration, "prompts": [JUDGE_QUESTION, JUDGE_RESPONSE],
             **provenance(),
             "rows": [{"problem_id": row["problem_id"], "needs": needs[key], "uses": uses.get(key)}
                      for key, row in rows.items() if key in needs]}, indent=1)]})
@@ -932,20 +877,18 @@ def main(args):
         print("\n".join(difference(*map(read_result, args.diff))))
         return
     # --------------------------------------------- inputs, checked before a model is loaded
-    check_flags(args)
     make_folder_of(Path(args.output) / "skipped.jsonl")
     benchmarks = {} if args.judge else read_benchmarks(args)
     for path in args.judge or ():
         read_result(path)
-    processor = None if args.api_base else load_processor(args)
-    shared = shared_configuration(args, processor)
+    asker = Asker(args)
+    shared = configuration_of(asker)
     tasks = plan(args, benchmarks, shared)
-    run = Run(args, processor, shared)
 
     # ------------------------------------------------------------------- verdicts of a judge
     if args.judge:
-        uses = [row for path in args.judge for row in judge(run, path)]
-        if run.rank == 0:  # Figure 6's number
+        uses = [row for path in args.judge for row in judge(asker, shared, path)]
+        if asker.rank == 0:  # Figure 6's number
             share = cell(measure(uses, ["uses"], args.seed).get("uses"))
             print(f"temporal reasoning in {share or '-'} % of {len(uses)} responses to questions "
                   "that need it")
@@ -955,11 +898,11 @@ def main(args):
     for name, records, configuration in tasks:
         frames = configuration["frames"]
         limits = argparse.Namespace(**vars(args), max_frames=frames)
-        rows = answers(run, f"{name}_{frames}_{args.order}", records, configuration,
-                       partial(prompt_of, processor, limits))
-        if run.rank == 0:
+        rows = answers(asker, f"{name}_{frames}_{args.order}", records, configuration,
+                       partial(prompt_of, asker.processor, limits))
+        if asker.rank == 0:
             write_result(args, name, records, configuration, rows)
-    if run.rank == 0:
+    if asker.rank == 0:
         names = re.compile(rf"({'|'.join(BENCHMARKS)})_\d+_(ordered|{args.order})[.]json")
         results = [read_result(path) for path in Path(args.output).iterdir()
                    if names.fullmatch(path.name)]

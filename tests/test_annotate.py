@@ -5,6 +5,7 @@ import errno
 import io
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -96,7 +97,7 @@ HI = [{"role": "user", "content": "Hi"}]
 
 def ask(server, n=1, *more):
     with requests.Session() as session:
-        return ask_api(session, flags(server, *more), HI, n, seed=5)
+        return ask_api(session, flags(server, "--samples", str(n), *more), HI, seed=5)
 
 
 # ----------------------------------------------------------------------------- the server
@@ -213,24 +214,27 @@ def test_a_value_that_a_flag_cannot_have_is_told_at_once(flag, value, told, caps
 
 @pytest.mark.parametrize("more, told", [
     (["--samples", "2", "--temperature", "0"], "--samples 2 at --temperature 0 are all the same"),
-    (["--api_base", "http://x", "--deepspeed_config", "x"], "--deepspeed_config is for a model on"),
+    (["--api_base", "http://x", "--deepspeed_config", f"{ROOT}/ds_zero3.json"],
+     "--deepspeed_config is for a model on"),
     (["--out", "cot.jsonl"], "--out cot.jsonl must end in .json")])
-def test_flags_that_do_not_go_together_are_told_before_anything_is_read(more, told):
-    with pytest.raises(InputError, match=told):
-        annotate.main(parse_args(["--model", "absent", "--data", "absent", "--out", "o.json",
-                                  *more]))
+def test_flags_that_do_not_go_together_are_told_before_anything_is_read(more, told, capsys):
+    with pytest.raises(SystemExit):
+        parse_args(["--model", "absent", "--data", "absent", "--out", "o.json", *more])
+    assert told in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("text, told", [
     (None, "No such file"), ("{", "JSONDecodeError"), ("{}", "zero_optimization"),
     ("[]", "TypeError"),
     ('{"zero_optimization": {"stage": 2}}', "only stage 3 shards weights, not 2")])
-def test_a_deepspeed_config_that_shards_no_weights_is_a_clear_error(tmp_path, text, told):
+def test_a_deepspeed_config_that_shards_no_weights_is_a_clear_error(tmp_path, text, told, capsys):
     path = tmp_path / "ds.json"
     if text is not None:
         path.write_text(text)
-    with pytest.raises(InputError, match=f"--deepspeed_config .*ds.json: .*{told}"):
-        annotate.stage_3_of(path)
+    with pytest.raises(SystemExit):
+        parse_args(["--model", "m", "--data", "d", "--out", "o.json", "--deepspeed_config",
+                    str(path)])
+    assert re.search(f"--deepspeed_config: .*ds.json: .*{told}", capsys.readouterr().err)
 
 
 def test_a_bad_request_is_not_repeated_and_a_wrong_key_ends_the_run():
@@ -258,7 +262,7 @@ def test_four_requests_at_a_time_need_four_connections_in_all():
     samples = [{"record": {"problem_id": i, "path": ""}, "messages": HI} for i in range(20)]
     rows = []
     with Server(answer) as server:
-        annotate.ask_server(samples, 1, annotate.row_of, rows.extend,
+        annotate.ask_server(samples, annotate.row_of, rows.extend,
                             flags(server, "--concurrency", "4"))
         assert len(server.requests) == 20 and len(server.clients) == 4
         assert len({body["seed"] for _, _, body, _ in server.requests}) == 20
@@ -456,6 +460,14 @@ def test_a_run_resumes_and_filters_again_and_sft_trains_on_the_result(toy, right
     assert (tmp_path / "sft" / "model.safetensors").exists()
 
 
+def test_a_repeated_problem_id_is_refused(toy, tmp_path):
+    records = json.loads((toy / "train.json").read_text())
+    (tmp_path / "twice.json").write_text(json.dumps(records + records[3:4]))
+    with pytest.raises(InputError, match="2 records have the problem_id 3"):
+        annotate_here("--model", "m", "--data", tmp_path / "twice.json", "--media_root", toy,
+                      "--out", tmp_path / "o.json", "--api_base", "http://x")
+
+
 def test_a_medium_that_cannot_be_read_costs_its_record_and_is_named(toy, tmp_path):
     records = json.loads((toy / "train.json").read_text())[:3]
     records[1]["path"] = "./media/absent.mp4"
@@ -562,11 +574,15 @@ def test_killed_in_the_middle_it_loses_no_answer_that_had_come(toy, right, tmp_p
         assert len(server.requests) == len(records) - 6
 
 
-def test_a_model_on_this_machine_gives_each_record_its_samples(toy, tmp_path):
-    annotate_here(f"@{toy}/annotate.args", "--model", toy / "model", "--samples", 2,
-                  "--max_new_tokens", 8, "--num_workers", 0, "--out", tmp_path / "cot.json")
+def test_a_model_on_this_machine_gives_each_record_its_samples(toy, tmp_path, monkeypatch):
+    """Not loaded again where no answer is missing."""
+    command = (f"@{toy}/annotate.args", "--model", toy / "model", "--samples", 2,
+               "--max_new_tokens", 8, "--num_workers", 0, "--out", tmp_path / "cot.json")
+    annotate_here(*command)
+    monkeypatch.setattr(annotate, "load_answering_model", None)
+    annotate_here(*command)
     rows = list(map(json.loads, (tmp_path / "cot.rank0.jsonl").read_text().splitlines()))[1:]
-    assert [row["problem_id"] for row in rows] == list(range(32))
+    assert sorted(row["problem_id"] for row in rows) == list(range(32))
     assert all(len(row["output"]) == len(row["tokens"]) == 2 for row in rows)
     assert all(0 < tokens <= 8 for row in rows for tokens in row["tokens"])
     assert len({text for row in rows for text in row["output"]}) > 32  # the samples differ
@@ -576,8 +592,8 @@ def test_a_model_on_this_machine_gives_each_record_its_samples(toy, tmp_path):
 
 
 def test_a_model_in_parts_on_two_ranks_answers_like_a_whole_one(toy, tmp_path):
-    """Greedy, images and videos mixed, in batches of 5: ranks of 4 and 3 batches, and nothing in
-    the second rank's first batch can be read."""
+    """Greedy, images and videos mixed, in batches of 5: ranks of 4 and 2 batches, as a third of
+    the second rank's media cannot be read."""
     records = json.loads((toy / "train.json").read_text())[:31]
     for record in records[1:10:2]:
         record["path"] = "./media/absent.mp4"

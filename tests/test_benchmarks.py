@@ -23,7 +23,8 @@ LIMITS = {"max_frames": 8, "min_frames": 4, "fps": 2, "min_pixels": 784, "max_pi
 
 def read(name, path, tmp_path, *more):
     """The records of a benchmark, by problem_id."""
-    args = evaluate.parse_args(["--output", str(tmp_path / "out"), *more])
+    args = evaluate.parse_args(["--benchmark", f"{name}={path}", "--model", "m", "--output",
+                                str(tmp_path / "out"), *more])
     (tmp_path / "out").mkdir(exist_ok=True)
     return {record["problem_id"]: record
             for record in evaluate.read_benchmark(name, path, args)}
@@ -438,7 +439,7 @@ def result_file(path, outputs, seed=0):
 
 
 def test_two_results_are_compared_by_question_without_a_model(tmp_path, capsys, monkeypatch):
-    monkeypatch.setattr(evaluate, "setup_distributed", None)
+    monkeypatch.setattr(evaluate, "Asker", None)
     files = [result_file(tmp_path / "a.json", "ABB "), result_file(tmp_path / "b.json", "BAAA")]
     main("--diff", *files)
     lines = capsys.readouterr().out.splitlines()

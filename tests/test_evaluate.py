@@ -7,6 +7,7 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from types import SimpleNamespace
 from unittest.mock import patch
 
 import numpy as np
@@ -173,15 +174,14 @@ def first_values(vision):
 
 def test_shuffled_frames_are_another_order_of_the_same_frames():
     for seed in range(50):
-        generator = build_data.seeded_generator(seed)
-        shuffled = first_values(evaluate.reorder(video(2 + seed % 3), "shuffled", generator))
+        shuffled = first_values(evaluate.reorder(video(2 + seed % 3), "shuffled", seed))
         assert sorted(shuffled) == list(range(2 + seed % 3)) != shuffled
 
 
 def test_each_record_has_its_own_shuffle_whatever_else_is_evaluated():
     def shuffled(problem_id, seed=0):
-        generator = evaluate.record_generator(seed, {"problem_id": problem_id}, 1)
-        return first_values(evaluate.reorder(video(16), "shuffled", generator))
+        own = annotate.record_seed(seed, {"problem_id": problem_id})
+        return first_values(evaluate.reorder(video(16), "shuffled", own))
     assert shuffled(7) == shuffled(7) != shuffled(8) and shuffled(7) != shuffled(7, seed=1)
 
 
@@ -206,7 +206,7 @@ def test_prompts_of_all_orders_differ_in_pixels_alone(toy):
     records = load_records(toy / "test.json")
     args = evaluate.parse_args(flags(toy, "unused"))
     args.max_frames = 8
-    processor = evaluate.load_processor(args)
+    processor = build_data.load_processor(args)
     record = next(r for r in records if r["data_source"] == "toy/direction_agree")
     encoded = {}
     for args.order in evaluate.ORDERS:
@@ -218,10 +218,16 @@ def test_prompts_of_all_orders_differ_in_pixels_alone(toy):
 
 # ------------------------------------------------------------------------------- generation
 
+def responses(model, samples, seed):
+    """(ids, how many, whether it was cut off) of the one response to each sample."""
+    tokenizer = SimpleNamespace(decode=lambda ids, skip_special_tokens: tuple(ids))
+    return [answer for answer, in annotate.respond(model, tokenizer, samples, seed)]
+
+
 def test_a_padded_batch_of_videos_and_images_is_answered_like_one_by_one(toy):
     args = evaluate.parse_args(flags(toy, "unused", "--temperature", 0, "--max_new_tokens", 24))
-    processor = evaluate.load_processor(args)
-    model = evaluate.load_answering_model(args, processor.tokenizer, torch.device("cpu"))
+    processor = build_data.load_processor(args)
+    model = annotate.load_answering_model(args, processor.tokenizer, torch.device("cpu"))
     with torch.no_grad():  # as initialised, it answers every question alike
         for parameter in model.model.parameters():
             parameter.mul_(2 if parameter.ndim > 1 else 1)
@@ -230,33 +236,33 @@ def test_a_padded_batch_of_videos_and_images_is_answered_like_one_by_one(toy):
                for record in load_records(toy / "test.json")[:12]]
     assert len({sample["inputs"]["input_ids"].shape[1] for sample in samples}) > 1
     assert {sample["record"]["data_type"] for sample in samples} == {"image", "video"}
-    together = annotate.respond(model, samples, 0)
-    assert together == [annotate.respond(model, [sample], 0)[0] for sample in samples]
-    assert len({tuple(ids) for ids, _ in together}) > 1  # not equal for a trivial reason
+    together = responses(model, samples, 0)
+    assert together == [responses(model, [sample], 0)[0] for sample in samples]
+    assert len({ids for ids, *_ in together}) > 1  # not equal for a trivial reason
 
 
 def test_samples_of_like_length_are_batched_together_and_none_is_lost():
     def sample(length):
-        return {"inputs": {"input_ids": torch.zeros(1, length)}} if length else {"reason": "broken"}
-    lengths = [9, 1, 8, 0, 7, 3]  # a window is WINDOW * 2 = 4 samples
-    batches = [[s["inputs"]["input_ids"].shape[1] if "inputs" in s else 0 for s in batch]
-               for batch in evaluate.by_length(map(sample, lengths), 2)]
-    assert evaluate.WINDOW == 2 and batches == [[0, 1], [8, 9], [3, 7]]
+        return {"inputs": {"input_ids": torch.zeros(1, length)}}
+    lengths = [9, 1, 8, 2, 7, 3, 5]  # a window is WINDOW * 2 = 4 samples
+    batches = [[s["inputs"]["input_ids"].shape[1] for s in batch]
+               for batch in annotate.by_length(map(sample, lengths), 2)]
+    assert annotate.WINDOW == 2 and batches == [[1, 2], [8, 9], [3, 5], [7]]
 
 
 def test_vision_tokens_are_not_sampled_and_draws_repeat_with_the_seed(toy):
     args = evaluate.parse_args(flags(toy, "unused", "--temperature", 3, "--top_p", 1,
                                      "--max_new_tokens", 40))
-    processor = evaluate.load_processor(args)
-    model = evaluate.load_answering_model(args, processor.tokenizer, torch.device("cpu"))
+    processor = build_data.load_processor(args)
+    model = annotate.load_answering_model(args, processor.tokenizer, torch.device("cpu"))
     assert model.generation_config.top_k == 0  # a default of 50 would cut the distribution
     args.max_frames = 8
     samples = [evaluate.prompt_of(processor, args, record)
                for record in load_records(toy / "test.json")[:8]]
-    first = annotate.respond(model, samples, 0)
-    assert first == annotate.respond(model, samples, 0) != annotate.respond(model, samples, 1)
+    first = responses(model, samples, 0)
+    assert first == responses(model, samples, 0) != responses(model, samples, 1)
     pads = processor.tokenizer.convert_tokens_to_ids(list(build_data.FORBIDDEN_TOKENS))
-    assert len(pads) == 5 and not {token for ids, _ in first for token in ids} & set(pads)
+    assert len(pads) == 5 and not {token for ids, *_ in first for token in ids} & set(pads)
 
 
 def test_a_response_ends_with_its_first_end_token():
@@ -399,14 +405,12 @@ def test_the_defaults_are_the_papers():
 @pytest.mark.parametrize("more, message", [
     (["--benchmark", "toy=absent.json"], "absent.json"),
     (["--benchmark", "a=TOY/test.json", "a=TOY/train.json"], "two files named a"),
-    (["--output", ""], "--output is needed"),
     (["--output", "TOY/test.json"], "cannot write .*/test.json"),
-    (["--frames", "2"], "--frames 2 is below --min_frames 4"),
     (["--model", "no/model/here"], "--model no/model/here has no usable processor"),
 ])
 def test_bad_flags_end_in_one_sentence_before_the_model_is_loaded(
         toy, tmp_path, monkeypatch, more, message):
-    monkeypatch.setattr(evaluate, "load_answering_model", None)
+    monkeypatch.setattr(annotate, "load_answering_model", None)
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
     more = [text.replace("TOY", str(toy)) for text in more]
     with pytest.raises(InputError, match=message):
@@ -419,6 +423,9 @@ def test_bad_flags_end_in_one_sentence_before_the_model_is_loaded(
     (["--batch_size", "0"], "--batch_size: 0 must be above 0"),
     (["--top_p", "0"], "--top_p: 0 must be above 0"),
     (["--frames", "16", "0"], "--frames: 0 must be above 0"),
+    (["--frames", "2"], "--frames 2 is below --min_frames 4"),
+    (["--output", ""], "--model and --output are needed"),
+    (["--judge", "result.json"], "--judge: not allowed with argument --benchmark"),
 ])
 def test_a_value_that_no_run_can_use_is_refused_at_its_flag(toy, capsys, more, message):
     with pytest.raises(SystemExit):
@@ -426,9 +433,10 @@ def test_a_value_that_no_run_can_use_is_refused_at_its_flag(toy, capsys, more, m
     assert message in capsys.readouterr().err
 
 
-def test_a_run_without_anything_to_do_is_told_what_it_needs(tmp_path):
-    with pytest.raises(InputError, match="--benchmark or --judge is needed"):
+def test_a_run_without_anything_to_do_is_told_what_it_needs(tmp_path, capsys):
+    with pytest.raises(SystemExit):
         main("--model", "m", "--output", tmp_path)
+    assert "one of the arguments --benchmark --judge --diff is required" in capsys.readouterr().err
 
 
 def test_a_repeated_problem_id_is_refused(toy, tmp_path):
@@ -442,7 +450,7 @@ def test_rows_of_another_configuration_are_refused_and_named(toy, tmp_path, monk
     model = tmp_path / "model"
     shutil.copytree(toy / "model", model)
     run(toy, tmp_path / "out", "--model", model)
-    monkeypatch.setattr(evaluate, "load_answering_model", None)
+    monkeypatch.setattr(annotate, "load_answering_model", None)
     with pytest.raises(InputError, match="rows with another max_new_tokens: 12, not 13"):
         run(toy, tmp_path / "out", "--model", model, "--max_new_tokens", 13)
     with pytest.raises(InputError, match="rows with another max_pixels"):
