@@ -62,9 +62,9 @@ from build_data import (ANSWER_SUFFIX, TEMPLATE, UNUSABLE, FlagParser, InputErro
                         Vision, above, add_machine_flags, add_media_flags, as_in_file, at_least,
                         build_messages, encode, encode_blank, forbidden_tokens, image_as_video,
                         json_list, load_model, load_processor, load_records, load_vision_of,
-                        make_folder_of, markdown, pad_batch, part_of, row_writer, run_script,
-                        seeded_generator, setup_distributed, skip_row, stop_tokens, whole_rows,
-                        write_whole)
+                        make_folder_of, markdown, pad_batch, part_of, read_file, row_writer,
+                        run_script, seeded_generator, setup_distributed, skip_row, stop_tokens,
+                        whole_rows, write_whole)
 from rewards import (WORD, accuracy_reward, choice_letter, extract_answer, format_reward,
                      parse_number)
 
@@ -120,11 +120,11 @@ def parse_args(argv=None):
 def stage_3(path):
     """A flag's type: what a JSON file of DeepSpeed's says of ZeRO, if that is stage 3."""
     try:
-        zero = json.loads(Path(path).read_text(encoding="utf-8"))["zero_optimization"]
+        zero = read_file(path)["zero_optimization"]
         if zero["stage"] != 3:
             raise ValueError(f"only stage 3 shards weights, not {zero['stage']}")
         return zero
-    except (OSError, ValueError, KeyError, TypeError) as error:
+    except (ValueError, KeyError, TypeError) as error:
         raise argparse.ArgumentTypeError(f"{path}: {error!r}") from None
 
 

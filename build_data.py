@@ -80,16 +80,10 @@ def load_records(path, media_root=None) -> list[dict]:
     Each record gains `media_path`, its path below media_root (default: the file's own folder).
     Raises InputError naming file, problem_id and field; media are not opened here.
     """
-    path = Path(path)
-    try:
-        text = path.read_text(encoding="utf-8")
-        records = json.loads(text) if text.lstrip().startswith("[") else [
-            json.loads(line) for line in text.split("\n") if line.strip()]
-    except (OSError, ValueError) as error:
-        raise InputError(f"cannot read {path} as a JSON list or JSON lines: {error}") from None
-    if not records:
-        raise InputError(f"{path} holds no records")
-    root = os.path.abspath(media_root or path.parent)
+    records = read_file(path)
+    if not isinstance(records, list) or not records:
+        raise InputError(f"{path} holds no list of records")
+    root = os.path.abspath(media_root or Path(path).parent)
     if not os.path.isdir(root):
         raise InputError(f"media_root {root} is not a folder")
     for i, record in enumerate(records):
@@ -672,6 +666,29 @@ def provenance() -> dict:
 
 # ---------------------------------------------------------------------------------- files
 
+def read_file(path):
+    """What a .json file holds, or the list of rows of a .jsonl, .csv or .parquet file; InputError
+    where it cannot be read."""
+    path = Path(path)
+    if path.suffix == ".parquet":
+        try:
+            from pyarrow import parquet
+        except ImportError:
+            raise InputError(f"{path} needs the package pyarrow (pip install pyarrow); releases "
+                             "as JSON need nothing") from None
+    try:
+        if path.suffix == ".parquet":
+            return parquet.read_table(path).to_pylist()
+        with path.open(encoding="utf-8-sig", newline="") as file:
+            if path.suffix == ".csv":
+                return list(csv.DictReader(file))
+            if path.suffix == ".jsonl":
+                return [json.loads(line) for line in file if line.strip()]
+            return json.load(file)
+    except (OSError, ValueError, csv.Error) as error:
+        raise InputError(f"cannot read {path}: {error}") from None
+
+
 def skip_row(record, error):
     """The line of a record whose medium, or whose answer, could not be had."""
     return {"problem_id": record["problem_id"], "path": record["path"], "reason": str(error)}
@@ -732,17 +749,19 @@ def writing(path, advice=""):
 
 
 def write_whole(files):
-    """Writes text files, {path: pieces}: each of them complete, or not at all and an InputError."""
-    for path, pieces in files.items():
-        writer = f"{os.uname().nodename}.{os.getpid()}"  # several ranks may write the same file
-        aside = Path(f"{path}.{writer}.partial")
-        with writing(path):
-            try:
-                with aside.open("w", encoding="utf-8") as file:
-                    file.writelines(pieces)
-                aside.replace(path)
-            finally:
-                aside.unlink(missing_ok=True)
+    """Writes text files, {path: pieces}: all of them complete, or none and an InputError."""
+    writer = f"{os.uname().nodename}.{os.getpid()}"  # several ranks may write the same file
+    aside = {path: Path(f"{path}.{writer}.partial") for path in files}
+    try:
+        for path, pieces in files.items():
+            with writing(path), aside[path].open("w", encoding="utf-8") as file:
+                file.writelines(pieces)
+        for path in files:
+            with writing(path):
+                aside[path].replace(path)
+    finally:
+        for path in aside.values():
+            path.unlink(missing_ok=True)
 
 
 def make_folder_of(path):
@@ -757,9 +776,11 @@ def json_list(lines):
 
 
 def markdown(rows) -> str:
-    """Rows of cells, the first the heading, as a Markdown table."""
-    heading, *others = (f"| {' | '.join(map(str, row))} |\n" for row in rows)
-    return heading + "|---" * len(rows[0]) + "|\n" + "".join(others)
+    """Rows of cells, the first the heading, as a Markdown table whose columns have one width."""
+    rows = [[str(cell) for cell in row] for row in rows]
+    widths = [max(map(len, column)) for column in zip(*rows)]
+    rows.insert(1, ["-" * width for width in widths])
+    return "".join("| " + " | ".join(map(str.ljust, row, widths)) + " |\n" for row in rows)
 
 
 # =================================================== the commands: toy, mix, check, stats
@@ -1147,7 +1168,7 @@ def from_llava(row, folder):
 @lru_cache(maxsize=1)
 def nextqa_paths(folder):
     """NExT-QA's map from video names to their paths, a file beside its questions."""
-    return next(release_rows(folder / "map_vid_vidorID.json"))
+    return read_file(folder / "map_vid_vidorID.json")
 
 
 def from_nextqa(row, folder):
@@ -1277,26 +1298,16 @@ CONVERTERS = {"video_r1": from_video_r1, "llava": from_llava, "nextqa": from_nex
               "chartqa": from_chartqa}
 
 
-def release_rows(path):
-    """The rows of a .csv, a .jsonl, or a .json: a list, an object of rows by key (each row gets
-    it as "key"), or one row alone.
-    """
-    try:
-        with open(path, encoding="utf-8-sig", newline="") as file:
-            if path.suffix == ".csv":
-                yield from csv.DictReader(file)
-            elif path.suffix == ".jsonl":
-                yield from (json.loads(line) for line in file if line.strip())
-            else:
-                rows = json.load(file)
-                if isinstance(rows, dict):
-                    keyed = all(isinstance(row, dict) for row in rows.values())
-                    rows = [{**row, "key": key} for key, row in rows.items()] if keyed else [rows]
-                if not isinstance(rows, list):
-                    raise ValueError(f"it holds a {type(rows).__name__}, no rows")
-                yield from rows
-    except (OSError, ValueError, csv.Error) as error:
-        raise InputError(f"cannot read {path}: {error}") from None
+def release_rows(path) -> list:
+    """The rows of a release's file: a list, an object of rows by key (each row gets it as "key"),
+    or one row alone."""
+    rows = read_file(path)
+    if isinstance(rows, dict):
+        keyed = all(isinstance(row, dict) for row in rows.values())
+        rows = [{**row, "key": key} for key, row in rows.items()] if keyed else [rows]
+    if not isinstance(rows, list):
+        raise InputError(f"cannot read {path}: it holds a {type(rows).__name__}, no rows")
+    return rows
 
 
 # ------------------------------------------------- mix: from sources to a file of records
@@ -1328,7 +1339,7 @@ OPENING = re.compile(r"(?:in|from|based on|according to) (?:this|the) (?:video|i
 
 def read_recipe(path) -> list[dict]:
     """The entries of a recipe file; InputError naming the entry and the key that is wrong."""
-    recipe = list(release_rows(Path(path)))
+    recipe = release_rows(path)
     for i, entry in enumerate(recipe):
         problem = entry_problem(entry)
         if problem is not None:

@@ -61,8 +61,8 @@ from annotate import (Asker, add_asking_flags, api_messages, ask_all, configurat
                       record_seed, refuse_repeated_ids)
 from build_data import (FlagParser, InputError, MediaError, above, add_machine_flags,
                         add_media_flags, as_in_file, encode, letter, lettered, load_records,
-                        load_vision_of, make_folder_of, provenance, row_writer, run_script,
-                        seeded_generator, shuffle_frames, skip_row, write_whole)
+                        load_vision_of, make_folder_of, markdown, provenance, read_file, row_writer,
+                        run_script, seeded_generator, shuffle_frames, skip_row, write_whole)
 from rewards import accuracy_reward, extract_answer, format_reward, parse_number
 
 ORDERS = ("ordered", "shuffled", "reversed", "single_frame", "blind")
@@ -536,14 +536,6 @@ def cell(value, unit=100):
     return shown[0] if len(shown) == 1 else f"{shown[0]} [{shown[1]}, {shown[2]}]"
 
 
-def table_lines(head, rows):
-    """The lines of a Markdown table whose columns have one width each."""
-    widths = [max(map(len, column)) for column in zip(head, *rows)]
-    rows = [head, ["-" * width for width in widths], *rows]
-    return ["| " + " | ".join(text.ljust(width) for text, width in zip(row, widths)) + " |"
-            for row in rows]
-
-
 def shown_groups(scores):
     """The groups to print, the benchmark's means first; and a line for each kind left out."""
     kinds = Counter(group.partition(":")[0] for group in scores)
@@ -562,7 +554,7 @@ def table(stem, scores):
     rows = [[group, f"{scores[group]['answered']}/{scores[group]['records']}",
              *(cell(scores[group].get(metric), unit) for metric, unit in units.items())]
             for group in groups]
-    return table_lines([stem, "answered", *units], rows) + hidden
+    return markdown([[stem, "answered", *units], *rows]).splitlines() + hidden
 
 
 def summary(results, compare):
@@ -586,7 +578,8 @@ def summary(results, compare):
         for line in PAPER.splitlines():
             model, *cells = map(str.strip, line.split("|"))
             rows.append([f"{model}, paper", *cells])
-    return table_lines(["Models", "Frames", *(b.title for b in BENCHMARKS.values())], rows)
+    heading = ["Models", "Frames", *(benchmark.title for benchmark in BENCHMARKS.values())]
+    return markdown([heading, *rows]).splitlines()
 
 
 def difference(a, b):
@@ -605,10 +598,11 @@ def difference(a, b):
     scores, there = (score(rows, rows, a["arguments"]["seed"], overalls, new)
                      for rows in (old, new))
     groups, hidden = shown_groups(scores)
-    lines += table_lines(["group", "questions", "A", "B", "B - A"], [
-        [group, str(scores[group]["answered"]), cell(scores[group]["score"]),
-         cell(there.get(group, {}).get("score")), cell(scores[group]["drop"])]
-        for group in groups]) + hidden
+    table = [("group", "questions", "A", "B", "B - A")] + [
+        (group, scores[group]["answered"], cell(scores[group]["score"]),
+         cell(there.get(group, {}).get("score")), cell(scores[group]["drop"]))
+        for group in groups]
+    lines += markdown(table).splitlines() + hidden
     lines += [f"{first['problem_id']}: {first['accuracy']:.2f} -> {second['accuracy']:.2f}, answer "
               f"{first['prediction'][:40]!r} -> {second['prediction'][:40]!r}, truth "
               f"{extract_answer(first['solution'])[:40]!r}: {first['problem'][:80]!r}"
@@ -618,23 +612,6 @@ def difference(a, b):
 
 
 # --------------------------------------------------------------------------------- data
-
-def read_file(path):
-    """The content of a .json, .jsonl or .parquet file."""
-    try:
-        if path.suffix == ".parquet":
-            from pyarrow import parquet
-            return parquet.read_table(path).to_pylist()
-        text = path.read_text(encoding="utf-8")
-        if path.suffix == ".jsonl":
-            return [json.loads(line) for line in text.split("\n") if line.strip()]
-        return json.loads(text)
-    except ImportError:
-        raise InputError(f"{path} needs the package pyarrow (pip install pyarrow); releases "
-                         "as JSON need nothing") from None
-    except (OSError, ValueError) as error:
-        raise InputError(f"cannot read {path}: {error}") from None
-
 
 def read_benchmark(name, path, args):
     """The records of a benchmark: a released eval_*.json, or its own release, which is converted

@@ -39,8 +39,8 @@ from tqdm import tqdm
 from build_data import (FlagParser, InputError, MediaError, above, add_machine_flags,
                         add_media_flags, as_in_file, at_least, encode, encode_blank, image_as_video,
                         load_model, load_processor, load_records, load_vision_of, pad_batch,
-                        provenance, run_script, seeded_generator, setup_distributed, skip_row,
-                        write_whole)
+                        provenance, read_file, run_script, seeded_generator, setup_distributed,
+                        skip_row, write_whole)
 
 IGNORED = -100  # label of a token without loss, as in torch's cross entropy
 
@@ -263,13 +263,9 @@ def open_run(args, records, parse_args) -> Run:
 
 def read_deepspeed_config(args):
     """The user's DeepSpeed file, completed with what this script's flags decide."""
-    try:
-        config = json.loads(Path(args.deepspeed_config).read_text(encoding="utf-8"))
-        if not isinstance(config, dict):
-            raise ValueError("not a JSON object")
-    except (OSError, ValueError) as error:
-        raise InputError(f"cannot read --deepspeed_config {args.deepspeed_config}: {error}") \
-            from None
+    config = read_file(args.deepspeed_config)
+    if not isinstance(config, dict):
+        raise InputError(f"--deepspeed_config {args.deepspeed_config} is not a JSON object")
     ours = {"train_micro_batch_size_per_gpu": 1, "gradient_accumulation_steps": 1,
             "gradient_clipping": args.max_grad_norm}
     for key in (*ours, "train_batch_size", "optimizer", "scheduler"):

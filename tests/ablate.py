@@ -38,7 +38,8 @@ import torch
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
-from build_data import FlagParser, InputError, above, run_script, write_whole  # noqa: E402
+from build_data import (FlagParser, InputError, above, markdown, run_script,  # noqa: E402
+                        write_whole)
 
 # name: what it is, extra flags of tgrpo.py (None: it is not run). In the order of running.
 CONFIGS = {
@@ -414,11 +415,6 @@ def read_results(path) -> dict:
         raise InputError(f"{path} is missing: python tests/ablate.py run makes it") from None
 
 
-def markdown(rows) -> str:
-    rows = [rows[0], ["---"] * len(rows[0]), *rows[1:]]
-    return "\n".join(f"| {' | '.join(row)} |" for row in rows)
-
-
 def tables_of(results) -> str:
     """Three tables: each configuration; what the temporal reward adds in each of its forms; and
     the rest that was measured."""
@@ -448,7 +444,8 @@ def tables_of(results) -> str:
         notes.append(f"Not run: {', '.join(absent)}.")
     if skipped := sum(run["skipped"] for run in runs):
         notes.append(f"Questions that were skipped: {skipped}.")
-    return "\n\n".join([*map(markdown, (rows, pairs, rest)), *notes])
+    tables = [markdown(table).strip() for table in (rows, pairs, rest)]
+    return "\n\n".join([*tables, *notes])
 
 
 def write_table(args):

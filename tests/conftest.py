@@ -1,6 +1,7 @@
 """Tests import the scripts from the repository's top level and share one small toy."""
 import json
 import os
+import re
 import socket
 import subprocess
 import sys
@@ -44,6 +45,11 @@ def together(*calls):
     """Calls all at once, and returns what they returned: runs spend their time in one thread."""
     with ThreadPoolExecutor(len(calls)) as pool:
         return [future.result() for future in [pool.submit(call) for call in calls]]
+
+
+def cells(path):
+    """A Markdown file without the blanks that make its columns even."""
+    return re.sub(" +", " ", path.read_text(encoding="utf-8"))
 
 
 def break_media(toy, split, out, name, every=1):

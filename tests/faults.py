@@ -3,16 +3,18 @@
     python tests/faults.py tgrpo kill:rollout:4 --model ...
 
 FAULT is what:where:when[:rank]; `when` counts the calls of that place from 1. Places: rollout,
-update, save (a checkpoint is on disk but `latest` does not name it yet) and decode (for records with
-that problem_id, always). What: kill (SIGKILL), hang, slow (20 seconds), nan (the loss), full (no
-file may grow beyond 1 MB from here on), term (SIGTERM), int (SIGINT, to the whole process group, as
-Ctrl-C sends it), twice (two SIGINTs, then a hang), raise (an exception that nobody expects).
+update, save (a checkpoint is on disk but `latest` does not name it yet), remove (`latest` names it,
+an older one is about to go) and decode (for records with that problem_id, always). What: kill
+(SIGKILL), hang, slow (20 seconds), nan (the loss), full (no file may grow beyond 1 MB from then),
+term (SIGTERM), int (SIGINT, to the whole process group, as Ctrl-C sends it), twice (two SIGINTs,
+then a hang), raise (an exception that nobody expects).
 """
 import os
 import resource
 import signal
 import sys
 import time
+from types import SimpleNamespace
 
 import deepspeed
 
@@ -85,6 +87,8 @@ if __name__ == "__main__":
     elif place == "save":
         engine = deepspeed.DeepSpeedEngine
         engine.save_checkpoint = faulty(engine.save_checkpoint, after=FAULT[0] == "kill")
+    elif place == "remove":
+        sft.shutil = SimpleNamespace(rmtree=faulty(sft.shutil.rmtree))  # others' stays as it is
     elif place == "decode":
         build_data.load_vision = faulty_decode(build_data.load_vision)
     build_data.run_script(script.main, lambda: script.parse_args(ARGV))

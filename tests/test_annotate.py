@@ -21,7 +21,7 @@ import annotate
 import build_data
 from annotate import ApiError, api_messages, ask_api, parse_args, reject_reason
 from build_data import InputError, build_messages, load_records, load_vision
-from conftest import ROOT, run
+from conftest import ROOT, cells, run
 
 KEY = "sk-very-secret-1234567890"
 THOUGHT = "Let me think: the block starts on the left and it ends on the right."
@@ -224,7 +224,7 @@ def test_flags_that_do_not_go_together_are_told_before_anything_is_read(more, to
 
 
 @pytest.mark.parametrize("text, told", [
-    (None, "No such file"), ("{", "JSONDecodeError"), ("{}", "zero_optimization"),
+    (None, "No such file"), ("{", "Expecting property name"), ("{}", "zero_optimization"),
     ("[]", "TypeError"),
     ('{"zero_optimization": {"stage": 2}}', "only stage 3 shards weights, not 2")])
 def test_a_deepspeed_config_that_shards_no_weights_is_a_clear_error(tmp_path, text, told, capsys):
@@ -424,7 +424,7 @@ def annotate_toy(toy, out, server, *more):
                   server.base, "--num_workers", 0, "--concurrency", 4, "--api_retries", 1, *more)
     rejected = out.with_suffix(".rejected.jsonl").read_text().splitlines()
     return (json.loads(out.read_text()), [json.loads(line) for line in rejected],
-            out.with_suffix(".report.md").read_text())
+            cells(out.with_suffix(".report.md")))
 
 
 def test_a_run_resumes_and_filters_again_and_sft_trains_on_the_result(toy, right, tmp_path, capsys):

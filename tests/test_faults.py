@@ -10,7 +10,8 @@ LIMITS = ["--min_pixels=784", "--max_pixels=784", "--image_min_pixels=784", "--m
           "--num_workers=1", "--learning_rate=1e-3", "--save_steps=2"]
 # five steps each
 SCRIPTS = {"tgrpo": ["--max_steps=5", "--max_new_tokens=10", "--G=4", "--G_tilde=2",
-                     "--rollout_steps=1", "--chunk_size=2"],
+                     "--rollout_steps=1", "--chunk_size=2", "--prompts_per_rank=2",
+                     "--updates_per_rollout=2"],
            "sft": ["--num_train_epochs=0.41", "--per_rank_batch_size=4",
                    "--gradient_accumulation_steps=1"]}
 
@@ -20,7 +21,8 @@ def command(toy, script, output, stage, *more, fault=None, ranks=0):
     config.write_text(json.dumps({"zero_optimization": {"stage": stage},
                                   "zero_allow_untested_optimizer": True}))
     start = [ROOT / "tests/faults.py", script, fault] if fault else [f"{script}.py"]
-    data = toy / {"tgrpo": "train.json", "sft": "cot.json"}[script]
+    data = output.parent / f"{script}.json"  # every third medium is broken
+    break_media(toy, {"tgrpo": "train", "sft": "cot"}[script], data, "rotten.mp4", every=3)
     own = SCRIPTS[script] + (["--per_rank_batch_size=2"] if script == "sft" and ranks == 2 else [])
     return [*start, "--model", toy / "model", "--data", data, "--media_root", toy, "--output",
             output, "--deepspeed_config", config, *LIMITS, *own, *more]
@@ -36,6 +38,7 @@ def rows(output, name):
 
 def same_run(a, b):
     for name in ("metrics", "rollouts", "skipped"):
+        assert (a / f"{name}.jsonl").exists() or name == "rollouts", name
         if (a / f"{name}.jsonl").exists():
             assert rows(a, name) == rows(b, name), name
     assert [row["step"] for row in rows(a, "metrics")] == [1, 2, 3, 4, 5]
@@ -56,9 +59,12 @@ def whole_run(toy, tmp_path_factory):
     return make
 
 
-MOMENTS = [("tgrpo", "rollout:4"), ("tgrpo", "update:7"), ("tgrpo", "save:2"), ("sft", "update:4"),
-           ("sft", "save:2")]
-QUICK = {("tgrpo", "update:7", 0, 0), ("sft", "save:2", 0, 0), ("tgrpo", "rollout:4", 2, 3)}
+# A step of tgrpo: 2 updates on 2 questions of 2 chunks, so 8 calls of "update". On one rank the first
+# step has no usable question, and none: the fourth step's calls are 17 to 24.
+MOMENTS = [("tgrpo", "rollout:4"), ("tgrpo", "update:14"), ("tgrpo", "save:2"),
+           ("tgrpo", "remove:1"), ("sft", "update:4"), ("sft", "save:2")]
+QUICK = {("tgrpo", "update:14", 0, 0), ("tgrpo", "remove:1", 0, 0), ("sft", "save:2", 0, 0),
+         ("tgrpo", "rollout:4", 2, 3)}
 KILLS = [pytest.param(*case, marks=[] if case in QUICK else pytest.mark.slow)
          for case in [(*moment, ranks, stage) for moment in MOMENTS for ranks in (0, 2)
                       for stage in (0, 3)]]
@@ -71,17 +77,19 @@ def test_a_run_killed_at_any_moment_resumes_as_if_nothing_had_happened(
     output = tmp_path / "run"
     one_of_two = ranks == 2 and moment.startswith("rollout")
     fault = f"kill:{moment}:1" if one_of_two else f"kill:{moment}"
+    removes = moment.startswith("remove")
+    more = ["--keep_checkpoints=1"] if removes else []
     start = time.perf_counter()
     whole, cut = together(
         lambda: whole_run(script, ranks, stage),
-        lambda: run(*command(toy, script, output, stage, fault=fault, ranks=ranks), ranks=ranks,
-                    check=False))
+        lambda: run(*command(toy, script, output, stage, *more, fault=fault, ranks=ranks),
+                    ranks=ranks, check=False))
     assert cut.returncode != 0 and not (output / "model.safetensors").exists()
     if one_of_two:
         assert time.perf_counter() - start < 150
         said = cut.stdout + cut.stderr
         assert "--local_rank=1" in said and "return code = -9" in said  # DeepSpeed's launcher
-    assert (output / "latest").read_text() == "checkpoint-2"
+    assert (output / "latest").read_text() == ("checkpoint-4" if removes else "checkpoint-2")
     run(*command(toy, script, output, stage, "--resume", ranks=ranks), ranks=ranks)
     same_run(whole, output)
 
@@ -140,20 +148,24 @@ def test_a_full_disk_is_a_clear_error_and_leaves_the_last_checkpoint_whole(
     same_run(whole_run("tgrpo", 0, 0), output)
 
 
-@pytest.mark.parametrize("script, call", [
-    ("tgrpo", 5), pytest.param("sft", 3, marks=pytest.mark.slow)])
-def test_a_loss_that_is_not_finite_never_reaches_the_weights(toy, tmp_path, whole_run, script,
-                                                             call):
-    """The third step's: with two chunks of two responses a group, tgrpo's fifth."""
+@pytest.mark.parametrize("script, call, ranks, newest", [
+    ("tgrpo", "17", 0, 3), ("tgrpo", "22", 0, 2), ("sft", "4", 0, 3),
+    pytest.param("tgrpo", "25:1", 2, 3, marks=pytest.mark.slow)])
+def test_a_loss_that_is_not_finite_never_reaches_the_weights(
+        toy, tmp_path, whole_run, script, call, ranks, newest):
+    """The fourth step's, on all ranks or one; the weights from before the step are saved, but those
+    from between the two updates of a step are not."""
     output = tmp_path / "run"
-    broken = run(*command(toy, script, output, 0, fault=f"nan:update:{call}"), check=False)
+    broken = run(*command(toy, script, output, 0, fault=f"nan:update:{call}", ranks=ranks),
+                 ranks=ranks, check=False)
     assert broken.returncode == 1 and "Traceback" not in broken.stderr
-    assert "step 3: the loss or a gradient is not finite; problem_ids [" in broken.stderr
-    assert rows(output, "metrics")[-1]["step"] == 3  # the metrics of that step are there
+    assert "step 4: the loss or a gradient is not finite; problem_ids [" in broken.stderr
+    assert rows(output, "metrics")[-1]["step"] == 4  # the metrics of that step are there
     if script == "tgrpo":
-        assert rows(output, "rollouts")[-1]["step"] == 3
-    run(*command(toy, script, output, 0, "--resume"))
-    same_run(whole_run(script, 0, 0), output)
+        assert rows(output, "rollouts")[-1]["step"] == 4
+    assert (output / "latest").read_text() == f"checkpoint-{newest}"
+    run(*command(toy, script, output, 0, "--resume", ranks=ranks), ranks=ranks)
+    same_run(whole_run(script, ranks, 0), output)
 
 
 def test_resuming_with_other_arguments_data_or_zero_stage_is_refused_by_name(toy, tmp_path,
@@ -182,9 +194,9 @@ def test_too_many_broken_media_stop_the_run_with_their_names(toy, tmp_path):
 def test_a_decoder_that_dies_or_hangs_costs_its_question_and_no_other(toy, tmp_path, what, reason):
     output = tmp_path / "run"
     seen = run(*command(toy, "sft", output, 0, "--num_train_epochs=1", "--decode_timeout=3",
-                        fault=f"{what}:decode:7"))
+                        "--max_skipped=1", fault=f"{what}:decode:7"))
     assert seen.returncode == 0
-    skipped = rows(output, "skipped")
+    skipped = [row for row in rows(output, "skipped") if "rotten" not in row["path"]]
     assert [row["problem_id"] for row in skipped] == [7] and reason in skipped[0]["reason"]
 
 

@@ -157,7 +157,7 @@ def test_bad_input_is_one_line(toy, tmp_path, change, status):
 def opened(tmp_path, monkeypatch):
     """open_run of one rank in tmp_path/run, with these flags: (the run, its identity's line)."""
     monkeypatch.setattr(sft, "setup_distributed", lambda args: (0, torch.device("cpu")))
-    monkeypatch.setattr(sft, "catch_signals", list)
+    monkeypatch.setattr(sft, "catch_signals", lambda rank: [])
     monkeypatch.setattr(sft.dist, "get_rank", lambda: 0)
     monkeypatch.setattr(sft.dist, "get_world_size", lambda: 1)
     monkeypatch.setattr(sft.dist, "barrier", lambda: None)
@@ -202,14 +202,37 @@ def test_an_output_that_a_node_does_not_share_is_found_at_the_start(monkeypatch,
         opened()
 
 
-def test_a_checkpoint_that_latest_names_must_be_there(tmp_path, opened):
-    left_off(tmp_path / "run", opened(), step=4)
-    (tmp_path / "run" / "checkpoint-4").rmdir()
-    with pytest.raises(InputError, match="names checkpoint-4, which is not there"):
+@pytest.mark.parametrize("tag", ["checkpoint-4", "mybest", "checkpoint-two", "../run", ""])
+def test_latest_must_name_a_checkpoint_that_is_there(tmp_path, opened, tag):
+    left_off(tmp_path / "run", opened())
+    (tmp_path / "run" / "checkpoint-3").mkdir()  # cut off
+    (tmp_path / "run" / "mybest").mkdir()
+    (tmp_path / "run" / "latest").write_text(tag)
+    with pytest.raises(InputError, match="write one of .*checkpoint-2.* into it"):
         opened("--resume")
-    (tmp_path / "run" / "checkpoint-2").mkdir()
     (tmp_path / "run" / "latest").write_text("checkpoint-2\n")  # as the message advises
     assert opened("--resume").first_step == 2
+
+
+def test_what_a_run_did_not_write_stays_in_its_folder(toy, tmp_path):
+    """Data beside the logs, folders of the user's own, checkpoints of a lost `latest`."""
+    data = tmp_path / "train.jsonl"
+    data.write_text("".join(json.dumps(record) + "\n"
+                            for record in json.loads((toy / "train.json").read_text())))
+    before = data.read_bytes()
+    (tmp_path / "checkpoint-best").mkdir()
+    flags = ["--save_steps", 1, "--keep_checkpoints", 1]
+    run(*tgrpo(toy, tmp_path, *flags, "--max_steps", 1, data=data))
+    (tmp_path / "checkpoint-7").mkdir()  # as of a run that was killed while it saved
+    run(*tgrpo(toy, tmp_path, *flags, "--max_steps", 2, "--resume", data=data))
+    assert data.read_bytes() == before
+    assert sorted(path.name for path in tmp_path.glob("checkpoint-*")) == \
+        ["checkpoint-2", "checkpoint-7", "checkpoint-best"]
+    for name in ("latest", "config.json"):  # not finished, and `latest` is lost
+        (tmp_path / name).unlink()
+    lost = run(*tgrpo(toy, tmp_path, *flags, "--resume", data=data), check=False)
+    assert lost.returncode == 1 and "['checkpoint-2', 'checkpoint-7']" in lost.stderr
+    assert len(lines(tmp_path, "metrics")) == 3
 
 
 @pytest.mark.parametrize("line", ["", "{}", '{"step": 1}', "[1]", '{"argum'])

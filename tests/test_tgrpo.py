@@ -199,6 +199,26 @@ def test_logits_along_the_cache_equal_a_full_forward(model, processor, samples, 
         assert torch.allclose(logits, full[mask[:, t], t], atol=1e-4), t
 
 
+def test_no_row_attends_to_a_place_that_is_still_empty(model, processor, samples, monkeypatch):
+    """Nor to padding; and never to all places, which attention would take for no mask at all."""
+    masks, decode = [], tgrpo.decode
+
+    def look(model, tokens, position, mask, cache):
+        masks.append(mask.clone())
+        return decode(model, tokens, position, mask, cache)
+    monkeypatch.setattr(tgrpo, "decode", look)
+    prompts = [samples["video"][1], samples["image"][1]]
+    lengths = [inputs["input_ids"].shape[1] for inputs in prompts]
+    tgrpo.rollout(model, prompts, [[2], [1]],
+                  **sampling(processor, model) | {"eos_ids": [0], "max_new_tokens": 5})
+    P = max(lengths)
+    assert len(masks) == 4 and len(set(lengths)) == 2
+    for t, mask in enumerate(masks):
+        for row, length in zip(mask, (lengths[0], lengths[0], lengths[1])):
+            expected = [0] * (P - length) + [1] * (length + t + 1) + [0] * (4 - t)
+            assert row.tolist() == expected
+
+
 def test_greedy_rollout_equals_generate(model, processor, samples):
     options = sampling(processor, model, top_p=1e-6)  # a nucleus of one token
     ids, = tgrpo.rollout(model, [samples["video"][1]], [[1]], **options)
@@ -322,7 +342,7 @@ def test_a_long_video_s_responses_stand_where_they_were_sampled(
     inputs = samples["video"][1] | {"second_per_grid_ts": torch.tensor([20.0])}
     options = sampling(processor, model) | {"forbidden_ids": []}
     ids, = tgrpo.rollout(model, [inputs], [[1]], **options)
-    _, last, following = tgrpo.run_prompt(model, inputs)
+    _, (last, following) = tgrpo.run_prompt(model, inputs)
     assert following - last > 1, "the video is too short: the test tests nothing"
     sampled = torch.cat(recorded).log_softmax(-1).gather(1, ids.T)[:, 0]
     logps = tgrpo.group_logps(model, inputs, ids, torch.tensor([ids.shape[1]]), 1)
@@ -362,7 +382,9 @@ def test_temperature_divides_the_logits():
     assert tgrpo.token_entropy(torch.zeros(1, 1, 4), 1.0).item() == pytest.approx(math.log(4))
 
 
-def test_log_probs_recomputed_row_by_row_equal_autograd_s_in_value_and_gradient():
+@pytest.mark.parametrize("piece", [4, 100])
+def test_log_probs_in_pieces_equal_autograd_s_in_value_and_gradient(monkeypatch, piece):
+    monkeypatch.setattr(tgrpo, "PIECE", piece)
     generator = seeded_generator(0)
     logits = (3 * torch.randn(2, 5, 7, generator=generator)).requires_grad_()
     ids, weights = torch.randint(0, 7, (2, 5), generator=generator), torch.randn(2, 5)
