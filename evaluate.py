@@ -11,9 +11,9 @@ A benchmark of BENCHMARKS is read from the released eval_*.json or from its own 
 or the folder it was downloaded to; parquet needs pyarrow); under another name, a file of records.
 Scores:
 
-    score      what the benchmark counts, MRA for VSI-Bench's numbers. "mean of types": every problem
-               type has one vote (numbers by mra_released); "mean of tasks": every task has one, the
-               easy, medium and hard form of a task together (numbers by mra)
+    score      what the benchmark counts, MRA for VSI-Bench's numbers. "mean of types": every
+               problem type has one vote (numbers by mra_released); "mean of tasks": every task has
+               one, the easy, medium and hard form of a task together (numbers by mra)
     accuracy   mean accuracy reward; regression counts with its graded reward, not with its MRA
     correct    share of accuracy rewards >= --correct_threshold
     mra        mean relative accuracy as VSI-Bench defines it; mra_released: as the paper's code
