@@ -169,7 +169,7 @@ def separate_rollouts(model, prompts, args, generator):
 
 
 ABLATIONS = {  # form: what is measured, the idea that it does without, what it changes in tgrpo
-    "autograd": ("backward", "log-probabilities again in the backward pass, row by row",
+    "autograd": ("backward", "log-probabilities again in the backward pass, in pieces",
                  {"token_logps": autograd_logps}),
     "naive": ("backward", "the prompt run once for its group", {}),
     "separate": ("rollout", "all orders and prompts in one decode", {})}
