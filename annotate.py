@@ -24,7 +24,7 @@ and a record gets the best response that passes. Not tested: whether the thought
 --out is a file of records with `process`, ready for sft.py. Beside cot.json: `cot.rank<r>.jsonl`,
 each response as it came; `cot.rejected.jsonl`, responses of the records that were left out, with
 the reason; `cot.report.md`, the counts. The same command resumes by problem_id, on any number of
-ranks, and asks only for what failed; other thresholds filter the same responses again. A server
+ranks, and asks for what is missing or failed; other thresholds filter the same responses again. A server
 that gives no answer to 20 requests in a row ends the run; single requests that it refuses do not.
 
 Shapes: B records of a batch, L tokens.
@@ -94,7 +94,7 @@ def parse_args(argv=None):
     # responses; the released annotation had top_p 0.95 and 512 new tokens
     add("--samples", type=above(0, int), default=1, help="responses to a record; the best is kept")
     add_asking_flags(add, temperature=1.0, top_p=0.95, max_new_tokens=768)
-    add("--video_url", default="", help="how videos reach the server: '' as sampled frames; data: "
+    add("--video_url", default="", help="how videos reach the server: '' as sampled frames; 'data' "
                                         "as files; else a URL prefix that the server can read")
     # the filter
     add("--min_accuracy", type=float, default=0.6, help="a response's reward must be above this")

@@ -1,4 +1,4 @@
-"""Data: what a record is and how a model sees it; above that, the commands that build the files.
+"""Data: what a record is and how a model sees it; then the commands that build the files.
 
 The ground floor is imported by every stage: the Video-R1 record, the prompt, the frames, a model's
 inputs; the flags and the start that the stages share; files that outlive a kill. One copy of each,
@@ -793,7 +793,7 @@ TOY_OPPOSITE = {"left": "right", "right": "left"}
 TOY_WORDS = ("cat", "dog", "sun", "map", "key", "cup", "hat", "box")
 TOY_BLOCK, TOY_NOISE, TOY_DARK = 8, 6.0, 50  # block side, noise std, brightest background
 TOY_LOOK = 0.7  # share of the cold start's thoughts that use a telling colour, not the motion
-TOY_VOCABULARY = 800  # tokens, before the special ones: every word of the toy is one
+TOY_VOCABULARY = 800  # tokens at most, before the special ones: every word of the toy is one
 TOY_PLAIN = {"white": (240, 240, 240), "purple": (170, 60, 200)}  # name no direction
 # The mixture of each file, in percent. "agree": the block's colour names its direction, as every
 # telling colour does in the cold start; "conflict": it names another one, in half of the direction

@@ -416,7 +416,7 @@ def start_reference(run):
 #   parts                                   accuracy, format, length, temporal*: (G,);             "
 #                                           p, p_tilde*, r_t*: numbers
 #   R, A                                    rewards and advantages (G,)                            "
-#   old, ref                                log-probabilities (G, L)                          update
+#   old, ref                                log-probabilities (G, L); ref: None at --beta 0    update
 
 
 def example(processor, args, record, vision, position):

@@ -53,7 +53,7 @@ def cells(path):
 
 
 def break_media(toy, split, out, name, every=1):
-    """Writes the toy's records of a split to a file; every first, or first of `every`, shows a file
+    """Writes the toy's records of a split to a file; the first of each `every` shows a file
     of the media folder that is no medium. Returns them."""
     (toy / "media" / name).write_bytes(b"rotten")
     records = json.loads((toy / f"{split}.json").read_text())

@@ -354,10 +354,10 @@ EXAMPLE = README.split("### One group of one step")[1].split("\n## ")[0]
 
 def worked_example() -> tuple[list, list]:
     """The README's rows: (response, numbers) of the ordered group and of the shuffled one."""
-    form = re.search("`(<think>.*</answer>)`", EXAMPLE)[1]
+    form = re.search("`(<think>.*</answer>)`", EXAMPLE)[1].replace("\\n", "\n")
     cells = [[cell.strip() for cell in line.strip("|").split("|")] for line in EXAMPLE.splitlines()
              if re.match(r"\| ~?\d", line)]
-    rows = [(re.sub("5(.+)9(.+)0", rf"{starts}\g<1>{ends}\g<2>{answer}", form),
+    rows = [(re.sub("(?s)5(.+)3(.+)8", rf"{starts}\g<1>{ends}\g<2>{answer}", form),
              *(float(n) for n in numbers if n)) for _, starts, ends, answer, *numbers in cells]
     return rows[:8], rows[8:]
 
@@ -365,7 +365,7 @@ def worked_example() -> tuple[list, list]:
 def test_the_worked_example_is_what_the_code_computes():
     ordered, shuffled = worked_example()
     assert len(ordered) == 8 and len(shuffled) == 4
-    record = {"problem_id": 985, "problem_type": "regression", "solution": "<answer>9</answer>"}
+    record = {"problem_id": 1406, "problem_type": "regression", "solution": "<answer>9</answer>"}
     length = int(re.search(r"response has (\d+)", EXAMPLE)[1])
 
     def grade(alpha):
@@ -377,11 +377,11 @@ def test_the_worked_example_is_what_the_code_computes():
                sample["A"], grade(0)["A"]]
     for i, values in enumerate(zip(*(column.tolist() for column in columns))):
         assert list(ordered[i][1:]) == pytest.approx(values, abs=0.0051), i
-    assert (parts["p"], parts["p_tilde"], parts["r_t"]) == (0.625, 0.5, 0.3)
-    assert all(words in EXAMPLE for words in ("5/8", "2/4", "$r_t = 0.3$"))
+    assert (parts["p"], parts["p_tilde"], parts["r_t"]) == (0.5, 0, 0.3)
+    assert all(words in EXAMPLE for words in ("4/8", "0/4", "$r_t = 0.3$"))
     mean, spread = sample["R"].mean().item(), sample["R"].std().item()
     assert f"{mean:.3f}" in EXAMPLE and f"{spread:.3f}" in EXAMPLE
-    assert [row[1] for row in shuffled] == pytest.approx([0.89, 0.33, 0.22, 0.56])
+    assert [row[1] for row in shuffled] == pytest.approx([0, 0.11, 0.33, 0.44])
 
 
 # -------------------------------------------------------------------------------- plots

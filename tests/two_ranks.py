@@ -14,8 +14,8 @@ from deepspeed.utils import safe_get_full_grad
 import conftest  # noqa: F401  puts the scripts on the path
 import sft
 import tgrpo
-from build_data import (encode, encode_blank, load_processor, load_records, load_vision,
-                        setup_distributed)
+from build_data import (encode, encode_blank, load_model, load_processor, load_records,
+                        load_vision, setup_distributed)
 
 # (ZeRO stage, chunk size of five responses, groups a rank)
 SETTINGS = [(3, 2, 1), (3, 5, 1), (3, 5, 2), (2, 5, 1), (2, 2, 2), (1, 5, 2), (0, 5, 1)]
@@ -46,7 +46,7 @@ def gradients(toy, out, groups, blank, stage, chunk_size, count):
                              "--output", str(out.parent / f"{stage}.{chunk_size}.{count}"),
                              "--deepspeed_config", str(config_file), "--learning_rate", "0"])
     run = sft.open_run(args, [], tgrpo.parse_args)
-    sft.start_engine(run, sft.load_model(args, run.config))
+    sft.start_engine(run, load_model(args, run.config))
     engine = run.engine
     if stage == 3:  # what rollouts sample from
         sampler = tgrpo.start_sampler(run)
