@@ -13,7 +13,7 @@ import torch
 
 import ablate
 from build_data import InputError
-from conftest import ROOT, run
+from conftest import ROOT, cells, run
 
 README = (ROOT / "README.md").read_text(encoding="utf-8")
 RIGHT, WRONG = (f"<think>so</think><answer>{letter}</answer>" for letter in "AB")
@@ -292,7 +292,7 @@ def test_a_small_run_from_cold_start_to_table(toy, tmp_path):
     assert [run["config"] for run in found["runs"]] == ["sft", "tgrpo", "zero"]
     assert all(len(run["curves"]["reward/accuracy"]) == 1 for run in found["runs"][1:])
     main("table", "--json", str(small / "ablations.json"))
-    assert "| `zero`: no cold start |" in (small / "ablations.md").read_text()
+    assert "| `zero`: no cold start |" in cells(small / "ablations.md")
 
 
 # -------------------------------------------------------------------- when alpha acts

@@ -61,9 +61,9 @@ def whole_run(toy, tmp_path_factory):
 
 # A step of tgrpo: 2 updates on 2 questions of 2 chunks, so 8 calls of "update". On one rank the
 # first step has no usable question and makes none: the fourth step's calls are 17 to 24.
-MOMENTS = [("tgrpo", "rollout:4"), ("tgrpo", "update:14"), ("tgrpo", "save:2"),
+MOMENTS = [("tgrpo", "rollout:4"), ("tgrpo", "update:22"), ("tgrpo", "save:2"),
            ("tgrpo", "remove:1"), ("sft", "update:4"), ("sft", "save:2")]
-QUICK = {("tgrpo", "update:14", 0, 0), ("tgrpo", "remove:1", 0, 0), ("sft", "save:2", 0, 0),
+QUICK = {("tgrpo", "update:22", 0, 0), ("tgrpo", "remove:1", 0, 0), ("sft", "save:2", 0, 0),
          ("tgrpo", "rollout:4", 2, 3)}
 KILLS = [pytest.param(*case, marks=[] if case in QUICK else pytest.mark.slow)
          for case in [(*moment, ranks, stage) for moment in MOMENTS for ranks in (0, 2)
