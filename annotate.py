@@ -24,8 +24,9 @@ and a record gets the best response that passes. Not tested: whether the thought
 --out is a file of records with `process`, ready for sft.py. Beside cot.json: `cot.rank<r>.jsonl`,
 each response as it came; `cot.rejected.jsonl`, responses of the records that were left out, with
 the reason; `cot.report.md`, the counts. The same command resumes by problem_id, on any number of
-ranks, and asks for what is missing or failed; other thresholds filter the same responses again. A server
-that gives no answer to 20 requests in a row ends the run; single requests that it refuses do not.
+ranks, and asks for what is missing or failed; other thresholds filter the same responses again. A
+server that gives no answer to 20 requests in a row ends the run; single requests that it refuses
+do not.
 
 Shapes: B records of a batch, L tokens.
 """
@@ -64,7 +65,7 @@ from build_data import (ANSWER_SUFFIX, TEMPLATE, UNUSABLE, FlagParser, InputErro
                         json_list, load_model, load_processor, load_records, load_vision_of,
                         make_folder_of, markdown, pad_batch, part_of, read_file, row_writer,
                         run_script, seeded_generator, setup_distributed, skip_row, stop_tokens,
-                        whole_rows, write_whole)
+                        to_device, whole_rows, write_whole)
 from rewards import (WORD, accuracy_reward, choice_letter, extract_answer, format_reward,
                      parse_number)
 
@@ -626,7 +627,7 @@ def respond(model, tokenizer, samples, seed):
     config = model.generation_config
     pad_values = {"input_ids": config.pad_token_id, "attention_mask": 0, "mm_token_type_ids": 0}
     batch = pad_batch([sample["inputs"] for sample in samples], pad_values, "left")
-    batch = {key: value.to(model.device) for key, value in batch.items()}  # ids (B, L)
+    batch = to_device(batch, model.device)  # ids (B, L)
     # generate draws from torch's own generator: seeded for each batch, by its first record
     torch.manual_seed(record_seed(seed, samples[0]["record"]))
     sharded = hasattr(next(model.parameters()), "ds_id")  # by ZeRO-3: ranks must keep step

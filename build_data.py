@@ -395,7 +395,7 @@ def encode(processor, record, vision: Vision, device=None) -> dict[str, torch.Te
     inputs.pop("video_metadata", None)
     if "second_per_grid_ts" in inputs:
         inputs["second_per_grid_ts"] = torch.as_tensor(inputs["second_per_grid_ts"])
-    return {key: value.to(device) for key, value in inputs.items()}
+    return to_device(inputs, device)
 
 
 def image_as_video(processor, inputs) -> dict[str, torch.Tensor]:
@@ -447,6 +447,11 @@ def pad_batch(samples, pad_values, side) -> dict[str, torch.Tensor]:
                       for value, pad in zip(values, pads)]  # B x (1, L)
         batch[key] = torch.cat(values)
     return batch
+
+
+def to_device(inputs, device) -> dict[str, torch.Tensor]:
+    """Copies a dict of tensors; from the workers' pinned memory without waiting for it."""
+    return {key: value.to(device, non_blocking=True) for key, value in inputs.items()}
 
 
 def seeded_generator(*key, device="cpu") -> torch.Generator:

@@ -33,8 +33,9 @@ use it (Figure 6).
 Every rank answers a share, with the whole model or through --api_base: a server gets pictures
 without timing, so its scores are not those of the same model here. --output (one folder for all
 ranks) gets `<name>_<frames>_<order>.rank<r>.jsonl` with a row for each answer, the same name .json
-with scores, settings and graded rows, `<name>.records.json` (questions of a benchmark's own release)
-and `skipped.jsonl`; --judge leaves `<result>.judge.json`. The same command, on any number of ranks, resumes by problem_id.
+with scores, settings and graded rows, `<name>.records.json` (questions of a benchmark's own
+release) and `skipped.jsonl`; --judge leaves `<result>.judge.json`. The same command, on any number
+of ranks, resumes by problem_id.
 
 Shapes: B records of a batch, L tokens, T frames, C channels, H x W pixels, n rows, M media,
 K cells, R resamples.
@@ -700,7 +701,7 @@ def row_of(sample, answers, seconds):
 
 
 def answers(asker, stem, records, configuration, prompt_of):
-    """annotate.ask_all in --output, where skipped.jsonl then names the records without an answer."""
+    """annotate.ask_all in --output, where skipped.jsonl then names the unanswered records."""
     output = Path(asker.args.output)
     rows = ask_all(asker, output, stem, records, configuration, prompt_of, row_of)
     skipped = [{"result": stem, **row} for row in rows.values() if "reason" in row]

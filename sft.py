@@ -40,7 +40,7 @@ from build_data import (FlagParser, InputError, MediaError, above, add_machine_f
                         add_media_flags, as_in_file, at_least, encode, encode_blank, image_as_video,
                         load_model, load_processor, load_records, load_vision_of, pad_batch,
                         provenance, read_file, run_script, seeded_generator, setup_distributed,
-                        skip_row, write_whole)
+                        skip_row, to_device, write_whole)
 
 IGNORED = -100  # label of a token without loss, as in torch's cross entropy
 
@@ -461,11 +461,6 @@ def steps(run, records, example, per_step):
         yield step, drawn, metrics
 
 
-def to_device(inputs, device):
-    """Copies a dict of tensors; from the workers' pinned memory without waiting for it."""
-    return {key: value.to(device, non_blocking=True) for key, value in inputs.items()}
-
-
 # ------------------------------------------------------------------------------ metrics
 
 def note(metrics, name, values, count=None):
@@ -517,7 +512,7 @@ def optimizer_step(run, step, loss) -> bool:
     return True
 
 
-def close_step(run, step, drawn, metrics, finite, rollouts=[]) -> bool:
+def close_step(run, step, drawn, metrics, finite, rollouts=()) -> bool:
     """What every step ends with; collective. Merges the ranks' metrics, writes the step's lines
     and a checkpoint where one is due. True when a signal has asked for the run's end.
 
@@ -528,7 +523,7 @@ def close_step(run, step, drawn, metrics, finite, rollouts=[]) -> bool:
     note(metrics, "time/step", [sum(parts)])
     skipped = [sample for sample in drawn if "record" not in sample]
     ids = [sample["record"]["problem_id"] for sample in drawn if "record" in sample]
-    metrics, *lists = zip(*gather_objects((metrics, rollouts, skipped, ids, run.signals)))
+    metrics, *lists = zip(*gather_objects((metrics, [*rollouts], skipped, ids, run.signals)))
     rollouts, skipped, ids, signals = (sum(parts, []) for parts in lists)  # of all ranks
     if run.rank == 0:
         row = merge(metrics) | {"optim/learning_rate": learning_rate(step, args),

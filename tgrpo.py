@@ -32,10 +32,10 @@ from transformers.cache_utils import Cache, DynamicLayer, StaticCache
 
 from build_data import (FlagParser, above, at_least, encode, encode_blank, forbidden_tokens,
                         load_model, load_processor, load_records, pad_batch, run_script,
-                        seeded_generator, shuffle_frames, stop_tokens)
+                        seeded_generator, shuffle_frames, stop_tokens, to_device)
 from rewards import accuracy_reward, format_reward, length_reward
 from sft import (add_run_flags, close_step, gather_objects, lap, note, open_run, optimizer_step,
-                 save_model, start_engine, steps, to_device)
+                 save_model, start_engine, steps)
 
 PIECE = 512  # tokens whose logits are turned into log-probabilities together
 STD_EPSILON = 1e-4  # added to the standard deviation in Eq. 3, as in the released code
@@ -416,7 +416,7 @@ def start_reference(run):
 #   parts                                   accuracy, format, length, temporal*: (G,);             "
 #                                           p, p_tilde*, r_t*: numbers
 #   R, A                                    rewards and advantages (G,)                            "
-#   old, ref                                log-probabilities (G, L); ref: None at --beta 0    update
+#   old, ref (None at --beta 0)             log-probabilities (G, L)                          update
 
 
 def example(processor, args, record, vision, position):
