@@ -29,6 +29,7 @@ import subprocess
 import sys
 import threading
 import traceback
+import unicodedata
 import warnings
 from collections import Counter, defaultdict
 from contextlib import contextmanager
@@ -43,6 +44,8 @@ import numpy as np
 import torch
 from PIL import Image, ImageSequence
 from tqdm import tqdm
+
+from rewards import accuracy_reward, choice_letter, extract_answer, parse_number
 
 PROBLEM_TYPES = ("multiple choice", "numerical", "OCR", "free-form", "regression")
 REQUIRED_FIELDS = ("problem_id", "problem", "data_type", "problem_type", "solution", "path")
@@ -74,11 +77,19 @@ class MediaError(ValueError):
 # ============================================== the ground floor: imported by every stage
 # -------------------------------------------------------------------------------- records
 
+# What a tokenizer takes for a medium or the end of a turn: "<|video_pad|>", "<|im_end|>"
+SPECIAL_TOKEN = re.compile(r"<\|(\w+)\|>")
+# One block and nothing else: with several, nobody can say which text is the answer
+SOLUTION = re.compile(r"\s*<answer>(?:(?!</?answer>).)*</answer>\s*", re.DOTALL)
+SURELY_TEXT = 100  # characters of a free-form solution, which then has a word in it
+
+
 def load_records(path, media_root=None) -> list[dict]:
     """Reads a .json list or .jsonl file of Video-R1 records and checks every one of them.
 
-    Each record gains `media_path`, its path below media_root (default: the file's own folder).
-    Raises InputError naming file, problem_id and field; media are not opened here.
+    Each record gains `media_path`, its path below media_root (default: the file's own folder), and
+    its texts are plain ones (see `plain_texts`). Raises InputError naming file, problem_id and
+    field; media are not opened here. Records on which nothing can be earned are told, once.
     """
     records = read_file(path)
     if not isinstance(records, list) or not records:
@@ -89,6 +100,7 @@ def load_records(path, media_root=None) -> list[dict]:
     for i, record in enumerate(records):
         problem = record_problem(record)
         if problem is None:
+            record |= plain_texts(record)
             record["media_path"] = os.path.normpath(os.path.join(root, record["path"]))
             record["media_root"] = root
             if not record["media_path"].startswith(os.path.join(root, "")):
@@ -96,7 +108,44 @@ def load_records(path, media_root=None) -> list[dict]:
         if problem is not None:
             name = record.get("problem_id", "absent") if isinstance(record, dict) else "absent"
             raise InputError(f"{path}: record {i} (problem_id {name}): {problem}")
+    tell_unmatchable(path, records)
     return records
+
+
+def plain_texts(record) -> dict:
+    """The texts that a model reads or learns, with special tokens in them spelled out as text.
+
+    >>> plain_texts({"problem": "What is <|im_end|>?", "solution": "<answer>a token</answer>"})
+    {'problem': 'What is <| im_end |>?', 'solution': '<answer>a token</answer>'}
+    """
+    def spelled(text):
+        return SPECIAL_TOKEN.sub(r"<| \1 |>", text)
+    texts = {field: spelled(record[field]) for field in ("problem", "solution", "process")
+             if record.get(field)}
+    options = record.get("options")
+    return texts | ({"options": list(map(spelled, options))} if options else {})
+
+
+def unmatchable(record) -> bool:
+    """Whether no answer can earn anything, because not even the solution does.
+
+    >>> [unmatchable({"problem_type": "numerical", "solution": f"<answer>{text}</answer>"})
+    ...  for text in ("12", "00:12")]
+    [False, True]
+    """
+    if record["problem_type"] == "free-form" and len(record["solution"]) > SURELY_TEXT:
+        return False  # and grading a long text takes as long as all the rest
+    return accuracy_reward(record["solution"], record) == 0
+
+
+def tell_unmatchable(path, records):
+    """Says on how many records nothing can be earned: a reward of 0 teaches nothing."""
+    found = [record for record in records if unmatchable(record)]
+    if found and os.environ.get("RANK", "0") == "0":  # one rank of a run says it for all
+        print(f"{path}: no answer can match the solution of {len(found):,} of {len(records):,} "
+              f"records (build_data.py check drops them); the first is problem_id "
+              f"{found[0]['problem_id']}, {found[0]['problem_type']}: "
+              f"{found[0]['solution'][:SURELY_TEXT]!r}", file=sys.stderr)
 
 
 def as_in_file(record) -> dict:
@@ -115,11 +164,12 @@ def record_problem(record) -> str | None:
     for field in REQUIRED_FIELDS:
         if record.get(field) is None:
             return f"field {field} is missing"
-    for field in REQUIRED_FIELDS[1:]:
-        if not isinstance(record[field], str):
-            return f"field {field} is not a string: {record[field]!r}"
-        if UNUSABLE.search(record[field]):
-            return f"field {field} has a character that no text has: {record[field]!r}"
+    for field in (*REQUIRED_FIELDS[1:], "process"):
+        text = "" if record.get(field) is None else record[field]  # only process may be absent
+        if not isinstance(text, str):
+            return f"field {field} is not a string: {text!r}"
+        if UNUSABLE.search(text):
+            return f"field {field} has a character that no text has: {text!r}"
     for field in CLIP_FIELDS:
         if not isinstance(record.get(field) or 0, (int, float)):
             return f"field {field} is not a number: {record[field]!r}"
@@ -127,15 +177,18 @@ def record_problem(record) -> str | None:
         return f"field data_type is {record['data_type']!r}, not 'image' or 'video'"
     if record["problem_type"] not in PROBLEM_TYPES:
         return f"field problem_type is {record['problem_type']!r}, not one of {PROBLEM_TYPES}"
-    if not re.fullmatch(r"\s*<answer>.*\S.*</answer>\s*", record["solution"], re.DOTALL):
+    if not (SOLUTION.fullmatch(record["solution"]) and extract_answer(record["solution"])):
         return (f"field solution is {record['solution']!r}: "
-                "it must be a non-empty '<answer>...</answer>'")
+                "it must be one non-empty '<answer>...</answer>'")
     options = record.get("options") or []
     if not isinstance(options, list) or not all(
             isinstance(option, str) and not UNUSABLE.search(option) for option in options):
         return f"field options is not a list of strings: {options!r}"
     if record["problem_type"] == "multiple choice" and not options:
         return "field options is empty for a multiple-choice question"
+    groups = record.get("groups", {})  # that evaluate.py scores the question in
+    if not isinstance(groups, dict) or not all(isinstance(name, str) for name in groups.values()):
+        return f"field groups is {groups!r}, not an object of strings as {{'motion': 'left'}}"
     return None
 
 
@@ -1089,18 +1142,55 @@ def draft(medium, problem, answer, options=(), **more):
     """A question as its source has it: medium below the media folder, options without letters,
     answer as a letter or a text; make_record makes a record of it, or says why not."""
     return {"medium": os.path.normpath(medium), "problem": problem.strip(),
-            "answer": str(answer).strip(), "options": [str(option).strip() for option in options],
-            **more}
+            "answer": str(answer).strip(), "options": option_texts(options), **more}
 
 
-LETTER = re.compile(r"^\s*\(?[A-Z][.):]\s*")  # of an option that stands alone
-# An option's mark, "A.", "(A)" or "A:", at the start of a line or after a space
-OPTION_MARK = re.compile(r"(?:^|\s)\(?([A-Z])[.):]\s*")
+# An option's letter, "A", "(A" or "Option A", and what sets it apart from the text: ".", ")", "、"
+LETTER = r"(?:(?i:option|choice|选项)[ _]?)?[(（\[【]?([A-ZＡ-Ｚ])"
+MARK = r"[.):\]．）：】、]+"
+# At the start of an option that stands alone; at the start of a line; anywhere in a text
+OPTION_LETTER = re.compile(rf"{LETTER}(?:{MARK}|\s+[-–—]\s)\s*", re.IGNORECASE)
+LINE_MARK = re.compile(rf"^[ \t]*{LETTER}{MARK}\s*", re.MULTILINE)
+OPTION_MARK = re.compile(rf"(?<![^\s:：;；,，?？。]){LETTER}{MARK}\s*")
+# What stands between options in one line: "A: a cat, B: a dog or C: a hat"
+SEPARATOR = re.compile(r"\s*[,，;；、](?:\s*(?:and|or))?$|\s(?:and|or)$")
+# What stands around a question
+AROUND = re.compile(r"(?i)^question:\s*|\s*(?:options|choices|选项)\s*[:：]\s*$")
 # How to answer, which our own prompt says: as a whole line or the last sentence of one
 HINT = re.compile(
     r"(?im)(?:^|(?<=[.?!]))[ \t]*(?:(?:hint|reference ocr token):.*"
     r"|(?:please )?(?:answer|respond|provide|select|choose|give)\b[^\n]*\b"
     r"(?:letter|options?|choices|single word or phrase|short|directly|multiple-choice)\b[^\n]*)$")
+
+
+def place_of(mark) -> int:
+    """The place that an option's mark stands for: 0 for "A.", "(a)" and "Ａ、"."""
+    return ord(unicodedata.normalize("NFKC", mark[1]).upper()) - ord("A")
+
+
+def option_texts(options) -> list[str]:
+    """Options without their letters: a list, or an object of texts by letter.
+
+    Letters are those of all options, in order: "E. coli" beside "C. elegans" is a text.
+
+    >>> option_texts(["(A) a cat", "(B) a dog"]), option_texts({"A": "a cat", "B": "a dog"})
+    (['a cat', 'a dog'], ['a cat', 'a dog'])
+    >>> option_texts(["E. coli", "C. elegans"])
+    ['E. coli', 'C. elegans']
+    """
+    by_letter = isinstance(options, dict)
+    if by_letter:  # one that a question does not have is empty
+        options = [f"{key}. {text}" for key, text in sorted(options.items())
+                   if text not in (None, "")]
+    if isinstance(options, str) or not all(isinstance(o, (str, int, float)) for o in options):
+        raise ValueError("the options are not a list of texts")
+    texts = [str(option).strip() for option in options]
+    marks = list(map(OPTION_LETTER.match, texts))
+    if all(mark and place_of(mark) == i for i, mark in enumerate(marks)):
+        return [text[mark.end():].strip() for text, mark in zip(texts, marks)]
+    if by_letter:
+        raise ValueError("the options' letters are not A, B, C, ...")
+    return texts
 
 
 def split_options(text):
@@ -1116,20 +1206,35 @@ def split_options(text):
 
 
 def marked_options(text):
-    """split_options, without a look for hints."""
-    marks, runs = list(OPTION_MARK.finditer(text)), [[]]
-    for first, start in enumerate(marks):
-        if start[1] == "A":
-            runs.append([])
-            for mark in marks[first:]:
-                if mark[1] == letter(len(runs[-1])):  # another letter is part of an option's text
-                    runs[-1].append(mark)
-    run = max(reversed(runs), key=len)  # the last of the longest
+    """split_options, without a look for hints: by the marks at the starts of lines or by all marks,
+    whichever gives more options. An empty one shows that a mark was none, as in "B. C. elegans"."""
+    found = [options_at(pattern, text) for pattern in (LINE_MARK, OPTION_MARK)]
+    return max(found, key=lambda each: (all(each[1]) and each[1] != [], len(each[1])))
+
+
+def options_at(pattern, text):
+    """A question and its options, none or at least two, by the marks that a pattern finds."""
+    run = longest_run(list(pattern.finditer(text)))
+    if len(run) < 2:
+        return AROUND.sub("", text.strip()), []
     ends = [mark.start() for mark in run[1:]] + [len(text)]
     options = [text[mark.end():end].strip() for mark, end in zip(run, ends)]
-    problem = text[:run[0].start()] if len(run) > 1 else text
-    problem = re.sub(r"(?i)\s*(?:options|choices)\s*:\s*$", "", problem.strip())
-    return re.sub(r"(?i)^question:\s*", "", problem), options if len(run) > 1 else []
+    if all(map(SEPARATOR.search, options[:-1])) and not SEPARATOR.search(options[-1]):
+        options = [SEPARATOR.sub("", option) for option in options]
+    return AROUND.sub("", text[:run[0].start()].strip()), options
+
+
+def longest_run(marks):
+    """The longest run of marks A, B, C, ... (the last of them), as other letters belong to the
+    options' texts."""
+    runs = [[]]
+    for first, start in enumerate(marks):
+        if place_of(start) == 0:
+            runs.append([])
+            for mark in marks[first:]:
+                if place_of(mark) == len(runs[-1]):
+                    runs[-1].append(mark)
+    return max(reversed(runs), key=len)
 
 
 def from_video_r1(row, folder):
@@ -1140,12 +1245,37 @@ def from_video_r1(row, folder):
     >>> next(from_video_r1(row, None))["options"]
     ['a cat', 'a dog']
     """
-    options = [LETTER.sub("", option) for option in row.get("options") or []]
     answer = re.fullmatch(r"\s*<answer>(.*)</answer>\s*", row["solution"], re.DOTALL)[1]
     thought = {"process": row["process"]} if row.get("process") else {}
-    yield draft(row["path"], row["problem"], answer, options, kind=row["problem_type"],
-                source=row.get("data_source"), data_type=row.get("data_type"), **thought,
-                **part_of(row))
+    yield draft(row["path"], row["problem"], answer, row.get("options") or (),
+                kind=row["problem_type"], source=row.get("data_source"),
+                data_type=row.get("data_type"), **thought, **part_of(row))
+
+
+CSV_OPTION = re.compile("option.*|[a-z]")  # the column of an option: option_a, or A
+
+
+def from_csv(row, folder):
+    """A table of one's own: columns video (or image), question, answer, and for a choice its
+    options, option_a, option_b, ... or A, B, ...; problem_type, video_start and video_end may be
+    there too. Without a problem_type options make a choice, a number is numerical, else free-form.
+
+    >>> row = {"video": "1.mp4", "question": "What moves?", "answer": "B", "A": "a cat",
+    ...        "B": "a dog", "C": ""}
+    >>> next(from_csv(row, None))  # doctest: +NORMALIZE_WHITESPACE
+    {'medium': '1.mp4', 'problem': 'What moves?', 'answer': 'B', 'options': ['a cat', 'a dog'],
+     'data_type': 'video', 'kind': 'multiple choice'}
+    """
+    row = {name.strip().lower(): (cell or "").strip() for name, cell in row.items()}
+    if not {"question", "answer"} <= row.keys() or row.keys().isdisjoint(("video", "image")):
+        raise InputError(f"the .csv in {folder} needs the columns video or image, question and "
+                         f"answer, separated by commas; it has {', '.join(row)}")
+    found = draft(row.get("video") or row.get("image"), row["question"], row["answer"],
+                  {name: cell for name, cell in row.items() if CSV_OPTION.fullmatch(name)},
+                  data_type="video" if row.get("video") else "image",
+                  **{field: float(row[field]) for field in CLIP_FIELDS if row.get(field)})
+    yield found | {"kind": row.get("problem_type") or wanted_type(
+        found["answer"], found["options"], ("multiple choice", "numerical", "free-form"))}
 
 
 def from_llava(row, folder):
@@ -1287,8 +1417,7 @@ def from_arxivqa(row, folder):
     """ArxivQA: {image: images/1.jpg, question: What grows?, options: ["A) x", "B) y"],
     label: "B)"}. Its labels come in many spellings; those that mean no option are dropped.
     """
-    options = [LETTER.sub("", option) for option in row["options"]]
-    yield draft(row["image"], row["question"], row["label"], options)
+    yield draft(row["image"], row["question"], row["label"], row["options"])
 
 
 def from_chartqa(row, folder):
@@ -1296,11 +1425,11 @@ def from_chartqa(row, folder):
     yield draft(row["imgname"], row["query"], row["label"].strip().removesuffix("%"))
 
 
-CONVERTERS = {"video_r1": from_video_r1, "llava": from_llava, "nextqa": from_nextqa,
-              "perception_test": from_perception_test, "clevrer": from_clevrer,
-              "star": from_star, "scienceqa": from_scienceqa, "a_okvqa": from_a_okvqa,
-              "tabmwp": from_tabmwp, "geometry3k": from_geometry3k, "arxivqa": from_arxivqa,
-              "chartqa": from_chartqa}
+CONVERTERS = {"video_r1": from_video_r1, "csv": from_csv, "llava": from_llava,
+              "nextqa": from_nextqa, "perception_test": from_perception_test,
+              "clevrer": from_clevrer, "star": from_star, "scienceqa": from_scienceqa,
+              "a_okvqa": from_a_okvqa, "tabmwp": from_tabmwp, "geometry3k": from_geometry3k,
+              "arxivqa": from_arxivqa, "chartqa": from_chartqa}
 
 
 def release_rows(path) -> list:
@@ -1330,13 +1459,19 @@ VIDEO_SUFFIXES = {".mp4", ".webm", ".avi", ".mkv", ".mov", ".m4v"}
 # An option that means something only where it stands, or beside the others
 POSITIONED = re.compile(
     r"\b(?:all|none|both|neither|either|any|one|two) of (?:(?:the )?(?:above|options|choices|"
-    r"answers|others)|these|those|them)\b|\b(?:all|none|both|any) (?:the )?(?:above|options|"
-    r"choices|answers|others)\b|\b(?:listed|mentioned|shown|given|as) (?:above|below)\b"
+    r"answers|others|listed|mentioned|given|previous)|these|those|them)\b"
+    r"|\b(?:all|none|both|any) (?:the )?(?:above|options|choices|answers|others)\b"
+    r"|\b(?:listed|mentioned|shown|given|as) (?:above|below)\b"
     r"|\b(?:all|none|both|neither|either) (?:are|is) (?:correct|right|true|false|wrong|possible)\b"
     r"|\bthe (?:former|latter)\b|\b(?:option|choice|answer)s? \(?[A-Z0-9]\b"
     r"|(?-i:\b[A-Z]\)?(?:,|,? and|,? or| nor| &) \(?[A-Z]\b)|^\(?[A-Z]\)?\.?$"
+    r"|\([A-Z]\)(?:,|,? and|,? or| nor| &) \([A-Z]\)"  # "(a) and (b)"
+    r"|^\(?[A-Z]\)?(?:\s*(?:[,&/+、，]|and|or)\s*\(?[A-Z]\)?)+[.\s]*$"  # "a and b", "A/B"
     r"|\b(?:only|same as) (?-i:\(?[A-Z]\b)|^(?-i:\(?[A-Z]\)?) only\b"
-    r"|^(?:all|none|both|neither|either)\W*$", re.IGNORECASE)
+    r"|^(?:all|none|both|neither|either)\W*$"
+    # "A and B", "the above", "the former", "both", "options", "none is", "all are right", "none"
+    r"|(?-i:[A-Z][、和或与及][A-Z])|以上|上述|前者|后者|[两二]者|选项|[都均皆全](?:不|没|无|非|是|对|正确|错)"
+    r"|^(?:全部|全都|都有|没有|无)$", re.IGNORECASE)
 # Words, and openings, without which a question asks the same
 FILLER = frozenset("a an the is are was were be do does did this please".split())
 OPENING = re.compile(r"(?:in|from|based on|according to) (?:this|the) (?:video|image|picture|clip)")
@@ -1377,11 +1512,11 @@ def wanted_type(answer, options, wanted):
     >>> wanted_type("3", [], ["multiple choice", "numerical"]), wanted_type("3", [], ["OCR"])
     ('numerical', 'OCR')
     """
-    from rewards import parse_number
     if options:
         return "multiple choice" if "multiple choice" in wanted else None
-    text = next((kind for kind in ("OCR", "free-form") if kind in wanted), None)
-    numeric = next((kind for kind in ("numerical", "regression") if kind in wanted), None)
+    numbers = ("numerical", "regression")
+    numeric = next((kind for kind in numbers if kind in wanted), None)
+    text = next((kind for kind in wanted if kind not in ("multiple choice", *numbers)), None)
     short = text is None or len(answer.split()) <= SHORT_ANSWER
     return numeric if numeric and short and parse_number(answer) is not None else text
 
@@ -1404,6 +1539,8 @@ def make_record(found, entry, folder) -> dict:
         problem, kind = f"{problem} (Unit: {unit})", "regression"
     else:
         kind = wanted_type(answer, options, wanted)
+    if found["medium"] == ".":
+        raise Dropped("no medium")
     if path.startswith("..") or os.path.isabs(path):
         raise Dropped("path leaves the media folder")
     if kind is None:
@@ -1422,7 +1559,6 @@ def make_record(found, entry, folder) -> dict:
 
 def graded_answer(problem, answer, options, kind) -> str:
     """The answer, a choice's as its letter; Dropped where the question cannot be graded."""
-    from rewards import choice_letter, parse_number
     if not problem:
         raise Dropped("no question")
     if not answer:
@@ -1580,6 +1716,10 @@ def mix(args):
     for mixed in lines.values():
         np.random.default_rng([args.seed, len(recipe)]).shuffle(mixed)
     text = mix_report(report)
+    if not lines[args.out]:
+        print(text)
+        raise InputError(f"no record is left for {args.out}, which is not written: the table above "
+                         "says what each entry offered and why it was dropped")
     write_whole({path: json_list(mixed) for path, mixed in lines.items()}
                 | {f"{stem}.report.md": [text]})
     print(text, *(f"{path}: {len(mixed):,} records" for path, mixed in lines.items()), sep="\n")
@@ -1629,7 +1769,8 @@ def judge_medium(args, record):
 
 def check(args):
     """Decodes every medium of a file of records, as training will, and writes the records whose
-    medium can be used. The same command resumes; a file that has changed is decoded again."""
+    medium can be used and on which something can be earned. The same command resumes; a file that
+    has changed is decoded again."""
     records = load_records(args.data, args.media_root)
     out = args.out or f"{args.data.removesuffix('.jsonl').removesuffix('.json')}_clean.json"
     stem = out.removesuffix(".json")
@@ -1648,12 +1789,16 @@ def check(args):
             write([row])
             if row["reason"]:
                 reasons[tuple(row["clip"])] = row["reason"]
-    clean = [record for record in records if clip_of(record) not in reasons]
-    lost = Counter(reasons.get(clip_of(record)) for record in records)
-    examples = {reason: path for (path, *_), reason in reasons.items()}
+    lost = defaultdict(list)  # reason -> the records that it costs; None: the usable ones
+    for record in records:
+        reason = reasons.get(clip_of(record))
+        if reason is None and unmatchable(record):
+            reason = "no answer can match the solution"
+        lost[reason].append(record)
+    clean = lost.pop(None, [])
     table = markdown([("reason", "media", "records", "one of them")] + [
-        (reason, count, lost[reason], examples[reason])
-        for reason, count in Counter(reasons.values()).most_common()])
+        (reason, len(set(map(clip_of, those))), len(those), those[0]["path"])
+        for reason, those in sorted(lost.items(), key=lambda item: -len(item[1]))])
     write_whole({out: json_list(json.dumps(as_in_file(record)) for record in clean),
                  f"{stem}.report.md": [table]})
     print(f"{table}{out}: {len(clean):,} of {len(records):,} records, "
