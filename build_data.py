@@ -145,7 +145,7 @@ def tell_unmatchable(path, records):
         print(f"{path}: no answer can match the solution of {len(found):,} of {len(records):,} "
               f"records (build_data.py check drops them); the first is problem_id "
               f"{found[0]['problem_id']}, {found[0]['problem_type']}: "
-              f"{found[0]['solution'][:SURELY_TEXT]!r}", file=sys.stderr)
+              f"{found[0]['solution']!r}", file=sys.stderr)
 
 
 def as_in_file(record) -> dict:
@@ -1180,11 +1180,12 @@ def option_texts(options) -> list[str]:
     """
     by_letter = isinstance(options, dict)
     if by_letter:  # one that a question does not have is empty
-        options = [f"{key}. {text}" for key, text in sorted(options.items())
-                   if text not in (None, "")]
-    if isinstance(options, str) or not all(isinstance(o, (str, int, float)) for o in options):
-        raise ValueError("the options are not a list of texts")
-    texts = [str(option).strip() for option in options]
+        options = {key: text for key, text in options.items() if text not in (None, "")}
+    values = options.values() if by_letter else options
+    if isinstance(options, str) or not all(isinstance(text, (str, int, float)) for text in values):
+        raise ValueError("the options are not texts")
+    texts = [f"{key}. {options[key]}" for key in sorted(options)] if by_letter else [
+        str(text).strip() for text in values]
     marks = list(map(OPTION_LETTER.match, texts))
     if all(mark and place_of(mark) == i for i, mark in enumerate(marks)):
         return [text[mark.end():].strip() for text, mark in zip(texts, marks)]
@@ -1266,10 +1267,12 @@ def from_csv(row, folder):
     {'medium': '1.mp4', 'problem': 'What moves?', 'answer': 'B', 'options': ['a cat', 'a dog'],
      'data_type': 'video', 'kind': 'multiple choice'}
     """
-    row = {name.strip().lower(): (cell or "").strip() for name, cell in row.items()}
+    row = {(name or "").strip().lower(): cell for name, cell in row.items()}
     if not {"question", "answer"} <= row.keys() or row.keys().isdisjoint(("video", "image")):
         raise InputError(f"the .csv in {folder} needs the columns video or image, question and "
                          f"answer, separated by commas; it has {', '.join(row)}")
+    # cells beyond the heading are a list, which has no strip: a comma without quotes costs its row
+    row = {name: (cell or "").strip() for name, cell in row.items()}
     found = draft(row.get("video") or row.get("image"), row["question"], row["answer"],
                   {name: cell for name, cell in row.items() if CSV_OPTION.fullmatch(name)},
                   data_type="video" if row.get("video") else "image",
@@ -1880,7 +1883,8 @@ def parse_args(argv=None):
     add("--test", type=at_least(0, int), default=400, help="held-out questions")
     add("--seed", type=at_least(0, int), default=0, help="seed of every random draw")
     add = command(mix, "mix", "records from the releases that a recipe names")
-    add("--recipe", required=True, help="list of entries; assets/recipe.json is the paper's")
+    add("--recipe", required=True, help="list of entries; assets/recipe.json is the paper's, "
+        "assets/csv.json for a table of your own beside --out")
     add("--out", required=True, help="file of records to write; a report goes beside it")
     add("--media_root", help="folder of the releases, which the recipe's and the records' paths "
         "are relative to; default: the folder of --out, where the stages look for them too")

@@ -56,7 +56,19 @@ def test_json_and_jsonl_hold_the_same_records(tmp_path):
     ({"options": None}, "options"), ({"options": "A"}, "options"), ({"path": 3}, "path"),
     ({"path": "../clip.mp4"}, "path"), ({"path": "/etc/passwd"}, "path"),
     ({"path": "a\0.mp4"}, "path"), ({"problem": "What \ud83d?"}, "problem"),
-    ({"options": ["A. a", "B. \ud83d"]}, "options"), ({"video_start": "0:12"}, "video_start")])
+    ({"options": ["A. a", "B. \ud83d"]}, "options"), ({"video_start": "0:12"}, "video_start"),
+    ({"problem": 0}, "problem"), ({"process": ["a"]}, "process"),
+    ({"process": "\ud83d"}, "process"),
+    ({"groups": "motion"}, "groups"), ({"groups": ["motion"]}, "groups"),
+    ({"groups": None}, "groups"), ({"groups": {"level": 3}}, "groups"),
+    # which of several is the answer?
+    ({"solution": "<answer>A</answer><answer>B</answer>"}, "solution"),
+    ({"solution": "<answer>B</answer>\n<answer>B</answer>"}, "solution"),
+    ({"solution": "<answer>A</answer> or <answer>B</answer>"}, "solution"),
+    ({"solution": "<answer>use an <answer> tag</answer>"}, "solution"),
+    ({"solution": "<answer>B</answer></answer>"}, "solution"),
+    ({"solution": "<answer>B</answer><answer></answer>"}, "solution"),
+    ({"solution": "<answer>B</answer> it is"}, "solution")])
 def test_a_bad_record_is_named_by_file_problem_id_and_field(tmp_path, change, field):
     path = write(tmp_path, RECORD, RECORD | {"problem_id": 41} | change)
     with pytest.raises(InputError) as error:
@@ -68,6 +80,68 @@ def test_the_root_of_the_file_system_can_be_media_root(tmp_path):
     path = clip(tmp_path / "a.mp4")
     record, = load_records(write(tmp_path, RECORD | {"path": str(path)[1:]}), "/")
     assert record["media_path"] == str(path) and len(load_vision(record, **LIMITS).frames) == 8
+
+
+def test_a_byte_order_mark_is_no_part_of_the_data(tmp_path):
+    """Editors on Windows write one."""
+    for name, text in (("a.json", json.dumps([RECORD])), ("a.jsonl", json.dumps(RECORD) + "\n")):
+        (tmp_path / name).write_text(text, encoding="utf-8-sig")
+        assert load_records(tmp_path / name)[0]["problem_id"] == 7
+
+
+def test_groups_and_a_process_are_read_as_they_are(tmp_path):
+    more = {"groups": {"motion": "left", "level": "3"}, "process": "<think>it moves</think>"}
+    record, = load_records(write(tmp_path, RECORD | more))
+    assert {key: record[key] for key in more} == more
+    assert load_records(write(tmp_path, RECORD | {"groups": {}, "process": None}))
+
+
+@pytest.mark.parametrize("token", ["<|video_pad|>", "<|image_pad|>", "<|vision_start|>",
+                                   "<|im_start|>", "<|im_end|>", "<|endoftext|>"])
+def test_a_special_token_in_a_text_is_text_to_the_model(tmp_path, processor, token):
+    clip(tmp_path / "clip.mp4")
+    text = f"a {token} b"
+    fields = {"problem": text, "options": [f"A. {text}", "B. c"], "process": text,
+              "solution": f"<answer>{text}</answer>"}
+    plain, record = load_records(write(tmp_path, RECORD, RECORD | fields))
+    vision, ids = load_vision(plain, **LIMITS), processor.tokenizer.all_special_ids
+    plain, with_token = (encode(processor, each, vision)["input_ids"] for each in (plain, record))
+    counts = [[(inputs == i).sum() for i in ids] for inputs in (plain, with_token)]
+    assert counts[0] == counts[1]
+    target = f"{record['process']} {record['solution']}"  # what the cold start teaches
+    assert not set(processor.tokenizer(target).input_ids) & set(ids)
+    assert record["problem"] == text.replace("<|", "<| ").replace("|>", " |>")
+
+
+CHOICE = {"problem_type": "multiple choice", "options": ["A. left", "B. right"]}
+
+
+@pytest.mark.parametrize("fields, truth", [
+    (CHOICE, "C"), (CHOICE, "A, B"), (CHOICE, "up"),
+    (CHOICE | {"options": ["1. left", "2. right"]}, "2"),
+    ({"problem_type": "numerical"}, "00:12"), ({"problem_type": "numerical"}, "2\\sqrt{3}"),
+    ({"problem_type": "numerical"}, "3 or 4"), ({"problem_type": "numerical"}, "many " * 40),
+    ({"problem_type": "regression"}, "far"), ({"problem_type": "free-form"}, "?!")])
+def test_a_solution_that_no_answer_can_match_is_told_once(tmp_path, capsys, monkeypatch, fields,
+                                                          truth):
+    bad = RECORD | fields | {"problem_id": 41, "solution": f"<answer>{truth}</answer>"}
+    path = write(tmp_path, RECORD, bad, bad)
+    assert len(load_records(path)) == 3
+    told, = capsys.readouterr().err.splitlines()
+    assert told.startswith(f"{path}: no answer can match the solution of 2 of 3 records")
+    assert "problem_id 41" in told and bad["problem_type"] in told
+    monkeypatch.setenv("RANK", "1")  # another rank of the same run has said it
+    load_records(path)
+    assert capsys.readouterr().err == ""
+
+
+@pytest.mark.parametrize("fields, truth", [
+    (CHOICE, "B"), (CHOICE, "right"), (CHOICE, "B. right"), ({"problem_type": "OCR"}, "?!"),
+    ({"problem_type": "numerical"}, "-1,000.5"), ({"problem_type": "regression"}, "0"),
+    ({"problem_type": "free-form"}, "狗"), ({"problem_type": "free-form"}, "a dog " * 40)])
+def test_nothing_is_told_of_a_solution_that_can_be_matched(tmp_path, capsys, fields, truth):
+    load_records(write(tmp_path, RECORD | fields | {"solution": f"<answer>{truth}</answer>"}))
+    assert capsys.readouterr().err == ""
 
 
 @pytest.mark.parametrize("text", ["", "[]", "[1]", "{", '{"a": 1}\n{', "[{}]"])

@@ -141,3 +141,13 @@ def test_parts_of_one_video_are_checked_one_by_one(data):
     (data / "a.json").write_text(json.dumps(parts))
     ids, report = check(data)
     assert ids == [0] and "| 1 | 1 | good.mp4 |" in report
+
+
+def test_records_that_nothing_can_be_earned_on_are_dropped_with_their_reason(data):
+    several = [record(i, "good.mp4", problem_type="numerical", solution=f"<answer>{text}</answer>")
+               for i, text in enumerate(("12", "00:12", "many"))]
+    (data / "a.json").write_text(json.dumps([*several, record(3, "absent.png")]))
+    ids, report = check(data)
+    assert ids == [0]
+    assert "| no answer can match the solution | 1 | 2 | good.mp4 |" in report
+    assert "absent.png" in report and logged(data).count("good.mp4") == 1

@@ -13,8 +13,8 @@ import pytest
 
 import build_data
 from build_data import (FIGURE_2, Dropped, InputError, draft, figure_rows, load_records,
-                        make_record, read_recipe, release_rows, shuffle_options, split_options,
-                        spread, wanted_type)
+                        make_record, option_texts, read_recipe, release_rows, shuffle_options,
+                        split_options, spread, wanted_type)
 from conftest import ROOT, cells, run
 
 ALL_TYPES = ["multiple choice", "numerical", "OCR", "free-form", "regression"]
@@ -283,7 +283,23 @@ def test_questions_of_other_types_than_the_wanted_are_counted(tmp_path):
     ("Is it vitamin A. or not?", "Is it vitamin A. or not?", []),
     ("How many?\nAnswer the question using a single word or phrase.", "How many?", []),
     ("Select the option that fits.", "Select the option that fits.", []),
-    ("Select the option that fits.\nA. x\nB. y", "Select the option that fits.", ["x", "y"])])
+    ("Select the option that fits.\nA. x\nB. y", "Select the option that fits.", ["x", "y"]),
+    ("What?\nOption A: x\nOption B: y", "What?", ["x", "y"]),
+    ("What?\nOption (A): x\nOption (B): y", "What?", ["x", "y"]),
+    ("What?\nchoice A. x\nchoice B. y", "What?", ["x", "y"]),
+    ("What?\n[A] x\n[B] y", "What?", ["x", "y"]),
+    ("What? Options: A: x, B: y, C: z", "What?", ["x", "y", "z"]),
+    ("What? A. x; B. y or C. z", "What?", ["x", "y", "z"]),
+    ("What?\nA. int x;\nB. int y;", "What?", ["int x;", "int y;"]),
+    ("What?\nA. and\nB. or\nC. not", "What?", ["and", "or", "not"]),
+    ("什么?\nA、猫\nB、狗", "什么?", ["猫", "狗"]), ("什么?\nA．猫\nB．狗", "什么?", ["猫", "狗"]),
+    ("什么?\n（A）猫\n（B）狗", "什么?", ["猫", "狗"]), ("什么？选项：A：猫；B：狗", "什么？", ["猫", "狗"]),
+    ("什么?\n选项A：猫\n选项B：狗", "什么?", ["猫", "狗"]),
+    ("什么?\nＡ、猫\nＢ、狗", "什么?", ["猫", "狗"]),
+    ("点A、B、C在圆上，求角度", "点A、B、C在圆上，求角度", []),
+    ("What?\nA. E. coli\nB. C. elegans", "What?", ["E. coli", "C. elegans"]),
+    ("What?\nA. yeast\nB. a C. elegans\nC. z", "What?", ["yeast", "a C. elegans", "z"]),
+    ("Of\nA. p\nB. q\nwhat? (A) x (B) y (C) z", "Of\nA. p\nB. q\nwhat?", ["x", "y", "z"])])
 def test_options_and_hints_are_taken_out_of_a_question(text, problem, options):
     assert split_options(text) == (problem, options)
 
@@ -300,6 +316,71 @@ def test_released_video_r1_records_come_through_unchanged(tmp_path):
     assert [r | ours for r in sorted(records, key=lambda r: r["problem"] == "How many?")] == [
         record | ours, number | ours]
     assert [r["problem_id"] for r in load_records(tmp_path / "out.json")] in ([0, 1], [1, 0])
+
+
+@pytest.mark.parametrize("options, texts", [
+    (["A. x", "B. y"], ["x", "y"]), (["(A) x", "(B) y"], ["x", "y"]),
+    (["a) x", "b) y"], ["x", "y"]), (["A: x", "B: y"], ["x", "y"]),
+    (["Option A: x", "Option B: y"], ["x", "y"]),
+    (["A - x", "B - y"], ["x", "y"]), (["A、左", "B、右"], ["左", "右"]),
+    (["Ａ．左", "Ｂ．右"], ["左", "右"]), (["（A）左", "（B）右"], ["左", "右"]),
+    (["E. coli", "C. elegans", "B. subtilis"], ["E. coli", "C. elegans", "B. subtilis"]),
+    (["A. thaliana", "E. coli"], ["A. thaliana", "E. coli"]),
+    (["A. x", "y", "C. z"], ["A. x", "y", "C. z"]), (["C. x", "D. y"], ["C. x", "D. y"]),
+    (["A", "B"], ["A", "B"]), (["A-frame", "B-movie"], ["A-frame", "B-movie"]),
+    ([1, 2.5], ["1", "2.5"]),
+    ({"A": "x", "B": "y"}, ["x", "y"]), ({"B": "y", "A": "x"}, ["x", "y"]),
+    ({"A": "x", "B": "y", "C": None}, ["x", "y"]), ({"A": 1, "B": 0}, ["1", "0"]),
+    ({}, []), ([], [])])
+def test_letters_are_taken_off_options_where_all_have_theirs(options, texts):
+    assert option_texts(options) == texts
+
+
+@pytest.mark.parametrize("options", ["A. x\nB. y", ["x", None], [["x"], ["y"]], [{"A": "x"}],
+                                     {"0": "x", "1": "y"}, {"A": "x", "B": "", "C": "z"},
+                                     {"A": {"text": "x"}, "B": {"text": "y"}}])
+def test_options_of_another_kind_cost_their_row(tmp_path, options):
+    write(tmp_path / "a.json", [{"problem": "Which?", "problem_type": "multiple choice", "options":
+                                 options, "solution": "<answer>A</answer>", "path": "./7.mp4"}])
+    assert convert(tmp_path, "video_r1", "a.json") == ([], {"rows": 1, "malformed row": 1})
+
+
+def test_a_table_of_one_s_own_becomes_records_by_the_recipe_for_it(tmp_path):
+    """As spreadsheets write it: a byte order mark, empty cells where a question needs none."""
+    (tmp_path / "mine.csv").write_text(
+        "Video,image,question,answer,option_a,option_b,option_c,problem_type,video_start\n"
+        "a/1.mp4,,Which way?,B,left,right,,,\n1.mp4,,Which way?,a dog,a cat,a dog,a hat,,1.5\n"
+        "1.mp4,,How many?,3,,,,,\n,2.png,\"What, here?\",a red dog,,,,,\n"
+        "1.mp4,,How far?,3,,,,regression,\n,2.png,What is written?,STOP,,,,OCR,\n"
+        "1.mp4,,Of which type?,3,,,,essay,\n,,Without a medium?,3,,,,,\n"
+        "1.mp4,,Which one?,C,left,,right,,\n1.mp4,,Cells without quotes?,a, b, c,d,,,,\n",
+        encoding="utf-8-sig")
+    item, = json.loads((ROOT / "assets" / "csv.json").read_text())
+    counts = Counter()
+    records = list(build_data.candidates_of(item, tmp_path, nothing_excluded, set(), counts))
+    own = {"data_source": "own"}
+    assert records == [each | own for each in (
+        question("./a/1.mp4", "Which way?", "B", "A. left", "B. right"),
+        question("./1.mp4", "Which way?", "B", "A. a cat", "B. a dog", "C. a hat", video_start=1.5),
+        question("./1.mp4", "How many?", "3", kind="numerical"),
+        question("./2.png", "What, here?", "a red dog", kind="free-form"),
+        question("./1.mp4", "How far?", "3", kind="regression"),
+        question("./2.png", "What is written?", "STOP", kind="OCR"))]
+    assert counts == {"rows": 10, "not of the wanted problem type": 1, "no medium": 1,
+                      "malformed row": 2}
+
+
+def test_options_of_a_table_may_be_in_columns_of_one_letter(tmp_path):
+    (tmp_path / "a.csv").write_text("image,question,answer,A,B\n1.png,Which?,B,x,y\n")
+    assert convert(tmp_path, "csv", "a.csv")[0] == [
+        question("./1.png", "Which?", "B", "A. x", "B. y")]
+
+
+@pytest.mark.parametrize("header", ["video;question;answer", "video,question", "question,answer"])
+def test_a_table_without_its_columns_is_told_which_it_needs(tmp_path, header):
+    (tmp_path / "a.csv").write_text(f"{header}\n1.mp4,What?,x\n")
+    with pytest.raises(InputError, match="needs the columns video or image, question and answer"):
+        mix(tmp_path, [entry("csv", "a.csv")])
 
 
 def test_real_evaluation_rows_convert(tmp_path):
@@ -480,14 +561,17 @@ def test_answer_letters_are_drawn_evenly_and_answers_stay_right():
     "all of the above", "None of these", "both A and B", "A and C", "Both", "neither.", "None",
     "options 1 and 2", "the latter", "Both of them", "B", "(c)", "as mentioned above",
     "All the above", "None above", "neither A nor B", "A, B", "A, B, and C", "All are correct",
-    "Both are true", "more than one of the above", "Only A", "B only", "Same as A"])
+    "Both are true", "more than one of the above", "Only A", "B only", "Same as A",
+    "(a) and (b)", "(a), (b) and (c)", "a and b", "A/B", "None of the given options",
+    "none of the listed", "以上都不是", "以上皆是", "都不对", "两者都是", "A和B", "A、B", "前者", "全部"])
 def test_options_that_refer_to_others_stay_in_their_place(option):
     options = ["A. right", "B. red", f"C. {option}"]
     assert all(shuffled(*options, seed=seed)["options"] == options for seed in range(9))
 
 
 @pytest.mark.parametrize("option", ["a cat above the dog", "neither the cat nor the dog moves",
-                                    "two dogs", "vitamin A", "12", "all dogs run"])
+                                    "two dogs", "vitamin A", "12", "all dogs run", "成都", "TV",
+                                    "C/C++", "(a) cat", "x + 1"])
 def test_options_that_stand_for_themselves_are_shuffled(option):
     found = [shuffled("A. right", f"B. {option}", seed=seed) for seed in range(9)]
     assert any(record["options"] == [f"A. {option}", "B. right"] for record in found)
@@ -529,6 +613,15 @@ def test_validation_is_split_by_medium(tmp_path, capsys):
         mix(tmp_path, [entry("llava", "a.json")], "--val_share", 1.0)
     assert "--val_share: 1.0 must be at least 0 and below 1" in capsys.readouterr().err
     assert len({r["problem_id"] for r in train + val}) == 400
+
+
+def test_a_mix_without_a_record_fails_and_writes_nothing(tmp_path, capsys):
+    write(tmp_path / "a.json", [{}, llava("1.png", "What?", " ")])
+    for flags in ((), ("--val_share", 0.5)):
+        with pytest.raises(InputError, match="no record is left for .*out.json"):
+            mix(tmp_path, [entry("llava", "a.json")], *flags)
+        assert "1 malformed row; 1 no answer" in capsys.readouterr().out
+    assert {path.name for path in tmp_path.iterdir()} == {"a.json", "recipe.json"}
 
 
 def test_a_kill_leaves_the_old_file_or_the_new_one(tmp_path):
