@@ -235,7 +235,7 @@ def method_picture(question, threshold):
     order, first, second = row["frame_order"], row["first"], row["second"]
     end = 190 + ROW * max(len(first), len(second))
     sign = ">" if row["p"] > row["p_tilde"] else "<" if row["p"] < row["p_tilde"] else "="
-    asked = shorten(" ".join([question["problem"], *question["options"]]), 90, placeholder="…")
+    asked = shorten(f"{question['problem']} {', '.join(question['options'])}", 90, placeholder="…")
     answer = shorten(question["answer"], 24, placeholder="…")
     pieces = [
         words(16, 28, f"{asked} Answer: {answer}", "bold"),
