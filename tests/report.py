@@ -1,5 +1,7 @@
-"""A T-GRPO run at work, as one page that needs no network: the run's curves; questions with their
-frames in both orders, every response of both groups and what it earned, early and late.
+"""A T-GRPO run as one page that needs no network: its curves, then questions at work.
+
+A question has its frames in both orders, and every response of both groups with what it earned,
+at an early and a late step.
 
     python tests/report.py toy/tgrpo            # writes toy/tgrpo/report.html
     python tests/report.py toy/tgrpo --picture assets/method.svg    # and one group as a picture

@@ -193,8 +193,8 @@ def test_kinds_take_turns_and_the_largest_gain_of_all_is_first():
     rollouts = {key: [row(1, 0.5, A=0.0)] for key in records} | {
         ("4", ""): [row(1, 0.5), row(90, 0.25)],
         ("5", ""): [row(1, 1.0, A=0.0), row(90, 1.0, A=0.0)],  # nothing to learn from
-        ("6", ""): [row(1, 0.0), row(50, 1.0), row(80, 0.25)], ("7", ""): [row(1, 0.5), row(3, 0.5)],
-        ("8", ""): [row(1, 0.5)], ("25", ""): [row(3, 0.0), row(5, 1.0)]}
+        ("6", ""): [row(1, 0.0), row(50, 1.0), row(80, 0.25)],
+        ("7", ""): [row(1, 0.5), row(3, 0.5)], ("8", ""): [row(1, 0.5)], ("25", ""): [row(3, 0.0), row(5, 1.0)]}
     chosen = report.pick_questions(rollouts, records)
     assert len(chosen) == report.REPORTED == 8
     assert [record["problem_id"] for record, _ in chosen] == [25, 6, 20, 7, 21, 5, 22, 4]
