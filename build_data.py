@@ -16,6 +16,7 @@ import argparse
 import csv
 import errno
 import hashlib
+import io
 import json
 import logging
 import math
@@ -32,8 +33,9 @@ import traceback
 import unicodedata
 import warnings
 from collections import Counter, defaultdict
-from contextlib import contextmanager
+from contextlib import contextmanager, redirect_stdout
 from datetime import timedelta
+from difflib import get_close_matches
 from functools import lru_cache, partial
 from importlib.metadata import version
 from itertools import chain
@@ -63,6 +65,12 @@ MEDIA_FAULTS = (OSError, ValueError, AssertionError, RuntimeError, SyntaxError, 
 # Bytes that decoding one medium may take; 64 frames of 3840 x 2160 pixels, as floats, fit.
 DECODE_MEMORY = 16 * 2**30
 FULL_DISK = (errno.ENOSPC, errno.EDQUOT)
+
+
+# What they say as soon as they are imported where there is no GPU, as if that were a fault
+NO_GPU = re.compile("Setting accelerator to CPU|No CUDA runtime")
+for _logger in ("DeepSpeed", "torch.utils.cpp_extension"):
+    logging.getLogger(_logger).addFilter(lambda line: not NO_GPU.match(line.getMessage()))
 
 
 class InputError(ValueError):
@@ -190,6 +198,13 @@ def record_problem(record) -> str | None:
     if not isinstance(groups, dict) or not all(isinstance(name, str) for name in groups.values()):
         return f"field groups is {groups!r}, not an object of strings as {{'motion': 'left'}}"
     return None
+
+
+def refuse_absent_media(path, records):
+    """InputError where not one record's medium is there: told before any model is loaded."""
+    if not any(os.path.exists(record["media_path"]) for record in records):
+        raise InputError(f"{path}: none of its media is there, the first would be "
+                         f"{records[0]['media_path']}; give their folder as --media_root")
 
 
 def part_of(record) -> dict:
@@ -559,11 +574,16 @@ class FlagParser(argparse.ArgumentParser):
         for low, high in (("min_frames", "max_frames"), ("min_pixels", "max_pixels"),
                           ("image_min_pixels", "image_max_pixels")):
             if getattr(args, low, 0) > getattr(args, high, math.inf):
-                self.error(f"--{low} {getattr(args, low)} is above --{high} {getattr(args, high)}")
+                unit = "; pixels: 128 visual tokens are 128 * 28 * 28" if "pixels" in low else ""
+                self.error(f"--{low} {getattr(args, low)} is above --{high} {getattr(args, high)}"
+                           + unit)
         return args
 
     def error(self, message):
-        self.exit(2, f"{self.prog}: {message} (--help lists the flags)\n")
+        unknown = re.match("unrecognized arguments: ([^ =]+)", message)
+        near = get_close_matches(unknown[1], self._option_string_actions, 1) if unknown else ()
+        hint = f"did you mean {near[0]}?" if near else "--help lists the flags"
+        self.exit(2, f"{self.prog}: {message} ({hint})\n")
 
 
 def above(low, kind, most=math.inf):
@@ -645,15 +665,41 @@ def setup_distributed(args):
     elif get_accelerator().device_name() == "cpu" and os.environ["RANK"] == "0":
         print("DeepSpeed builds its shared-memory operation if this machine does not have it yet: "
               "about 30 seconds, once", flush=True)
-    deepspeed.init_distributed(get_accelerator().communication_backend_name(), verbose=False,
-                               timeout=timedelta(minutes=args.timeout_minutes))
+    with redirect_stdout(io.StringIO()):  # the name of what it has built
+        deepspeed.init_distributed(get_accelerator().communication_backend_name(), verbose=False,
+                                   timeout=timedelta(minutes=args.timeout_minutes))
     rank = torch.distributed.get_rank()
     return rank, torch.device(get_accelerator().device_name(local_rank))
 
 
+def find_model(name):
+    """InputError, at once, where --model is neither a model's folder nor a name on the hub."""
+    folder = Path(name)
+    if folder.is_dir():
+        if not (folder / "config.json").exists() and any(folder.glob("**/*_states.pt")):
+            raise InputError(f"--model {name} holds a run's checkpoint, not yet a model: end the "
+                             "run with --resume, or take the checkpoint's weights as the README "
+                             "shows ('When something breaks')")
+        return
+    if name.count("/") != 1 or folder.parent.is_dir():  # no organisation/model
+        raise InputError(f"--model {name}: there is no such folder (a training run writes its "
+                         "model at its end)")
+    from huggingface_hub import HfApi, constants, try_to_load_from_cache
+    if not try_to_load_from_cache(name, "config.json"):
+        try:
+            HfApi().model_info(name, timeout=constants.HF_HUB_ETAG_TIMEOUT)  # seconds
+        except Exception as error:  # also what its HTTP client raises
+            reason = str(error).strip().splitlines() or [type(error).__name__]
+            raise InputError(f"--model {name}: there is no such folder, and the hub does not give "
+                             f"a model of that name: {reason[0]}") from None
+
+
 def load_processor(args):
     """The model's processor; InputError where the directory has none."""
+    find_model(args.model)
     from transformers import AutoProcessor
+    from transformers.utils.logging import disable_progress_bar
+    disable_progress_bar()  # of weights and shards: the scripts have one bar, their own
     try:
         processor = AutoProcessor.from_pretrained(args.model)
         if not processor.chat_template:

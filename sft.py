@@ -16,31 +16,36 @@ The second half, behind a ruler, is what any training run here is; tgrpo.py trai
 Shapes: B records of a micro-batch, L tokens, N target tokens, V vocabulary.
 """
 import argparse
+import errno
 import hashlib
 import json
 import math
 import os
+import re
 import shutil
 import signal
+import sys
 import time
+from collections import Counter
 from dataclasses import dataclass
 from functools import lru_cache, partial
 from pathlib import Path
 
-import deepspeed
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
-from deepspeed.accelerator import get_accelerator
 from safetensors import SafetensorError
 from torch.utils.data import DataLoader, Dataset
 from tqdm import tqdm
 
-from build_data import (FlagParser, InputError, MediaError, above, add_machine_flags,
+from build_data import (FULL_DISK, FlagParser, InputError, MediaError, above, add_machine_flags,
                         add_media_flags, as_in_file, at_least, encode, encode_blank, image_as_video,
                         load_model, load_processor, load_records, load_vision_of, pad_batch,
-                        provenance, read_file, run_script, seeded_generator, setup_distributed,
-                        skip_row, to_device, write_whole)
+                        provenance, read_file, refuse_absent_media, run_script, seeded_generator,
+                        setup_distributed, skip_row, to_device, whole_rows, write_whole)
+
+import deepspeed  # after build_data, which quiets its first words
+from deepspeed.accelerator import get_accelerator
 
 IGNORED = -100  # label of a token without loss, as in torch's cross entropy
 
@@ -49,6 +54,7 @@ def parse_args(argv=None):
     parser = FlagParser(description=__doc__.split("\n")[0])
     add = parser.add_argument
     add("--num_train_epochs", type=above(0, float), default=1.0, help="passes over the data")
+    add("--max_steps", type=at_least(0, int), default=0, help="steps of the run; 0: those passes")
     add("--per_rank_batch_size", type=above(0, int), default=1,
         help="records of a micro-batch on a rank")
     add("--gradient_accumulation_steps", type=above(0, int), default=2,
@@ -145,11 +151,10 @@ def main(args):
     if without:
         raise InputError(f"{args.data}: record with problem_id {without[0]}: field process is "
                          f"missing ({len(without)} records); annotate.py makes it")
+    refuse_absent_media(args.data, records)
     processor = load_processor(args)
-    run = open_run(args, records, parse_args)
-    step_size = args.per_rank_batch_size * args.gradient_accumulation_steps  # a rank, a step
-    # one of the arguments in the run's first line from here on
-    args.max_steps = math.ceil(len(records) * args.num_train_epochs / (step_size * run.world))
+    per_step = args.per_rank_batch_size * args.gradient_accumulation_steps  # a rank, a step
+    run = open_run(args, records, parse_args, per_step)
     model = load_model(args, run.config)
     if args.gradient_checkpointing:
         model.gradient_checkpointing_enable({"use_reentrant": False})
@@ -160,9 +165,10 @@ def main(args):
     blank["labels"] = torch.full_like(blank["input_ids"], IGNORED)  # (1, L): no loss
 
     # ------------------------------------------------------------------------------- loop
-    for step, drawn, metrics in steps(run, records, partial(sft_example, processor), step_size):
+    work = f"{args.gradient_accumulation_steps} x {args.per_rank_batch_size} records"
+    for step, drawn, metrics in steps(run, records, partial(sft_example, processor), work):
         micro_batches = []
-        for i in range(0, step_size, args.per_rank_batch_size):
+        for i in range(0, per_step, args.per_rank_batch_size):
             good = [sample["inputs"] for sample in drawn[i:i + args.per_rank_batch_size]
                     if "record" in sample]
             # a rank whose whole micro-batch is broken still makes the calls of the others
@@ -174,6 +180,7 @@ def main(args):
         if close_step(run, step, drawn, metrics, finite):
             return
     save_model(run, processor)
+    say_end(run, "optim/loss", f"tgrpo.py --model {args.output}")
 
 
 # ========================================================================================
@@ -185,10 +192,11 @@ ORDER_STREAM = 0  # first key of the data order's generators; a stage's own stre
 # What a resumed run may change: it paces the run or says where things are.
 FREE_ARGUMENTS = {"data", "media_root", "output", "deepspeed_config", "num_workers",
                   "decode_timeout", "save_steps", "keep_checkpoints", "max_skipped", "resume",
-                  "timeout_minutes", "local_rank", "rollout_steps", "chunk_size"}
+                  "timeout_minutes", "local_rank", "rollout_steps", "show_steps", "chunk_size"}
 # As well, where the learning rate does not decay towards the end
 LENGTH_ARGUMENTS = {"max_steps", "num_train_epochs"}
-SHOWN = ("optim/loss", "reward/total", "reward/accuracy", "policy/kl")  # in the progress bar
+SHOWN = {"reward/total": "reward", "reward/accuracy": "accuracy", "group/p": "p",
+         "group/p_tilde": "p_tilde", "policy/kl": "kl", "optim/loss": "loss"}  # while it runs
 LOGS = ("metrics", "rollouts", "skipped")  # <name>.jsonl in --output
 
 
@@ -231,6 +239,7 @@ class Run:
     world: int            # number of ranks
     device: torch.device
     signals: list         # SIGTERM or SIGINT, once received: the run ends after its step
+    per_step: int         # questions of a step on a rank
     first_step: int = 0   # the newest checkpoint's, where one is resumed
     saved: int = 0        # step of the newest checkpoint
     updated: int = -1     # the last step with an optimizer step
@@ -243,21 +252,34 @@ class Run:
 
 # ------------------------------------------------------------------------------- start
 
-def open_run(args, records, parse_args) -> Run:
-    """Everything before a model is loaded: DeepSpeed's file, ranks, --output, what to resume.
-    parse_args is the script's own: a flag that an older run does not have counts as its default
-    of today."""
+def open_run(args, records, parse_args, per_step) -> Run:
+    """Everything before a model is loaded: DeepSpeed's file, ranks, --output, what to resume; the
+    end of the process where --output is finished. parse_args is the script's own: a flag that an
+    older run does not have counts as its default of today."""
     config = read_deepspeed_config(args)
     rank, device = setup_distributed(args)
+    args.max_steps = args.max_steps or math.ceil(
+        len(records) * args.num_train_epochs / (per_step * dist.get_world_size()))
     text = json.dumps([as_in_file(record) for record in records])
     identity = {"arguments": vars(args),
                 "records": hashlib.sha256(text.encode()).hexdigest()[:12],
                 "world_size": dist.get_world_size(),
                 "zero_stage": config.get("zero_optimization", {}).get("stage", 0), **provenance()}
-    run = Run(args, config, identity, rank, dist.get_world_size(), device, catch_signals(rank))
+    run = Run(args, config, identity, rank, dist.get_world_size(), device, catch_signals(rank),
+              per_step)
     run.first_step = run.saved = open_output(run)
-    if run.first_step:
+    model = (Path(args.output) / "config.json").exists()
+    if run.first_step or model:
         check_identity(run, vars(parse_args(["--model=", "--data=", "--output="])))
+    if model:
+        reached = whole_rows(Path(args.output) / "metrics.jsonl")[-1].get("step", 0)
+        if reached >= args.max_steps:
+            if rank == 0:
+                print(f"{args.output} is finished, at step {reached}: nothing is left to do")
+            sys.exit(0)
+        if not run.first_step:
+            raise InputError(f"--output {args.output} holds a model after {reached} steps and no "
+                             "checkpoint to go on from: name another folder")
     return run
 
 
@@ -281,9 +303,11 @@ def read_deepspeed_config(args):
 
 
 def open_output(run) -> int:
-    """Makes --output. Returns the step to start from: 0, or with --resume `latest`'s.
+    """Makes --output. Returns the step to start from: 0, or with --resume that of the newest
+    checkpoint up to the one that `latest` names, the last that is known to be whole.
 
-    A folder that holds a model, or without --resume a run, is refused: nothing is written over.
+    A folder that holds another's model, or without --resume a run, is refused: nothing is written
+    over.
     """
     output, resume = Path(run.args.output), run.args.resume
     probe, latest = output / "shared.probe", output / "latest"
@@ -302,16 +326,19 @@ def open_output(run) -> int:
     if len(set(found)) > 1:
         raise InputError(f"ranks see different files in --output {output}: it must be on storage "
                          f"that all nodes share (newest checkpoints: {[tag for _, tag in found]})")
-    there = {folder.name: step for step, folder in checkpoints(output).items()}
-    used = there or (output / "metrics.jsonl").exists()
-    if not resume and used or not tag and (output / "config.json").exists():
+    there, logged = checkpoints(output), (output / "metrics.jsonl").exists()
+    model = (output / "config.json").exists()
+    if (there or logged or model) if not resume else (model and not logged):
         raise InputError(f"--output {output} holds a run or a model: continue a run with --resume, "
                          "or name another folder")
+    named = re.fullmatch(r"checkpoint-(\d+)", tag)
+    whole = [step for step in there if named and step <= int(named[1])]
     # a kill leaves at most one checkpoint that `latest` does not name
-    if tag not in there and (tag or len(there) > 1):
+    if not whole and (tag or len(there) > 1):
+        names = [folder.name for folder in there.values()]
         raise InputError(f"{latest} must name the checkpoint to go on from, and says {tag!r}: "
-                         f"write one of {sorted(there)} into it, or name another --output")
-    return there.get(tag, 0)
+                         f"write one of {names} into it, or name another --output")
+    return max(whole, default=0)
 
 
 def check_identity(run, defaults):
@@ -349,16 +376,21 @@ def start_engine(run, model):
     run.infinite = watch_gradients(run.engine.module, run.device)
     if run.first_step:
         tag = f"checkpoint-{run.first_step}"
-        _, state = run.engine.load_checkpoint(str(output), tag=tag)
-        run.skipped = state["skipped"]
+        try:
+            _, state = run.engine.load_checkpoint(str(output), tag=tag)
+            run.skipped = state["skipped"]
+        except Exception as error:  # what torch and DeepSpeed raise on a damaged file has no end
+            raise InputError(f"{output / tag} is damaged ({type(error).__name__}: "
+                             f"{str(error).splitlines()[:1]}): remove this folder, and --resume "
+                             "goes on from the checkpoint before it") from None
     if run.rank == 0:
         for path in (output / f"{name}.jsonl" for name in LOGS):
             if path.exists():
                 trim_log(path, run.first_step)
         if not run.first_step:
             write_whole({output / "metrics.jsonl": [json.dumps(run.identity) + "\n"]})
-    run.bar = tqdm(total=args.max_steps, initial=run.first_step, disable=run.rank != 0,
-                   desc=Path(args.output).name)
+    run.bar = tqdm(total=args.max_steps, initial=run.first_step, desc=Path(args.output).name,
+                   disable=None if run.rank == 0 else True)  # None: where there is a terminal
 
 
 def watch_gradients(model, device):
@@ -441,10 +473,11 @@ class Questions(Dataset):
         return self.example(record, vision, position)
 
 
-def steps(run, records, example, per_step):
+def steps(run, records, example, work):
     """Yields (step, this rank's per_step samples, an empty dict for the step's metrics). An
-    example has the key "record", the line of a skipped question does not."""
-    args = run.args
+    example has the key "record", the line of a skipped question does not. Says before the first
+    step what the run is; `work` is what a rank does in one."""
+    args, per_step = run.args, run.per_step
     positions = [(step * run.world + run.rank) * per_step + i
                  for step in range(run.first_step, args.max_steps) for i in range(per_step)]
     # the next step's questions, and one more a worker, are decoded while a step is under way
@@ -458,6 +491,8 @@ def steps(run, records, example, per_step):
         run.lapped = time.perf_counter()
         drawn = [next(loader) for _ in range(per_step)]
         lap(run, metrics, "data")
+        if step == run.first_step and run.rank == 0:
+            say_start(run, records, work, [sample for sample in drawn if "record" in sample][:1])
         yield step, drawn, metrics
 
 
@@ -535,8 +570,7 @@ def close_step(run, step, drawn, metrics, finite, rollouts=()) -> bool:
         write_lines(run, step, "rollouts", rollouts)
         write_lines(run, step, "skipped", skipped)
         run.engine.monitor.write_events([(name, value, step + 1) for name, value in row.items()])
-        run.bar.set_postfix({name: f"{row[name]:.4g}" for name in SHOWN if name in row})
-        run.bar.update()
+        show(run, step, row)
     if not finite:
         stop_at_infinity(run, step, ids)
     run.skipped += len(skipped)
@@ -547,6 +581,16 @@ def close_step(run, step, drawn, metrics, finite, rollouts=()) -> bool:
         tqdm.write(f"stopped by {signal.Signals(signals[0]).name} after step {step + 1}: the same "
                    "command with --resume continues")
     return bool(signals)
+
+
+def show(run, step, row):
+    """The step's line: in a terminal the progress bar, in a file one line a step."""
+    words = ", ".join(f"{SHOWN[name]} {row[name]:.3g}" for name in SHOWN if name in row)
+    run.bar.set_postfix_str(words, refresh=False)
+    run.bar.update()
+    if run.bar.disable:
+        print(f"step {step + 1} of {run.args.max_steps}: {words}, {row['time/step']:.2g} s",
+              flush=True)
 
 
 def merge(ranks) -> dict:
@@ -585,6 +629,48 @@ def check_skipped(run, drawn, skipped):
                          f"skipped.jsonl, the last are:{reasons}")
 
 
+# ------------------------------------------------------------------- what a person is told
+
+def say_start(run, records, work, first):
+    """Prints what the run is, and the true size of `first`, its first usable example, if any:
+    wrong flags of frames and pixels, and limits that act elsewhere, are found here."""
+    args, kinds = run.args, Counter(record["data_type"] for record in records)
+    epochs = args.max_steps * run.per_step * run.world / len(records)
+    size = sum(getattr(p, "ds_numel", p.numel()) for p in run.engine.module.parameters())
+    precision = "bf16" if run.config.get("bf16", {}).get("enabled") else "fp32"
+    kept = f"the newest {args.keep_checkpoints}" if args.keep_checkpoints else "all"
+    saves = f"every {args.save_steps} steps ({kept} stay)" if args.save_steps else "none"
+    lines = [
+        f"{args.data}: {len(records):,} records, {kinds['video']:,} videos and "
+        f"{kinds['image']:,} images",
+        f"{args.model}: {size:,} parameters, {precision}, ZeRO stage {run.identity['zero_stage']} "
+        f"on {run.world} x {run.device.type}",
+        f"a step: {work}, on each of the {run.world}; {args.max_steps:,} steps are {epochs:.3g} "
+        "epochs"]
+    for example in first:
+        inputs = example.get("inputs", example.get("ordered"))
+        grid = inputs.get("video_grid_thw", inputs.get("image_grid_thw"))[0].tolist()
+        visual, length = int((inputs["mm_token_type_ids"] > 0).sum()), inputs["input_ids"].shape[1]
+        lines.append(f"first {example['record']['data_type']}: {grid[0]} x {grid[1]} x {grid[2]} "
+                     "patches (time x height x width), "
+                     f"{visual} of its {length} tokens are visual")
+    lines.append(f"{args.output}: logs, the model at the end; checkpoints: {saves}")
+    tqdm.write("\n".join(lines))
+
+
+def say_end(run, metric, following):
+    """Prints where the model is, what the run took and gained, and the command that follows."""
+    if run.rank == 0:
+        rows = whole_rows(Path(run.args.output) / "metrics.jsonl")[1:]
+        minutes, seconds = divmod(round(sum(row["time/step"] for row in rows)), 60)
+        values = [row[metric] for row in rows if metric in row] or [math.nan]
+        few = max(1, min(10, len(values) // 2))
+        begin, end = (sum(part) / few for part in (values[:few], values[-few:]))
+        print(f"{run.args.output}: the model after {len(rows)} steps, {minutes} min {seconds} s; "
+              f"{metric} {begin:.3g} -> {end:.3g} (means of {few} steps at either end)\n"
+              f"next: {following}", flush=True)
+
+
 # ------------------------------------------------------------------ checkpoints, the model
 
 def save_checkpoint(run, step):
@@ -597,8 +683,7 @@ def save_checkpoint(run, step):
         run.engine.save_checkpoint(str(output), tag=tag, save_latest=False,
                                    client_state={"skipped": run.skipped})
     except (OSError, RuntimeError) as error:  # torch.save reports a full disk as either
-        raise InputError(f"cannot write {output / tag}: {error}. Checkpoints before it are whole: "
-                         "make room and continue with --resume") from None
+        raise cannot_write(output / tag, error) from None
     dist.barrier()
     run.saved = step
     if run.rank == 0:
@@ -607,6 +692,15 @@ def save_checkpoint(run, step):
         for folder in whole[:-run.args.keep_checkpoints] if run.args.keep_checkpoints else ():
             shutil.rmtree(folder)
     dist.barrier()
+
+
+def cannot_write(folder, error) -> InputError:
+    """Removes what a checkpoint or model has become so far; says a full disk in plain words, which
+    torch and safetensors have words of their own for."""
+    full = getattr(error, "errno", None) in FULL_DISK or shutil.disk_usage(folder).free < 2**24
+    shutil.rmtree(folder, ignore_errors=True)
+    return InputError(f"cannot write {folder}: {os.strerror(errno.ENOSPC) if full else error}. "
+                      "Checkpoints before it are whole: make room and continue with --resume")
 
 
 def checkpoints(output) -> dict[int, Path]:
@@ -630,10 +724,10 @@ def save_model(run, processor):
         try:
             run.engine.module.save_pretrained(aside, state_dict=state)
             processor.save_pretrained(aside)
-        except SafetensorError as error:  # a full disk, which it does not report as OSError
-            raise InputError(f"cannot write the model to {aside}: {error}. Make room and continue "
-                             "from the last checkpoint with --resume") from None
+        except (OSError, SafetensorError) as error:
+            raise cannot_write(aside, error) from None
         for path in sorted(aside.iterdir(), key=lambda path: path.name == "config.json"):
+            path.chmod((output / "metrics.jsonl").stat().st_mode)  # safetensors': the owner's alone
             path.replace(output / path.name)  # config.json last: it makes it a model
         aside.rmdir()
     dist.barrier()

@@ -22,7 +22,6 @@ by side, N rows of a rollout, of which n still decode, V vocabulary, T frames, C
 """
 from functools import partial
 
-import deepspeed
 import torch
 import torch.nn.functional as F
 from torch.utils.checkpoint import checkpoint
@@ -31,11 +30,14 @@ from transformers import AutoModelForImageTextToText
 from transformers.cache_utils import Cache, DynamicLayer, StaticCache
 
 from build_data import (FlagParser, above, at_least, encode, encode_blank, forbidden_tokens,
-                        load_model, load_processor, load_records, pad_batch, run_script,
-                        seeded_generator, shuffle_frames, stop_tokens, to_device)
+                        load_model, load_processor, load_records, pad_batch,
+                        refuse_absent_media, run_script, seeded_generator, shuffle_frames,
+                        stop_tokens, to_device)
 from rewards import accuracy_reward, format_reward, length_reward
 from sft import (add_run_flags, close_step, gather_objects, lap, note, open_run, optimizer_step,
-                 save_model, start_engine, steps)
+                 save_model, say_end, start_engine, steps)
+
+import deepspeed  # after build_data, which quiets its first words
 
 PIECE = 512  # tokens whose logits are turned into log-probabilities together
 STD_EPSILON = 1e-4  # added to the standard deviation in Eq. 3, as in the released code
@@ -68,7 +70,10 @@ def parse_args(argv=None):
     add("--beta", type=at_least(0, float), default=0.04,
         help="weight of the KL term; 0: no reference model")
     add("--epsilon", type=at_least(0, float), default=0.2,
-        help="clip range of the ratio (not in the paper)")
+        help="clip range of the ratio (not in the paper); acts from a rollout's second update on")
+    add("--loss_mean", choices=("response", "token", "length"), default="response",
+        help="mean over a response's tokens, then responses (Eq. 4); over all tokens of the group "
+             "alike; or the sum over G * max_new_tokens")
     add("--updates_per_rollout", type=above(0, int), default=1,
         help="optimizer steps on each rollout")
     add("--prompts_per_rank", type=above(0, int), default=1,
@@ -79,6 +84,8 @@ def parse_args(argv=None):
     add("--max_steps", type=above(0, int), default=1000, help="steps of the run, a rollout each")
     add("--rollout_steps", type=above(0, int), default=10,
         help="steps between entries of rollouts.jsonl")
+    add("--show_steps", type=at_least(0, int), default=10,
+        help="steps between questions told on the screen; 0: none")
     add_run_flags(add, lr_schedule="constant", save_steps=100)
     args = parser.parse_args(argv)
     if args.l_min > args.l_max:
@@ -112,21 +119,37 @@ def group_advantages(rewards, scale="std"):
     return advantages / (rewards.std() + STD_EPSILON) if scale == "std" else advantages
 
 
-def tgrpo_loss(logps, old_logps, ref_logps, advantages, mask, beta, epsilon):
-    """-J (Eq. 4) of one group or chunk: a scalar to minimise.
+def tgrpo_loss(logps, old_logps, ref_logps, advantages, mask, beta, epsilon, weights=None):
+    """-J (Eq. 4) of one group, or the part of it that is a chunk's: a scalar to minimise.
 
     logps, old_logps, ref_logps (n, L): log-probabilities of the response tokens under the
     policy, the policy that sampled them and the reference (None when beta is 0);
-    advantages (n,); mask (n, L): 1 up to and including the end token.
+    advantages (n,); mask (n, L): 1 up to and including the end token; weights (n, L): of each
+    token in the group's mean, by default token_weights(mask).
     """
     A = advantages[:, None]  # (n, 1)
-    ratio = torch.exp(logps - old_logps)  # (n, L)
+    ratio = policy_ratio(logps, old_logps, mask)  # (n, L)
     objective = torch.minimum(ratio * A, ratio.clamp(1 - epsilon, 1 + epsilon) * A)  # (n, L)
     if beta:
         objective = objective - beta * kl_k3(logps, ref_logps)  # (n, L)
     # where, not a product: what stands after the end token may be infinite, and inf * 0 is NaN
-    per_response = torch.where(mask.bool(), objective, 0).sum(1) / mask.sum(1)  # (n,)
-    return -per_response.mean()
+    objective = torch.where(mask.bool(), objective, 0)
+    return -(objective * (token_weights(mask) if weights is None else weights)).sum()
+
+
+def token_weights(mask, mean="response", longest=None):
+    """The weight (G, L) of each token in its group's mean, from the group's mask: "response",
+    1 / (G * its response's tokens), Eq. 4; "token", 1 / the group's tokens; "length",
+    1 / (G * longest), whatever was sampled. A chunk takes its rows."""
+    tokens = {"response": len(mask) * mask.sum(1, keepdim=True), "token": mask.sum(),
+              "length": len(mask) * (longest or mask.shape[1])}[mean]
+    return mask / tokens
+
+
+def policy_ratio(logps, old_logps, mask):
+    """rho (n, L), the policy's probability over the sampling policy's, per token; 1 after the
+    response's end. The loss and the metrics of clipping both take it from here."""
+    return torch.exp(torch.where(mask.bool(), logps - old_logps, 0))
 
 
 def kl_k3(logps, ref_logps):
@@ -495,9 +518,14 @@ def update(run, step, reference, groups, blank, metrics):
     total = sum(gather_objects(len(groups)))  # of all ranks
     if total == 0:  # on every rank
         return True
-    groups = groups + [blank] * (args.prompts_per_rank - len(groups))
+    # a group without advantages, and without a KL term, has no gradient: the blank is cheaper
+    moving = [group for group in groups if args.beta or group["A"].any()]
+    note(metrics, "update/saved_share", [float(len(groups) - len(moving))], count=len(groups))
+    note(metrics, "optim/loss", [0.0] * (len(groups) - len(moving)))
+    groups = moving + [blank] * (args.prompts_per_rank - len(moving))
     for group in groups:
         group["A"], group["old"] = group["A"].to(run.device), torch.zeros_like(group["mask"])
+        group["weights"] = token_weights(group["mask"], args.loss_mean, args.max_new_tokens)
         group["ref"] = None
         if args.beta:
             inputs = to_device(group["ordered"], run.device)
@@ -512,7 +540,7 @@ def update(run, step, reference, groups, blank, metrics):
                 loss = group_loss(group, rows, logps, args)
                 if group is blank:
                     return 0.0 * loss
-                note_policy(metrics, group, rows, logps.detach(), entropy, args.epsilon)
+                note_policy(metrics, group, rows, logps.detach(), entropy, args)
                 note(metrics, "optim/loss", [loss.item()], count=len(rows) / args.G)
                 return loss * run.world / total  # DeepSpeed averages over ranks
 
@@ -528,20 +556,20 @@ def group_loss(group, rows, logps, args):
     """The share of the chunk responses[rows] in their group's loss (Eq. 4)."""
     part = rows, slice(logps.shape[1])  # of the (G, L) tensors
     ref = None if group["ref"] is None else group["ref"][part]
-    loss = tgrpo_loss(logps, group["old"][part], ref, group["A"][rows], group["mask"][part],
-                      args.beta, args.epsilon)
-    return loss * len(rows) / len(group["A"])
+    return tgrpo_loss(logps, group["old"][part], ref, group["A"][rows], group["mask"][part],
+                      args.beta, args.epsilon, group["weights"][part])
 
 
-def note_policy(metrics, group, rows, logps, entropy, epsilon):
+def note_policy(metrics, group, rows, logps, entropy, args):
     """Per-token metrics of the chunk responses[rows], (n, L) each, over the tokens in the mask."""
     part = rows, slice(logps.shape[1])
     inside, A = group["mask"][part].bool(), group["A"][rows, None]  # (n, L), (n, 1)
-    ratio = torch.exp(logps - group["old"][part])  # (n, L)
-    clipped = torch.where(A > 0, ratio > 1 + epsilon, ratio < 1 - epsilon) & (A != 0)  # (n, L)
     note(metrics, "policy/entropy", entropy[inside].tolist())
-    note(metrics, "policy/clip_rate", clipped[inside].tolist())
-    note(metrics, "policy/ratio_max", ratio[inside].tolist())
+    if args.updates_per_rollout > 1:  # else the ratio is 1
+        ratio = policy_ratio(logps, group["old"][part], group["mask"][part])  # (n, L)
+        clipped = torch.where(A > 0, ratio > 1 + args.epsilon, ratio < 1 - args.epsilon) & (A != 0)
+        note(metrics, "policy/clip_rate", clipped[inside].tolist())
+        note(metrics, "policy/ratio_max", ratio[inside].tolist())
     if group["ref"] is not None:
         note(metrics, "policy/kl", kl_k3(logps, group["ref"][part])[inside].tolist())
 
@@ -576,22 +604,32 @@ def rollout_row(group):
             "R": group["R"].tolist(), "A": group["A"].tolist()}
 
 
-def describe(group, args, vocabulary):
-    """Prints the true size of a first question: limits that act elsewhere are found here."""
-    inputs = group["ordered"]
-    grid = inputs.get("video_grid_thw", inputs.get("image_grid_thw"))[0].tolist()
-    n = min(args.chunk_size, args.G)
-    tqdm.write(f"first {group['record']['data_type']}: {grid[0]} x {grid[1]} x {grid[2]} patches "
-               f"(time x height x width), {int((inputs['mm_token_type_ids'] > 0).sum())} visual "
-               f"tokens, {inputs['input_ids'].shape[1]} prompt tokens; a chunk: {n} of {args.G} "
-               f"responses, at most {n * args.max_new_tokens} x {vocabulary} logits")
+def tell(group, step):
+    """Prints a question of a step as a person would tell it: both groups, best and worst."""
+    record, parts, R = group["record"], group["parts"], group["R"]
+    options = "".join(f" | {option}" for option in record.get("options") or ())
+    shares = f"p {parts['p']:.3g}"
+    if "r_t" in parts:
+        shares += f", p_tilde {parts['p_tilde']:.3g}: r_t {parts['r_t']:g}"
+    lines = [f"step {step + 1}, {record['data_type']} {record['path']}: "
+             f"{brief(record['problem'] + options)} {brief(record['solution'])}", shares]
+    for word, i in (("best", R.argmax()), ("worst", R.argmin())):
+        lines.append(f"{word}: R {R[i]:.2f}, A {group['A'][i]:.2f}  {brief(group['texts'][i])}")
+    tqdm.write("\n  ".join(lines))
+
+
+def brief(text, most=300):
+    """A text on one line: of a long one, beginning and end."""
+    text = " ".join(text.split())
+    return text if len(text) <= most else f"{text[:most // 2]} ... {text[-most // 2:]}"
 
 
 def main(args):
     # ------------------------------------------------------------- records, models, engine
     records = load_records(args.data, args.media_root)
+    refuse_absent_media(args.data, records)
     processor = load_processor(args)
-    run = open_run(args, records, parse_args)
+    run = open_run(args, records, parse_args, args.prompts_per_rank)
     model = load_model(args, run.config)
     model.model.visual.requires_grad_(not args.freeze_vision)
     start_engine(run, model)
@@ -602,12 +640,11 @@ def main(args):
     blank = blank_group(processor, args.G, eos_ids[0], run.device)
 
     # ------------------------------------------------------------------------------- loop
-    for step, drawn, metrics in steps(run, records, partial(example, processor, args),
-                                      args.prompts_per_rank):
+    work = (f"{args.prompts_per_rank} questions x ({args.G} + {args.G_tilde if args.alpha else 0}) "
+            f"responses, {min(args.chunk_size, args.G)} of them in a chunk of the update")
+    for step, drawn, metrics in steps(run, records, partial(example, processor, args), work):
         # 1. questions, decoded and encoded ahead of need by the workers
         groups = [group for group in drawn if "record" in group]
-        if step == run.first_step and groups and run.rank == 0:
-            describe(groups[0], args, model.config.get_text_config().vocab_size)
         # 2. responses to ordered and shuffled frames
         gather_weights(run.engine, sampler)
         generator = seeded_generator(ROLLOUT_STREAM, args.seed, step, run.rank, device=run.device)
@@ -625,7 +662,10 @@ def main(args):
         rollouts = [rollout_row(group) for group in groups if due]
         if close_step(run, step, drawn, metrics, finite, rollouts):
             return
+        if groups and run.rank == 0 and args.show_steps and step % args.show_steps == 0:
+            tell(groups[0], step)
     save_model(run, processor)
+    say_end(run, "reward/accuracy", f"evaluate.py --model {args.output}")
 
 
 if __name__ == "__main__":

@@ -1,5 +1,6 @@
 """Killed, stopped, out of disk, out of numbers, out of media: nothing that was computed is lost."""
 import json
+import shutil
 import time
 
 import pytest
@@ -144,8 +145,25 @@ def test_a_full_disk_is_a_clear_error_and_leaves_the_last_checkpoint_whole(
     assert full.returncode == 1 and "Traceback" not in full.stderr
     assert "cannot write" in full.stderr and "--resume" in full.stderr
     assert (output / "latest").read_text() == "checkpoint-2"
+    assert not (output / "checkpoint-4").exists()
     run(*command(toy, "tgrpo", output, 0, "--resume"))
     same_run(whole_run("tgrpo", 0, 0), output)
+
+
+def test_a_damaged_checkpoint_is_named_and_without_it_the_one_before_serves(
+        toy, tmp_path, whole_run):
+    output = tmp_path / "run"
+    run(*command(toy, "sft", output, 0))
+    (output / "config.json").unlink()  # as of a run that was killed before it wrote its model
+    file, = (output / "checkpoint-4").glob("*model_states.pt")
+    file.write_bytes(file.read_bytes()[:1000])
+    damaged = run(*command(toy, "sft", output, 0, "--resume"), check=False)
+    assert damaged.returncode == 1 and "Traceback" not in damaged.stderr
+    assert f"{output / 'checkpoint-4'} is damaged" in damaged.stderr
+    assert "remove this folder" in damaged.stderr
+    shutil.rmtree(output / "checkpoint-4")
+    run(*command(toy, "sft", output, 0, "--resume"))
+    same_run(whole_run("sft", 0, 0), output)
 
 
 @pytest.mark.parametrize("script, call, ranks, newest", [

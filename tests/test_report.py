@@ -7,6 +7,7 @@ import re
 import shutil
 import subprocess
 from html.parser import HTMLParser
+from xml.etree import ElementTree
 
 import numpy as np
 import pytest
@@ -88,12 +89,18 @@ def rollout(record, step, first, second, order=None):
             **shares, "R": R.tolist(), "A": (R - R.mean()).tolist()}
 
 
-def write_run(folder, toy, rows, leave_out=(), **changed):
+METRICS = [{"step": step, "reward/accuracy": accuracy, "group/p": accuracy, "group/p_tilde": 0.25,
+            "policy/kl": 0.001 * step, "response/tokens": 20.5, "group/zero_std_rate": 0.0,
+            "optim/loss": 0.1} for step, accuracy in ((1, 0.25), (2, 0.5), (3, 0.875))]
+
+
+def write_run(folder, toy, rows, leave_out=(), metrics=METRICS, **changed):
     """The --output of a tgrpo.py run over the toy, as the page's maker reads it."""
     folder.mkdir(parents=True, exist_ok=True)
     flags = {"data": str(toy / "train.json"), "media_root": str(toy)} | FLAGS | changed
     flags = {flag: value for flag, value in flags.items() if flag not in leave_out}
-    (folder / "metrics.jsonl").write_text(json.dumps({"arguments": flags}) + "\n{}\n")
+    lines = [{"arguments": flags}, *metrics]
+    (folder / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
     (folder / "rollouts.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     return folder
 
@@ -177,21 +184,63 @@ def test_frames_stand_in_order_and_with_the_order_that_was_used(run, records):
     assert torch.equal(torch.from_numpy(shown), vision.frames.permute(0, 2, 3, 1))
 
 
-def test_kinds_of_question_take_turns_and_in_each_those_logged_twice_come_first():
+def test_kinds_take_turns_and_the_largest_gain_of_all_is_first():
     records = {(str(i), ""): {"problem_id": i, "data_type": "image" if i > 19 else "video",
                               "problem_type": "OCR" if i > 19 else "numerical"} for i in range(30)}
 
-    def row(step, A):
-        return {"step": step, "first": [{"earned": {"A": A}}]}
-    rollouts = {key: [row(1, 1.0)] for key in records} | {
-        ("5", ""): [row(1, 0.0), row(90, 0.0)],  # nothing to learn from
-        ("6", ""): [row(1, 0.0), row(80, 1.0)], ("7", ""): [row(1, 1.0), row(30, 0.0)],
-        ("25", ""): [row(3, 1.0), row(5, 1.0)]}
+    def row(step, p, A=1.0):
+        return {"step": step, "p": p, "first": [{"earned": {"A": A}}]}
+    rollouts = {key: [row(1, 0.5, A=0.0)] for key in records} | {
+        ("4", ""): [row(1, 0.5), row(90, 0.25)],
+        ("5", ""): [row(1, 1.0, A=0.0), row(90, 1.0, A=0.0)],  # nothing to learn from
+        ("6", ""): [row(1, 0.0), row(50, 1.0), row(80, 0.25)],
+        ("7", ""): [row(1, 0.5), row(3, 0.5)], ("8", ""): [row(1, 0.5)], ("25", ""): [row(3, 0.0), row(5, 1.0)]}
     chosen = report.pick_questions(rollouts, records)
     assert len(chosen) == report.REPORTED == 8
-    assert [record["problem_id"] for record, _ in chosen] == [6, 25, 7, 20, 5, 21, 0, 22]
-    assert [len(rows) for _, rows in chosen] == [2, 2, 2, 1, 2, 1, 1, 1]
-    assert [[row["step"] for row in rows] for _, rows in chosen[:2]] == [[1, 80], [3, 5]]
+    assert [record["problem_id"] for record, _ in chosen] == [25, 6, 20, 7, 21, 5, 22, 4]
+    assert [len(rows) for _, rows in chosen] == [2, 2, 1, 2, 1, 2, 1, 2]
+    assert [[row["step"] for row in rows] for _, rows in chosen[:2]] == [[3, 5], [1, 80]]
+    once = {key: rows for key, rows in rollouts.items() if len(rows) == 1}
+    assert report.pick_questions(once, records)[0][0]["problem_id"] == 8  # with advantages
+
+
+# title: {metric: its points}; 90 steps make 30 points, each the mean of three neighbours
+@pytest.mark.parametrize("rows, curves", [
+    ([], {}), ([{"step": 1, "optim/loss": 1.0}], {}),
+    ([{"step": 1, "policy/kl": 0.5}], {"KL": {"policy/kl": [[1, 0.5]]}}),
+    ([{"step": i, "response/tokens": i // 3} for i in range(90)],
+     {"response tokens": {"response/tokens": [[3 * i + 1, i] for i in range(30)]}}),
+    ([{"step": 1, "group/p": 1}, {"step": 2}, {"step": 3, "group/p": float("nan")},
+      {"step": 4, "group/p": float("inf")}, {"step": 5, "group/p": 0.5, "group/p_tilde": 1 / 3}],
+     {"share correct": {"group/p": [[1, 1], [5, 0.5]], "group/p_tilde": [[5, 0.333333]]}}),
+    ([{"step": 0, "val/accuracy": 0.5, "val/accuracy_shuffled": 0.4, "val/gap": 0.1}],
+     {"held-out accuracy": {"val/accuracy": [[0, 0.5]], "val/accuracy_shuffled": [[0, 0.4]]},
+      "held-out gap": {"val/gap": [[0, 0.1]]}}),
+    ([{"step": 123456, "group/zero_std_rate": 0.0}],
+     {"groups of zero spread": {"group/zero_std_rate": [[123456, 0]]}})])
+def test_curves_are_of_the_metrics_that_a_run_has(toy, records, tmp_path, rows, curves):
+    row = rollout(records["video"], 1, [WRONG] * 8, [WRONG] * 4, ORDERS[0])
+    data, _ = reported(write_run(tmp_path, toy, [row], metrics=rows))
+    assert data["curves"] == curves
+
+
+def test_one_line_says_what_the_run_gained(run, toy, records, tmp_path):
+    assert reported(run)[0]["gain"] == "accuracy 0.25 → 0.875 (+0.62)"
+    row = rollout(records["video"], 1, [WRONG] * 8, [WRONG] * 4, ORDERS[0])
+    held_out = [{"step": 0, "val/accuracy": 0.7, "val/gap": 0.25}, *METRICS,
+                {"step": 3, "val/accuracy": 0.65, "val/gap": 0.5}]
+    data, _ = reported(write_run(tmp_path, toy, [row], metrics=held_out))
+    assert data["gain"] == ("accuracy 0.25 → 0.875 (+0.62), held-out accuracy 0.7 → 0.65 (-0.05), "
+                            "held-out gap 0.25 → 0.5 (+0.25)")
+    assert reported(write_run(tmp_path, toy, [row], metrics=[]))[0]["gain"] == ""
+
+
+# a fork may show the second group what it likes: reversed, one frame, one again and again, none
+@pytest.mark.parametrize("order", [ORDERS[1], [5], [0] * 8, [2, 3], None])
+def test_whatever_the_second_group_saw_is_shown(toy, records, tmp_path, order):
+    row = rollout(records["video"], 1, [WRONG] * 8, [WRONG] * 4, order)
+    question, = reported(write_run(tmp_path, toy, [row]))[0]["questions"]
+    assert len(question["pictures"]) == 8 and question["steps"][0]["frame_order"] == (order or [])
 
 
 def test_big_pictures_are_made_small(toy, tmp_path):
@@ -213,6 +262,52 @@ def test_a_flag_that_an_older_run_lacks_is_not_missed(run, toy, tmp_path):
     data, _ = reported(write_run(tmp_path / "run", toy, rows, leave_out=["temporal_to", "alpha"]))
     assert data["flags"].keys() == FLAGS.keys() - {"temporal_to", "alpha", "learning_rate"}
     assert data["flags"]["correct_threshold"] == "0.5" and question_at(90, data)["pictures"]
+
+
+# ------------------------------------------------------------------------------- one group as SVG
+
+def drawn(folder, path):
+    """The texts and the images' addresses of the picture that the command makes of a run."""
+    report.main(report.parse_args([str(folder), "--picture", str(path)]))
+    elements = [*ElementTree.parse(path).getroot()]
+    return ([element.text or "" for element in elements if element.tag.endswith("text")],
+            [element.attrib["href"] for element in elements if element.tag.endswith("image")])
+
+
+def test_the_picture_shows_the_group_whose_p_is_furthest_above_p_tilde(run, records, tmp_path):
+    texts, images = drawn(run, tmp_path / "new/method.svg")
+    frames = question_at(90, reported(run)[0])["pictures"]
+    assert images == frames + [frames[place] for place in ORDERS[1]]
+    truth = extract_answer(records["video"]["solution"])
+    for text in ("p = 0.875", "p_tilde = 0.25", f"✓ {truth}", "✗ ?", "look", "2.5", "0.188",
+                 *records["video"]["options"][:1], f"Answer: {truth}", "p > p_tilde", "r_t = 0.3."):
+        assert any(text in line for line in texts), text
+    assert sum(line.startswith("✓") for line in texts) == 7 + 1
+    assert sum(line.startswith("✗") for line in texts) == 1 + 3
+    assert [line for line in texts if line.isdigit()][:16] == [
+        str(place + 1) for place in [*range(8), *ORDERS[1]]]
+
+
+def test_a_picture_holds_any_text(toy, records, tmp_path):
+    right = RIGHT.format(extract_answer(records["video"]["solution"]))
+    row = rollout(records["video"], 1, [right, *HOSTILE[:7]], [*HOSTILE[4:]], ORDERS[0])
+    texts, _ = drawn(write_run(tmp_path, toy, [row]), tmp_path / "method.svg")
+    assert max(map(len, texts)) < 150 and any(text.startswith("NUL \ufffd") for text in texts)
+
+
+def test_a_run_without_a_group_to_draw_is_refused(run, toy, records, tmp_path):
+    right = RIGHT.format(extract_answer(records["video"]["solution"]))
+    rows = [rollout(records["video"], 1, [right] * 8, [WRONG] * 4, ORDERS[0]),
+            rollout(records["video"], 2, [WRONG] * 8, [WRONG] * 4, ORDERS[0]),
+            rollout(records["video"], 3, [right, WRONG] * 4, [], None)]
+    with pytest.raises(InputError, match="--picture needs a video with correct and wrong resp"):
+        drawn(write_run(tmp_path / "run", toy, rows), tmp_path / "method.svg")
+    with pytest.raises(InputError, match="cannot write"):
+        drawn(run, tmp_path / "run/rollouts.jsonl/method.svg")
+    shutil.copytree(run, tmp_path / "moved")
+    with pytest.raises(InputError, match="--picture: .*No such file"):
+        report.main(report.parse_args([str(tmp_path / "moved"), "--media_root", str(tmp_path),
+                                       "--picture", str(tmp_path / "method.svg")]))
 
 
 # -------------------------------------------------------------------------------- safe and whole
@@ -242,10 +337,11 @@ def test_no_text_of_a_model_or_a_record_becomes_markup(hostile):
 
 
 def test_the_script_makes_text_nodes_and_loads_nothing():
+    template = TEMPLATE.replace("http://www.w3.org/2000/svg", "")  # a name
     for markup in ("innerHTML", "outerHTML", "insertAdjacentHTML", "document.write", "setHTML",
                    "DOMParser", "createContextualFragment", "eval(", "Function(", "srcdoc",
                    "fetch(", "XMLHttpRequest", "import(", "@import", "url(", "http:", "https:"):
-        assert markup not in TEMPLATE
+        assert markup not in template
 
 
 def test_the_page_allows_nothing_but_its_own_style_and_script(run):
@@ -282,6 +378,12 @@ def test_every_number_and_its_equation_is_explained():
     ("metrics.jsonl", '{"step": 1}\n', "metrics.jsonl does not begin with the flags of a run"),
     ("metrics.jsonl", '{"arguments": 1}\n', "metrics.jsonl does not begin with the flags of a run"),
     ("metrics.jsonl", '{"arguments": {"data": "x"}}\n', "flags of a run: without media_root, max_"),
+    ("metrics.jsonl", json.dumps({"arguments": FLAGS | {"data": "", "media_root": ""}})
+     + '\n{"step": 1, "group/p": "x"}\n', "metrics.jsonl is damaged: TypeError"),
+    ("metrics.jsonl", json.dumps({"arguments": FLAGS | {"data": "", "media_root": ""}})
+     + '\n{"group/p": 1}\n', "metrics.jsonl is damaged: KeyError"),
+    ("metrics.jsonl", json.dumps({"arguments": FLAGS | {"data": "", "media_root": ""}})
+     + '\n{"group/p"\n', "metrics.jsonl is damaged: JSONDecodeError"),
 ])
 def test_a_folder_that_is_no_whole_run_ends_in_one_sentence(
         run, tmp_path, name, content, message):
@@ -381,13 +483,21 @@ def test_the_browser_shows_both_groups_at_two_steps(run, seen, records):
     assert [float(meter["value"]) for meter in video.all("meter")] == [0.25, 0.5, 0.875, 0.25]
     for sentence in ("p < p_tilde, so r_t = 0", "p > p_tilde, so r_t = 0.3"):
         assert f"{sentence} for every correct response to the video." in video.texts("p")
-    assert video.texts("h4") == 2 * ["8 responses to the video", "4 responses of the second "
-                                     "group, compared with and never trained on"]
+    assert video.texts("h4") == 2 * ["First group: 8 responses to the video",
+                                     "Second group: 4 responses, not trained on"]
+    assert "p 0.25 → 0.875" in video.texts("p")
     earned = video.texts("summary")
     assert len(earned) == 2 * (8 + 4)
-    assert earned[12] == "correctaccuracy 1format 1temporal 0.3length 0.2R 2.5A 0.188"
-    assert earned[19] == "wrongaccuracy 0format 1temporal 0length 0R 1A -1.31"
-    assert earned[20:22] == ["correctaccuracy 1format 1", "wrongaccuracy 0format 1"]
+    assert video.texts("numbers")[0] == "answeraccuracyformattemporallengthRA"
+    numbers = [f"{span['title']} {span['text']}" for tag, span in video.elements
+               if tag == "/span" and span.get("title") in report.PARTS]
+    late = 8 * 6 + 4 * 2  # where the later step's begin
+    assert numbers[late:late + 6] == [
+        "accuracy 1", "format 1", "temporal 0.3", "length 0.2", "R 2.5", "A 0.188"]
+    assert numbers[late + 42:late + 52] == [
+        "accuracy 0", "format 1", "temporal 0", "length 0", "R 1", "A -1.31",
+        "accuracy 1", "format 1", "accuracy 0", "format 1"]
+    assert earned[12].startswith(f"correct {truth}") and earned[19].startswith("wrong ?")
     correct = [text.startswith("correct") for text in earned]
     assert sum(correct[:8]) == 2 and sum(correct[8:12]) == 2  # as p and p_tilde say
     assert video.texts("think") == ["look"] * 24  # thought and answer are told apart
@@ -403,13 +513,42 @@ def test_the_browser_says_what_is_special_about_a_question(run, seen):
     once = "Logged at this one step only: there is no later one to compare."
     assert [once in sections[step].texts("p") for step in (7, 50, 90)] == [True, False, False]
     image = sections[50]
-    assert len(image.all("img")) == 1 and image.texts("h4") == 2 * ["8 responses to the image"]
+    assert len(image.all("img")) == 1
+    assert image.texts("h4") == 2 * ["First group: 8 responses to the image"]
     assert image.texts("p").count("No second group: images, and runs with alpha 0, have none.") == 2
     assert image.texts("p").count(
         "All rewards are equal, so every A is 0: this group teaches nothing.") == 1  # at step 50
+    assert page.texts("a") == [f"{i}. {question['problem']}" for i, question in
+                               enumerate(reported(run)[0]["questions"], 1)]
     for details in sections[7].elements:  # a long response is folded
         if details[0] == "/details":
             assert ("open" in details[1]) == ("x" * 5000 not in details[1]["text"])
+
+
+@in_a_browser
+def test_the_browser_draws_the_curves(seen):
+    curves = seen[0]
+    captions = ["accuracy 0.25 → 0.875", "share correctp 0.25 → 0.875p_tilde 0.25 → 0.25",
+                "KL 0.001 → 0.003", "response tokens 20.5 → 20.5", "groups of zero spread 0 → 0"]
+    assert curves.texts("figcaption")[:5] == captions
+    assert "accuracy 0.25 → 0.875 (+0.62)" in curves.texts("p")
+    # 240 x 80, the largest value on top: from the first point to itself, then on
+    assert [path["d"] for path in curves.all("path")[:4]] == [
+        "M0 80L0 80L120 48L240 0", "M0 80L0 80L120 48L240 0", "M0 80L0 80L120 80L240 80",
+        "M0 80L0 80L120 40L240 0"]
+    assert curves.all("path")[4]["d"] == "M0 40L0 40L120 40L240 40"  # nothing changed
+    assert curves.texts("text")[:4] == ["0.875", "0.25", "step 1", "3"]
+
+
+@in_a_browser
+@pytest.mark.parametrize("order, sentence", [
+    ([5, 5], None), (None, "What the second group saw is not in rollouts.jsonl.")])
+def test_the_browser_shows_what_a_forks_second_group_saw(toy, records, tmp_path, order, sentence):
+    row = rollout(records["video"], 1, [WRONG] * 8, [WRONG] * 4, order)
+    _, sections = shown(write_run(tmp_path / "run", toy, [row]), tmp_path)
+    assert (sentence in sections[1].texts("p")) == (order is None)
+    assert sections[1].texts("video") == ["12345678"] + ["66"] * (order is not None)
+    assert "shuffled" not in "".join(sections[1].texts("article"))
 
 
 @in_a_browser
@@ -429,7 +568,8 @@ def test_in_a_browser_hostile_text_stands_to_the_letter_and_does_nothing(hostile
     assert len(page.all("script")) == 2 and page.all("img") == []
     assert {tag.strip("/") for tag, _ in page.elements} == set(
         "html head meta title style body header h1 p details summary dl dt dd main section h2 ul "
-        "li b div article h3 label meter h4 ol strong span nav button a script".split())
+        "li b div article h3 label meter h4 ol strong span nav button a script figure figcaption "
+        "svg path text".split())
     assert not any(name.startswith("on") or name in ("style", "src")
                    for _, attributes in page.elements for name in attributes)
     assert sections[1].texts("text") == SEEN * 2  # but for what no page can show
@@ -472,7 +612,7 @@ const press = (key, ctrlKey = false) => document.body.dispatchEvent(
 const found = {width: innerWidth, overflow: [], walk: []};
 const visible = () => [...document.querySelectorAll("section")].filter(s => !s.hidden)
   .map(s => s.id).join() + " " + document.activeElement.tagName
-  + " " + document.querySelector("[aria-current]").textContent;
+  + " " + document.querySelector("[aria-current]").firstChild.data;
 (async () => {
   for (const key of ["Tab", "j", "ArrowRight", "j", "k", "ArrowLeft"]) {
     press(key); await wait(); found.walk.push(visible());
@@ -493,22 +633,61 @@ const visible = () => [...document.querySelectorAll("section")].filter(s => !s.h
 """
 
 
+def probe(run, folder, script, width, height):
+    """What a script in a copy of the run's page finds, in a window of that size."""
+    _, text = reported(run)
+    copy = re.sub(r"<meta http-equiv=[^>]*>", "", text).replace(
+        "</body>", f"<script>{script}</script></body>")
+    (folder / "copy.html").write_text(copy, encoding="utf-8")
+    # a headless window has a least width, a frame has none
+    (folder / "frame.html").write_text(
+        f'<iframe src="copy.html" style="width: {width}px; height: {height}px; border: 0"></iframe>'
+        "<script>addEventListener('message', e => {"
+        " document.documentElement.dataset.found = e.data; })</script>")
+    dom, console = browse(folder / "frame.html", folder / "profile")
+    assert console == []
+    return json.loads(Page(dom).all("html")[0]["data-found"])
+
+
 @in_a_browser
 @pytest.mark.parametrize("width", [360, 1600])
 def test_in_a_browser_keys_lead_through_the_questions_and_nothing_overflows(run, tmp_path, width):
-    _, text = reported(run)
-    script = f"<script>{PROBE}</script>"
-    copy = re.sub(r"<meta http-equiv=[^>]*>", "", text).replace("</body>", script + "</body>")
-    (tmp_path / "copy.html").write_text(copy, encoding="utf-8")
-    # a headless window has a least width, a frame has none
-    (tmp_path / "frame.html").write_text(
-        f'<iframe src="copy.html" style="width: {width}px; height: 640px; border: 0"></iframe>'
-        "<script>addEventListener('message', e => {"
-        " document.documentElement.dataset.found = e.data; })</script>")
-    dom, console = browse(tmp_path / "frame.html", tmp_path / "profile")
-    assert console == []
-    found = json.loads(Page(dom).all("html")[0]["data-found"])
+    found = probe(run, tmp_path, PROBE, width, 640)
     assert found["width"] == width and found["scroll"] <= width and found["overflow"] == []
     assert found["walk"] == ["q1 BODY 1", "q2 H2 2", "q3 H2 3", "q1 H2 1", "q3 H2 3",
                              "q2 H2 2", "q2 H2 2", "q3 H2 3", "q1 H2 1"]
     assert found["frame"] >= 56 and found["smoothing"] == "pixelated"
+
+
+SCREEN = """
+const box = element => element.getBoundingClientRect();
+const lists = [...document.querySelectorAll("section:not([hidden]) .video")];
+const seen = document.querySelectorAll("section:not([hidden]) :is(img, summary, .text)");
+parent.postMessage(JSON.stringify({
+  rows: lists.map(list => new Set([...list.querySelectorAll("img")].map(i => box(i).top)).size),
+  frames: lists.map(list => list.children.length), seen: seen.length,
+  below: [...seen].filter(e => box(e).top + 12 > box(document.querySelector("nav")).top).length,
+}), "*");
+"""
+
+
+@in_a_browser
+@pytest.mark.parametrize("frames, side, thought", [
+    (8, 28, "watch: it starts right and ends left, so left"), (16, 112, "and then " * 60)])
+def test_a_screen_has_room_for_both_orders_and_both_groups(toy, tmp_path, frames, side, thought):
+    rng = np.random.default_rng(0)
+    record = load_records(toy / "train.json")[0] | {
+        "problem_id": 1, "problem": "Which way does the block move?", "path": "a.mp4",
+        "problem_type": "multiple choice", "options": ["A. left", "B. right"],
+        "solution": "<answer>A</answer>", "data_type": "video"}
+    (tmp_path / "data.json").write_text(json.dumps([record]))
+    write_video(tmp_path / "a.mp4", rng.integers(0, 255, (frames, side, side, 3), np.uint8), 2)
+    texts = [f"<think>{thought}</think>\n<answer>{answer}</answer>" for answer in "AB"]
+    held_out = {"val/accuracy": 0.5, "val/accuracy_shuffled": 0.4, "val/gap": 0.1}
+    run = write_run(tmp_path / "run", toy, [
+        rollout(record, step, texts * 4, texts * 2, rng.permutation(frames).tolist())
+        for step in (1, 150)], metrics=[row | held_out for row in METRICS], max_frames=16,
+        max_pixels=side * side, data=str(tmp_path / "data.json"), media_root=str(tmp_path))
+    found = probe(run, tmp_path, SCREEN, 1920, 1080)
+    assert found == {"rows": [1, 1, 1], "frames": [frames] * 3, "below": 0,
+                     "seen": 3 * frames + 2 * 2 * 12}

@@ -2,7 +2,9 @@
 two ranks; the schedule and the order of its questions."""
 import json
 import math
+import re
 import textwrap
+import time
 from types import SimpleNamespace
 
 import pytest
@@ -11,7 +13,7 @@ from safetensors.torch import load_file
 
 import sft
 import tgrpo as train
-from build_data import InputError
+from build_data import InputError, find_model
 from conftest import ROOT, break_media, equal_weights, run
 
 SMALL = ["--min_pixels=784", "--max_pixels=784", "--image_min_pixels=784", "--max_frames=8",
@@ -84,6 +86,8 @@ def test_metrics_have_the_documented_names_and_a_header(mixed):
 
 def test_the_result_is_a_model_that_differs_from_its_start(mixed, toy):
     from transformers import AutoModelForImageTextToText, AutoProcessor
+    files = [path for path in mixed[0].iterdir() if path.suffix in (".json", ".jsonl", ".safetensors")]
+    assert len({path.stat().st_mode for path in files}) == 1  # by the user's mask
     AutoModelForImageTextToText.from_pretrained(mixed[0])
     AutoProcessor.from_pretrained(mixed[0])
     assert not equal_weights(mixed[0], toy / "model")
@@ -149,8 +153,110 @@ def test_bad_input_is_named_before_a_run_starts(toy, tmp_path, capsys, change, w
 @pytest.mark.parametrize("change, status", [(["--data", "absent.json"], 1), (["--G", "zero"], 2)])
 def test_bad_input_is_one_line(toy, tmp_path, change, status):
     result = run(*tgrpo(toy, tmp_path / "out"), *change, check=False)
-    assert result.returncode == status and "Traceback" not in result.stderr
-    assert change[1] in result.stderr.splitlines()[-1]
+    assert result.returncode == status and len(result.stderr.splitlines()) == 1
+    assert change[1] in result.stderr and not result.stdout
+
+
+@pytest.mark.parametrize("model, words", [
+    ("toyy/sft", "no such folder, and the hub does not give"),
+    ("toyy", "no such folder"), ("./toyy", "no such folder"), ("/toyy/sft/x", "no such folder"),
+    ("tests/toyy", "no such folder"), ("{run}/checkpoint-2", "holds a run's checkpoint"),
+    ("{run}", "holds a run's checkpoint")])
+def test_a_model_that_is_not_there_is_said_at_once(tmp_path, monkeypatch, model, words):
+    """Not after minutes of questions to a hub."""
+    monkeypatch.setattr("socket.getaddrinfo", no_network)
+    (tmp_path / "checkpoint-2").mkdir()
+    (tmp_path / "checkpoint-2" / "mp_rank_00_model_states.pt").touch()
+    begin = time.perf_counter()
+    with pytest.raises(InputError, match=words):
+        find_model(model.format(run=tmp_path))
+    assert time.perf_counter() - begin < 10
+
+
+def no_network(*_, **__):
+    raise OSError("no network")
+
+
+def test_a_wrong_media_folder_is_found_before_models_are_loaded(toy, tmp_path):
+    for script, split in ((train, "train"), (sft, "cot")):
+        args = script.parse_args(["--model", "absent", "--data", str(toy / f"{split}.json"),
+                                  "--media_root", str(tmp_path), "--output", str(tmp_path / "o")])
+        with pytest.raises(InputError, match="none of its media is there.*--media_root"):
+            script.main(args)
+    assert not (tmp_path / "o").exists()
+
+
+def test_a_misspelt_flag_is_answered_with_the_right_one(capsys):
+    for flag, hint in (("--max_frame_s", "did you mean --max_frames?"),
+                       ("--epsilom=0.1", "did you mean --epsilon?"),
+                       ("--zzz", "--help lists the flags")):
+        with pytest.raises(SystemExit):
+            train.parse_args(["--model", "m", "--data", "d", "--output", "o", flag])
+        assert hint in capsys.readouterr().err
+
+
+def test_a_full_disk_is_said_in_plain_words_and_leaves_no_part(tmp_path, monkeypatch):
+    for error, free, words in ((OSError(28, "No space left on device"), 2**30, "No space left"),
+                               (RuntimeError("unexpected pos 64 vs 8"), 0, "No space left"),
+                               (RuntimeError("unexpected pos 64 vs 8"), 2**30, "unexpected pos")):
+        monkeypatch.setattr(sft.shutil, "disk_usage", lambda _: SimpleNamespace(free=free))
+        folder = tmp_path / "checkpoint-4"
+        folder.mkdir()
+        assert words in str(sft.cannot_write(folder, error)) and not folder.exists()
+
+
+def test_a_run_says_what_it_is_what_it_does_and_what_it_made(toy, tmp_path):
+    """In a file: one line a step, no line of a library's, every tenth step a question as a person
+    would tell it."""
+    result = run(*tgrpo(toy, tmp_path / "run", "--max_steps", 2, "--show_steps", 2,
+                        "--prompts_per_rank", 2))
+    assert not result.stderr
+    begin, (line, told, *_), end = (
+        part.splitlines() for part in re.split("(?ms)^(?=step 1 of.*)|^(?=[^\\n]*the model after)",
+                                               result.stdout))
+    assert re.fullmatch(r"\S+/train.json: 32 records, \d+ videos and \d+ images", begin[0])
+    assert re.fullmatch(r"\S+/model: [\d,]+ parameters, fp32, ZeRO stage 3 on 1 x cpu", begin[1])
+    assert begin[2] == ("a step: 2 questions x (4 + 2) responses, 2 of them in a chunk of the "
+                        "update, on each of the 1; 2 steps are 0.125 epochs")
+    assert re.fullmatch(r"first \w+: \d x \d x \d patches \(time x height x width\), "
+                        r"\d+ of its \d+ tokens are visual", begin[3])
+    assert begin[4].endswith("run: logs, the model at the end; checkpoints: every 100 steps (the "
+                             "newest 2 stay)") and len(begin) == 5
+    assert re.match(r"step 1 of 2: reward [\d.]+, accuracy [\d.]+, p [\d.]+, .*kl ", line)
+    assert re.match(r"step 1, (video|image) \S+: .*<answer>.*</answer>", told)
+    for words in (r"^  p [\d.]+", r"^  best: R [\d.]+, A [-\d.]+  ", r"^  worst: R [\d.]+",
+                  r"^step 2 of 2: "):
+        assert len(re.findall(words, result.stdout, re.MULTILINE)) == 1, words
+    assert re.search(r"run: the model after 2 steps, 0 min \d+ s; reward/accuracy .* -> ", end[0])
+    assert end[1:] == [f"next: evaluate.py --model {tmp_path / 'run'}"]
+
+
+def test_sft_stops_after_max_steps(toy, tmp_path):
+    result = run("sft.py", "--model", toy / "model", "--data", toy / "cot.json", "--output",
+                 tmp_path, "--max_steps", 2, *[flag for flag in SMALL if hasattr(
+                     sft.parse_args(["--model=", "--data=", "--output="]),
+                     flag.strip("-").partition("=")[0])])
+    assert [row["step"] for row in lines(tmp_path, "metrics")[1:]] == [1, 2]
+    assert "step 2 of 2: loss " in result.stdout and "optim/loss" in result.stdout
+
+
+def test_what_teaches_nothing_is_not_computed_and_the_weights_are_the_same(
+        toy, tmp_path, monkeypatch):
+    """At --beta 0, groups whose rewards are all equal: the same run with their passes."""
+    flags = ["--beta", 0, "--max_steps", 3, "--prompts_per_rank", 4, "--max_new_tokens", 6]
+    all_of_them = ("import sys, tgrpo, build_data, torch\n"
+                   "whole = torch.Tensor.any\n"
+                   "torch.Tensor.any = lambda x, *a: True if x.shape == (4,) else whole(x, *a)\n"
+                   "build_data.run_script(tgrpo.main, tgrpo.parse_args)")
+    _, *command = tgrpo(toy, tmp_path / "saved", *flags)
+    run("tgrpo.py", *command)
+    command[command.index(tmp_path / "saved")] = tmp_path / "whole"
+    run("-c", all_of_them, *command)
+    saved, whole = (lines(tmp_path / name, "metrics")[1:] for name in ("saved", "whole"))
+    assert {row["update/saved_share"] for row in whole} == {0}
+    assert sum(row["update/saved_share"] for row in saved) > 0
+    assert [row["optim/loss"] for row in saved] == [row["optim/loss"] for row in whole]
+    assert equal_weights(tmp_path / "saved", tmp_path / "whole")
 
 
 @pytest.fixture
@@ -166,7 +272,7 @@ def opened(tmp_path, monkeypatch):
     def call(*flags, records=()):
         args = train.parse_args(["--model", "m", "--data", "d", "--output",
                                  str(tmp_path / "run"), *flags])
-        return sft.open_run(args, list(records), train.parse_args)
+        return sft.open_run(args, list(records), train.parse_args, per_step=1)
     return call
 
 
@@ -183,17 +289,53 @@ def test_a_model_or_a_lone_checkpoint_is_not_written_over(tmp_path, opened):
         opened()
     assert opened("--resume").first_step == 0
     (tmp_path / "run" / "checkpoint-2").rmdir()
-    (tmp_path / "run" / "config.json").write_text("{}")
-    for logs in (False, True):
-        for flags in ([], ["--resume"]):
-            with pytest.raises(InputError, match="a model"):
-                opened(*flags)
-        (tmp_path / "run" / "metrics.jsonl").write_text("")
+    (tmp_path / "run" / "config.json").write_text("{}")  # of another, there is no log of a run
+    for flags in ([], ["--resume"]):
+        with pytest.raises(InputError, match="a model"):
+            opened(*flags)
     (tmp_path / "run" / "config.json").unlink()
+    (tmp_path / "run" / "metrics.jsonl").write_text("")
     with pytest.raises(InputError, match="--resume"):
         opened()
     assert opened("--resume").first_step == 0
     assert [path.name for path in (tmp_path / "run").iterdir()] == ["metrics.jsonl"]
+
+
+@pytest.mark.parametrize("checkpoint", [False, True])
+def test_a_finished_run_is_said_to_be_finished_and_is_not_trained_again(tmp_path, capsys, opened,
+                                                                        checkpoint):
+    output, flags = tmp_path / "run", ["--resume", "--max_steps", "4"]
+    run = opened(*flags)
+    left_off(output, run)
+    if not checkpoint:
+        (output / "checkpoint-2").rmdir()
+        (output / "latest").unlink()
+    (output / "config.json").write_text("{}")
+    with (output / "metrics.jsonl").open("a") as file:
+        file.writelines(f'{{"step": {step}}}\n' for step in range(1, 5))
+    with pytest.raises(SystemExit) as end:
+        opened(*flags)
+    assert not end.value.code and "is finished, at step 4" in capsys.readouterr().out
+    with pytest.raises(InputError, match="--G was 8, is 4"):  # other flags: it is another run
+        opened(*flags, "--G", "4")
+    with pytest.raises(InputError, match="a model"):
+        opened("--max_steps", "4")
+    longer = ["--resume", "--max_steps", "5"]  # the learning rate is constant
+    if checkpoint:
+        assert opened(*longer).first_step == 2
+    else:
+        with pytest.raises(InputError, match="a model after 4 steps and no checkpoint"):
+            opened(*longer)
+
+
+def test_without_a_damaged_checkpoint_a_run_goes_on_from_the_one_before(tmp_path, opened):
+    """What the message about a damaged one advises: to remove its folder."""
+    left_off(tmp_path / "run", opened(), step=2)
+    left_off(tmp_path / "run", opened("--resume"), step=4)
+    (tmp_path / "run" / "checkpoint-6").mkdir()  # cut off
+    assert opened("--resume").first_step == 4
+    (tmp_path / "run" / "checkpoint-4").rmdir()
+    assert opened("--resume").first_step == 2
 
 
 def test_an_output_that_a_node_does_not_share_is_found_at_the_start(monkeypatch, opened):
@@ -202,7 +344,7 @@ def test_an_output_that_a_node_does_not_share_is_found_at_the_start(monkeypatch,
         opened()
 
 
-@pytest.mark.parametrize("tag", ["checkpoint-4", "mybest", "checkpoint-two", "../run", ""])
+@pytest.mark.parametrize("tag", ["checkpoint-1", "mybest", "checkpoint-two", "../run", ""])
 def test_latest_must_name_a_checkpoint_that_is_there(tmp_path, opened, tag):
     left_off(tmp_path / "run", opened())
     (tmp_path / "run" / "checkpoint-3").mkdir()  # cut off
@@ -293,7 +435,7 @@ def test_in_bf16_the_policy_starts_as_its_reference_and_steps_are_counted_right(
     run(*tgrpo(toy, tmp_path / "run", "--deepspeed_config", config, "--max_steps", 2,
                "--prompts_per_rank", 2, "--save_steps", 2))
     first = lines(tmp_path / "run", "metrics")[1]
-    assert first["policy/kl"] == 0 and first["policy/ratio_max"] == 1
+    assert first["policy/kl"] == 0 and "policy/ratio_max" not in first  # of one update: it is 1
     weights = load_file(tmp_path / "run" / "model.safetensors")
     assert {value.dtype for value in weights.values()} == {torch.bfloat16}
     state = tmp_path / "run" / "checkpoint-2"

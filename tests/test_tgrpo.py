@@ -117,6 +117,25 @@ def test_on_policy_gradient_is_advantage_over_G_times_length():
     assert torch.allclose(logps.grad, expected)
 
 
+@pytest.mark.parametrize("mean, expected", [
+    ("response", [1 / (3 * 5), 1 / (3 * 2), 1 / (3 * 3)]), ("token", [1 / 10, 1 / 10, 1 / 10]),
+    ("length", [1 / (3 * 8), 1 / (3 * 8), 1 / (3 * 8)])])
+def test_each_mean_of_the_loss_by_hand_and_whatever_the_chunks(mean, expected):
+    """Responses of 5, 2 and 3 tokens, of at most 8: the gradient of a token is -A times its
+    weight, and a chunk that is cut to its longest response changes nothing."""
+    logps, mask, A = loss_inputs()
+    weights = tgrpo.token_weights(mask, mean, longest=8)
+    assert torch.allclose(weights, torch.tensor(expected)[:, None].double() * mask)
+    tgrpo.tgrpo_loss(logps, logps.detach(), None, A, mask, 0.0, 0.2, weights).backward()
+    assert torch.allclose(logps.grad, -A[:, None] * weights)
+    group = {"old": logps.detach(), "ref": None, "A": A, "mask": mask, "weights": weights}
+    args = SimpleNamespace(beta=0.0, epsilon=0.2)
+    for chunk_size in (1, 2, 3):
+        chunks = tgrpo.chunks_of(logps.detach(), mask.sum(1).int(), chunk_size)
+        loss = sum(tgrpo.group_loss(group, rows, chunk, args) for rows, chunk in chunks)
+        assert loss.item() == pytest.approx(-(A[:, None] * weights).sum().item(), abs=1e-12)
+
+
 def test_gradient_equals_finite_differences():
     logps, mask, A = loss_inputs()
     old = logps.detach() + 0.1 * torch.randn(3, 5, generator=seeded_generator(1)).double()
@@ -267,14 +286,23 @@ def test_no_special_token_but_an_end_can_be_sampled(model, processor):
         set(tgrpo.stop_tokens(model, tokenizer))
 
 
-def test_a_token_is_clipped_where_its_gradient_is_cut_off():
+def test_a_token_is_clipped_where_its_gradient_is_cut_off(monkeypatch):
     """Of four, too far up where A > 0 and too far down where A < 0; never where A is 0."""
     A, ratio = torch.tensor([1.0, 1.0, 0.0, -1.0]), torch.tensor([1.3, 0.5, 0.5, 0.7])
     metrics, zeros = {}, torch.zeros(4, 1)
     group = {"mask": zeros + 1, "A": A, "old": zeros, "ref": None}
-    tgrpo.note_policy(metrics, group, torch.arange(4), ratio.log()[:, None], zeros, 0.2)
+    logps, args = ratio.log()[:, None], SimpleNamespace(epsilon=0.2, updates_per_rollout=2)
+    tgrpo.note_policy(metrics, group, torch.arange(4), logps, zeros, args)
     assert metrics["policy/clip_rate"] == (2, 4)
     assert metrics["policy/ratio_max"] == (pytest.approx(1.3), 1)
+    # the ratio of the loss, whatever that is: a fork changes one function
+    monkeypatch.setattr(tgrpo, "policy_ratio", lambda logps, *_: 2 * torch.ones_like(logps))
+    tgrpo.note_policy(metrics, group, torch.arange(4), logps, zeros, args)
+    assert metrics["policy/ratio_max"] == (2, 1)
+    # with one update it is 1, and the clip never acts: nothing is logged
+    metrics, args.updates_per_rollout = {}, 1
+    tgrpo.note_policy(metrics, group, torch.arange(4), logps, zeros, args)
+    assert metrics.keys() == {"policy/entropy"}
 
 
 def test_ordered_and_shuffled_inputs_differ_only_in_frame_order(toy, processor):
