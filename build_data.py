@@ -47,9 +47,8 @@ import torch
 from PIL import Image, ImageSequence
 from tqdm import tqdm
 
-from rewards import accuracy_reward, choice_letter, extract_answer, parse_number
+from rewards import GRADERS, accuracy_reward, choice_letter, extract_answer, parse_number
 
-PROBLEM_TYPES = ("multiple choice", "numerical", "OCR", "free-form", "regression")
 REQUIRED_FIELDS = ("problem_id", "problem", "data_type", "problem_type", "solution", "path")
 # Optional: the seconds that a question is about; the rate of a video kept as a folder of frames
 CLIP_FIELDS = ("video_start", "video_end", "video_fps")
@@ -112,7 +111,8 @@ def load_records(path, media_root=None) -> list[dict]:
             record["media_path"] = os.path.normpath(os.path.join(root, record["path"]))
             record["media_root"] = root
             if not record["media_path"].startswith(os.path.join(root, "")):
-                problem = f"field path: {record['path']!r} leaves media_root {root}"
+                problem = (f"field path: {record['path']!r} leaves media_root {root}: give a "
+                           "folder above it as --media_root")
         if problem is not None:
             name = record.get("problem_id", "absent") if isinstance(record, dict) else "absent"
             raise InputError(f"{path}: record {i} (problem_id {name}): {problem}")
@@ -183,8 +183,8 @@ def record_problem(record) -> str | None:
             return f"field {field} is not a number: {record[field]!r}"
     if record["data_type"] not in ("image", "video"):
         return f"field data_type is {record['data_type']!r}, not 'image' or 'video'"
-    if record["problem_type"] not in PROBLEM_TYPES:
-        return f"field problem_type is {record['problem_type']!r}, not one of {PROBLEM_TYPES}"
+    if record["problem_type"] not in GRADERS:
+        return f"field problem_type is {record['problem_type']!r}, not one of {[*GRADERS]}"
     if not (SOLUTION.fullmatch(record["solution"]) and extract_answer(record["solution"])):
         return (f"field solution is {record['solution']!r}: "
                 "it must be one non-empty '<answer>...</answer>'")
@@ -253,7 +253,8 @@ def build_messages(record) -> list[dict]:
     question = record["problem"]
     if record["problem_type"] == "multiple choice":
         question += "Options:\n" + "".join(option + "\n" for option in record["options"])
-    prompt = TEMPLATE.format_map({"question": question}) + ANSWER_SUFFIX[record["problem_type"]]
+    suffix = ANSWER_SUFFIX.get(record["problem_type"], ANSWER_SUFFIX["free-form"])
+    prompt = TEMPLATE.format_map({"question": question}) + suffix
     medium = {"type": record["data_type"], record["data_type"]: record["media_path"]}
     return [{"role": "user", "content": [medium, {"type": "text", "text": prompt}]}]
 
@@ -1550,8 +1551,8 @@ def entry_problem(entry) -> str | None:
         return f"annotation {entry['annotation']!r} must be a path below --media_root"
     if entry["count"] < 0:
         return f"count {entry['count']} is negative"
-    if not entry["problem_type"] or not set(entry["problem_type"]) <= set(PROBLEM_TYPES):
-        return f"problem_type {entry['problem_type']} must be one or more of {PROBLEM_TYPES}"
+    if not entry["problem_type"] or not set(entry["problem_type"]) <= GRADERS.keys():
+        return f"problem_type {entry['problem_type']} must be one or more of {[*GRADERS]}"
     return None
 
 

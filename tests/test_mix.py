@@ -11,7 +11,9 @@ from collections import Counter
 import numpy as np
 import pytest
 
+import annotate
 import build_data
+import rewards
 from build_data import (FIGURE_2, Dropped, InputError, draft, figure_rows, load_records,
                         make_record, option_texts, read_recipe, release_rows, shuffle_options,
                         split_options, spread, wanted_type)
@@ -443,6 +445,21 @@ def test_problem_types_are_found_out_not_assumed():
                          entry("llava", "", kinds=["regression", "free-form"]), "")
     assert (record["problem"], record["problem_type"], record["solution"]) == (
         "How far? (Unit: meters)", "regression", "<answer>3.2</answer>")
+
+
+def test_a_new_problem_type_is_one_entry_in_one_table(tmp_path, monkeypatch):
+    """From the recipe to the reward: the one of rewards.GRADERS. Its prompt asks for a text."""
+    monkeypatch.setitem(rewards.GRADERS, "interval",
+                        lambda answer, truth: float(answer.split("-") == truth.split("-")))
+    one = entry("llava", "", kinds=["interval"])
+    record = make_record(draft("1.png", "When?", "3-5"), one, "")
+    assert (record["problem_type"], record["solution"]) == ("interval", "<answer>3-5</answer>")
+    write(tmp_path / "a.json", [record | {"problem_id": 1}])
+    record, = load_records(tmp_path / "a.json", tmp_path)
+    assert build_data.build_messages(record)[0]["content"][1]["text"].endswith(
+        "your text answer within the <answer> </answer> tags.")
+    assert rewards.accuracy_reward("<answer>3-5</answer>", record) == 1.0
+    assert annotate.has_form("3-5", record) and not annotate.has_form("", record)
 
 
 def test_malformed_rows_cost_themselves_and_are_counted(tmp_path):
