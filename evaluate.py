@@ -33,8 +33,8 @@ use it (Figure 6).
 Every rank answers a share, with the whole model or through --api_base: a server gets pictures
 without timing, so its scores are not those of the same model here. --output (one folder for all
 ranks) gets `<name>_<frames>_<order>.rank<r>.jsonl` with a row for each answer, the same name .json
-with scores, settings and graded rows, `<name>.records.json` (questions of a benchmark's own
-release) and `skipped.jsonl`; --judge leaves `<result>.judge.json`. The same command, on any number
+with scores, settings and graded rows, `<name>.records.json` (a benchmark's questions as records)
+and `skipped.jsonl`; --judge leaves `<result>.judge.json`. The same command, on any number
 of ranks, resumes by problem_id.
 
 Shapes: B records of a batch, L tokens, T frames, C channels, H x W pixels, n rows, M media,
@@ -60,11 +60,12 @@ from PIL import Image
 
 from annotate import (Asker, add_asking_flags, api_messages, ask_all, configuration_of, read_rows,
                       record_seed, refuse_repeated_ids)
-from build_data import (FlagParser, InputError, MediaError, above, add_machine_flags,
+from build_data import (MALFORMED, FlagParser, InputError, MediaError, above, add_machine_flags,
                         add_media_flags, as_in_file, encode, letter, lettered, load_records,
                         load_vision_of, make_folder_of, markdown, provenance, read_file, row_writer,
                         run_script, seeded_generator, shuffle_frames, skip_row, write_whole)
-from rewards import accuracy_reward, extract_answer, format_reward, parse_number
+from rewards import (accuracy_reward, extract_answer, format_reward, multiple_choice, numerical,
+                     parse_number)
 
 ORDERS = ("ordered", "shuffled", "reversed", "single_frame", "blind")
 GREY = 128  # the middle of 0 to 255
@@ -131,10 +132,16 @@ def as_record(problem_id, problem, options, answer, path, **groups):
 
 def named_part(path, names):
     """Which of `names` a release's file is about: its own name or its folder's says so."""
-    for text in (path.stem, path.parent.name):
-        if text.lower() in names:
-            return text.lower()
+    for text in (path.stem.lower().removesuffix("_video"), path.parent.name.lower()):
+        if text in names:
+            return text
     raise ValueError(f"its name, or its folder's, is none of {', '.join(names)}")
+
+
+def clip_of(row):
+    """The fields of a record whose release has "start" and "end" of the clip, in seconds."""
+    return {f"video_{key}": float(row[key]) for key in ("start", "end")
+            if row.get(key) is not None}
 
 
 def vsibench(content, path):
@@ -163,7 +170,7 @@ VIDEOMMMU_SUBJECTS = {  # discipline, which is a media folder's name -> its subj
 }
 VIDEOMMMU_BEFORE = (  # the benchmark's own words; the quiz is an image, the video's last frame
     "You should watch and learn the video content. Then apply what you learned to answer the "
-    "following multi-choice question. The image for this question is at the end of the video.\n")
+    "following {kind} question. The image for this question is at the end of the video.\n")
 VIDEOMMMU_AFTER = "\nPlease ignore the Quiz question in last frame of the video."
 
 
@@ -178,26 +185,54 @@ def subject_groups(path, disciplines):
 
 def videommmu(content, path):
     """adaptation.json {"0": {"id": "dev_Biology_3", "question": "Which?", "options": ["up",
-    "down"], "answer": "B", ...}} -> Science/dev_Biology_3.mp4 with the track's instruction."""
+    "down"], "answer": "B", ...}} -> Science/dev_Biology_3.mp4 with the track's instruction. Its
+    own repository's adaptation_video.json has the same in {"Adaptation": {...}}."""
     track = named_part(path, VIDEOMMMU_TRACKS)
-    for i, row in enumerate(content.values() if isinstance(content, dict) else content):
-        problem = (VIDEOMMMU_BEFORE + row["question"] if track == "adaptation"
+    rows = content.get(track.capitalize(), content) if isinstance(content, dict) else content
+    for i, row in enumerate(rows.values() if isinstance(rows, dict) else rows):
+        options = row["options"] or []
+        if not any(map(str.strip, options)):  # one of the open questions has four empty ones
+            options = []
+        before = VIDEOMMMU_BEFORE.format(kind="multi-choice" if options else "open-ended")
+        problem = (before + row["question"] if track == "adaptation"
                    else row["question"] + VIDEOMMMU_AFTER)
         groups = subject_groups(f"{row['id']}.mp4", VIDEOMMMU_SUBJECTS)
         if "discipline" not in groups:  # the folder of its video
             raise ValueError(f"question {i}: the id {row['id']!r} names no subject of VideoMMMU")
-        yield as_record(f"{track}/{i}", problem, row["options"] or [], row["answer"],
+        yield as_record(f"{track}/{i}", problem, options, row["answer"],
                         f"{groups['discipline']}/{row['id']}.mp4", track=track, **groups)
+
+
+def open_answer(predicted, truth) -> float:
+    """How VideoMMMU grades an open question: a number by its value to two decimals, one letter by
+    the letter, other text where the answer contains it. A truth that is a list, not always a well
+    formed one, is met by any of its items.
+
+    >>> [open_answer(*pair) for pair in (("24/7", "['24/7', '3.429', '3.43]"), ("17", "['7']"),
+    ...                                  ("Net income.", "net income"), ("I cannot say", "A"))]
+    [1.0, 0.0, 1.0, 0.0]
+    """
+    items = [truth]
+    if re.match(r"""\[.*['"]""", truth, re.DOTALL):
+        items = re.split(r"""['"]\s*,\s*['"]?|,\s*['"]""", truth.strip("[]'\" "))
+
+    def meets(item):
+        if re.fullmatch("[A-Za-z]", item):
+            return multiple_choice(predicted, item)
+        if parse_number(item) is not None:
+            return numerical(predicted, item)
+        return float(item.lower() in predicted.lower())
+    return max(map(meets, items))
 
 
 MMVU_SUBJECTS = {  # discipline -> its subjects
     "Engineering": "Biomedical_Engineering Civil_Engineering Computer_Science "
-                   "Electrical_Engineering Electronics_and_Communication Materials_Science "
+                   "Electrical_Engineering Electronics_and_Communication "
                    "Mechanical_Engineering",
     "Healthcare": "Basic_Medicine Clinical_Medicine Dentistry Pharmacy Preventive_Medicine",
     "Humanities and Social Science": "Art Economics History Law Literature Management",
-    "Science": "Astronomy Biology Chemistry Electromagnetism Geography Mechanics Modern_Physics "
-               "Neurobiology Thermodynamics",
+    "Science": "Astronomy Biology Chemistry Electromagnetism Geography Materials_Science Mechanics "
+               "Modern_Physics Neurobiology Thermodynamics",
 }
 
 
@@ -238,11 +273,9 @@ def mvbench(content, path):
         answer = letter(row["candidates"].index(row["answer"]))
         record = as_record(f"{task}/{i}", row["question"], row["candidates"], answer,
                            f"video/{MVBENCH_FOLDERS[task]}/{row['video']}", task=task)
-        record |= {f"video_{key}": float(row[key]) for key in ("start", "end")
-                   if row.get(key) is not None}
         if task == "episodic_reasoning":
             record["video_fps"] = MVBENCH_FPS
-        yield record
+        yield record | clip_of(row)
 
 
 TEMPCOMPASS_TASKS = ("multi-choice", "yes_no", "caption_matching", "captioning")
@@ -260,11 +293,11 @@ def tempcompass(content, path):
         {"video_id": video, "dim": dim, **row} for video, dims in content.items()
         for dim, questions in dims.items() for row in questions]
     for i, row in enumerate(rows):
-        question, answer = row["question"], row["answer"]
+        question, answer = row["question"], row["answer"].strip()
         if task == "yes_no":
             question += "\nA. yes\nB. no"
             answer = {"yes": "A. yes", "no": "B. no"}[answer.lower()]
-        lines = question.split("\n")
+        lines = [line.strip() for line in question.split("\n")]
         marks = [TEMPCOMPASS_OPTION.fullmatch(line) for line in lines]
         texts = {mark[1]: mark[2] for mark in marks if mark}  # label -> text
         label = TEMPCOMPASS_OPTION.fullmatch(answer)[1]
@@ -273,6 +306,7 @@ def tempcompass(content, path):
                         task=task, dimension=row["dim"])
 
 
+VIDEOMME_GROUPS = ("duration", "domain", "sub_category", "task_type")
 YOUTUBE_ID = re.compile(r"(?:v=|/)([\w-]{11})(?:[?&].*)?$")
 
 
@@ -286,7 +320,7 @@ def videomme(content, path):
             name = row.get("videoID") or YOUTUBE_ID.search(row["url"])[1]
             yield as_record(row["question_id"], row["question"], row["options"], row["answer"],
                             f"data/{name}.mp4",
-                            **{key: row[key] for key in ("duration", "domain", "task_type")})
+                            **{key: row[key] for key in VIDEOMME_GROUPS})
 
 
 # -------------------------------------------------------- the benchmarks: scores and table
@@ -351,18 +385,44 @@ Video-R1-7B         | 32 | 35.8 | 52.3 | 63.8 | 63.9 | 73.2 | 59.3
 Video-R1-7B         | 64 | 37.1 | 52.4 | 63.8 | 64.8 | 73.2 | 61.4"""
 
 
+def frames_as_video(row):
+    """A row of the released eval_*.json as a record: MVBench's of data_type "frame" are videos kept
+    as folders of frames. Where other rows have a start and an end, the whole video is shown, as by
+    the paper's code."""
+    if row.get("data_type") != "frame":
+        return row
+    return row | clip_of(row) | {"data_type": "video", "video_fps": row.get("fps") or MVBENCH_FPS}
+
+
 def released_groups(name, row):
-    """The groups of a row of the released eval_*.json, from what its fields tell."""
+    """The groups of a record of the released eval_*.json, from what its fields tell."""
     task = str(row.get("original_question_type", "")).lower().replace(" ", "_")
     if name == "mmvu":
         return subject_groups(row["path"], MMVU_SUBJECTS)
-    if name == "videommmu":  # three tracks of 300 that follow one another, read off its rows
-        return {"track": VIDEOMMMU_TRACKS[min(int(row["problem_id"]) // 300, 2)],
+    if name == "videommmu":
+        return {"track": in_block(row["problem_id"], VIDEOMMMU_TRACKS, 300),
                 **subject_groups(row["path"], VIDEOMMMU_SUBJECTS)}
+    if name == "videomme":
+        return {key: row.get(key) for key in VIDEOMME_GROUPS}
     if name == "vsibench" and VSIBENCH_TASKS.fullmatch(task) or (
             name == "mvbench" and task in MVBENCH_FOLDERS):
         return {"task": task}
-    return {}
+    return {"task": mvbench_task(row)} if name == "mvbench" else {}
+
+
+def in_block(number, names, size):
+    """Which of `names` a released row belongs to: they are numbered from 1, `size` for each."""
+    block = (number - 1) // size if isinstance(number, int) else -1
+    return names[block] if 0 <= block < len(names) else None
+
+
+def mvbench_task(row):
+    """The task of a row of the released eval_mvbench.json, by its number; None where its folder
+    is another task's, as in a copy that was numbered again."""
+    task = in_block(row["problem_id"], sorted(MVBENCH_FOLDERS), 200)
+    sources = {name: folder.split("/")[0] for name, folder in MVBENCH_FOLDERS.items()}
+    of_others = {*sources.values()} - {sources.get(task)}
+    return None if of_others & {*Path(row["path"]).parts} else task
 
 
 # ------------------------------------------------------------------------------ scores
@@ -462,8 +522,8 @@ def grade(records, rows, threshold):
             "prediction": prediction, "accuracy": accuracy, "correct": accuracy >= threshold,
             "format": form, "reward": accuracy + form,
             "reflections": len(REFLECTION.findall(output))}
-        if record["problem_type"] == "free-form":  # how VideoMMMU grades a text
-            row["contains"] = float(truth.lower() in prediction.lower())
+        if record["problem_type"] in ("free-form", "numerical"):
+            row["contains"] = open_answer(prediction, truth)
         if record["problem_type"] == "regression":
             row["mra"] = mean_relative_accuracy(prediction, truth)
             row["mra_released"] = released_relative_accuracy(prediction, truth)
@@ -615,8 +675,8 @@ def difference(a, b):
 # --------------------------------------------------------------------------------- data
 
 def read_benchmark(name, path, args):
-    """The records of a benchmark: a released eval_*.json, or its own release, which is converted
-    and left as records in --output. Each gains the groups that it is scored in."""
+    """The records of a benchmark, from a released eval_*.json or from its own release, left in
+    --output. Each has the groups that it is scored in."""
     path, benchmark, records = Path(path), BENCHMARKS[name], []
     files, root = [path], args.media_root or (path if path.is_dir() else path.parent)
     if path.is_dir():  # its patterns are alternatives
@@ -628,16 +688,21 @@ def read_benchmark(name, path, args):
         content = read_file(file)
         try:
             if isinstance(content, list) and "problem_type" in content[0]:
-                return [record | {"groups": released_groups(name, record)}
-                        for record in load_records(file, root)]
-            records += benchmark.convert(content, file)
-        except InputError:  # a ValueError too
-            raise
-        except (KeyError, TypeError, ValueError, AttributeError, IndexError) as error:
+                records += map(frames_as_video, content)
+            else:
+                records += benchmark.convert(content, file)
+        except MALFORMED as error:
             raise InputError(f"{file} is not as {benchmark.title} is released: {error!r}") from None
     whole = Path(args.output) / f"{name}.records.json"
     write_whole({whole: [json.dumps(records, indent=1)]})  # by every rank
-    return load_records(whole, root)
+    try:
+        records = load_records(whole, root)
+    except InputError as error:
+        raise InputError(f"{path}, read into {error}") from None
+    for record in records:
+        groups = record.get("groups") or released_groups(name, record)  # converters name them
+        record["groups"] = {kind: group for kind, group in groups.items() if group}
+    return records
 
 
 def read_benchmarks(args):

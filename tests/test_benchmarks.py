@@ -58,7 +58,8 @@ VIDEO_MME_QUESTION = {"question_id": "001-1", "task_type": "Counting", "question
 VIDEO_MME_FLAT = [{**VIDEO_MME, **VIDEO_MME_QUESTION, "videoID": "fFjv93ACGo8"}]
 VIDEO_MME_RECORD = {"001-1": {
     "path": "data/fFjv93ACGo8.mp4", "options": ["A. 1", "B. 2"], "solution": "<answer>B</answer>",
-    "groups": {"duration": "short", "domain": "Knowledge", "task_type": "Counting"}}}
+    "groups": {"duration": "short", "domain": "Knowledge", "sub_category": "Astronomy",
+               "task_type": "Counting"}}}
 
 
 def videommmu_row(video, options, answer):
@@ -100,9 +101,24 @@ RELEASES = {  # claim -> benchmark, its release's files, fields of every record 
                        "to answer the following multi-choice question. The image for this question "
                        "is at the end of the video.\nQ?"},
         "adaptation/1": {"problem_type": "numerical", "groups": {
-            "track": "adaptation", "subject": "Basic_Medical_Science", "discipline": "Medicine"}},
+            "track": "adaptation", "subject": "Basic_Medical_Science", "discipline": "Medicine"},
+            "problem": "You should watch and learn the video content. Then apply what you learned "
+                       "to answer the following open-ended question. The image for this question "
+                       "is at the end of the video.\nQ?"},
         **{f"{track}/0": {"problem": "Q?\nPlease ignore the Quiz question in last frame of the "
                                      "video."} for track in ("comprehension", "perception")}}),
+    "videommmu_of_its_own_repository": ("videommmu", {
+        "adaptation_video.json": {"Adaptation": {
+            "0": videommmu_row("validation_Physics_21", ["", "", "", ""], "A"),
+            "1": videommmu_row("validation_Math_15", [], "['24/7', '3.429', '3.43]")}},
+        "comprehension_video.json": {"Comprehension": {
+            "0": videommmu_row("dev_Biology_3", ["up", "down"], "B")}}}, {
+        "adaptation/0": {"problem_type": "free-form", "options": [],
+                         "solution": "<answer>A</answer>"},
+        "adaptation/1": {"problem_type": "free-form",
+                         "solution": "<answer>['24/7', '3.429', '3.43]</answer>"},
+        "comprehension/0": {"options": ["A. up", "B. down"], "groups": {
+            "track": "comprehension", "subject": "Biology", "discipline": "Science"}}}),
     "mmvu_keeps_its_multiple_choice_questions": ("mmvu", {"validation.json": [
         {"id": "validation_0", "video": f"{MMVU_VIDEOS}/Art/0.mp4", "question_type": "open-ended",
          "question": "Which?", "choices": dict.fromkeys("ABCDE", ""), "answer": "Dolly Zoom"},
@@ -114,6 +130,9 @@ RELEASES = {  # claim -> benchmark, its release's files, fields of every record 
                          "groups": {"subject": "Chemistry", "discipline": "Science"}}}),
     "tempcompass_multi_choice": tempcompass(
         "multi-choice", "What is it?\nA. up\nB. down", "B. down", ["A. up", "B. down"], "B"),
+    "tempcompass_option_lines_with_blanks_around": tempcompass(
+        "multi-choice", "Where?\nA. to us \nB. left\n C. right\n\tD. away from us",
+        "D. away from us ", ["A. to us", "B. left", "C. right", "D. away from us"], "D"),
     "tempcompass_yes_no_is_multiple_choice": tempcompass(
         "yes_no", "Does it move?", "no", ["A. yes", "B. no"], "B"),
     "tempcompass_caption_matching_of_options": tempcompass(
@@ -146,14 +165,110 @@ def test_a_release_is_read_as_records(name, files, expected, tmp_path):
         assert record["media_path"] == f"{folder}/{record['path']}"
 
 
-def test_videommmu_takes_a_text_that_contains_the_answer_and_a_number_to_two_decimals():
-    rows = [videommmu_row("test_Manage_2", [], answer) for answer in ("12.97", "Net Income")]
-    records = list(evaluate.videommmu(rows, Path("adaptation.json")))
-    graded = evaluate.grade(records, {
-        f"adaptation/{i}": {"output": f"<answer>{text}</answer>", "tokens": 1, "truncated": False}
-        for i, text in enumerate(("12.9701", "the net income."))}, 0.5)
-    assert [evaluate.Overall("contains").score(row) for row in graded] == [1, 1]
-    assert 0 < graded[1]["accuracy"] < 1  # as free-form text it is graded by ROUGE
+MATH_15 = "['24/7', '3.429', '3.43]"  # as released: no well-formed list
+
+
+@pytest.mark.parametrize("truth, answers", [
+    ("12.97", {"12.9701": 1, "about 12.97 g": 1, "12.9": 0, "112.97": 0}),
+    ("Net Income", {"the net income.": 1, "income": 0, "": 0}),
+    ("A", {"A": 1, "a": 1, "(A)": 1, "D, the attractive part": 0, "I cannot say": 0, "": 0}),
+    (MATH_15, {"24/7": 1, "3.43": 1, "3.429 ft/s": 1, "3": 0, "24": 0, "'": 0}),
+    ("['7', 'seven']", {"7": 1, "seven": 1, "Seven.": 1, "17": 0, "six": 0}),
+    (["MgS", "Mg"], {"MgS": 1, "Mg": 1, "S": 0}),
+    ('["Newton\'s law", "inertia"]', {"Newton's law": 1, "by inertia": 1, "law": 0, "s": 0}),
+    ("[0, 5]", {"[0, 5]": 1, "0": 0, "5": 0}),  # an interval
+])
+def test_videommmu_grades_an_open_answer_by_number_letter_text_or_any_item(truth, answers):
+    record, = evaluate.videommmu([videommmu_row("test_Manage_2", [], truth)],
+                                 Path("adaptation.json"))
+    for text, score in answers.items():
+        row, = evaluate.grade([record], {"adaptation/0": {
+            "output": f"<answer>{text}</answer>", "tokens": 1, "truncated": False}}, 0.5)
+        assert evaluate.Overall("contains").score(row) == score, text
+
+
+def test_what_videommmu_grades_as_contained_is_graded_as_free_form_text_elsewhere():
+    record, = evaluate.videommmu([videommmu_row("test_Manage_2", [], "Net Income")],
+                                 Path("adaptation.json"))
+    row, = evaluate.grade([record], {"adaptation/0": {
+        "output": "<answer>the net income.</answer>", "tokens": 1, "truncated": False}}, 0.5)
+    assert row["contains"] == 1 and 0 < row["accuracy"] < 1  # ROUGE
+
+
+def released_row(number, path, **more):
+    """A row of a released eval_*.json."""
+    return {"problem_id": number, "problem": "Which?", "data_type": "video", "path": path,
+            "problem_type": "multiple choice", "options": ["A. up", "B. down"],
+            "original_question_type": "", "solution": "<answer>B</answer>", **more}
+
+
+@pytest.mark.parametrize("name, rows, groups", [
+    ("videommmu", [released_row(number, "./dev_Biology_3.mp4") for number in
+                   (1, 300, 301, 600, 601, 900, 901)],
+     [{**({"track": track} if track else {}), "subject": "Biology", "discipline": "Science"}
+      for track in ("adaptation", "adaptation", "comprehension", "comprehension", "perception",
+                    "perception", None)]),
+    ("videomme", [released_row(1, "./videos/x.mp4", duration="long", domain="Knowledge",
+                               sub_category="Law", task_type="Action Reasoning"),
+                  released_row(2, "./videos/x.mp4", duration="long")],
+     [{"duration": "long", "domain": "Knowledge", "sub_category": "Law",
+       "task_type": "Action Reasoning"}, {"duration": "long"}]),
+    ("mvbench", [released_row(1, "./ssv2_video/1.mp4"), released_row(200, "./ssv2_video/2.mp4"),
+                 released_row(201, "./perception/videos/1.mp4"), released_row(4000, "./flat.mp4"),
+                 released_row(1401, "./star/Charades_v1_480/1.mp4"),  # vlnqa's number
+                 released_row(4001, "./vlnqa/1.mp4"), released_row("x1", "./vlnqa/1.mp4"),
+                 released_row(7, "./1.mp4", original_question_type="State Change")],
+     [{"task": "action_antonym"}, {"task": "action_antonym"}, {"task": "action_count"},
+      {"task": "unexpected_action"}, {}, {}, {}, {"task": "state_change"}]),
+    ("mmvu", [released_row(1, "./videos/Materials_Science/0.mp4")],
+     [{"subject": "Materials_Science", "discipline": "Science"}]),
+])
+def test_released_rows_tell_their_groups_by_number_folder_and_field(name, rows, groups, tmp_path):
+    put(tmp_path / "eval.json", rows)
+    assert [r["groups"] for r in read(name, tmp_path / "eval.json", tmp_path).values()] == groups
+
+
+def test_mvbench_s_released_rows_of_frames_are_videos_and_cost_themselves_alone(tmp_path):
+    put(tmp_path / "eval.json", [
+        released_row(1, "./ssv2_video/1.mp4", start=1.0, end=2.0),
+        released_row(1601, "./tvqa/frames_fps3_hq/a", data_type="frame", fps=3, start=1, end=5),
+        released_row(1602, "./tvqa/frames_fps3_hq/b", data_type="frame"),
+        released_row(1603, "./tvqa/frames_fps3_hq/absent", data_type="frame")])
+    for name in "ab":
+        (tmp_path / "tvqa/frames_fps3_hq" / name).mkdir(parents=True)
+        for i, frame in enumerate(ramp(24)):  # 8 seconds
+            Image.fromarray(frame).save(
+                tmp_path / f"tvqa/frames_fps3_hq/{name}/{i + 1:05d}.jpg", quality=95)
+    whole, part, all_of_it, absent = read("mvbench", tmp_path / "eval.json", tmp_path).values()
+    assert "video_start" not in whole  # as in the paper's code
+    assert {r["groups"]["task"] for r in (part, all_of_it, absent)} == {"episodic_reasoning"}
+    # 3 frames a second: seconds 1 to 5 are frames 3 to 15, of which 2 a second are 8
+    assert numbers(load_vision(part, **LIMITS)) == [3, 5, 6, 8, 10, 12, 13, 15]
+    assert numbers(load_vision(all_of_it, **LIMITS)) == [0, 3, 7, 10, 13, 16, 20, 23]
+    with pytest.raises(MediaError, match="frames_fps3_hq/absent"):
+        load_vision(absent, **LIMITS)
+
+
+def test_a_released_row_that_no_run_can_use_is_named_with_its_file(tmp_path):
+    put(tmp_path / "eval.json",
+        [released_row(1, "./1.mp4"), released_row(7, "./1.mp4", options=[])])
+    with pytest.raises(InputError, match=r"eval.json, read into .*mmvu.records.json: record 1 "
+                                         r"\(problem_id 7\): field options is empty"):
+        read("mmvu", tmp_path / "eval.json", tmp_path)
+
+
+@pytest.mark.parametrize("name, release, expected", [
+    ("videommmu", "VideoMMMU", {f"{track}/0": "A" for track in evaluate.VIDEOMMMU_TRACKS}),
+    ("tempcompass", "TempCompass", {"multi-choice/0": "B", "multi-choice/1": "C"})])
+def test_the_samples_of_real_releases_are_read(name, release, expected, tmp_path):
+    folder = SHARED / "cases/releases" / release
+    if not folder.exists():
+        pytest.skip(f"no {folder}")
+    records = read(name, folder, tmp_path)
+    assert {key: r["solution"] for key, r in records.items()} == {
+        key: f"<answer>{letter}</answer>" for key, letter in expected.items()}
+    if name == "tempcompass":
+        assert len(records["multi-choice/0"]["options"]) == 4
 
 
 def test_an_unknown_subject_of_videommmu_is_named(tmp_path):
