@@ -16,7 +16,8 @@ Scores:
                one, the easy, medium and hard form of a task together (numbers by mra)
     accuracy   mean accuracy reward; regression counts with its graded reward, not with its MRA
     correct    share of accuracy rewards >= --correct_threshold
-    mra        mean relative accuracy as VSI-Bench defines it; mra_released: as the paper's code
+    mra        mean relative accuracy as VSI-Bench defines it, in exact fractions: 0.2 to 0.3 points
+               above its own float code, so "mra (exact)"; mra_released: as the paper's code
     format     share of well-formed responses;  truncated: share cut off at --max_new_tokens
     tokens     mean length of a response, end token included
     reflections  phrases of second thoughts in a response ("wait", "let me check"): only counted
@@ -434,6 +435,7 @@ LEVELS = re.compile("_(easy|medium|hard)$")  # VSI-Bench makes one task of these
 METRICS = {  # -> its unit in the printed tables, most in percent; 0: in the result file only
     "score": 100, "accuracy": 100, "correct": 0, "mra": 100, "mra_released": 0, "format": 100,
     "truncated": 100, "tokens": 1, "reflections": 1, "drop": 100}
+HEADINGS = {"mra": "mra (exact)"}  # where the table says more than the result file
 # Phrases of second thoughts; "wait" as a plain verb is counted too.
 REFLECTION = re.compile(r"\b(?:wait|hmm+|on second thought|let(?:'s| me| us) (?:re-?|double[- ])?"
                         r"(?:check|verify|consider|examine|read))\b", re.IGNORECASE)
@@ -615,7 +617,8 @@ def table(stem, scores):
     rows = [[group, f"{scores[group]['answered']}/{scores[group]['records']}",
              *(cell(scores[group].get(metric), unit) for metric, unit in units.items())]
             for group in groups]
-    return markdown([[stem, "answered", *units], *rows]).splitlines() + hidden
+    headings = [HEADINGS.get(metric, metric) for metric in units]
+    return markdown([[stem, "answered", *headings], *rows]).splitlines() + hidden
 
 
 def summary(results, compare):
