@@ -3,6 +3,7 @@
     python evaluate.py @toy/evaluate.args --model toy/sft --output toy/eval_sft
     deepspeed evaluate.py --model Qwen/Qwen2.5-VL-7B-Instruct --output eval \
         --benchmark mmvu=eval_mmvu.json mvbench=MVBench/ --frames 16 32 64 --compare paper
+    python evaluate.py --diff eval_sft eval_tgrpo        # ordered, shuffled and the gap, one table
     python evaluate.py --diff eval_sft/mmvu_16_ordered.json eval_tgrpo/mmvu_16_ordered.json
     python evaluate.py --judge eval/mmvu_16_ordered.json --output eval \
         --model Qwen/Qwen2.5-VL-72B-Instruct --api_base http://localhost:8000/v1
@@ -82,10 +83,13 @@ def parse_args(argv=None):
               "tempcompass and videomme also as released: FILE may be the release's folder")
     what("--judge", nargs="+", metavar="RESULT", help="result files: does --model find temporal "
          "reasoning in their responses")
-    what("--diff", nargs=2, metavar=("A", "B"), help="two result files: what changed from A to B")
+    what("--diff", nargs=2, metavar=("A", "B"), help="what changed from A to B: two --output "
+         "folders, as one table, or two result files, also question by question")
     add("--compare", choices=("paper",), help="print the paper's Table 1 beside these results")
     add("--model", help="Hugging Face directory or name of the model to evaluate, or to judge with")
     add("--output", help="folder for rows and results; completed if it has some")
+    add("--limit", type=above(0, int), help="ask the first N questions of each benchmark only; "
+        "without it the same command goes on with the others")
     # what the model sees, and how it answers
     add("--frames", type=above(0, int), nargs="+", default=[16, 32, 64],
         help="most frames of a video; one result for each number")
@@ -608,17 +612,31 @@ def shown_groups(scores):
     return groups, [f"({kinds[kind]} groups by {kind}: not shown)" for kind in hidden]
 
 
-def table(stem, scores):
+def named(group, benchmark):
+    """A group as tables show it; of sources below the benchmark's own name, the rest of theirs.
+
+    >>> [named(group, "toy") for group in ("data_source: toy/first", "data_source: x", "all")]
+    ['first', 'data_source: x', 'all']
+    """
+    return group.removeprefix(f"data_source: {benchmark}/")
+
+
+def whose(result):
+    """Whose result it is, for a table's heading: the model and the order of frames it saw."""
+    return f"{result['arguments']['model']} ({result.get('order')})"
+
+
+def table(title, scores, benchmark=""):
     """The scores of one result as the lines of a Markdown table."""
     units = {metric: unit for metric, unit in METRICS.items() if unit and metric in scores["all"]}
     if all(row.get("score") == row.get("accuracy") for row in scores.values()):
         units.pop("score", None)
     groups, hidden = shown_groups(scores)
-    rows = [[group, f"{scores[group]['answered']}/{scores[group]['records']}",
+    rows = [[named(group, benchmark), f"{scores[group]['answered']}/{scores[group]['records']}",
              *(cell(scores[group].get(metric), unit) for metric, unit in units.items())]
             for group in groups]
     headings = [HEADINGS.get(metric, metric) for metric in units]
-    return markdown([[stem, "answered", *headings], *rows]).splitlines() + hidden
+    return markdown([[title, "answered", *headings], *rows]).splitlines() + hidden
 
 
 def summary(results, compare):
@@ -634,8 +652,7 @@ def summary(results, compare):
             text += f" {result['answered']}/{BENCHMARKS[name].size}"
         if "drop" in row:
             text += f", drop {cell(row['drop'])}"
-        order = "" if result["order"] == "ordered" else f" ({result['order']})"
-        ours[result["arguments"]["model"] + order, result["frames"]][name] = text.strip()
+        ours[whose(result), result["frames"]][name] = text.strip()
     rows = [[model, str(frames), *cells.values()]
             for (model, frames), cells in sorted(ours.items())]
     if compare:
@@ -644,6 +661,31 @@ def summary(results, compare):
             rows.append([f"{model}, paper", *cells])
     heading = ["Models", "Frames", *(benchmark.title for benchmark in BENCHMARKS.values())]
     return markdown([heading, *rows]).splitlines()
+
+
+def comparison(folders):
+    """The results that all --output folders have, a table each, as lines: each group's score on
+    ordered frames, on shuffled ones and the gap, a line for each folder's model."""
+    names = [{path.name for path in Path(folder).glob("*_ordered.json")} for folder in folders]
+    if not set.intersection(*names):
+        raise InputError(f"{' and '.join(folders)} have no <name>_<frames>_ordered.json in common")
+    lines = []
+    for stem in sorted(name.removesuffix("_ordered.json") for name in set.intersection(*names)):
+        results = [read_result(f"{folder}/{stem}_ordered.json") for folder in folders]
+        paths = [Path(folder) / f"{stem}_shuffled.json" for folder in folders]
+        shuffled = [read_result(path)["scores"] if path.exists() else {} for path in paths]
+        groups, hidden = shown_groups(results[0]["scores"])
+        rows = [[f"{stem}: score, %", "answered", "model", "ordered", "shuffled", "gap"]]
+        for group in (group for group in groups if not group.startswith("problem_type")):
+            label = named(group, results[0]["benchmark"])
+            for result, mixed in zip(results, shuffled):
+                there, mixed = result["scores"].get(group, {}), mixed.get(group, {})
+                rows.append([label, there.get("answered", 0), result["arguments"]["model"],
+                             cell(there.get("score")), cell(mixed.get("score")),
+                             cell(mixed.get("drop"))])
+                label = ""  # below its own
+        lines += markdown(rows).splitlines() + hidden
+    return lines
 
 
 def difference(a, b):
@@ -662,8 +704,8 @@ def difference(a, b):
     scores, there = (score(rows, rows, a["arguments"]["seed"], overalls, new)
                      for rows in (old, new))
     groups, hidden = shown_groups(scores)
-    table = [("group", "questions", "A", "B", "B - A")] + [
-        (group, scores[group]["answered"], cell(scores[group]["score"]),
+    table = [(a["benchmark"], "questions", f"A: {whose(a)}", f"B: {whose(b)}", "B - A")] + [
+        (named(group, a["benchmark"]), scores[group]["answered"], cell(scores[group]["score"]),
          cell(there.get(group, {}).get("score")), cell(scores[group]["drop"]))
         for group in groups]
     lines += markdown(table).splitlines() + hidden
@@ -786,15 +828,27 @@ def hash_of(value):
 
 def plan(args, benchmarks, shared):
     """[(name, records, configuration), ...] of the results to make. InputError where --output has
-    rows of another configuration."""
+    rows of another configuration, be it of questions beyond --limit."""
     tasks = []
     for (name, records), frames in product(benchmarks.items(), dict.fromkeys(args.frames)):
         asked = hash_of([as_in_file(record) for record in records])
         configuration = shared | {"frames": frames, "records_sha256": asked}
         for order in ORDERS:  # they are compared
-            read_rows(args.output, f"{name}_{frames}_{order}", configuration)
-        tasks.append((name, records, configuration))
+            stem = f"{name}_{frames}_{order}"
+            refuse_other_model(Path(args.output) / f"{stem}.json", args, configuration)
+            read_rows(args.output, stem, configuration)
+        tasks.append((name, records[:args.limit], configuration))
     return tasks
+
+
+def refuse_other_model(path, args, configuration):
+    """InputError that names the other model which a result is of: read_rows knows its hash only."""
+    there = read_result(path) if path.exists() else {"configuration": configuration}
+    for key in ("model", "model_sha256"):  # behind a server; on this machine
+        if there["configuration"].get(key) != configuration.get(key) and (
+                there["arguments"]["model"] != args.model):
+            raise InputError(f"{path} is a result of {there['arguments']['model']}, not of "
+                             f"{args.model}: give another --output")
 
 
 def write_result(args, name, records, configuration, rows):
@@ -802,6 +856,8 @@ def write_result(args, name, records, configuration, rows):
     and prints the scores with what is missing from them."""
     benchmark, frames = BENCHMARKS.get(name, RECORDS), configuration["frames"]
     stem = f"{name}_{frames}_{args.order}"
+    keys = [str(record["problem_id"]) for record in records]
+    rows = {key: rows[key] for key in keys if key in rows}  # those within --limit
     graded, ordered = grade(records, rows, args.correct_threshold), []
     if args.order != "ordered":
         ordered = grade(records, read_rows(args.output, f"{name}_{frames}_ordered", configuration),
@@ -820,7 +876,7 @@ def write_result(args, name, records, configuration, rows):
               "written": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
               **provenance(), "rows": graded}
     write_whole({f"{args.output}/{stem}.json": [json.dumps(result, indent=1)]})
-    print("\n".join(table(stem, scores)))
+    print("\n".join(table(f"{stem}: {args.model}", scores, name)))
     if benchmark.size not in (0, len(records)):
         print(f"{name}: {len(records)} of the {benchmark.size} questions that the paper counts")
     if skipped:
@@ -920,7 +976,9 @@ def judge(asker, configuration, path):
 
 def main(args):
     if args.diff:
-        print("\n".join(difference(*map(read_result, args.diff))))
+        folders = all(map(os.path.isdir, args.diff))
+        print("\n".join(comparison(args.diff) if folders else
+                        difference(*map(read_result, args.diff))))
         return
     # --------------------------------------------- inputs, checked before a model is loaded
     make_folder_of(Path(args.output) / "skipped.jsonl")

@@ -517,7 +517,7 @@ def test_a_release_is_answered_and_stands_in_the_paper_s_table(toy, mmvu, tmp_pa
     assert columns == ["Models", "Frames", "VSI-Bench", "VideoMMMU", "MMVU (mc)", "MVBench",
                        "TempCompass", "VideoMME (wo sub)"]
     ours, theirs = lines[lines.index(head) + 2], lines[-1]
-    assert " 5/625" in ours.split("|")[5] and str(toy) in ours
+    assert " 5/625" in ours.split("|")[5] and f"{toy}/model (ordered) " in ours
     assert [x.strip() for x in theirs.strip("|").split("|")] == [
         "Video-R1-7B, paper", "64", "37.1", "52.4", "63.8", "64.8", "73.2", "61.4"]
 
@@ -549,7 +549,7 @@ def result_file(path, outputs, seed=0):
             for i, text in enumerate(outputs) if text != " "}
     graded = evaluate.grade(records, rows, 0.5)
     path.write_text(json.dumps({"benchmark": "toy", "rows": graded, "configuration": {"frames": 8},
-                                "arguments": {"seed": seed, "model": "m"}}))
+                                "order": "ordered", "arguments": {"seed": seed, "model": "m"}}))
     return str(path)
 
 
@@ -563,8 +563,50 @@ def test_two_results_are_compared_by_question_without_a_model(tmp_path, capsys, 
     assert [x.strip().split()[0] for x in row.strip("|").split("|")] == [
         "all", "3", "33.3", "66.7", "33.3"]
     assert "33.3 [0.0, 100.0]" in row
+    assert "| A: m (ordered) " in lines[0] and "| B: m (ordered) " in lines[0]
     assert [line.split(":")[0] for line in lines if "->" in line] == ["0", "1", "2"]
     assert lines[-1] == "3 questions compared; 0 only in A, 1 only in B"
+
+
+def results_folder(folder, model, **answers):
+    """An --output with a result for each order: four questions whose answer is A, by source."""
+    folder.mkdir()
+    records = [{"problem_id": i, "path": f"{i}.mp4", "problem": "Which?", "data_source": source,
+                "problem_type": "multiple choice", "options": ["A. x", "B. y"],
+                "solution": "<answer>A</answer>"}
+               for i, source in enumerate(("toy/conflict", "toy/conflict", "toy/agree", "other"))]
+    graded = {order: evaluate.grade(records, {str(i): {
+        "output": f"<answer>{letter}</answer>", "tokens": 1, "truncated": False}
+        for i, letter in enumerate(letters)}, 0.5) for order, letters in answers.items()}
+    for order, rows in graded.items():
+        scores = evaluate.score(records, rows, 0, ordered=graded["ordered"]
+                                if order != "ordered" else ())
+        put(folder / f"toy_8_{order}.json", {
+            "benchmark": "toy", "frames": 8, "order": order, "rows": rows, "scores": scores,
+            "configuration": {}, "arguments": {"model": model, "seed": 0}})
+    return str(folder)
+
+
+def test_two_folders_are_compared_in_one_table_of_ordered_shuffled_and_gap(tmp_path, capsys):
+    folders = [results_folder(tmp_path / "a", "toy/sft", ordered="BBAA", shuffled="BABA"),
+               results_folder(tmp_path / "b", "toy/tgrpo", ordered="AAAB")]
+    main("--diff", *folders)
+    lines = capsys.readouterr().out.splitlines()
+    assert len({len(line) for line in lines}) == 1
+    head, _, *rows = [[text.strip() for text in line.strip("|").split("|")] for line in lines]
+    assert head == ["toy_8: score, %", "answered", "model", "ordered", "shuffled", "gap"]
+    assert [row[:3] for row in rows] == [
+        ["all", "4", "toy/sft"], ["", "4", "toy/tgrpo"],
+        ["data_source: other", "1", "toy/sft"], ["", "1", "toy/tgrpo"],
+        ["agree", "1", "toy/sft"], ["", "1", "toy/tgrpo"],
+        ["conflict", "2", "toy/sft"], ["", "2", "toy/tgrpo"]]
+    assert [text.split(" ")[0] for text in rows[0][3:]] == ["50.0", "50.0", "0.0"]
+    assert all("[" in text for text in rows[0][3:])  # intervals
+    assert rows[1][3].startswith("75.0") and rows[1][4:] == ["", ""]  # nobody asked it shuffled
+    assert [text.split(" ")[0] for text in rows[6][3:]] == ["0.0", "50.0", "-50.0"]
+    (tmp_path / "c").mkdir()
+    with pytest.raises(InputError, match="a and .*c have no <name>_<frames>_ordered.json"):
+        main("--diff", folders[0], tmp_path / "c")
 
 
 def test_what_is_no_result_is_refused(tmp_path):
