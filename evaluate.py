@@ -1,9 +1,10 @@
-"""Evaluation: the six benchmarks of the paper's Table 1, and any file of Video-R1 records.
+"""Evaluation: the six benchmarks of the paper's Table 1, three that are about the order of frames
+(TVBench, TOMATO, Vinoground), and any file of Video-R1 records.
 
     python evaluate.py @toy/evaluate.args --model toy/sft --output toy/eval_sft
     deepspeed evaluate.py --model Qwen/Qwen2.5-VL-7B-Instruct --output eval \
         --benchmark mmvu=eval_mmvu.json mvbench=MVBench/ --frames 16 32 64 --compare paper
-    python evaluate.py --diff eval_sft eval_tgrpo        # ordered, shuffled and the gap, one table
+    python evaluate.py --diff eval_sft eval_tgrpo       # ordered, shuffled and the gap in one table
     python evaluate.py --diff eval_sft/mmvu_16_ordered.json eval_tgrpo/mmvu_16_ordered.json
     python evaluate.py --judge eval/mmvu_16_ordered.json --output eval \
         --model Qwen/Qwen2.5-VL-72B-Instruct --api_base http://localhost:8000/v1
@@ -15,6 +16,7 @@ Scores:
     score      what the benchmark counts, MRA for VSI-Bench's numbers. "mean of types": every
                problem type has one vote (numbers by mra_released); "mean of tasks": every task has
                one, the easy, medium and hard form of a task together (numbers by mra)
+    text, video, group score  share of Vinoground's pairs with both questions right; with all four
     accuracy   mean accuracy reward; regression counts with its graded reward, not with its MRA
     correct    share of accuracy rewards >= --correct_threshold
     mra        mean relative accuracy as VSI-Bench defines it, in exact fractions: 0.2 to 0.3 points
@@ -80,7 +82,8 @@ def parse_args(argv=None):
     what = parser.add_mutually_exclusive_group(required=True).add_argument
     what("--benchmark", type=named_file, nargs="+", metavar="NAME=FILE",
          help="questions and the name of their results; vsibench, videommmu, mmvu, mvbench, "
-              "tempcompass and videomme also as released: FILE may be the release's folder")
+              "tempcompass, videomme, tvbench, tomato and vinoground also as released: FILE may be "
+              "the release's folder")
     what("--judge", nargs="+", metavar="RESULT", help="result files: does --model find temporal "
          "reasoning in their responses")
     what("--diff", nargs=2, metavar=("A", "B"), help="what changed from A to B: two --output "
@@ -210,24 +213,22 @@ def videommmu(content, path):
 
 def open_answer(predicted, truth) -> float:
     """How VideoMMMU grades an open question: a number by its value to two decimals, one letter by
-    the letter, other text where the answer contains it. A truth that is a list, not always a well
-    formed one, is met by any of its items.
+    the letter, other text where the answer contains it; by any item of a truth that is a list.
 
     >>> [open_answer(*pair) for pair in (("24/7", "['24/7', '3.429', '3.43]"), ("17", "['7']"),
     ...                                  ("Net income.", "net income"), ("I cannot say", "A"))]
     [1.0, 0.0, 1.0, 0.0]
     """
-    items = [truth]
-    if re.match(r"""\[.*['"]""", truth, re.DOTALL):
-        items = re.split(r"""['"]\s*,\s*['"]?|,\s*['"]""", truth.strip("[]'\" "))
-
     def meets(item):
         if re.fullmatch("[A-Za-z]", item):
             return multiple_choice(predicted, item)
         if parse_number(item) is not None:
             return numerical(predicted, item)
         return float(item.lower() in predicted.lower())
-    return max(map(meets, items))
+    if not re.match(r"""\[.*['"]""", truth):
+        return meets(truth)
+    # its quotes are not always in pairs
+    return max(map(meets, re.split(r"""['"],\s*['"]?|,\s*['"]""", truth.strip("[]'\" "))))
 
 
 MMVU_SUBJECTS = {  # discipline -> its subjects
@@ -328,27 +329,84 @@ def videomme(content, path):
                             **{key: row[key] for key in VIDEOMME_GROUPS})
 
 
+TVBENCH_CLIPS = ("action_localization", "action_sequence")  # about a part of their videos
+TVBENCH_TASKS = (*TVBENCH_CLIPS, "action_antonym", "action_count", "egocentric_sequence",
+                 "moving_direction", "object_count", "object_shuffle", "scene_transition",
+                 "unexpected_action")
+
+
+def tvbench(content, path):
+    """json/action_sequence.json [{"video": "12.mp4", "question": "What first?", "candidates":
+    ["up", "down"], "answer": "up", "start": 3.2, "end": 11.0}] -> video/action_sequence/12.mp4,
+    answer A. action_antonym's videos are NTU RGB+D's and not in the release."""
+    task = named_part(path, TVBENCH_TASKS)
+    for i, row in enumerate(content):
+        options = [*map(str, row["candidates"])]
+        answer = letter(options.index(str(row["answer"])))  # a number is a text, not a place
+        record = as_record(f"{task}/{i}", row["question"], options, answer,
+                           f"video/{task}/{row['video']}", task=task)
+        if task in TVBENCH_CLIPS:
+            record |= {"video_start": float(row["start"]), "video_end": float(row["end"])}
+        yield record
+
+
+TOMATO = ("count", "direction", "rotation", "shape&trend", "velocity&frequency", "visual_cues")
+
+
+def tomato(content, path):
+    """data/direction.json {"4": {"question": "Which way?", "options": ["up", "down"], "answer": 1,
+    "key": "0999-01", "demonstration_type": "human", ...}} -> videos/human/0999-01.mp4, answer B.
+    Numbers of questions repeat over the six files."""
+    kind = named_part(path, TOMATO)
+    for number, row in content.items():
+        folder = row["demonstration_type"]
+        yield as_record(f"{kind}/{number}", row["question"], row["options"], letter(row["answer"]),
+                        f"videos/{folder}/{row['key']}.mp4", type=kind, demonstration=folder)
+
+
+VINOGROUND_FILES = {"vinoground_textscore": "text", "vinoground_videoscore": "video"}
+VINOGROUND_QUESTION = re.compile(  # then a line that asks for the letter
+    r"(.+?)\s*\n\s*A\. (.+?)\s*\n\s*B\. ([^\n]+).*", re.DOTALL)
+
+
+def vinoground(content, path):
+    """vinoground_textscore.json [{"idx": "12_pos", "video_name": "vinoground_videos/12_pos.mp4",
+    "question": "Which caption fits?\\nA. x, y\\nB. y, x\\nAnswer with ...", "GT": "B"}] -> a text
+    question of pair 12. vinoground_videoscore.json has the video questions, of both its clips."""
+    task = VINOGROUND_FILES[named_part(path, VINOGROUND_FILES)]
+    for row in content:
+        pair = re.fullmatch(r"(\d+)_(?:pos|neg)", row["idx"])
+        question = VINOGROUND_QUESTION.fullmatch(row["question"].strip())
+        if not (pair and question):
+            raise ValueError(f"question {row['idx']} is not <pair>_pos or <pair>_neg with options "
+                             f"A. and B.: {row['question']!r}")
+        yield as_record(f"{task}/{row['idx']}", question[1], [question[2], question[3]],
+                        row["GT"], row["video_name"], task=task) | {"pair": pair[1]}
+
+
 # -------------------------------------------------------- the benchmarks: scores and table
 
 class Overall(NamedTuple):
     """One number for a benchmark: a mean over rows, in groups `by` first where that is named."""
     metric: str  # what counts in rows that have it; in others the accuracy reward does
     by: str = ""
+    pairs: tuple[str, ...] = ()  # instead of rows, pairs of questions of each of these tasks
 
     def score(self, row):
         return row.get(self.metric, row["accuracy"])
 
 
 class Benchmark(NamedTuple):
-    """One column of the paper's Table 1."""
+    """A benchmark: the first six are the columns of the paper's Table 1."""
     title: str
-    size: int                     # questions that the paper counts
+    size: int                     # questions that the paper counts; 0: releases differ
     files: tuple[str, ...]        # where its release keeps them: patterns below its folder
     convert: Callable
     overalls: dict[str, Overall]  # the first that the records' groups allow is Table 1's
 
 
 PLAIN = {"all": Overall("accuracy")}
+BY_TASK = {"mean of tasks": Overall("accuracy", "task"), **PLAIN}
 BENCHMARKS = {
     "vsibench": Benchmark("VSI-Bench", 5130, ("test.jsonl", "test-*.parquet"), vsibench, {
         "mean of types (the paper's)": Overall("mra_released", "problem_type"),
@@ -356,19 +414,26 @@ BENCHMARKS = {
     "videommmu": Benchmark("VideoMMMU", 900, ("*.json", "*/*.json", "*/*.parquet"), videommmu, {
         "all": Overall("contains")}),
     "mmvu": Benchmark("MMVU (mc)", 625, ("validation.json",), mmvu, PLAIN),
-    "mvbench": Benchmark("MVBench", 4000, ("json/*.json",), mvbench, {
-        "mean of tasks": Overall("accuracy", "task"), **PLAIN}),
+    "mvbench": Benchmark("MVBench", 4000, ("json/*.json",), mvbench, BY_TASK),
     "tempcompass": Benchmark("TempCompass", 7540, ("questions/*.json", "*/*.parquet"), tempcompass,
                              PLAIN),
     "videomme": Benchmark("VideoMME (wo sub)", 2700, ("*.json", "*.jsonl", "videomme/*.parquet"),
                           videomme, PLAIN),
+    "tvbench": Benchmark("TVBench", 0, ("json/*.json",), tvbench, BY_TASK),
+    "tomato": Benchmark("TOMATO", 1484, ("data/*.json", "*.json"), tomato, PLAIN),
+    "vinoground": Benchmark("Vinoground", 2000, (
+        "vinoground_*score.json", "*/vinoground_*score.json"), vinoground, {
+        "group score": Overall("accuracy", pairs=("text", "video")),
+        "text score": Overall("accuracy", pairs=("text",)),
+        "video score": Overall("accuracy", pairs=("video",)), **PLAIN}),
 }
+TABLE_1 = tuple(BENCHMARKS)[:6]
 RECORDS = Benchmark("a file of records", 0, (), list, PLAIN)
 VSIBENCH_TASKS = re.compile(
     r"object_rel_direction_(easy|medium|hard)|object_(rel_distance|abs_distance|counting|"
     r"size_estimation)|room_size_estimation|route_planning|obj_appearance_order")
 
-# Table 1 of arXiv 2503.21776: model, frames, then the columns of BENCHMARKS
+# Table 1 of arXiv 2503.21776: model, frames, then the columns of TABLE_1
 PAPER = """\
 GPT-4o              |  - | 34.0 | 61.2 | 75.4 |    - |    - | 71.9
 LLaMA-VID           |  - |    - |    - |    - | 41.9 | 45.6 |    -
@@ -391,43 +456,37 @@ Video-R1-7B         | 64 | 37.1 | 52.4 | 63.8 | 64.8 | 73.2 | 61.4"""
 
 
 def frames_as_video(row):
-    """A row of the released eval_*.json as a record: MVBench's of data_type "frame" are videos kept
-    as folders of frames. Where other rows have a start and an end, the whole video is shown, as by
-    the paper's code."""
+    """A row of the released eval_*.json as a record: MVBench's of data_type "frame" are folders of
+    frames. Other rows' start and end are not used, as in the paper's code."""
     if row.get("data_type") != "frame":
         return row
     return row | clip_of(row) | {"data_type": "video", "video_fps": row.get("fps") or MVBENCH_FPS}
 
 
 def released_groups(name, row):
-    """The groups of a record of the released eval_*.json, from what its fields tell."""
+    """The groups of a record of the released eval_*.json, from what its fields tell. Its rows are
+    numbered from 1, so many for each of VideoMMMU's tracks and MVBench's tasks."""
+    def in_block(size, names):
+        block = (row["problem_id"] - 1) // size if isinstance(row["problem_id"], int) else -1
+        return names[block] if 0 <= block < len(names) else None
+
     task = str(row.get("original_question_type", "")).lower().replace(" ", "_")
     if name == "mmvu":
         return subject_groups(row["path"], MMVU_SUBJECTS)
     if name == "videommmu":
-        return {"track": in_block(row["problem_id"], VIDEOMMMU_TRACKS, 300),
+        return {"track": in_block(300, VIDEOMMMU_TRACKS),
                 **subject_groups(row["path"], VIDEOMMMU_SUBJECTS)}
     if name == "videomme":
         return {key: row.get(key) for key in VIDEOMME_GROUPS}
     if name == "vsibench" and VSIBENCH_TASKS.fullmatch(task) or (
             name == "mvbench" and task in MVBENCH_FOLDERS):
         return {"task": task}
-    return {"task": mvbench_task(row)} if name == "mvbench" else {}
-
-
-def in_block(number, names, size):
-    """Which of `names` a released row belongs to: they are numbered from 1, `size` for each."""
-    block = (number - 1) // size if isinstance(number, int) else -1
-    return names[block] if 0 <= block < len(names) else None
-
-
-def mvbench_task(row):
-    """The task of a row of the released eval_mvbench.json, by its number; None where its folder
-    is another task's, as in a copy that was numbered again."""
-    task = in_block(row["problem_id"], sorted(MVBENCH_FOLDERS), 200)
-    sources = {name: folder.split("/")[0] for name, folder in MVBENCH_FOLDERS.items()}
-    of_others = {*sources.values()} - {sources.get(task)}
-    return None if of_others & {*Path(row["path"]).parts} else task
+    if name == "mvbench":
+        task = in_block(200, sorted(MVBENCH_FOLDERS))
+        folders = {folder.split("/")[0] for folder in MVBENCH_FOLDERS.values()}
+        there = folders.intersection(Path(row["path"]).parts)  # another's: a copy renumbered
+        return {"task": task if there <= {MVBENCH_FOLDERS.get(task, "").split("/")[0]} else None}
+    return {}
 
 
 # ------------------------------------------------------------------------------ scores
@@ -515,7 +574,7 @@ def bootstrap_mean(values, media, seed, cells=None):
 def grade(records, rows, threshold):
     """A graded row for each record that has an output in `rows`, keyed by problem_id as text."""
     keys = ("problem_id", "data_source", "problem_type", "path", "problem", "options", "solution",
-            "groups", "output", "tokens", "truncated", "size", "prompt_tokens")
+            "groups", "pair", "output", "tokens", "truncated", "size", "prompt_tokens")
     graded = []
     for record in records:
         both = record | rows.get(str(record["problem_id"]), {})
@@ -543,12 +602,23 @@ def groups_of(record):
         "data_source": str(record.get("data_source"))})}
 
 
+def joined(rows, tasks):
+    """A row for each pair that has both questions of all `tasks`: right where all of them are."""
+    pairs = defaultdict(list)
+    for row in rows:
+        if groups_of(row).get("task") in tasks:
+            pairs[row.get("pair")].append(row.get("accuracy"))  # a record has none
+    return [{"problem_id": pair, "path": pair, "accuracy": all(accuracies)}
+            for pair, accuracies in pairs.items() if len(accuracies) == 2 * len(tasks)]
+
+
 def with_score(rows, overall, ordered):
-    """The rows with their score and, where `ordered`, {problem_id as text: row}, has the same
-    question, with the drop from there."""
+    """The rows with their score and, where the `ordered` rows have the same question, with the
+    drop from there."""
     scored = [row | {"score": overall.score(row)} for row in rows]
+    there = {str(row["problem_id"]): row for row in ordered}
     for row in scored:
-        if before := ordered.get(str(row["problem_id"])):
+        if before := there.get(str(row["problem_id"])):
             row["drop"] = overall.score(before) - row["score"]
     return scored
 
@@ -568,14 +638,17 @@ def measure(rows, metrics, seed, by=""):
 
 def score(records, graded, seed, overalls=PLAIN, ordered=()):
     """Group -> {"answered", "records", what `measure` finds}, the benchmark's own number first.
-    Groups are each of the overalls that averages over groups which all records name, "all" and
-    each "<kind>: <name>" of groups_of."""
-    ordered = {str(row["problem_id"]): row for row in ordered}
+    Groups are each of the overalls that averages over pairs, or over groups which all records
+    name, "all" and each "<kind>: <name>" of groups_of."""
     usable = {name: overall for name, overall in overalls.items()
               if not overall.by or all(overall.by in groups_of(record) for record in records)}
-    scores = {name: {"answered": len(graded), "records": len(records), **measure(
-        with_score(graded, overall, ordered), ("score", "drop"), seed, overall.by)}
-        for name, overall in usable.items() if overall.by}
+    scores = {}
+    for name, overall in usable.items():
+        if overall.by or overall.pairs:
+            asked, given, before = (joined(rows, overall.pairs) if overall.pairs else rows
+                                    for rows in (records, graded, ordered))
+            scores[name] = {"answered": len(given), "records": len(asked), **measure(
+                with_score(given, overall, before), ("score", "drop"), seed, overall.by)}
 
     def labels(record):
         return ["all", *(f"{kind}: {name}" for kind, name in groups_of(record).items())]
@@ -604,20 +677,16 @@ def cell(value, unit=100):
 
 
 def shown_groups(scores):
-    """The groups to print, the benchmark's means first; and a line for each kind left out."""
+    """The groups to print, the benchmark's own first; and a line for each kind left out."""
     kinds = Counter(group.partition(":")[0] for group in scores)
     hidden = [kind for kind, count in kinds.items() if count > GROUPS_SHOWN]
     groups = sorted((group for group in scores if group.partition(":")[0] not in hidden),
-                    key=lambda group: (not group.startswith("mean"), group != "all", group))
+                    key=lambda group: (": " in group, group == "all", group))
     return groups, [f"({kinds[kind]} groups by {kind}: not shown)" for kind in hidden]
 
 
 def named(group, benchmark):
-    """A group as tables show it; of sources below the benchmark's own name, the rest of theirs.
-
-    >>> [named(group, "toy") for group in ("data_source: toy/first", "data_source: x", "all")]
-    ['first', 'data_source: x', 'all']
-    """
+    """A group as tables show it; of sources below the benchmark's own name, the rest of theirs."""
     return group.removeprefix(f"data_source: {benchmark}/")
 
 
@@ -642,14 +711,17 @@ def table(title, scores, benchmark=""):
 def summary(results, compare):
     """The results in the layout of the paper's Table 1, as lines; with the paper's own rows.
 
-    A cell without n/N stands for a whole benchmark answered.
+    A cell without n/N stands for a whole benchmark answered. Other benchmarks' results follow.
     """
-    ours = defaultdict(lambda: dict.fromkeys(BENCHMARKS, ""))
+    columns = [name for name in BENCHMARKS if name in TABLE_1 or
+               any(result["benchmark"] == name for result in results)]
+    ours = defaultdict(lambda: dict.fromkeys(columns, ""))
     for result in results:
         name, row = result["benchmark"], result["scores"][result["overall"]]
         text = cell(row.get("score"))
-        if result["answered"] < BENCHMARKS[name].size:
-            text += f" {result['answered']}/{BENCHMARKS[name].size}"
+        size = BENCHMARKS[name].size or result["records"]
+        if result["answered"] < size:
+            text += f" {result['answered']}/{size}"
         if "drop" in row:
             text += f", drop {cell(row['drop'])}"
         ours[whose(result), result["frames"]][name] = text.strip()
@@ -658,31 +730,30 @@ def summary(results, compare):
     if compare:
         for line in PAPER.splitlines():
             model, *cells = map(str.strip, line.split("|"))
-            rows.append([f"{model}, paper", *cells])
-    heading = ["Models", "Frames", *(benchmark.title for benchmark in BENCHMARKS.values())]
+            rows.append([f"{model}, paper", *cells, *[""] * (len(columns) - len(TABLE_1))])
+    heading = ["Models", "Frames", *(BENCHMARKS[name].title for name in columns)]
     return markdown([heading, *rows]).splitlines()
 
 
 def comparison(folders):
-    """The results that all --output folders have, a table each, as lines: each group's score on
-    ordered frames, on shuffled ones and the gap, a line for each folder's model."""
-    names = [{path.name for path in Path(folder).glob("*_ordered.json")} for folder in folders]
+    """What all --output folders have of both orders, a table for each result, as lines: a group's
+    score on ordered frames, on shuffled ones and the gap, a line for each folder's model."""
+    names = [{path.name for path in Path(folder).glob("*_shuffled.json")} for folder in folders]
     if not set.intersection(*names):
-        raise InputError(f"{' and '.join(folders)} have no <name>_<frames>_ordered.json in common")
+        raise InputError(f"{' and '.join(folders)} have no <name>_<frames>_shuffled.json in common")
     lines = []
-    for stem in sorted(name.removesuffix("_ordered.json") for name in set.intersection(*names)):
-        results = [read_result(f"{folder}/{stem}_ordered.json") for folder in folders]
-        paths = [Path(folder) / f"{stem}_shuffled.json" for folder in folders]
-        shuffled = [read_result(path)["scores"] if path.exists() else {} for path in paths]
-        groups, hidden = shown_groups(results[0]["scores"])
+    for stem in sorted(name.removesuffix("_shuffled.json") for name in set.intersection(*names)):
+        pairs = [[read_result(f"{folder}/{stem}_{order}.json")
+                  for order in ("ordered", "shuffled")] for folder in folders]
+        groups, hidden = shown_groups(pairs[0][0]["scores"])
         rows = [[f"{stem}: score, %", "answered", "model", "ordered", "shuffled", "gap"]]
         for group in (group for group in groups if not group.startswith("problem_type")):
-            label = named(group, results[0]["benchmark"])
-            for result, mixed in zip(results, shuffled):
-                there, mixed = result["scores"].get(group, {}), mixed.get(group, {})
-                rows.append([label, there.get("answered", 0), result["arguments"]["model"],
-                             cell(there.get("score")), cell(mixed.get("score")),
-                             cell(mixed.get("drop"))])
+            label = named(group, pairs[0][0]["benchmark"])
+            for pair in pairs:
+                ordered, shuffled = (result["scores"].get(group, {}) for result in pair)
+                rows.append([label, ordered.get("answered", 0), pair[0]["arguments"]["model"],
+                             *map(cell, (ordered.get("score"), shuffled.get("score"),
+                                         shuffled.get("drop")))])
                 label = ""  # below its own
         lines += markdown(rows).splitlines() + hidden
     return lines

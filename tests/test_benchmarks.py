@@ -75,6 +75,20 @@ def tempcompass(task, question, answer, options, letter):
             "problem_type": "multiple choice", "solution": f"<answer>{letter}</answer>"}})
 
 
+def tomato_row(answer, key, demonstration, kind):
+    return {"question": "Which way?", "options": [f"Way {i}." for i in range(7)], "answer": answer,
+            "key": key, "video_source_url": "", "motion_type": kind, "variation": {"zoom": 1},
+            "demonstration_type": demonstration, "note": ""}
+
+
+def vinoground_row(idx, task, answer):
+    folder = "vinoground_videos" + ("" if task == "text" else "_concated")
+    return {"idx": idx, "video_name": f"{folder}/{idx}.mp4", "GT": answer,
+            "question": "Which caption fits?\nLook well.\nA. he sits, then stands\n"
+                        "B. he stands, then sits\nAnswer with the option's letter from the given "
+                        "choices directly."}
+
+
 RELEASES = {  # claim -> benchmark, its release's files, fields of every record by problem_id
     "vsi_bench_has_choices_and_numbers": ("vsibench", {"test.jsonl": [
         {"id": 0, "dataset": "scannet", "scene_name": "scene0568_00", "options": None,
@@ -145,6 +159,40 @@ RELEASES = {  # claim -> benchmark, its release's files, fields of every record 
         "captioning", "Which fits?\nInformation A: {'speed': 'fast'}\nInformation B: {'speed': "
         "'slow'}\nGenerated Caption:", "B. slow",
         ["A. {'speed': 'fast'}", "B. {'speed': 'slow'}"], "B"),
+    "tvbench_has_clips_in_two_tasks_and_numbers_as_texts": ("tvbench", {
+        "json/action_sequence.json": [{"video": "clip_12.mp4", "question": "What happens first?",
+                                       "candidates": ["He sits.", "He stands."],
+                                       "answer": "He sits.", "start": 3.2, "end": 11}],
+        "json/object_count.json": [{"video": "v.mp4", "question": "How many?", "answer": "1",
+                                    "candidates": ["2", "1", "0", "3"], "start": 1, "end": 2}],
+        "json/action_count.json": [{"video": "v.mp4", "question": "How often?", "answer": 3,
+                                    "candidates": [4, 3]}]}, {
+        "action_count/0": {"options": ["A. 4", "B. 3"], "solution": "<answer>B</answer>"},
+        "action_sequence/0": {
+            "path": "video/action_sequence/clip_12.mp4", "solution": "<answer>A</answer>",
+            "options": ["A. He sits.", "B. He stands."], "groups": {"task": "action_sequence"},
+            "video_start": 3.2, "video_end": 11.0},
+        "object_count/0": {"solution": "<answer>B</answer>", "path": "video/object_count/v.mp4"}}),
+    "tomato_is_keyed_by_file_and_number": ("tomato", {
+        "data/direction.json": {"4": tomato_row(1, "0999-01", "human", "direction")},
+        "data/shape&trend.json": {"4": tomato_row(6, "0209-04", "simulated", "shape&trend")}}, {
+        "direction/4": {"path": "videos/human/0999-01.mp4", "solution": "<answer>B</answer>",
+                        "groups": {"type": "direction", "demonstration": "human"}},
+        "shape&trend/4": {"path": "videos/simulated/0209-04.mp4", "options": [
+            f"{letter}. Way {i}." for i, letter in enumerate("ABCDEFG")],
+            "solution": "<answer>G</answer>"}}),
+    "vinoground_s_options_are_in_its_questions": ("vinoground", {
+        "vinoground_textscore.json": [vinoground_row("12_pos", "text", "B")],
+        "vinoground_videoscore.json": [vinoground_row("12_neg", "video", "A")]}, {
+        "text/12_pos": {"problem": "Which caption fits?\nLook well.", "pair": "12",
+                        "options": ["A. he sits, then stands", "B. he stands, then sits"],
+                        "solution": "<answer>B</answer>", "groups": {"task": "text"},
+                        "path": "vinoground_videos/12_pos.mp4"},
+        "video/12_neg": {"solution": "<answer>A</answer>", "groups": {"task": "video"},
+                         "path": "vinoground_videos_concated/12_neg.mp4"}}),
+    "vinoground_with_each_file_beside_its_videos": ("vinoground", {
+        "vinoground_videos/vinoground_textscore.json": [vinoground_row("12_pos", "text", "B")]}, {
+        "text/12_pos": {"path": "vinoground_videos/12_pos.mp4"}}),
     "video_mme_nested": ("videomme", {
         "nested.json": [{**VIDEO_MME, "questions": [VIDEO_MME_QUESTION]}]}, VIDEO_MME_RECORD),
     "video_mme_flat": ("videomme", {"flat.json": VIDEO_MME_FLAT}, VIDEO_MME_RECORD),
@@ -356,6 +404,31 @@ def test_a_folder_without_frames_or_rate_costs_its_record(tmp_path):
         load_vision({**record, "video_fps": None}, **LIMITS)
 
 
+@pytest.mark.parametrize("name, file, content, message", [
+    ("tvbench", "action_sequence.json", [{"video": "1.mp4", "question": "?", "answer": "a",
+                                          "candidates": ["a", "b"]}], "KeyError.'start'"),
+    ("tvbench", "object_count.json", [{"video": "1.mp4", "question": "?", "answer": "0",
+                                       "candidates": ["2", "1"]}], "'0' is not in list"),
+    ("tvbench", "episodic_reasoning.json", [{}], "none of action_localization, "),
+    ("tomato", "count.json", {"0": tomato_row(7, "1", "human", "count")},
+     "the answer 'H' is none"),
+    ("tomato", "count.json", {"0": {"question": "?"}}, "KeyError.'demonstration_type'"),
+    ("vinoground", "vinoground_textscore.json", [vinoground_row("12", "text", "A")],
+     "question 12 is not <pair>_pos"),
+    ("vinoground", "vinoground_textscore.json", [vinoground_row("1_pos", "text", "C")],
+     "the answer 'C' is none"),
+    ("vinoground", "vinoground_textscore.json", [
+        {**vinoground_row("1_pos", "text", "A"), "question": "Which?\nA) x\nB) y"}],
+     "question 1_pos is not .* with options A. and B."),
+    ("vinoground", "vinoground.json", [{}], "none of vinoground_textscore, "),
+])
+def test_what_an_order_benchmark_s_release_would_not_have_is_refused_by_name(
+        name, file, content, message, tmp_path):
+    put(tmp_path / file, content)
+    with pytest.raises(InputError, match=f"{file} is not as .* is released: .*{message}"):
+        read(name, tmp_path / file, tmp_path)
+
+
 def test_what_is_no_release_is_refused_by_name(tmp_path, monkeypatch):
     put(tmp_path / "other.json", [{"question": "Which?"}])
     with pytest.raises(InputError, match="other.json is not as VSI-Bench is released: KeyError"):
@@ -448,6 +521,71 @@ def test_a_benchmark_without_task_names_falls_back_to_the_plain_mean():
     scores = evaluate.score(records, rows, 0, evaluate.BENCHMARKS["mvbench"].overalls)
     assert list(scores) == ["all", "problem_type: multiple choice"]  # the first is the headline
     assert scores["all"]["score"]["mean"] == pytest.approx(2 / 3)
+
+
+def vinoground_graded(answers):
+    """Records and graded rows of pairs: {pair: letters for text pos, text neg, video pos, video
+    neg}, where A is right and a blank unanswered."""
+    cells = [(f"{task}/{pair}_{side}", pair, task) for pair in answers
+             for task in ("text", "video") for side in ("pos", "neg")]
+    records = [{"problem_id": key, "pair": pair, "path": f"{key}.mp4", "problem": "?",
+                "problem_type": "multiple choice", "options": ["A. x", "B. y"],
+                "solution": "<answer>A</answer>", "groups": {"task": task}}
+               for key, pair, task in cells]
+    rows = {key: {"output": f"<answer>{letter}</answer>", "tokens": 1, "truncated": False}
+            for (key, *_), letter in zip(cells, "".join(answers.values())) if letter != " "}
+    return records, evaluate.grade(records, rows, 0.5)
+
+
+def test_vinoground_counts_pairs_with_intervals_over_pairs_and_their_drop():
+    overalls = evaluate.BENCHMARKS["vinoground"].overalls
+    pairs = {"1": "AAAA", "2": "AABA", "3": "ABAA", "4": "AAA "}
+    records, rows = vinoground_graded(pairs)
+    scores = evaluate.score(records, rows, 0, overalls)
+    assert list(scores)[0] == "group score"  # the headline
+    # text: pairs 1, 2, 4 of four; video: 1, 3 of three; group: 1 of three
+    for name, mean, answered in (("text", 3 / 4, 4), ("video", 2 / 3, 3), ("group", 1 / 3, 3)):
+        whole = scores[f"{name} score"]
+        assert whole["score"]["mean"] == pytest.approx(mean)
+        assert (whole["answered"], whole["records"], whole["score"]["n"]) == (answered, 4, answered)
+    assert scores["all"]["score"]["mean"] == pytest.approx(13 / 15)  # questions
+    alone = evaluate.score(*vinoground_graded({"1": "AAAB"}), 0, overalls)["group score"]["score"]
+    assert alone == {"mean": 0, "low": None, "high": None, "n": 1}  # four videos, one pair
+    # shuffled, pair 1 is lost and pair 3 won: text pairs lose (1 + 0 - 1 + 0) / 4
+    _, shuffled = vinoground_graded({"1": "BBAA", "2": "AABB", "3": "AABA", "4": "AAAA"})
+    drops = evaluate.score(records, shuffled, 0, overalls, rows)
+    assert drops["text score"]["drop"]["mean"] == 0 and drops["text score"]["drop"]["n"] == 4
+    # video pairs 1, 2, 3 that both answered: 1 - 1, 0 - 0, 1 - 0
+    assert drops["video score"]["drop"]["mean"] == pytest.approx(1 / 3)
+    assert drops["group score"]["drop"]["mean"] == pytest.approx(1 / 3)
+    printed = [line.split("|")[1].strip() for line in evaluate.table("v", scores)[2:]]
+    assert printed == ["group score", "text score", "video score", "all",
+                       "problem_type: multiple choice", "task: text", "task: video"]
+
+
+def test_tvbench_s_headline_is_the_mean_of_its_tasks_with_their_coverage():
+    parts = [graded("action_sequence", "multiple choice", "A", "AAAB"),
+             graded("object_count", "multiple choice", "A", "AB"),
+             (graded("action_antonym", "multiple choice", "A", "AA")[0], [])]  # no videos
+    records, rows = (sum(both, []) for both in zip(*parts))
+    scores = evaluate.score(records, rows, 0, evaluate.BENCHMARKS["tvbench"].overalls)
+    first = next(iter(scores))
+    assert first == "mean of tasks" and scores[first]["score"]["mean"] == (0.75 + 0.5) / 2
+    assert (scores[first]["answered"], scores[first]["records"]) == (6, 8)
+    assert (scores["task: action_antonym"]["answered"], scores["task: action_antonym"]["records"]
+            ) == (0, 2)
+
+
+def test_order_benchmarks_follow_table_1_s_columns_where_there_are_results():
+    result = {"benchmark": "tvbench", "frames": 16, "order": "ordered", "answered": 6, "records": 8,
+              "overall": "all", "scores": {"all": {"score": {"mean": 0.5, "low": 0.25, "high": 1}}},
+              "arguments": {"model": "m"}}
+    head, _, row, *paper = evaluate.summary([result], "paper")
+    assert [text.strip() for text in head.strip("|").split("|")][-2:] == [
+        "VideoMME (wo sub)", "TVBench"]
+    assert row.startswith("| m (ordered) ") and "| 50.0 [25.0, 100.0] 6/8 |" in row
+    assert len({line.count("|") for line in (head, row, *paper)}) == 1
+    assert "TVBench" not in evaluate.summary([], "paper")[0]
 
 
 def test_the_interval_of_two_media_is_exact():
@@ -589,7 +727,7 @@ def results_folder(folder, model, **answers):
 
 def test_two_folders_are_compared_in_one_table_of_ordered_shuffled_and_gap(tmp_path, capsys):
     folders = [results_folder(tmp_path / "a", "toy/sft", ordered="BBAA", shuffled="BABA"),
-               results_folder(tmp_path / "b", "toy/tgrpo", ordered="AAAB")]
+               results_folder(tmp_path / "b", "toy/tgrpo", ordered="AAAB", shuffled="ABBB")]
     main("--diff", *folders)
     lines = capsys.readouterr().out.splitlines()
     assert len({len(line) for line in lines}) == 1
@@ -602,11 +740,11 @@ def test_two_folders_are_compared_in_one_table_of_ordered_shuffled_and_gap(tmp_p
         ["conflict", "2", "toy/sft"], ["", "2", "toy/tgrpo"]]
     assert [text.split(" ")[0] for text in rows[0][3:]] == ["50.0", "50.0", "0.0"]
     assert all("[" in text for text in rows[0][3:])  # intervals
-    assert rows[1][3].startswith("75.0") and rows[1][4:] == ["", ""]  # nobody asked it shuffled
+    assert [text.split(" ")[0] for text in rows[1][3:]] == ["75.0", "25.0", "50.0"]
     assert [text.split(" ")[0] for text in rows[6][3:]] == ["0.0", "50.0", "-50.0"]
-    (tmp_path / "c").mkdir()
-    with pytest.raises(InputError, match="a and .*c have no <name>_<frames>_ordered.json"):
-        main("--diff", folders[0], tmp_path / "c")
+    (tmp_path / "b/toy_8_shuffled.json").unlink()
+    with pytest.raises(InputError, match="a and .*b have no <name>_<frames>_shuffled.json"):
+        main("--diff", *folders)
 
 
 def test_what_is_no_result_is_refused(tmp_path):
@@ -701,6 +839,37 @@ def test_released_files_of_two_benchmarks_are_asked_and_graded_in_one_command(
     ours = next(line for line in printed if line.startswith("| served"))
     cells = [text.strip() for text in ours.strip("|").split("|")]
     assert cells[3].endswith(" 30/900") and cells[4].endswith(" 30/625") and cells[5] == ""
+
+
+def test_vinoground_is_asked_scored_by_pairs_and_compared_with_reversed_frames(
+        toy, tmp_path, server, capsys):
+    for task in ("text", "video"):
+        rows = [vinoground_row(f"{pair}_{side}", task, "A") for pair in (1, 2)
+                for side in ("pos", "neg")]
+        put(tmp_path / f"Vinoground/vinoground_{task}score.json", rows)
+        for row in rows:
+            path = tmp_path / "Vinoground" / row["video_name"]
+            path.parent.mkdir(exist_ok=True)
+            write_video(path, ramp(8) if row["idx"][0] == "1" else ramp(8)[::-1], 2)
+
+    def reply(content, attempt):  # right where the video gets brighter
+        first, last = (np.asarray(Image.open(io.BytesIO(base64.b64decode(
+            content[i]["image_url"]["url"].partition(",")[2])))).mean() for i in (0, 7))
+        return 200, "<answer>A</answer>" if first < last else "<answer>B</answer>"
+    server.reply = reply
+    given = flags(toy, tmp_path / "out", *server.flags, "--media_root", tmp_path / "Vinoground")
+    given[given.index("--benchmark") + 1] = f"vinoground={tmp_path}/Vinoground"
+    for order, score, drop in (("ordered", 0.5, None), ("reversed", 0.5, 0.0)):
+        main(*given, "--order", order)
+        result = json.loads((tmp_path / f"out/vinoground_8_{order}.json").read_text())
+        for name in ("group score", "text score", "video score"):
+            assert result["scores"][name]["score"]["mean"] == score
+            assert result["scores"][name]["records"] == 2
+            assert result["scores"][name].get("drop", {}).get("mean") == drop
+    printed = capsys.readouterr().out
+    assert "vinoground: 8 of the 2000 questions" in printed
+    assert "| Vinoground" in printed
+    assert "50.0 [0.0, 100.0] 8/2000, drop 0.0 [-100.0, 100.0]" in printed
 
 
 def test_the_order_of_frames_reaches_the_server(toy, mmvu, tmp_path, server):
