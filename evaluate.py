@@ -776,8 +776,8 @@ def difference(a, b):
                      for rows in (old, new))
     groups, hidden = shown_groups(scores)
     table = [(a["benchmark"], "questions", f"A: {whose(a)}", f"B: {whose(b)}", "B - A")] + [
-        (named(group, a["benchmark"]), scores[group]["answered"], cell(scores[group]["score"]),
-         cell(there.get(group, {}).get("score")), cell(scores[group]["drop"]))
+        (named(group, a["benchmark"]), scores[group]["answered"], cell(scores[group].get("score")),
+         cell(there.get(group, {}).get("score")), cell(scores[group].get("drop")))
         for group in groups]
     lines += markdown(table).splitlines() + hidden
     lines += [f"{first['problem_id']}: {first['accuracy']:.2f} -> {second['accuracy']:.2f}, answer "

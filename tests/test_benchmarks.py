@@ -558,6 +558,11 @@ def test_vinoground_counts_pairs_with_intervals_over_pairs_and_their_drop():
     # video pairs 1, 2, 3 that both answered: 1 - 1, 0 - 0, 1 - 0
     assert drops["video score"]["drop"]["mean"] == pytest.approx(1 / 3)
     assert drops["group score"]["drop"]["mean"] == pytest.approx(1 / 3)
+    text = {"benchmark": "vinoground", "rows": vinoground_graded({"1": "AA  "})[1],
+            "configuration": {}, "order": "ordered", "arguments": {"seed": 0, "model": "m"}}
+    groups = [line.split("|")[1:4] for line in evaluate.difference(text, text) if "score" in line]
+    assert [[cell.strip() for cell in row] for row in groups] == [
+        ["group score", "0", ""], ["text score", "1", "100.0"], ["video score", "0", ""]]
     printed = [line.split("|")[1].strip() for line in evaluate.table("v", scores)[2:]]
     assert printed == ["group score", "text score", "video score", "all",
                        "problem_type: multiple choice", "task: text", "task: video"]
