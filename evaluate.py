@@ -1,5 +1,4 @@
-"""Evaluation: the six benchmarks of the paper's Table 1, three that are about the order of frames
-(TVBench, TOMATO, Vinoground), and any file of Video-R1 records.
+"""Evaluation: the paper's six benchmarks, three about the order of frames, any file of records.
 
     python evaluate.py @toy/evaluate.args --model toy/sft --output toy/eval_sft
     deepspeed evaluate.py --model Qwen/Qwen2.5-VL-7B-Instruct --output eval \
@@ -16,7 +15,7 @@ Scores:
     score      what the benchmark counts, MRA for VSI-Bench's numbers. "mean of types": every
                problem type has one vote (numbers by mra_released); "mean of tasks": every task has
                one, the easy, medium and hard form of a task together (numbers by mra)
-    text, video, group score  share of Vinoground's pairs with both questions right; with all four
+    text, video, group score  share of Vinoground's pairs with both such, or all four, answers right
     accuracy   mean accuracy reward; regression counts with its graded reward, not with its MRA
     correct    share of accuracy rewards >= --correct_threshold
     mra        mean relative accuracy as VSI-Bench defines it, in exact fractions: 0.2 to 0.3 points
@@ -38,8 +37,8 @@ Every rank answers a share, with the whole model or through --api_base: a server
 without timing, so its scores are not those of the same model here. --output (one folder for all
 ranks) gets `<name>_<frames>_<order>.rank<r>.jsonl` with a row for each answer, the same name .json
 with scores, settings and graded rows, `<name>.records.json` (a benchmark's questions as records)
-and `skipped.jsonl`; --judge leaves `<result>.judge.json`. The same command, on any number
-of ranks, resumes by problem_id.
+and `skipped.jsonl`; --judge leaves `<result>.judge.json`. The same command, on any number of ranks,
+resumes by problem_id.
 
 Shapes: B records of a batch, L tokens, T frames, C channels, H x W pixels, n rows, M media,
 K cells, R resamples.
@@ -91,8 +90,8 @@ def parse_args(argv=None):
     add("--compare", choices=("paper",), help="print the paper's Table 1 beside these results")
     add("--model", help="Hugging Face directory or name of the model to evaluate, or to judge with")
     add("--output", help="folder for rows and results; completed if it has some")
-    add("--limit", type=above(0, int), help="ask the first N questions of each benchmark only; "
-        "without it the same command goes on with the others")
+    add("--limit", type=above(0, int), metavar="N", help="only the first N questions of each "
+        "benchmark; without it the same command goes on with the others")
     # what the model sees, and how it answers
     add("--frames", type=above(0, int), nargs="+", default=[16, 32, 64],
         help="most frames of a video; one result for each number")
@@ -402,7 +401,7 @@ class Benchmark(NamedTuple):
     size: int                     # questions that the paper counts; 0: releases differ
     files: tuple[str, ...]        # where its release keeps them: patterns below its folder
     convert: Callable
-    overalls: dict[str, Overall]  # the first that the records' groups allow is Table 1's
+    overalls: dict[str, Overall]  # the first that the records' groups allow is the headline
 
 
 PLAIN = {"all": Overall("accuracy")}
@@ -410,7 +409,7 @@ BY_TASK = {"mean of tasks": Overall("accuracy", "task"), **PLAIN}
 BENCHMARKS = {
     "vsibench": Benchmark("VSI-Bench", 5130, ("test.jsonl", "test-*.parquet"), vsibench, {
         "mean of types (the paper's)": Overall("mra_released", "problem_type"),
-        "mean of tasks": Overall("mra", "task")}),  # the benchmark's own
+        "mean of tasks": Overall("mra", "task")}),  # the benchmark's own, up to mra's exactness
     "videommmu": Benchmark("VideoMMMU", 900, ("*.json", "*/*.json", "*/*.parquet"), videommmu, {
         "all": Overall("contains")}),
     "mmvu": Benchmark("MMVU (mc)", 625, ("validation.json",), mmvu, PLAIN),
@@ -433,7 +432,7 @@ VSIBENCH_TASKS = re.compile(
     r"object_rel_direction_(easy|medium|hard)|object_(rel_distance|abs_distance|counting|"
     r"size_estimation)|room_size_estimation|route_planning|obj_appearance_order")
 
-# Table 1 of arXiv 2503.21776: model, frames, then the columns of TABLE_1
+# Table 1 of arXiv 2503.21776: model, frames, then the columns named in TABLE_1
 PAPER = """\
 GPT-4o              |  - | 34.0 | 61.2 | 75.4 |    - |    - | 71.9
 LLaMA-VID           |  - |    - |    - |    - | 41.9 | 45.6 |    -
