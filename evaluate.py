@@ -1,8 +1,9 @@
-"""Evaluation: the six benchmarks of the paper's Table 1, and any file of Video-R1 records.
+"""Evaluation: the paper's six benchmarks, three about the order of frames, any file of records.
 
     python evaluate.py @toy/evaluate.args --model toy/sft --output toy/eval_sft
     deepspeed evaluate.py --model Qwen/Qwen2.5-VL-7B-Instruct --output eval \
         --benchmark mmvu=eval_mmvu.json mvbench=MVBench/ --frames 16 32 64 --compare paper
+    python evaluate.py --diff eval_sft eval_tgrpo       # ordered, shuffled and the gap in one table
     python evaluate.py --diff eval_sft/mmvu_16_ordered.json eval_tgrpo/mmvu_16_ordered.json
     python evaluate.py --judge eval/mmvu_16_ordered.json --output eval \
         --model Qwen/Qwen2.5-VL-72B-Instruct --api_base http://localhost:8000/v1
@@ -14,9 +15,11 @@ Scores:
     score      what the benchmark counts, MRA for VSI-Bench's numbers. "mean of types": every
                problem type has one vote (numbers by mra_released); "mean of tasks": every task has
                one, the easy, medium and hard form of a task together (numbers by mra)
+    text, video, group score  share of Vinoground's pairs with both such, or all four, answers right
     accuracy   mean accuracy reward; regression counts with its graded reward, not with its MRA
     correct    share of accuracy rewards >= --correct_threshold
-    mra        mean relative accuracy as VSI-Bench defines it; mra_released: as the paper's code
+    mra        mean relative accuracy as VSI-Bench defines it, in exact fractions: 0.2 to 0.3 points
+               above its own float code, so "mra (exact)"; mra_released: as the paper's code
     format     share of well-formed responses;  truncated: share cut off at --max_new_tokens
     tokens     mean length of a response, end token included
     reflections  phrases of second thoughts in a response ("wait", "let me check"): only counted
@@ -33,9 +36,9 @@ use it (Figure 6).
 Every rank answers a share, with the whole model or through --api_base: a server gets pictures
 without timing, so its scores are not those of the same model here. --output (one folder for all
 ranks) gets `<name>_<frames>_<order>.rank<r>.jsonl` with a row for each answer, the same name .json
-with scores, settings and graded rows, `<name>.records.json` (questions of a benchmark's own
-release) and `skipped.jsonl`; --judge leaves `<result>.judge.json`. The same command, on any number
-of ranks, resumes by problem_id.
+with scores, settings and graded rows, `<name>.records.json` (a benchmark's questions as records)
+and `skipped.jsonl`; --judge leaves `<result>.judge.json`. The same command, on any number of ranks,
+resumes by problem_id.
 
 Shapes: B records of a batch, L tokens, T frames, C channels, H x W pixels, n rows, M media,
 K cells, R resamples.
@@ -60,11 +63,12 @@ from PIL import Image
 
 from annotate import (Asker, add_asking_flags, api_messages, ask_all, configuration_of, read_rows,
                       record_seed, refuse_repeated_ids)
-from build_data import (FlagParser, InputError, MediaError, above, add_machine_flags,
+from build_data import (MALFORMED, FlagParser, InputError, MediaError, above, add_machine_flags,
                         add_media_flags, as_in_file, encode, letter, lettered, load_records,
                         load_vision_of, make_folder_of, markdown, provenance, read_file, row_writer,
                         run_script, seeded_generator, shuffle_frames, skip_row, write_whole)
-from rewards import accuracy_reward, extract_answer, format_reward, parse_number
+from rewards import (accuracy_reward, extract_answer, format_reward, multiple_choice, numerical,
+                     parse_number)
 
 ORDERS = ("ordered", "shuffled", "reversed", "single_frame", "blind")
 GREY = 128  # the middle of 0 to 255
@@ -77,13 +81,17 @@ def parse_args(argv=None):
     what = parser.add_mutually_exclusive_group(required=True).add_argument
     what("--benchmark", type=named_file, nargs="+", metavar="NAME=FILE",
          help="questions and the name of their results; vsibench, videommmu, mmvu, mvbench, "
-              "tempcompass and videomme also as released: FILE may be the release's folder")
+              "tempcompass, videomme, tvbench, tomato and vinoground also as released: FILE may be "
+              "the release's folder")
     what("--judge", nargs="+", metavar="RESULT", help="result files: does --model find temporal "
          "reasoning in their responses")
-    what("--diff", nargs=2, metavar=("A", "B"), help="two result files: what changed from A to B")
+    what("--diff", nargs=2, metavar=("A", "B"), help="what changed from A to B: two --output "
+         "folders, as one table, or two result files, also question by question")
     add("--compare", choices=("paper",), help="print the paper's Table 1 beside these results")
     add("--model", help="Hugging Face directory or name of the model to evaluate, or to judge with")
     add("--output", help="folder for rows and results; completed if it has some")
+    add("--limit", type=above(0, int), metavar="N", help="only the first N questions of each "
+        "benchmark; without it the same command goes on with the others")
     # what the model sees, and how it answers
     add("--frames", type=above(0, int), nargs="+", default=[16, 32, 64],
         help="most frames of a video; one result for each number")
@@ -131,10 +139,16 @@ def as_record(problem_id, problem, options, answer, path, **groups):
 
 def named_part(path, names):
     """Which of `names` a release's file is about: its own name or its folder's says so."""
-    for text in (path.stem, path.parent.name):
-        if text.lower() in names:
-            return text.lower()
+    for text in (path.stem.lower().removesuffix("_video"), path.parent.name.lower()):
+        if text in names:
+            return text
     raise ValueError(f"its name, or its folder's, is none of {', '.join(names)}")
+
+
+def clip_of(row):
+    """The fields of a record whose release has "start" and "end" of the clip, in seconds."""
+    return {f"video_{key}": float(row[key]) for key in ("start", "end")
+            if row.get(key) is not None}
 
 
 def vsibench(content, path):
@@ -163,7 +177,7 @@ VIDEOMMMU_SUBJECTS = {  # discipline, which is a media folder's name -> its subj
 }
 VIDEOMMMU_BEFORE = (  # the benchmark's own words; the quiz is an image, the video's last frame
     "You should watch and learn the video content. Then apply what you learned to answer the "
-    "following multi-choice question. The image for this question is at the end of the video.\n")
+    "following {kind} question. The image for this question is at the end of the video.\n")
 VIDEOMMMU_AFTER = "\nPlease ignore the Quiz question in last frame of the video."
 
 
@@ -178,26 +192,52 @@ def subject_groups(path, disciplines):
 
 def videommmu(content, path):
     """adaptation.json {"0": {"id": "dev_Biology_3", "question": "Which?", "options": ["up",
-    "down"], "answer": "B", ...}} -> Science/dev_Biology_3.mp4 with the track's instruction."""
+    "down"], "answer": "B", ...}} -> Science/dev_Biology_3.mp4 with the track's instruction. Its
+    own repository's adaptation_video.json has the same in {"Adaptation": {...}}."""
     track = named_part(path, VIDEOMMMU_TRACKS)
-    for i, row in enumerate(content.values() if isinstance(content, dict) else content):
-        problem = (VIDEOMMMU_BEFORE + row["question"] if track == "adaptation"
+    rows = content.get(track.capitalize(), content) if isinstance(content, dict) else content
+    for i, row in enumerate(rows.values() if isinstance(rows, dict) else rows):
+        options = row["options"] or []
+        if not any(map(str.strip, options)):  # one of the open questions has four empty ones
+            options = []
+        before = VIDEOMMMU_BEFORE.format(kind="multi-choice" if options else "open-ended")
+        problem = (before + row["question"] if track == "adaptation"
                    else row["question"] + VIDEOMMMU_AFTER)
         groups = subject_groups(f"{row['id']}.mp4", VIDEOMMMU_SUBJECTS)
         if "discipline" not in groups:  # the folder of its video
             raise ValueError(f"question {i}: the id {row['id']!r} names no subject of VideoMMMU")
-        yield as_record(f"{track}/{i}", problem, row["options"] or [], row["answer"],
+        yield as_record(f"{track}/{i}", problem, options, row["answer"],
                         f"{groups['discipline']}/{row['id']}.mp4", track=track, **groups)
+
+
+def open_answer(predicted, truth) -> float:
+    """How VideoMMMU grades an open question: a number by its value to two decimals, one letter by
+    the letter, other text where the answer contains it; by any item of a truth that is a list.
+
+    >>> [open_answer(*pair) for pair in (("24/7", "['24/7', '3.429', '3.43]"), ("17", "['7']"),
+    ...                                  ("Net income.", "net income"), ("I cannot say", "A"))]
+    [1.0, 0.0, 1.0, 0.0]
+    """
+    def meets(item):
+        if re.fullmatch("[A-Za-z]", item):
+            return multiple_choice(predicted, item)
+        if parse_number(item) is not None:
+            return numerical(predicted, item)
+        return float(item.lower() in predicted.lower())
+    if not re.match(r"""\[.*['"]""", truth):
+        return meets(truth)
+    # its quotes are not always in pairs
+    return max(map(meets, re.split(r"""['"],\s*['"]?|,\s*['"]""", truth.strip("[]'\" "))))
 
 
 MMVU_SUBJECTS = {  # discipline -> its subjects
     "Engineering": "Biomedical_Engineering Civil_Engineering Computer_Science "
-                   "Electrical_Engineering Electronics_and_Communication Materials_Science "
+                   "Electrical_Engineering Electronics_and_Communication "
                    "Mechanical_Engineering",
     "Healthcare": "Basic_Medicine Clinical_Medicine Dentistry Pharmacy Preventive_Medicine",
     "Humanities and Social Science": "Art Economics History Law Literature Management",
-    "Science": "Astronomy Biology Chemistry Electromagnetism Geography Mechanics Modern_Physics "
-               "Neurobiology Thermodynamics",
+    "Science": "Astronomy Biology Chemistry Electromagnetism Geography Materials_Science Mechanics "
+               "Modern_Physics Neurobiology Thermodynamics",
 }
 
 
@@ -238,11 +278,9 @@ def mvbench(content, path):
         answer = letter(row["candidates"].index(row["answer"]))
         record = as_record(f"{task}/{i}", row["question"], row["candidates"], answer,
                            f"video/{MVBENCH_FOLDERS[task]}/{row['video']}", task=task)
-        record |= {f"video_{key}": float(row[key]) for key in ("start", "end")
-                   if row.get(key) is not None}
         if task == "episodic_reasoning":
             record["video_fps"] = MVBENCH_FPS
-        yield record
+        yield record | clip_of(row)
 
 
 TEMPCOMPASS_TASKS = ("multi-choice", "yes_no", "caption_matching", "captioning")
@@ -260,11 +298,11 @@ def tempcompass(content, path):
         {"video_id": video, "dim": dim, **row} for video, dims in content.items()
         for dim, questions in dims.items() for row in questions]
     for i, row in enumerate(rows):
-        question, answer = row["question"], row["answer"]
+        question, answer = row["question"], row["answer"].strip()
         if task == "yes_no":
             question += "\nA. yes\nB. no"
             answer = {"yes": "A. yes", "no": "B. no"}[answer.lower()]
-        lines = question.split("\n")
+        lines = [line.strip() for line in question.split("\n")]
         marks = [TEMPCOMPASS_OPTION.fullmatch(line) for line in lines]
         texts = {mark[1]: mark[2] for mark in marks if mark}  # label -> text
         label = TEMPCOMPASS_OPTION.fullmatch(answer)[1]
@@ -273,6 +311,7 @@ def tempcompass(content, path):
                         task=task, dimension=row["dim"])
 
 
+VIDEOMME_GROUPS = ("duration", "domain", "sub_category", "task_type")
 YOUTUBE_ID = re.compile(r"(?:v=|/)([\w-]{11})(?:[?&].*)?$")
 
 
@@ -286,7 +325,62 @@ def videomme(content, path):
             name = row.get("videoID") or YOUTUBE_ID.search(row["url"])[1]
             yield as_record(row["question_id"], row["question"], row["options"], row["answer"],
                             f"data/{name}.mp4",
-                            **{key: row[key] for key in ("duration", "domain", "task_type")})
+                            **{key: row[key] for key in VIDEOMME_GROUPS})
+
+
+TVBENCH_CLIPS = ("action_localization", "action_sequence")  # about a part of their videos
+TVBENCH_TASKS = (*TVBENCH_CLIPS, "action_antonym", "action_count", "egocentric_sequence",
+                 "moving_direction", "object_count", "object_shuffle", "scene_transition",
+                 "unexpected_action")
+
+
+def tvbench(content, path):
+    """json/action_sequence.json [{"video": "12.mp4", "question": "What first?", "candidates":
+    ["up", "down"], "answer": "up", "start": 3.2, "end": 11.0}] -> video/action_sequence/12.mp4,
+    answer A. action_antonym's videos are NTU RGB+D's and not in the release."""
+    task = named_part(path, TVBENCH_TASKS)
+    for i, row in enumerate(content):
+        options = [*map(str, row["candidates"])]
+        answer = letter(options.index(str(row["answer"])))  # a number is a text, not a place
+        record = as_record(f"{task}/{i}", row["question"], options, answer,
+                           f"video/{task}/{row['video']}", task=task)
+        if task in TVBENCH_CLIPS:
+            record |= {"video_start": float(row["start"]), "video_end": float(row["end"])}
+        yield record
+
+
+TOMATO = ("count", "direction", "rotation", "shape&trend", "velocity&frequency", "visual_cues")
+
+
+def tomato(content, path):
+    """data/direction.json {"4": {"question": "Which way?", "options": ["up", "down"], "answer": 1,
+    "key": "0999-01", "demonstration_type": "human", ...}} -> videos/human/0999-01.mp4, answer B.
+    Numbers of questions repeat over the six files."""
+    kind = named_part(path, TOMATO)
+    for number, row in content.items():
+        folder = row["demonstration_type"]
+        yield as_record(f"{kind}/{number}", row["question"], row["options"], letter(row["answer"]),
+                        f"videos/{folder}/{row['key']}.mp4", type=kind, demonstration=folder)
+
+
+VINOGROUND_FILES = {"vinoground_textscore": "text", "vinoground_videoscore": "video"}
+VINOGROUND_QUESTION = re.compile(  # then a line that asks for the letter
+    r"(.+?)\s*\n\s*A\. (.+?)\s*\n\s*B\. ([^\n]+).*", re.DOTALL)
+
+
+def vinoground(content, path):
+    """vinoground_textscore.json [{"idx": "12_pos", "video_name": "vinoground_videos/12_pos.mp4",
+    "question": "Which caption fits?\\nA. x, y\\nB. y, x\\nAnswer with ...", "GT": "B"}] -> a text
+    question of pair 12. vinoground_videoscore.json has the video questions, of both its clips."""
+    task = VINOGROUND_FILES[named_part(path, VINOGROUND_FILES)]
+    for row in content:
+        pair = re.fullmatch(r"(\d+)_(?:pos|neg)", row["idx"])
+        question = VINOGROUND_QUESTION.fullmatch(row["question"].strip())
+        if not (pair and question):
+            raise ValueError(f"question {row['idx']} is not <pair>_pos or <pair>_neg with options "
+                             f"A. and B.: {row['question']!r}")
+        yield as_record(f"{task}/{row['idx']}", question[1], [question[2], question[3]],
+                        row["GT"], row["video_name"], task=task) | {"pair": pair[1]}
 
 
 # -------------------------------------------------------- the benchmarks: scores and table
@@ -295,41 +389,50 @@ class Overall(NamedTuple):
     """One number for a benchmark: a mean over rows, in groups `by` first where that is named."""
     metric: str  # what counts in rows that have it; in others the accuracy reward does
     by: str = ""
+    pairs: tuple[str, ...] = ()  # instead of rows, pairs of questions of each of these tasks
 
     def score(self, row):
         return row.get(self.metric, row["accuracy"])
 
 
 class Benchmark(NamedTuple):
-    """One column of the paper's Table 1."""
+    """A benchmark: the first six are the columns of the paper's Table 1."""
     title: str
-    size: int                     # questions that the paper counts
+    size: int                     # questions that the paper counts; 0: releases differ
     files: tuple[str, ...]        # where its release keeps them: patterns below its folder
     convert: Callable
-    overalls: dict[str, Overall]  # the first that the records' groups allow is Table 1's
+    overalls: dict[str, Overall]  # the first that the records' groups allow is the headline
 
 
 PLAIN = {"all": Overall("accuracy")}
+BY_TASK = {"mean of tasks": Overall("accuracy", "task"), **PLAIN}
 BENCHMARKS = {
     "vsibench": Benchmark("VSI-Bench", 5130, ("test.jsonl", "test-*.parquet"), vsibench, {
         "mean of types (the paper's)": Overall("mra_released", "problem_type"),
-        "mean of tasks": Overall("mra", "task")}),  # the benchmark's own
+        "mean of tasks": Overall("mra", "task")}),  # the benchmark's own, up to mra's exactness
     "videommmu": Benchmark("VideoMMMU", 900, ("*.json", "*/*.json", "*/*.parquet"), videommmu, {
         "all": Overall("contains")}),
     "mmvu": Benchmark("MMVU (mc)", 625, ("validation.json",), mmvu, PLAIN),
-    "mvbench": Benchmark("MVBench", 4000, ("json/*.json",), mvbench, {
-        "mean of tasks": Overall("accuracy", "task"), **PLAIN}),
+    "mvbench": Benchmark("MVBench", 4000, ("json/*.json",), mvbench, BY_TASK),
     "tempcompass": Benchmark("TempCompass", 7540, ("questions/*.json", "*/*.parquet"), tempcompass,
                              PLAIN),
     "videomme": Benchmark("VideoMME (wo sub)", 2700, ("*.json", "*.jsonl", "videomme/*.parquet"),
                           videomme, PLAIN),
+    "tvbench": Benchmark("TVBench", 0, ("json/*.json",), tvbench, BY_TASK),
+    "tomato": Benchmark("TOMATO", 1484, ("data/*.json", "*.json"), tomato, PLAIN),
+    "vinoground": Benchmark("Vinoground", 2000, (
+        "vinoground_*score.json", "*/vinoground_*score.json"), vinoground, {
+        "group score": Overall("accuracy", pairs=("text", "video")),
+        "text score": Overall("accuracy", pairs=("text",)),
+        "video score": Overall("accuracy", pairs=("video",)), **PLAIN}),
 }
+TABLE_1 = tuple(BENCHMARKS)[:6]
 RECORDS = Benchmark("a file of records", 0, (), list, PLAIN)
 VSIBENCH_TASKS = re.compile(
     r"object_rel_direction_(easy|medium|hard)|object_(rel_distance|abs_distance|counting|"
     r"size_estimation)|room_size_estimation|route_planning|obj_appearance_order")
 
-# Table 1 of arXiv 2503.21776: model, frames, then the columns of BENCHMARKS
+# Table 1 of arXiv 2503.21776: model, frames, then the columns named in TABLE_1
 PAPER = """\
 GPT-4o              |  - | 34.0 | 61.2 | 75.4 |    - |    - | 71.9
 LLaMA-VID           |  - |    - |    - |    - | 41.9 | 45.6 |    -
@@ -351,17 +454,37 @@ Video-R1-7B         | 32 | 35.8 | 52.3 | 63.8 | 63.9 | 73.2 | 59.3
 Video-R1-7B         | 64 | 37.1 | 52.4 | 63.8 | 64.8 | 73.2 | 61.4"""
 
 
+def frames_as_video(row):
+    """A row of the released eval_*.json as a record: MVBench's of data_type "frame" are folders of
+    frames. Other rows' start and end are not used, as in the paper's code."""
+    if row.get("data_type") != "frame":
+        return row
+    return row | clip_of(row) | {"data_type": "video", "video_fps": row.get("fps") or MVBENCH_FPS}
+
+
 def released_groups(name, row):
-    """The groups of a row of the released eval_*.json, from what its fields tell."""
+    """The groups of a record of the released eval_*.json, from what its fields tell. Its rows are
+    numbered from 1, so many for each of VideoMMMU's tracks and MVBench's tasks."""
+    def in_block(size, names):
+        block = (row["problem_id"] - 1) // size if isinstance(row["problem_id"], int) else -1
+        return names[block] if 0 <= block < len(names) else None
+
     task = str(row.get("original_question_type", "")).lower().replace(" ", "_")
     if name == "mmvu":
         return subject_groups(row["path"], MMVU_SUBJECTS)
-    if name == "videommmu":  # three tracks of 300 that follow one another, read off its rows
-        return {"track": VIDEOMMMU_TRACKS[min(int(row["problem_id"]) // 300, 2)],
+    if name == "videommmu":
+        return {"track": in_block(300, VIDEOMMMU_TRACKS),
                 **subject_groups(row["path"], VIDEOMMMU_SUBJECTS)}
+    if name == "videomme":
+        return {key: row.get(key) for key in VIDEOMME_GROUPS}
     if name == "vsibench" and VSIBENCH_TASKS.fullmatch(task) or (
             name == "mvbench" and task in MVBENCH_FOLDERS):
         return {"task": task}
+    if name == "mvbench":
+        task = in_block(200, sorted(MVBENCH_FOLDERS))
+        folders = {folder.split("/")[0] for folder in MVBENCH_FOLDERS.values()}
+        there = folders.intersection(Path(row["path"]).parts)  # another's: a copy renumbered
+        return {"task": task if there <= {MVBENCH_FOLDERS.get(task, "").split("/")[0]} else None}
     return {}
 
 
@@ -374,6 +497,7 @@ LEVELS = re.compile("_(easy|medium|hard)$")  # VSI-Bench makes one task of these
 METRICS = {  # -> its unit in the printed tables, most in percent; 0: in the result file only
     "score": 100, "accuracy": 100, "correct": 0, "mra": 100, "mra_released": 0, "format": 100,
     "truncated": 100, "tokens": 1, "reflections": 1, "drop": 100}
+HEADINGS = {"mra": "mra (exact)"}  # where the table says more than the result file
 # Phrases of second thoughts; "wait" as a plain verb is counted too.
 REFLECTION = re.compile(r"\b(?:wait|hmm+|on second thought|let(?:'s| me| us) (?:re-?|double[- ])?"
                         r"(?:check|verify|consider|examine|read))\b", re.IGNORECASE)
@@ -449,7 +573,7 @@ def bootstrap_mean(values, media, seed, cells=None):
 def grade(records, rows, threshold):
     """A graded row for each record that has an output in `rows`, keyed by problem_id as text."""
     keys = ("problem_id", "data_source", "problem_type", "path", "problem", "options", "solution",
-            "groups", "output", "tokens", "truncated", "size", "prompt_tokens")
+            "groups", "pair", "output", "tokens", "truncated", "size", "prompt_tokens")
     graded = []
     for record in records:
         both = record | rows.get(str(record["problem_id"]), {})
@@ -462,8 +586,8 @@ def grade(records, rows, threshold):
             "prediction": prediction, "accuracy": accuracy, "correct": accuracy >= threshold,
             "format": form, "reward": accuracy + form,
             "reflections": len(REFLECTION.findall(output))}
-        if record["problem_type"] == "free-form":  # how VideoMMMU grades a text
-            row["contains"] = float(truth.lower() in prediction.lower())
+        if record["problem_type"] in ("free-form", "numerical"):
+            row["contains"] = open_answer(prediction, truth)
         if record["problem_type"] == "regression":
             row["mra"] = mean_relative_accuracy(prediction, truth)
             row["mra_released"] = released_relative_accuracy(prediction, truth)
@@ -477,12 +601,23 @@ def groups_of(record):
         "data_source": str(record.get("data_source"))})}
 
 
+def joined(rows, tasks):
+    """A row for each pair that has both questions of all `tasks`: right where all of them are."""
+    pairs = defaultdict(list)
+    for row in rows:
+        if groups_of(row).get("task") in tasks:
+            pairs[row.get("pair")].append(row.get("accuracy"))  # a record has none
+    return [{"problem_id": pair, "path": pair, "accuracy": all(accuracies)}
+            for pair, accuracies in pairs.items() if len(accuracies) == 2 * len(tasks)]
+
+
 def with_score(rows, overall, ordered):
-    """The rows with their score and, where `ordered`, {problem_id as text: row}, has the same
-    question, with the drop from there."""
+    """The rows with their score and, where the `ordered` rows have the same question, with the
+    drop from there."""
     scored = [row | {"score": overall.score(row)} for row in rows]
+    there = {str(row["problem_id"]): row for row in ordered}
     for row in scored:
-        if before := ordered.get(str(row["problem_id"])):
+        if before := there.get(str(row["problem_id"])):
             row["drop"] = overall.score(before) - row["score"]
     return scored
 
@@ -502,14 +637,17 @@ def measure(rows, metrics, seed, by=""):
 
 def score(records, graded, seed, overalls=PLAIN, ordered=()):
     """Group -> {"answered", "records", what `measure` finds}, the benchmark's own number first.
-    Groups are each of the overalls that averages over groups which all records name, "all" and
-    each "<kind>: <name>" of groups_of."""
-    ordered = {str(row["problem_id"]): row for row in ordered}
+    Groups are each of the overalls that averages over pairs, or over groups which all records
+    name, "all" and each "<kind>: <name>" of groups_of."""
     usable = {name: overall for name, overall in overalls.items()
               if not overall.by or all(overall.by in groups_of(record) for record in records)}
-    scores = {name: {"answered": len(graded), "records": len(records), **measure(
-        with_score(graded, overall, ordered), ("score", "drop"), seed, overall.by)}
-        for name, overall in usable.items() if overall.by}
+    scores = {}
+    for name, overall in usable.items():
+        if overall.by or overall.pairs:
+            asked, given, before = (joined(rows, overall.pairs) if overall.pairs else rows
+                                    for rows in (records, graded, ordered))
+            scores[name] = {"answered": len(given), "records": len(asked), **measure(
+                with_score(given, overall, before), ("score", "drop"), seed, overall.by)}
 
     def labels(record):
         return ["all", *(f"{kind}: {name}" for kind, name in groups_of(record).items())]
@@ -538,49 +676,86 @@ def cell(value, unit=100):
 
 
 def shown_groups(scores):
-    """The groups to print, the benchmark's means first; and a line for each kind left out."""
+    """The groups to print, the benchmark's own first; and a line for each kind left out."""
     kinds = Counter(group.partition(":")[0] for group in scores)
     hidden = [kind for kind, count in kinds.items() if count > GROUPS_SHOWN]
     groups = sorted((group for group in scores if group.partition(":")[0] not in hidden),
-                    key=lambda group: (not group.startswith("mean"), group != "all", group))
+                    key=lambda group: (": " in group, group == "all", group))
     return groups, [f"({kinds[kind]} groups by {kind}: not shown)" for kind in hidden]
 
 
-def table(stem, scores):
+def named(group, benchmark):
+    """A group as tables show it; of sources below the benchmark's own name, the rest of theirs."""
+    return group.removeprefix(f"data_source: {benchmark}/")
+
+
+def whose(result):
+    """Whose result it is, for a table's heading: the model and the order of frames it saw."""
+    return f"{result['arguments']['model']} ({result.get('order')})"
+
+
+def table(title, scores, benchmark=""):
     """The scores of one result as the lines of a Markdown table."""
     units = {metric: unit for metric, unit in METRICS.items() if unit and metric in scores["all"]}
     if all(row.get("score") == row.get("accuracy") for row in scores.values()):
         units.pop("score", None)
     groups, hidden = shown_groups(scores)
-    rows = [[group, f"{scores[group]['answered']}/{scores[group]['records']}",
+    rows = [[named(group, benchmark), f"{scores[group]['answered']}/{scores[group]['records']}",
              *(cell(scores[group].get(metric), unit) for metric, unit in units.items())]
             for group in groups]
-    return markdown([[stem, "answered", *units], *rows]).splitlines() + hidden
+    headings = [HEADINGS.get(metric, metric) for metric in units]
+    return markdown([[title, "answered", *headings], *rows]).splitlines() + hidden
 
 
 def summary(results, compare):
     """The results in the layout of the paper's Table 1, as lines; with the paper's own rows.
 
-    A cell without n/N stands for a whole benchmark answered.
+    A cell without n/N stands for a whole benchmark answered. Other benchmarks' results follow.
     """
-    ours = defaultdict(lambda: dict.fromkeys(BENCHMARKS, ""))
+    columns = [name for name in BENCHMARKS if name in TABLE_1 or
+               any(result["benchmark"] == name for result in results)]
+    ours = defaultdict(lambda: dict.fromkeys(columns, ""))
     for result in results:
         name, row = result["benchmark"], result["scores"][result["overall"]]
         text = cell(row.get("score"))
-        if result["answered"] < BENCHMARKS[name].size:
-            text += f" {result['answered']}/{BENCHMARKS[name].size}"
+        size = BENCHMARKS[name].size or result["records"]
+        if result["answered"] < size:
+            text += f" {result['answered']}/{size}"
         if "drop" in row:
             text += f", drop {cell(row['drop'])}"
-        order = "" if result["order"] == "ordered" else f" ({result['order']})"
-        ours[result["arguments"]["model"] + order, result["frames"]][name] = text.strip()
+        ours[whose(result), result["frames"]][name] = text.strip()
     rows = [[model, str(frames), *cells.values()]
             for (model, frames), cells in sorted(ours.items())]
     if compare:
         for line in PAPER.splitlines():
             model, *cells = map(str.strip, line.split("|"))
-            rows.append([f"{model}, paper", *cells])
-    heading = ["Models", "Frames", *(benchmark.title for benchmark in BENCHMARKS.values())]
+            rows.append([f"{model}, paper", *cells, *[""] * (len(columns) - len(TABLE_1))])
+    heading = ["Models", "Frames", *(BENCHMARKS[name].title for name in columns)]
     return markdown([heading, *rows]).splitlines()
+
+
+def comparison(folders):
+    """What all --output folders have of both orders, a table for each result, as lines: a group's
+    score on ordered frames, on shuffled ones and the gap, a line for each folder's model."""
+    names = [{path.name for path in Path(folder).glob("*_shuffled.json")} for folder in folders]
+    if not set.intersection(*names):
+        raise InputError(f"{' and '.join(folders)} have no <name>_<frames>_shuffled.json in common")
+    lines = []
+    for stem in sorted(name.removesuffix("_shuffled.json") for name in set.intersection(*names)):
+        pairs = [[read_result(f"{folder}/{stem}_{order}.json")
+                  for order in ("ordered", "shuffled")] for folder in folders]
+        groups, hidden = shown_groups(pairs[0][0]["scores"])
+        rows = [[f"{stem}: score, %", "answered", "model", "ordered", "shuffled", "gap"]]
+        for group in (group for group in groups if not group.startswith("problem_type")):
+            label = named(group, pairs[0][0]["benchmark"])
+            for pair in pairs:
+                ordered, shuffled = (result["scores"].get(group, {}) for result in pair)
+                rows.append([label, ordered.get("answered", 0), pair[0]["arguments"]["model"],
+                             *map(cell, (ordered.get("score"), shuffled.get("score"),
+                                         shuffled.get("drop")))])
+                label = ""  # below its own
+        lines += markdown(rows).splitlines() + hidden
+    return lines
 
 
 def difference(a, b):
@@ -599,9 +774,9 @@ def difference(a, b):
     scores, there = (score(rows, rows, a["arguments"]["seed"], overalls, new)
                      for rows in (old, new))
     groups, hidden = shown_groups(scores)
-    table = [("group", "questions", "A", "B", "B - A")] + [
-        (group, scores[group]["answered"], cell(scores[group]["score"]),
-         cell(there.get(group, {}).get("score")), cell(scores[group]["drop"]))
+    table = [(a["benchmark"], "questions", f"A: {whose(a)}", f"B: {whose(b)}", "B - A")] + [
+        (named(group, a["benchmark"]), scores[group]["answered"], cell(scores[group].get("score")),
+         cell(there.get(group, {}).get("score")), cell(scores[group].get("drop")))
         for group in groups]
     lines += markdown(table).splitlines() + hidden
     lines += [f"{first['problem_id']}: {first['accuracy']:.2f} -> {second['accuracy']:.2f}, answer "
@@ -615,8 +790,8 @@ def difference(a, b):
 # --------------------------------------------------------------------------------- data
 
 def read_benchmark(name, path, args):
-    """The records of a benchmark: a released eval_*.json, or its own release, which is converted
-    and left as records in --output. Each gains the groups that it is scored in."""
+    """The records of a benchmark, from a released eval_*.json or from its own release, left in
+    --output. Each has the groups that it is scored in."""
     path, benchmark, records = Path(path), BENCHMARKS[name], []
     files, root = [path], args.media_root or (path if path.is_dir() else path.parent)
     if path.is_dir():  # its patterns are alternatives
@@ -628,16 +803,21 @@ def read_benchmark(name, path, args):
         content = read_file(file)
         try:
             if isinstance(content, list) and "problem_type" in content[0]:
-                return [record | {"groups": released_groups(name, record)}
-                        for record in load_records(file, root)]
-            records += benchmark.convert(content, file)
-        except InputError:  # a ValueError too
-            raise
-        except (KeyError, TypeError, ValueError, AttributeError, IndexError) as error:
+                records += map(frames_as_video, content)
+            else:
+                records += benchmark.convert(content, file)
+        except MALFORMED as error:
             raise InputError(f"{file} is not as {benchmark.title} is released: {error!r}") from None
     whole = Path(args.output) / f"{name}.records.json"
     write_whole({whole: [json.dumps(records, indent=1)]})  # by every rank
-    return load_records(whole, root)
+    try:
+        records = load_records(whole, root)
+    except InputError as error:
+        raise InputError(f"{path}, read into {error}") from None
+    for record in records:
+        groups = record.get("groups") or released_groups(name, record)  # converters name them
+        record["groups"] = {kind: group for kind, group in groups.items() if group}
+    return records
 
 
 def read_benchmarks(args):
@@ -718,15 +898,27 @@ def hash_of(value):
 
 def plan(args, benchmarks, shared):
     """[(name, records, configuration), ...] of the results to make. InputError where --output has
-    rows of another configuration."""
+    rows of another configuration, be it of questions beyond --limit."""
     tasks = []
     for (name, records), frames in product(benchmarks.items(), dict.fromkeys(args.frames)):
         asked = hash_of([as_in_file(record) for record in records])
         configuration = shared | {"frames": frames, "records_sha256": asked}
         for order in ORDERS:  # they are compared
-            read_rows(args.output, f"{name}_{frames}_{order}", configuration)
-        tasks.append((name, records, configuration))
+            stem = f"{name}_{frames}_{order}"
+            refuse_other_model(Path(args.output) / f"{stem}.json", args, configuration)
+            read_rows(args.output, stem, configuration)
+        tasks.append((name, records[:args.limit], configuration))
     return tasks
+
+
+def refuse_other_model(path, args, configuration):
+    """InputError that names the other model which a result is of: read_rows knows its hash only."""
+    there = read_result(path) if path.exists() else {"configuration": configuration}
+    for key in ("model", "model_sha256"):  # behind a server; on this machine
+        if there["configuration"].get(key) != configuration.get(key) and (
+                there["arguments"]["model"] != args.model):
+            raise InputError(f"{path} is a result of {there['arguments']['model']}, not of "
+                             f"{args.model}: give another --output")
 
 
 def write_result(args, name, records, configuration, rows):
@@ -734,6 +926,8 @@ def write_result(args, name, records, configuration, rows):
     and prints the scores with what is missing from them."""
     benchmark, frames = BENCHMARKS.get(name, RECORDS), configuration["frames"]
     stem = f"{name}_{frames}_{args.order}"
+    keys = [str(record["problem_id"]) for record in records]
+    rows = {key: rows[key] for key in keys if key in rows}  # those within --limit
     graded, ordered = grade(records, rows, args.correct_threshold), []
     if args.order != "ordered":
         ordered = grade(records, read_rows(args.output, f"{name}_{frames}_ordered", configuration),
@@ -752,7 +946,7 @@ def write_result(args, name, records, configuration, rows):
               "written": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
               **provenance(), "rows": graded}
     write_whole({f"{args.output}/{stem}.json": [json.dumps(result, indent=1)]})
-    print("\n".join(table(stem, scores)))
+    print("\n".join(table(f"{stem}: {args.model}", scores, name)))
     if benchmark.size not in (0, len(records)):
         print(f"{name}: {len(records)} of the {benchmark.size} questions that the paper counts")
     if skipped:
@@ -852,7 +1046,9 @@ def judge(asker, configuration, path):
 
 def main(args):
     if args.diff:
-        print("\n".join(difference(*map(read_result, args.diff))))
+        folders = all(map(os.path.isdir, args.diff))
+        print("\n".join(comparison(args.diff) if folders else
+                        difference(*map(read_result, args.diff))))
         return
     # --------------------------------------------- inputs, checked before a model is loaded
     make_folder_of(Path(args.output) / "skipped.jsonl")

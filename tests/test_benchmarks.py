@@ -58,7 +58,8 @@ VIDEO_MME_QUESTION = {"question_id": "001-1", "task_type": "Counting", "question
 VIDEO_MME_FLAT = [{**VIDEO_MME, **VIDEO_MME_QUESTION, "videoID": "fFjv93ACGo8"}]
 VIDEO_MME_RECORD = {"001-1": {
     "path": "data/fFjv93ACGo8.mp4", "options": ["A. 1", "B. 2"], "solution": "<answer>B</answer>",
-    "groups": {"duration": "short", "domain": "Knowledge", "task_type": "Counting"}}}
+    "groups": {"duration": "short", "domain": "Knowledge", "sub_category": "Astronomy",
+               "task_type": "Counting"}}}
 
 
 def videommmu_row(video, options, answer):
@@ -72,6 +73,20 @@ def tempcompass(task, question, answer, options, letter):
             "problem": question.split("\n")[0], "options": options, "groups": {
                 "task": task, "dimension": "direction"}, "path": "videos/1034419625.mp4",
             "problem_type": "multiple choice", "solution": f"<answer>{letter}</answer>"}})
+
+
+def tomato_row(answer, key, demonstration, kind):
+    return {"question": "Which way?", "options": [f"Way {i}." for i in range(7)], "answer": answer,
+            "key": key, "video_source_url": "", "motion_type": kind, "variation": {"zoom": 1},
+            "demonstration_type": demonstration, "note": ""}
+
+
+def vinoground_row(idx, task, answer):
+    folder = "vinoground_videos" + ("" if task == "text" else "_concated")
+    return {"idx": idx, "video_name": f"{folder}/{idx}.mp4", "GT": answer,
+            "question": "Which caption fits?\nLook well.\nA. he sits, then stands\n"
+                        "B. he stands, then sits\nAnswer with the option's letter from the given "
+                        "choices directly."}
 
 
 RELEASES = {  # claim -> benchmark, its release's files, fields of every record by problem_id
@@ -100,9 +115,24 @@ RELEASES = {  # claim -> benchmark, its release's files, fields of every record 
                        "to answer the following multi-choice question. The image for this question "
                        "is at the end of the video.\nQ?"},
         "adaptation/1": {"problem_type": "numerical", "groups": {
-            "track": "adaptation", "subject": "Basic_Medical_Science", "discipline": "Medicine"}},
+            "track": "adaptation", "subject": "Basic_Medical_Science", "discipline": "Medicine"},
+            "problem": "You should watch and learn the video content. Then apply what you learned "
+                       "to answer the following open-ended question. The image for this question "
+                       "is at the end of the video.\nQ?"},
         **{f"{track}/0": {"problem": "Q?\nPlease ignore the Quiz question in last frame of the "
                                      "video."} for track in ("comprehension", "perception")}}),
+    "videommmu_of_its_own_repository": ("videommmu", {
+        "adaptation_video.json": {"Adaptation": {
+            "0": videommmu_row("validation_Physics_21", ["", "", "", ""], "A"),
+            "1": videommmu_row("validation_Math_15", [], "['24/7', '3.429', '3.43]")}},
+        "comprehension_video.json": {"Comprehension": {
+            "0": videommmu_row("dev_Biology_3", ["up", "down"], "B")}}}, {
+        "adaptation/0": {"problem_type": "free-form", "options": [],
+                         "solution": "<answer>A</answer>"},
+        "adaptation/1": {"problem_type": "free-form",
+                         "solution": "<answer>['24/7', '3.429', '3.43]</answer>"},
+        "comprehension/0": {"options": ["A. up", "B. down"], "groups": {
+            "track": "comprehension", "subject": "Biology", "discipline": "Science"}}}),
     "mmvu_keeps_its_multiple_choice_questions": ("mmvu", {"validation.json": [
         {"id": "validation_0", "video": f"{MMVU_VIDEOS}/Art/0.mp4", "question_type": "open-ended",
          "question": "Which?", "choices": dict.fromkeys("ABCDE", ""), "answer": "Dolly Zoom"},
@@ -114,6 +144,9 @@ RELEASES = {  # claim -> benchmark, its release's files, fields of every record 
                          "groups": {"subject": "Chemistry", "discipline": "Science"}}}),
     "tempcompass_multi_choice": tempcompass(
         "multi-choice", "What is it?\nA. up\nB. down", "B. down", ["A. up", "B. down"], "B"),
+    "tempcompass_option_lines_with_blanks_around": tempcompass(
+        "multi-choice", "Where?\nA. to us \nB. left\n C. right\n\tD. away from us",
+        "D. away from us ", ["A. to us", "B. left", "C. right", "D. away from us"], "D"),
     "tempcompass_yes_no_is_multiple_choice": tempcompass(
         "yes_no", "Does it move?", "no", ["A. yes", "B. no"], "B"),
     "tempcompass_caption_matching_of_options": tempcompass(
@@ -126,6 +159,40 @@ RELEASES = {  # claim -> benchmark, its release's files, fields of every record 
         "captioning", "Which fits?\nInformation A: {'speed': 'fast'}\nInformation B: {'speed': "
         "'slow'}\nGenerated Caption:", "B. slow",
         ["A. {'speed': 'fast'}", "B. {'speed': 'slow'}"], "B"),
+    "tvbench_has_clips_in_two_tasks_and_numbers_as_texts": ("tvbench", {
+        "json/action_sequence.json": [{"video": "clip_12.mp4", "question": "What happens first?",
+                                       "candidates": ["He sits.", "He stands."],
+                                       "answer": "He sits.", "start": 3.2, "end": 11}],
+        "json/object_count.json": [{"video": "v.mp4", "question": "How many?", "answer": "1",
+                                    "candidates": ["2", "1", "0", "3"], "start": 1, "end": 2}],
+        "json/action_count.json": [{"video": "v.mp4", "question": "How often?", "answer": 3,
+                                    "candidates": [4, 3]}]}, {
+        "action_count/0": {"options": ["A. 4", "B. 3"], "solution": "<answer>B</answer>"},
+        "action_sequence/0": {
+            "path": "video/action_sequence/clip_12.mp4", "solution": "<answer>A</answer>",
+            "options": ["A. He sits.", "B. He stands."], "groups": {"task": "action_sequence"},
+            "video_start": 3.2, "video_end": 11.0},
+        "object_count/0": {"solution": "<answer>B</answer>", "path": "video/object_count/v.mp4"}}),
+    "tomato_is_keyed_by_file_and_number": ("tomato", {
+        "data/direction.json": {"4": tomato_row(1, "0999-01", "human", "direction")},
+        "data/shape&trend.json": {"4": tomato_row(6, "0209-04", "simulated", "shape&trend")}}, {
+        "direction/4": {"path": "videos/human/0999-01.mp4", "solution": "<answer>B</answer>",
+                        "groups": {"type": "direction", "demonstration": "human"}},
+        "shape&trend/4": {"path": "videos/simulated/0209-04.mp4", "options": [
+            f"{letter}. Way {i}." for i, letter in enumerate("ABCDEFG")],
+            "solution": "<answer>G</answer>"}}),
+    "vinoground_s_options_are_in_its_questions": ("vinoground", {
+        "vinoground_textscore.json": [vinoground_row("12_pos", "text", "B")],
+        "vinoground_videoscore.json": [vinoground_row("12_neg", "video", "A")]}, {
+        "text/12_pos": {"problem": "Which caption fits?\nLook well.", "pair": "12",
+                        "options": ["A. he sits, then stands", "B. he stands, then sits"],
+                        "solution": "<answer>B</answer>", "groups": {"task": "text"},
+                        "path": "vinoground_videos/12_pos.mp4"},
+        "video/12_neg": {"solution": "<answer>A</answer>", "groups": {"task": "video"},
+                         "path": "vinoground_videos_concated/12_neg.mp4"}}),
+    "vinoground_with_each_file_beside_its_videos": ("vinoground", {
+        "vinoground_videos/vinoground_textscore.json": [vinoground_row("12_pos", "text", "B")]}, {
+        "text/12_pos": {"path": "vinoground_videos/12_pos.mp4"}}),
     "video_mme_nested": ("videomme", {
         "nested.json": [{**VIDEO_MME, "questions": [VIDEO_MME_QUESTION]}]}, VIDEO_MME_RECORD),
     "video_mme_flat": ("videomme", {"flat.json": VIDEO_MME_FLAT}, VIDEO_MME_RECORD),
@@ -146,14 +213,110 @@ def test_a_release_is_read_as_records(name, files, expected, tmp_path):
         assert record["media_path"] == f"{folder}/{record['path']}"
 
 
-def test_videommmu_takes_a_text_that_contains_the_answer_and_a_number_to_two_decimals():
-    rows = [videommmu_row("test_Manage_2", [], answer) for answer in ("12.97", "Net Income")]
-    records = list(evaluate.videommmu(rows, Path("adaptation.json")))
-    graded = evaluate.grade(records, {
-        f"adaptation/{i}": {"output": f"<answer>{text}</answer>", "tokens": 1, "truncated": False}
-        for i, text in enumerate(("12.9701", "the net income."))}, 0.5)
-    assert [evaluate.Overall("contains").score(row) for row in graded] == [1, 1]
-    assert 0 < graded[1]["accuracy"] < 1  # as free-form text it is graded by ROUGE
+MATH_15 = "['24/7', '3.429', '3.43]"  # as released: no well-formed list
+
+
+@pytest.mark.parametrize("truth, answers", [
+    ("12.97", {"12.9701": 1, "about 12.97 g": 1, "12.9": 0, "112.97": 0}),
+    ("Net Income", {"the net income.": 1, "income": 0, "": 0}),
+    ("A", {"A": 1, "a": 1, "(A)": 1, "D, the attractive part": 0, "I cannot say": 0, "": 0}),
+    (MATH_15, {"24/7": 1, "3.43": 1, "3.429 ft/s": 1, "3": 0, "24": 0, "'": 0}),
+    ("['7', 'seven']", {"7": 1, "seven": 1, "Seven.": 1, "17": 0, "six": 0}),
+    (["MgS", "Mg"], {"MgS": 1, "Mg": 1, "S": 0}),
+    ('["Newton\'s law", "inertia"]', {"Newton's law": 1, "by inertia": 1, "law": 0, "s": 0}),
+    ("[0, 5]", {"[0, 5]": 1, "0": 0, "5": 0}),  # an interval
+])
+def test_videommmu_grades_an_open_answer_by_number_letter_text_or_any_item(truth, answers):
+    record, = evaluate.videommmu([videommmu_row("test_Manage_2", [], truth)],
+                                 Path("adaptation.json"))
+    for text, score in answers.items():
+        row, = evaluate.grade([record], {"adaptation/0": {
+            "output": f"<answer>{text}</answer>", "tokens": 1, "truncated": False}}, 0.5)
+        assert evaluate.Overall("contains").score(row) == score, text
+
+
+def test_what_videommmu_grades_as_contained_is_graded_as_free_form_text_elsewhere():
+    record, = evaluate.videommmu([videommmu_row("test_Manage_2", [], "Net Income")],
+                                 Path("adaptation.json"))
+    row, = evaluate.grade([record], {"adaptation/0": {
+        "output": "<answer>the net income.</answer>", "tokens": 1, "truncated": False}}, 0.5)
+    assert row["contains"] == 1 and 0 < row["accuracy"] < 1  # ROUGE
+
+
+def released_row(number, path, **more):
+    """A row of a released eval_*.json."""
+    return {"problem_id": number, "problem": "Which?", "data_type": "video", "path": path,
+            "problem_type": "multiple choice", "options": ["A. up", "B. down"],
+            "original_question_type": "", "solution": "<answer>B</answer>", **more}
+
+
+@pytest.mark.parametrize("name, rows, groups", [
+    ("videommmu", [released_row(number, "./dev_Biology_3.mp4") for number in
+                   (1, 300, 301, 600, 601, 900, 901)],
+     [{**({"track": track} if track else {}), "subject": "Biology", "discipline": "Science"}
+      for track in ("adaptation", "adaptation", "comprehension", "comprehension", "perception",
+                    "perception", None)]),
+    ("videomme", [released_row(1, "./videos/x.mp4", duration="long", domain="Knowledge",
+                               sub_category="Law", task_type="Action Reasoning"),
+                  released_row(2, "./videos/x.mp4", duration="long")],
+     [{"duration": "long", "domain": "Knowledge", "sub_category": "Law",
+       "task_type": "Action Reasoning"}, {"duration": "long"}]),
+    ("mvbench", [released_row(1, "./ssv2_video/1.mp4"), released_row(200, "./ssv2_video/2.mp4"),
+                 released_row(201, "./perception/videos/1.mp4"), released_row(4000, "./flat.mp4"),
+                 released_row(1401, "./star/Charades_v1_480/1.mp4"),  # vlnqa's number
+                 released_row(4001, "./vlnqa/1.mp4"), released_row("x1", "./vlnqa/1.mp4"),
+                 released_row(7, "./1.mp4", original_question_type="State Change")],
+     [{"task": "action_antonym"}, {"task": "action_antonym"}, {"task": "action_count"},
+      {"task": "unexpected_action"}, {}, {}, {}, {"task": "state_change"}]),
+    ("mmvu", [released_row(1, "./videos/Materials_Science/0.mp4")],
+     [{"subject": "Materials_Science", "discipline": "Science"}]),
+])
+def test_released_rows_tell_their_groups_by_number_folder_and_field(name, rows, groups, tmp_path):
+    put(tmp_path / "eval.json", rows)
+    assert [r["groups"] for r in read(name, tmp_path / "eval.json", tmp_path).values()] == groups
+
+
+def test_mvbench_s_released_rows_of_frames_are_videos_and_cost_themselves_alone(tmp_path):
+    put(tmp_path / "eval.json", [
+        released_row(1, "./ssv2_video/1.mp4", start=1.0, end=2.0),
+        released_row(1601, "./tvqa/frames_fps3_hq/a", data_type="frame", fps=3, start=1, end=5),
+        released_row(1602, "./tvqa/frames_fps3_hq/b", data_type="frame"),
+        released_row(1603, "./tvqa/frames_fps3_hq/absent", data_type="frame")])
+    for name in "ab":
+        (tmp_path / "tvqa/frames_fps3_hq" / name).mkdir(parents=True)
+        for i, frame in enumerate(ramp(24)):  # 8 seconds
+            Image.fromarray(frame).save(
+                tmp_path / f"tvqa/frames_fps3_hq/{name}/{i + 1:05d}.jpg", quality=95)
+    whole, part, all_of_it, absent = read("mvbench", tmp_path / "eval.json", tmp_path).values()
+    assert "video_start" not in whole  # as in the paper's code
+    assert {r["groups"]["task"] for r in (part, all_of_it, absent)} == {"episodic_reasoning"}
+    # 3 frames a second: seconds 1 to 5 are frames 3 to 15, of which 2 a second are 8
+    assert numbers(load_vision(part, **LIMITS)) == [3, 5, 6, 8, 10, 12, 13, 15]
+    assert numbers(load_vision(all_of_it, **LIMITS)) == [0, 3, 7, 10, 13, 16, 20, 23]
+    with pytest.raises(MediaError, match="frames_fps3_hq/absent"):
+        load_vision(absent, **LIMITS)
+
+
+def test_a_released_row_that_no_run_can_use_is_named_with_its_file(tmp_path):
+    put(tmp_path / "eval.json",
+        [released_row(1, "./1.mp4"), released_row(7, "./1.mp4", options=[])])
+    with pytest.raises(InputError, match=r"eval.json, read into .*mmvu.records.json: record 1 "
+                                         r"\(problem_id 7\): field options is empty"):
+        read("mmvu", tmp_path / "eval.json", tmp_path)
+
+
+@pytest.mark.parametrize("name, release, expected", [
+    ("videommmu", "VideoMMMU", {f"{track}/0": "A" for track in evaluate.VIDEOMMMU_TRACKS}),
+    ("tempcompass", "TempCompass", {"multi-choice/0": "B", "multi-choice/1": "C"})])
+def test_the_samples_of_real_releases_are_read(name, release, expected, tmp_path):
+    folder = SHARED / "cases/releases" / release
+    if not folder.exists():
+        pytest.skip(f"no {folder}")
+    records = read(name, folder, tmp_path)
+    assert {key: r["solution"] for key, r in records.items()} == {
+        key: f"<answer>{letter}</answer>" for key, letter in expected.items()}
+    if name == "tempcompass":
+        assert len(records["multi-choice/0"]["options"]) == 4
 
 
 def test_an_unknown_subject_of_videommmu_is_named(tmp_path):
@@ -239,6 +402,31 @@ def test_a_folder_without_frames_or_rate_costs_its_record(tmp_path):
     Image.fromarray(ramp(1)[0]).save(tmp_path / "clip/00001.jpg")
     with pytest.raises(MediaError, match="video_fps"):
         load_vision({**record, "video_fps": None}, **LIMITS)
+
+
+@pytest.mark.parametrize("name, file, content, message", [
+    ("tvbench", "action_sequence.json", [{"video": "1.mp4", "question": "?", "answer": "a",
+                                          "candidates": ["a", "b"]}], "KeyError.'start'"),
+    ("tvbench", "object_count.json", [{"video": "1.mp4", "question": "?", "answer": "0",
+                                       "candidates": ["2", "1"]}], "'0' is not in list"),
+    ("tvbench", "episodic_reasoning.json", [{}], "none of action_localization, "),
+    ("tomato", "count.json", {"0": tomato_row(7, "1", "human", "count")},
+     "the answer 'H' is none"),
+    ("tomato", "count.json", {"0": {"question": "?"}}, "KeyError.'demonstration_type'"),
+    ("vinoground", "vinoground_textscore.json", [vinoground_row("12", "text", "A")],
+     "question 12 is not <pair>_pos"),
+    ("vinoground", "vinoground_textscore.json", [vinoground_row("1_pos", "text", "C")],
+     "the answer 'C' is none"),
+    ("vinoground", "vinoground_textscore.json", [
+        {**vinoground_row("1_pos", "text", "A"), "question": "Which?\nA) x\nB) y"}],
+     "question 1_pos is not .* with options A. and B."),
+    ("vinoground", "vinoground.json", [{}], "none of vinoground_textscore, "),
+])
+def test_what_an_order_benchmark_s_release_would_not_have_is_refused_by_name(
+        name, file, content, message, tmp_path):
+    put(tmp_path / file, content)
+    with pytest.raises(InputError, match=f"{file} is not as .* is released: .*{message}"):
+        read(name, tmp_path / file, tmp_path)
 
 
 def test_what_is_no_release_is_refused_by_name(tmp_path, monkeypatch):
@@ -335,6 +523,76 @@ def test_a_benchmark_without_task_names_falls_back_to_the_plain_mean():
     assert scores["all"]["score"]["mean"] == pytest.approx(2 / 3)
 
 
+def vinoground_graded(answers):
+    """Records and graded rows of pairs: {pair: letters for text pos, text neg, video pos, video
+    neg}, where A is right and a blank unanswered."""
+    cells = [(f"{task}/{pair}_{side}", pair, task) for pair in answers
+             for task in ("text", "video") for side in ("pos", "neg")]
+    records = [{"problem_id": key, "pair": pair, "path": f"{key}.mp4", "problem": "?",
+                "problem_type": "multiple choice", "options": ["A. x", "B. y"],
+                "solution": "<answer>A</answer>", "groups": {"task": task}}
+               for key, pair, task in cells]
+    rows = {key: {"output": f"<answer>{letter}</answer>", "tokens": 1, "truncated": False}
+            for (key, *_), letter in zip(cells, "".join(answers.values())) if letter != " "}
+    return records, evaluate.grade(records, rows, 0.5)
+
+
+def test_vinoground_counts_pairs_with_intervals_over_pairs_and_their_drop():
+    overalls = evaluate.BENCHMARKS["vinoground"].overalls
+    pairs = {"1": "AAAA", "2": "AABA", "3": "ABAA", "4": "AAA "}
+    records, rows = vinoground_graded(pairs)
+    scores = evaluate.score(records, rows, 0, overalls)
+    assert list(scores)[0] == "group score"  # the headline
+    # text: pairs 1, 2, 4 of four; video: 1, 3 of three; group: 1 of three
+    for name, mean, answered in (("text", 3 / 4, 4), ("video", 2 / 3, 3), ("group", 1 / 3, 3)):
+        whole = scores[f"{name} score"]
+        assert whole["score"]["mean"] == pytest.approx(mean)
+        assert (whole["answered"], whole["records"], whole["score"]["n"]) == (answered, 4, answered)
+    assert scores["all"]["score"]["mean"] == pytest.approx(13 / 15)  # questions
+    alone = evaluate.score(*vinoground_graded({"1": "AAAB"}), 0, overalls)["group score"]["score"]
+    assert alone == {"mean": 0, "low": None, "high": None, "n": 1}  # four videos, one pair
+    # shuffled, pair 1 is lost and pair 3 won: text pairs lose (1 + 0 - 1 + 0) / 4
+    _, shuffled = vinoground_graded({"1": "BBAA", "2": "AABB", "3": "AABA", "4": "AAAA"})
+    drops = evaluate.score(records, shuffled, 0, overalls, rows)
+    assert drops["text score"]["drop"]["mean"] == 0 and drops["text score"]["drop"]["n"] == 4
+    # video pairs 1, 2, 3 that both answered: 1 - 1, 0 - 0, 1 - 0
+    assert drops["video score"]["drop"]["mean"] == pytest.approx(1 / 3)
+    assert drops["group score"]["drop"]["mean"] == pytest.approx(1 / 3)
+    text = {"benchmark": "vinoground", "rows": vinoground_graded({"1": "AA  "})[1],
+            "configuration": {}, "order": "ordered", "arguments": {"seed": 0, "model": "m"}}
+    groups = [line.split("|")[1:4] for line in evaluate.difference(text, text) if "score" in line]
+    assert [[cell.strip() for cell in row] for row in groups] == [
+        ["group score", "0", ""], ["text score", "1", "100.0"], ["video score", "0", ""]]
+    printed = [line.split("|")[1].strip() for line in evaluate.table("v", scores)[2:]]
+    assert printed == ["group score", "text score", "video score", "all",
+                       "problem_type: multiple choice", "task: text", "task: video"]
+
+
+def test_tvbench_s_headline_is_the_mean_of_its_tasks_with_their_coverage():
+    parts = [graded("action_sequence", "multiple choice", "A", "AAAB"),
+             graded("object_count", "multiple choice", "A", "AB"),
+             (graded("action_antonym", "multiple choice", "A", "AA")[0], [])]  # no videos
+    records, rows = (sum(both, []) for both in zip(*parts))
+    scores = evaluate.score(records, rows, 0, evaluate.BENCHMARKS["tvbench"].overalls)
+    first = next(iter(scores))
+    assert first == "mean of tasks" and scores[first]["score"]["mean"] == (0.75 + 0.5) / 2
+    assert (scores[first]["answered"], scores[first]["records"]) == (6, 8)
+    assert (scores["task: action_antonym"]["answered"], scores["task: action_antonym"]["records"]
+            ) == (0, 2)
+
+
+def test_order_benchmarks_follow_table_1_s_columns_where_there_are_results():
+    result = {"benchmark": "tvbench", "frames": 16, "order": "ordered", "answered": 6, "records": 8,
+              "overall": "all", "scores": {"all": {"score": {"mean": 0.5, "low": 0.25, "high": 1}}},
+              "arguments": {"model": "m"}}
+    head, _, row, *paper = evaluate.summary([result], "paper")
+    assert [text.strip() for text in head.strip("|").split("|")][-2:] == [
+        "VideoMME (wo sub)", "TVBench"]
+    assert row.startswith("| m (ordered) ") and "| 50.0 [25.0, 100.0] 6/8 |" in row
+    assert len({line.count("|") for line in (head, row, *paper)}) == 1
+    assert "TVBench" not in evaluate.summary([], "paper")[0]
+
+
 def test_the_interval_of_two_media_is_exact():
     # resamples of {0, 1}: 0, 1/2, 1 with chances 1/4, 1/2, 1/4
     assert evaluate.bootstrap_mean([0.0, 1.0], ["a", "b"], 0) == (0.5, 0.0, 1.0)
@@ -402,7 +660,7 @@ def test_a_release_is_answered_and_stands_in_the_paper_s_table(toy, mmvu, tmp_pa
     assert columns == ["Models", "Frames", "VSI-Bench", "VideoMMMU", "MMVU (mc)", "MVBench",
                        "TempCompass", "VideoMME (wo sub)"]
     ours, theirs = lines[lines.index(head) + 2], lines[-1]
-    assert " 5/625" in ours.split("|")[5] and str(toy) in ours
+    assert " 5/625" in ours.split("|")[5] and f"{toy}/model (ordered) " in ours
     assert [x.strip() for x in theirs.strip("|").split("|")] == [
         "Video-R1-7B, paper", "64", "37.1", "52.4", "63.8", "64.8", "73.2", "61.4"]
 
@@ -434,7 +692,7 @@ def result_file(path, outputs, seed=0):
             for i, text in enumerate(outputs) if text != " "}
     graded = evaluate.grade(records, rows, 0.5)
     path.write_text(json.dumps({"benchmark": "toy", "rows": graded, "configuration": {"frames": 8},
-                                "arguments": {"seed": seed, "model": "m"}}))
+                                "order": "ordered", "arguments": {"seed": seed, "model": "m"}}))
     return str(path)
 
 
@@ -448,8 +706,50 @@ def test_two_results_are_compared_by_question_without_a_model(tmp_path, capsys, 
     assert [x.strip().split()[0] for x in row.strip("|").split("|")] == [
         "all", "3", "33.3", "66.7", "33.3"]
     assert "33.3 [0.0, 100.0]" in row
+    assert "| A: m (ordered) " in lines[0] and "| B: m (ordered) " in lines[0]
     assert [line.split(":")[0] for line in lines if "->" in line] == ["0", "1", "2"]
     assert lines[-1] == "3 questions compared; 0 only in A, 1 only in B"
+
+
+def results_folder(folder, model, **answers):
+    """An --output with a result for each order: four questions whose answer is A, by source."""
+    folder.mkdir()
+    records = [{"problem_id": i, "path": f"{i}.mp4", "problem": "Which?", "data_source": source,
+                "problem_type": "multiple choice", "options": ["A. x", "B. y"],
+                "solution": "<answer>A</answer>"}
+               for i, source in enumerate(("toy/conflict", "toy/conflict", "toy/agree", "other"))]
+    graded = {order: evaluate.grade(records, {str(i): {
+        "output": f"<answer>{letter}</answer>", "tokens": 1, "truncated": False}
+        for i, letter in enumerate(letters)}, 0.5) for order, letters in answers.items()}
+    for order, rows in graded.items():
+        scores = evaluate.score(records, rows, 0, ordered=graded["ordered"]
+                                if order != "ordered" else ())
+        put(folder / f"toy_8_{order}.json", {
+            "benchmark": "toy", "frames": 8, "order": order, "rows": rows, "scores": scores,
+            "configuration": {}, "arguments": {"model": model, "seed": 0}})
+    return str(folder)
+
+
+def test_two_folders_are_compared_in_one_table_of_ordered_shuffled_and_gap(tmp_path, capsys):
+    folders = [results_folder(tmp_path / "a", "toy/sft", ordered="BBAA", shuffled="BABA"),
+               results_folder(tmp_path / "b", "toy/tgrpo", ordered="AAAB", shuffled="ABBB")]
+    main("--diff", *folders)
+    lines = capsys.readouterr().out.splitlines()
+    assert len({len(line) for line in lines}) == 1
+    head, _, *rows = [[text.strip() for text in line.strip("|").split("|")] for line in lines]
+    assert head == ["toy_8: score, %", "answered", "model", "ordered", "shuffled", "gap"]
+    assert [row[:3] for row in rows] == [
+        ["all", "4", "toy/sft"], ["", "4", "toy/tgrpo"],
+        ["data_source: other", "1", "toy/sft"], ["", "1", "toy/tgrpo"],
+        ["agree", "1", "toy/sft"], ["", "1", "toy/tgrpo"],
+        ["conflict", "2", "toy/sft"], ["", "2", "toy/tgrpo"]]
+    assert [text.split(" ")[0] for text in rows[0][3:]] == ["50.0", "50.0", "0.0"]
+    assert all("[" in text for text in rows[0][3:])  # intervals
+    assert [text.split(" ")[0] for text in rows[1][3:]] == ["75.0", "25.0", "50.0"]
+    assert [text.split(" ")[0] for text in rows[6][3:]] == ["0.0", "50.0", "-50.0"]
+    (tmp_path / "b/toy_8_shuffled.json").unlink()
+    with pytest.raises(InputError, match="a and .*b have no <name>_<frames>_shuffled.json"):
+        main("--diff", *folders)
 
 
 def test_what_is_no_result_is_refused(tmp_path):
@@ -544,6 +844,37 @@ def test_released_files_of_two_benchmarks_are_asked_and_graded_in_one_command(
     ours = next(line for line in printed if line.startswith("| served"))
     cells = [text.strip() for text in ours.strip("|").split("|")]
     assert cells[3].endswith(" 30/900") and cells[4].endswith(" 30/625") and cells[5] == ""
+
+
+def test_vinoground_is_asked_scored_by_pairs_and_compared_with_reversed_frames(
+        toy, tmp_path, server, capsys):
+    for task in ("text", "video"):
+        rows = [vinoground_row(f"{pair}_{side}", task, "A") for pair in (1, 2)
+                for side in ("pos", "neg")]
+        put(tmp_path / f"Vinoground/vinoground_{task}score.json", rows)
+        for row in rows:
+            path = tmp_path / "Vinoground" / row["video_name"]
+            path.parent.mkdir(exist_ok=True)
+            write_video(path, ramp(8) if row["idx"][0] == "1" else ramp(8)[::-1], 2)
+
+    def reply(content, attempt):  # right where the video gets brighter
+        first, last = (np.asarray(Image.open(io.BytesIO(base64.b64decode(
+            content[i]["image_url"]["url"].partition(",")[2])))).mean() for i in (0, 7))
+        return 200, "<answer>A</answer>" if first < last else "<answer>B</answer>"
+    server.reply = reply
+    given = flags(toy, tmp_path / "out", *server.flags, "--media_root", tmp_path / "Vinoground")
+    given[given.index("--benchmark") + 1] = f"vinoground={tmp_path}/Vinoground"
+    for order, score, drop in (("ordered", 0.5, None), ("reversed", 0.5, 0.0)):
+        main(*given, "--order", order)
+        result = json.loads((tmp_path / f"out/vinoground_8_{order}.json").read_text())
+        for name in ("group score", "text score", "video score"):
+            assert result["scores"][name]["score"]["mean"] == score
+            assert result["scores"][name]["records"] == 2
+            assert result["scores"][name].get("drop", {}).get("mean") == drop
+    printed = capsys.readouterr().out
+    assert "vinoground: 8 of the 2000 questions" in printed
+    assert "| Vinoground" in printed
+    assert "50.0 [0.0, 100.0] 8/2000, drop 0.0 [-100.0, 100.0]" in printed
 
 
 def test_the_order_of_frames_reaches_the_server(toy, mmvu, tmp_path, server):

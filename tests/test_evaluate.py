@@ -155,6 +155,7 @@ def test_the_table_shows_coverage_and_interval_and_hides_no_group_silently():
     assert len({len(line) for line in lines}) == 1
     assert "| all" in lines[2] and "| 3/4 " in lines[2] and "[" in lines[2]
     assert "score" not in lines[0]  # it is the accuracy here
+    assert "| mra (exact) |" in lines[0]  # the benchmark's own floats give a little less
     many = [record | {"problem_id": i, "data_source": f"url {i}"} for i, record in
             enumerate(records * 10)]
     lines = evaluate.table("toy", evaluate.score(many, [], seed=0))
@@ -370,6 +371,29 @@ def test_another_order_beside_ordered_gives_the_paired_drop(toy, tmp_path, capsy
     assert drop["low"] <= drop["mean"] <= drop["high"] and "drop" in capsys.readouterr().out
 
 
+def test_a_table_names_its_model_its_order_and_its_groups_as_the_readme_does(
+        toy, tmp_path, capsys):
+    run(toy, tmp_path, "--order", "reversed", "--limit", 4)
+    head, _, *rows = [line.split("|")[1].strip() for line in capsys.readouterr().out.splitlines()
+                      if line.startswith("|")]
+    assert head == f"toy_8_reversed: {toy}/model"
+    assert rows[0] == "all" and {"direction_agree", "problem_type: multiple choice"} & set(rows)
+    assert not any("data_source" in row for row in rows)
+
+
+def test_a_limit_asks_the_first_questions_and_the_same_command_without_it_the_others(
+        toy, uninterrupted, tmp_path):
+    rows, result = run(toy, tmp_path, "--limit", 5)
+    assert list(rows) == list(uninterrupted[0])[:5]
+    assert (result["answered"], result["records"]) == (5, 5)
+    asked = (tmp_path / "toy_8_ordered.rank0.jsonl").read_text().splitlines()
+    rows, result = run(toy, tmp_path)
+    assert rows == uninterrupted[0] and result["scores"] == uninterrupted[1]["scores"]
+    assert (tmp_path / "toy_8_ordered.rank0.jsonl").read_text().splitlines()[:6] == asked
+    assert run(toy, tmp_path, "--limit", 2)[1]["tokens"] == sum(
+        row["tokens"] for row in list(rows.values())[:2])  # of what the result is about
+
+
 def test_released_rows_of_mmvu_are_read_prompted_and_answered(toy, tmp_path):
     source = SHARED / "eval_mmvu_30.json"
     if not source.exists():
@@ -462,6 +486,14 @@ def test_rows_of_another_configuration_are_refused_and_named(toy, tmp_path, monk
     weights.write_bytes(data)
     with pytest.raises(InputError, match="rows with another model_sha256"):
         run(toy, tmp_path / "out", "--model", model)
+    model.rename(tmp_path / "later")  # another name tells more than a hash
+    with pytest.raises(InputError, match=f"toy_8_ordered.json is a result of {model}, not of "
+                                         f"{tmp_path}/later: give another --output"):
+        run(toy, tmp_path / "out", "--model", tmp_path / "later")
+    weights = tmp_path / "later/model.safetensors"
+    weights.write_bytes(bytes(data[:len(data) // 2]) + bytes(
+        byte ^ 1 for byte in data[len(data) // 2:]))
+    run(toy, tmp_path / "out", "--model", tmp_path / "later")  # the same model elsewhere
 
 
 def test_an_unusable_input_costs_one_line_and_exit_status_1(toy, tmp_path):
