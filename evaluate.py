@@ -65,8 +65,8 @@ from annotate import (Asker, add_asking_flags, api_messages, ask_all, configurat
                       record_seed, refuse_repeated_ids)
 from build_data import (MALFORMED, FlagParser, InputError, MediaError, above, add_machine_flags,
                         add_media_flags, as_in_file, encode, letter, lettered, load_records,
-                        load_vision_of, make_folder_of, markdown, provenance, read_file, row_writer,
-                        run_script, seeded_generator, shuffle_frames, skip_row, write_whole)
+                        load_vision_of, make_folder_of, markdown, provenance, read_file,
+                        refuse_absent_media, row_writer, run_script, seeded_generator, shuffle_frames, skip_row, write_whole)
 from rewards import (accuracy_reward, extract_answer, format_reward, multiple_choice, numerical,
                      parse_number)
 
@@ -830,9 +830,7 @@ def read_benchmarks(args):
         records = (read_benchmark(name, path, args) if name in BENCHMARKS
                    else load_records(path, args.media_root))
         refuse_repeated_ids(path, records)
-        if not any(os.path.exists(record["media_path"]) for record in records):
-            raise InputError(f"{path}: none of its media is there, the first would be "
-                             f"{records[0]['media_path']}; give their folder as --media_root")
+        refuse_absent_media(path, records)
         benchmarks[name] = records
     return benchmarks
 
