@@ -66,7 +66,8 @@ from annotate import (Asker, add_asking_flags, api_messages, ask_all, configurat
 from build_data import (MALFORMED, FlagParser, InputError, MediaError, above, add_machine_flags,
                         add_media_flags, as_in_file, encode, letter, lettered, load_records,
                         load_vision_of, make_folder_of, markdown, provenance, read_file,
-                        refuse_absent_media, row_writer, run_script, seeded_generator, shuffle_frames, skip_row, write_whole)
+                        refuse_absent_media, row_writer, run_script, seeded_generator,
+                        shuffle_frames, skip_row, write_whole)
 from rewards import (accuracy_reward, extract_answer, format_reward, multiple_choice, numerical,
                      parse_number)
 
