@@ -16,7 +16,7 @@ machine, each rank answering a share with the whole model, or with a part of it 
     length        its thought has --min_think to --max_think characters
     refusal       it does not say that it is an AI, or that it cannot see or help
     leak          it does not recite the prompt's instructions
-    language      its letters are mostly of the question's script (Latin, Han, Arabic, ...)
+    language      its words are mostly of the question's script (Latin, Han, Arabic, ...)
     repetition    it does not go round in circles
 
 and a record gets the best response that passes. Not tested: whether the thought is true.
@@ -72,14 +72,57 @@ from rewards import (WORD, accuracy_reward, choice_letter, extract_answer, forma
 REASONS_SHOWN = 20  # for which records got no response, in the report
 RUN = 6  # words: a shorter run is shared with the prompt, or repeated, by chance
 
-REFUSED = r"(?:assist|help with|(?:see|view|access|watch|open) (?:the|this|any) (?:video|image))"
-REFUSAL = re.compile(
-    r"\bas an? (?:ai\b|artificial intelligence|(?:large )?language model|text[- ]based)"
-    rf"|\bi(?:'m| am) (?:sorry\b|just an? ai\b|(?:unable|not able) to {REFUSED})"
-    rf"|\bi (?:cannot|can't|can not|could not|couldn't) {REFUSED}"
-    r"|\bno (?:image|video)s? (?:was|were|is|has been|have been) (?:provided|attached|given)\b"
-    r"|抱歉|对不起|作为(?:一个|一名)?(?:人工智能|AI|语言模型)|无法(?:查看|观看)",
-    re.IGNORECASE)
+# a model's own words are what it neither quotes, in any marks, ...
+QUOTED = re.compile(r"(?<![a-z0-9])[\"“„「『«][^\"“”„「」『』«»\n]*[\"“”」』»]"
+                    r"|(?<!\w)'(?=\w)(?:[^'\n]|(?<=\w)'(?=\w))*'(?!\w)", re.IGNORECASE)
+# ... nor reports, up to the end of a clause: "he says I'm sorry, but ..."
+REPORTED = re.compile(
+    r"(?<!\bi )\b(?:says|said|saying|tells|told|reads|shouts|shouted|asks|asked|writes|wrote"
+    r"|replies|replied|answers|answered|whispers|explains|states|apologi[sz](?:es|ed|ing))\b"
+    r"[:,]?(?:(?!\bbut\b)[^.,;:!?\n])*", re.IGNORECASE)
+
+MACHINE = (r"an? (?:[\w-]+ ){0,2}?"
+           r"(?:ai\b|artificial intelligence|language model|text[- ](?:based|only))")
+MEDIUM = (r"(?:(?:the|this|that|these|any|an?|your|of|actual|provided|attached|uploaded) ){0,4}"
+          r"(?:video|image|clip|footage|picture|photo|visual|media\b|attachment)s?"
+          r"(?: (?:content|file|input)s?)?")
+SEE = (r"(?:see|view|watch|access|open|play|load|observe|process|perceive|inspect|examine|receive"
+       r"|analy[sz]e|look at)(?:ing)?(?:,? (?:or|and) \w+(?: to)?)?")
+NOT = r"(?:n?'t| ?not)(?: been| be)?"  # of can't, cannot, have not been
+UNABLE = (rf"(?:(?:can|could){NOT}|(?:wo|will){NOT} able to"
+          r"|(?:'m|am|was) (?:\w+ )?(?:unable to|not able to|incapable of|not capable of)"
+          rf"|(?:do{NOT} have|have no|lack) (?:\w+ )?(?:ability|capability|means|way) (?:to|of))")
+GIVEN = (r"(?:\w+ly )?(?:provided|attached|given|supplied|uploaded|included|shared|available"
+         r"|accessible|accessed|loaded|opened|played|viewed)\b(?! an?\b)")
+ZH_MACHINE = "(?:一个|一名|一款)?(?:人工智能|AI|大?型?语言模型)"
+ZH_MEDIUM = "(?:视频|图片|图像|影片)"
+REFUSAL = re.compile("|".join([
+    rf"(?:^|[.,;:!?>(]|\bbut|\bso|\band|\bsince) ?\bas {MACHINE}[^.;!?\n]{{0,80}}\b(?:i|my)\b",
+    rf"\bi(?:'m| am|,? as)(?: just| only| merely)? {MACHINE}",
+    r"\bi(?:'m| am) (?:\w+ )?sorry\b|\bi apologi[sz]e\b",
+    r"(?:^|[.!?>\n]) ?(?:sorry|(?:my )?apologies)(?=[,.;:!]| but\b)",
+    rf"\bi(?: \w+)? ?{UNABLE} (?:\w+ )?"
+    rf"(?:{SEE} {MEDIUM}|(?:assist|comply|help (?:you|with)|answer (?:this|your))\b)",
+    rf"\bi(?: \w+)? (?:do{NOT}(?: \w+)? have|have no|lack) (?:(?:\w+ )?access to )?{MEDIUM}",
+    rf"\bi (?:did|was|have){NOT} (?:receive|received|given|shown|provided)(?: with)? {MEDIUM}",
+    r"\bi(?: can)? only (?:have access to|process)\b",
+    rf"\bwithout (?:(?:\w+ )?access to|(?:being able to )?{SEE}) {MEDIUM}",
+    rf"(?:\bno|{NOT} see) {MEDIUM} (?:(?:is|are|was|were|has been|have been) )?{GIVEN}",
+    rf"\b{MEDIUM} (?:is|are|was|were|has|have|can|could){NOT} {GIVEN}",
+    rf"\b{MEDIUM} (?:is|are|was|were) (?:unavailable|inaccessible)\b",
+    rf"我只?(?:是|作为){ZH_MACHINE}|作为{ZH_MACHINE}[^。！？\n]{{0,40}}我(?!们)",
+    r"(?:^|[，。！？,.!?>\s])(?:非常|很|十分)?(?:抱歉|对不起)",
+    r"(?<![他她它们人])(?:无法|不能|没法|没办法)(?:直接)?(?:查看|观看|访问"
+    rf"|(?:看到|看见|打开|播放|获取|读取)[^，。！？\n]{{0,6}}{ZH_MEDIUM})",
+    rf"{ZH_MEDIUM}并?(?:没有|未)被?(?:提供|上传|加载)|(?:没有|未)(?:提供|上传)任?何?{ZH_MEDIUM}",
+]), re.IGNORECASE)
+
+# no words of a language: $...$, \(...\), \command{name}, <tag>, AB, x, sin, f(, log2, =max
+FORMULA = re.compile(
+    r"\${1,2}(?=[^\s$])[^$]*(?<=[^\s$])\${1,2}(?!\d)|\\\(.{0,500}?\\\)|\\\[.{0,500}?\\\]"
+    r"|\\[A-Za-z]+(?:\{\w*\})?|<\w+>|(?<![A-Za-zͰ-Ͽ])(?:[A-Za-z]+(?=[\d(=^_])"
+    r"|(?:[A-Z]+|[a-zͰ-Ͽ]|(?:sin|cos|tan|cot|log|ln|lg|lim|max|min)[A-ZͰ-Ͽ]*)(?![A-Za-zͰ-Ͽ]))"
+    r"|(?<=[\d=^_])[A-Za-z]+", re.DOTALL)
 
 
 def parse_args(argv=None):
@@ -102,7 +145,7 @@ def parse_args(argv=None):
     add("--min_think", type=int, default=40, help="fewest characters of a thought")
     add("--max_think", type=int, default=6000, help="most characters of a thought")
     add("--min_language", type=float, default=0.7,
-        help="smallest share of a response's letters that are of the question's script")
+        help="smallest share of a response's words that are of the question's script")
     add("--max_repetition", type=float, default=0.3,
         help="largest share of a thought's runs of 6 words that occurred before in it")
     # media and machine
@@ -136,6 +179,16 @@ def think_of(response):
     return response.partition("<think>")[2].partition("</think>")[0].strip()
 
 
+def own_words(text):
+    """A text without what it quotes, composed (NFC) and with one kind of apostrophe.
+
+    >>> own_words("I’m sure: he waves “goodbye”.")
+    "I'm sure: he waves  ."
+    """
+    text = re.sub("[’‘ʼ＇`´]", "'", unicodedata.normalize("NFC", text))
+    return QUOTED.sub(" ", text)
+
+
 def runs_of(text):
     """Every run of 6 words of a text in lower case, in order; each Han or kana character is a word.
 
@@ -161,27 +214,29 @@ def repetition(text):
 
 
 def scripts_of(text):
-    """How many letters of each script a text has; Han, kana and Hangul count as one script.
+    """How many of a text's own words are of each script, by their first letter; each Han or kana
+    character is a word, and Han, kana and Hangul are one script.
 
-    >>> scripts_of("Δx = 2, 小狗")
-    Counter({'EAST ASIAN': 2, 'GREEK': 1, 'LATIN': 1})
+    >>> scripts_of("求 $x$ 与 sin(AB): 小狗 says 'hello'")
+    Counter({'EAST ASIAN': 4, 'LATIN': 1})
     """
     scripts = Counter()
-    for letter, count in Counter(text).items():
-        if letter.isalpha():
-            script = unicodedata.name(letter, "UNKNOWN").split()[0].split("-")[0]
+    words = WORD.findall(FORMULA.sub(" ", own_words(text)))
+    for first, count in Counter(word[0] for word in words).items():
+        if first.isalpha():
+            script = unicodedata.name(first, "UNKNOWN").split()[0].split("-")[0]
             asian = script in ("CJK", "HIRAGANA", "KATAKANA", "HANGUL")
             scripts["EAST ASIAN" if asian else script] += count
     return scripts
 
 
 def in_language(response, problem):
-    """The share of a response's letters that are of the problem's most frequent script.
+    """The share of a response's words that are of the problem's most frequent script.
 
     It tells Chinese from English, not French from English.
 
-    >>> in_language("这是 a dog", "What is it?"), in_language("B", "3 + 4 = ?")
-    (0.6666666666666666, 1.0)
+    >>> in_language("这是 my dog", "What is it?"), in_language("B", "3 + 4 = ?")
+    (0.5, 1.0)
     """
     asked, said = scripts_of(problem), scripts_of(response)
     if not asked or not said:
@@ -207,7 +262,7 @@ def reject_reason(response, truncated, record, args):
         "answer": not has_form(extract_answer(response), record),
         "accuracy": accuracy_reward(response, record) <= args.min_accuracy,
         "length": not args.min_think <= len(think) <= args.max_think,
-        "refusal": REFUSAL.search(response),
+        "refusal": REFUSAL.search(REPORTED.sub(" ", own_words(response))),
         "leak": not INSTRUCTIONS.isdisjoint(runs_of(response)),
         "language": in_language(think, record["problem"]) < args.min_language,
         "repetition": repetition(think) > args.max_repetition}
