@@ -78,7 +78,7 @@ SPEECH = re.compile(
     r"|(?<!\w)'(?=\w)(?:[^'\n]|(?<=\w)'(?=\w))*'(?!\w)"
     r"|(?<!\bi )\b(?:says|said|saying|tells|told|reads|shouts|shouted|asks|asked|writes|wrote"
     r"|replies|replied|answers|answered|whispers|explains|states|apologi[sz](?:es|ed|ing))\b"
-    r"[:,]?(?:(?!\bbut\b)[^.,;:!?\n])*", re.IGNORECASE)
+    r"[:,]?(?:(?!\b(?:but|and|so|since|because|while)\b)[^.,;:!?\n])*", re.IGNORECASE)
 MACHINE = r"an? (?:[\w-]+ ){0,2}?(?:ai\b|artificial intelligence|language model|text[- ]based)"
 MEDIUM = (r"(?:(?:the|this|that|these|any|an?|your|of|actual|provided|attached|uploaded) ){0,4}"
           r"(?:video|image|clip|footage|picture|photo|visual|media\b|attachment)s?"
