@@ -16,7 +16,7 @@ machine, each rank answering a share with the whole model, or with a part of it 
     length        its thought has --min_think to --max_think characters
     refusal       it does not say that it is an AI, or that it cannot see or help
     leak          it does not recite the prompt's instructions
-    language      its letters are mostly of the question's script (Latin, Han, Arabic, ...)
+    language      its words are mostly of the question's script (Latin, Han, Arabic, ...)
     repetition    it does not go round in circles
 
 and a record gets the best response that passes. Not tested: whether the thought is true.
@@ -72,14 +72,53 @@ from rewards import (WORD, accuracy_reward, choice_letter, extract_answer, forma
 REASONS_SHOWN = 20  # for which records got no response, in the report
 RUN = 6  # words: a shorter run is shared with the prompt, or repeated, by chance
 
-REFUSED = r"(?:assist|help with|(?:see|view|access|watch|open) (?:the|this|any) (?:video|image))"
-REFUSAL = re.compile(
-    r"\bas an? (?:ai\b|artificial intelligence|(?:large )?language model|text[- ]based)"
-    rf"|\bi(?:'m| am) (?:sorry\b|just an? ai\b|(?:unable|not able) to {REFUSED})"
-    rf"|\bi (?:cannot|can't|can not|could not|couldn't) {REFUSED}"
-    r"|\bno (?:image|video)s? (?:was|were|is|has been|have been) (?:provided|attached|given)\b"
-    r"|抱歉|对不起|作为(?:一个|一名)?(?:人工智能|AI|语言模型)|无法(?:查看|观看)",
-    re.IGNORECASE)
+# what a text quotes, in any marks, or reports ("he says I'm sorry, but ...") is not its own word
+SPEECH = re.compile(
+    r"(?<![a-z0-9])[\"“„「『«][^\"“”„「」『』«»\n]*[\"“”」』»]"
+    r"|(?<!\w)'(?=\w)(?:[^'\n]|(?<=\w)'(?=\w))*'(?!\w)"
+    r"|(?<!\bi )\b(?:says|said|saying|tells|told|reads|shouts|shouted|asks|asked|writes|wrote"
+    r"|replies|replied|answers|answered|whispers|explains|states|apologi[sz](?:es|ed|ing))\b"
+    r"[:,]?(?:(?!\b(?:but|and|so|since|because|while)\b)[^.,;:!?\n])*", re.IGNORECASE)
+MACHINE = r"an? (?:[\w-]+ ){0,2}?(?:ai\b|artificial intelligence|language model|text[- ]based)"
+MEDIUM = (r"(?:(?:the|this|that|these|any|an?|your|of|actual|provided|attached|uploaded) ){0,4}"
+          r"(?:video|image|clip|footage|picture|photo|visual|media\b|attachment)s?"
+          r"(?: content| files?)?")
+SEE = (r"(?:see|view|watch|access|open|play|load|process|observe|perceive|examine|receive"
+       r"|analy[sz]e|look at)(?:ing)?(?:,? (?:or|and) \w+(?: to)?)?")
+NOT = r"(?:n?'t| ?not)(?: been| be)?"  # of can't, cannot, have not been
+UNABLE = (rf"(?:(?:can|could){NOT}|(?:wo|will){NOT} able to"
+          r"|(?:'m|am|was) (?:\w+ )?(?:unable to|not able to|incapable of|not capable of)"
+          rf"|(?:do{NOT} have|have no|lack) (?:\w+ )?(?:ability|capability|means|way) (?:to|of))")
+GIVEN = (r"(?:\w+ly )?(?:provided|attached|given|supplied|uploaded|included|shared|available"
+         r"|accessible|accessed|loaded|opened|played|viewed)\b(?! an?\b)")
+ZH_MEDIUM = "(?:视频|图片|图像|影片)"
+REFUSAL = re.compile("|".join([
+    # who it is, and that it is sorry
+    rf"(?:^|[.,;:!?>(]|\bbut|\bso|\band|\bsince) ?\bas {MACHINE}[^.;!?\n]{{0,80}}\b(?:i|my)\b",
+    rf"\bi(?:'m| am|,? as)(?: just| only| merely)? {MACHINE}",
+    r"(?:\bi(?:'m| am)(?: \w+)?|\bi|\bmy|^|[.!?>\n]) ?(?:sorry|apologi[sz]e|apologies)\b(?!-)",
+    # what it cannot do, what it has not, what is not there
+    rf"\bi(?: \w+)? ?{UNABLE} (?:\w+ )?"
+    rf"(?:{SEE} {MEDIUM}|(?:assist|comply|help (?:you|with)|answer (?:this|your))\b)",
+    rf"\bi(?: \w+)? (?:do{NOT}(?: \w+)? have|have no|lack) (?:(?:\w+ )?access to )?{MEDIUM}",
+    rf"\bi (?:did|was|have){NOT} (?:receive|received|given|shown|provided)(?: with)? {MEDIUM}",
+    r"\bi(?: can)? only (?:have access to|process)\b",
+    rf"\bwithout (?:(?:\w+ )?access to|(?:being able to )?{SEE}) {MEDIUM}",
+    rf"(?:\bno|{NOT} see) {MEDIUM} (?:(?:is|are|was|were|has been|have been) )?{GIVEN}",
+    rf"\b{MEDIUM} (?:is|are|was|were|has|have|can|could)(?:{NOT} {GIVEN}| unavailable\b)",
+    # the same in Chinese
+    r"(?:^|[，。！？,.!?>\s]|我)(?:非常|很|十分|只)?"
+    r"(?:抱歉|对不起|(?:是|作为)(?:一[个名款])?(?:人工智能|AI|大?型?语言模型))",
+    r"(?<![他她它们人])(?:无法|不能|没法|没办法)(?:直接)?(?:查看|观看|访问"
+    rf"|(?:看到|看见|打开|播放|获取|读取)[^，。！？\n]{{0,6}}{ZH_MEDIUM})",
+    rf"{ZH_MEDIUM}并?(?:没有|未)被?(?:提供|上传|加载)|(?:没有|未)(?:提供|上传)任?何?{ZH_MEDIUM}",
+]), re.IGNORECASE)
+# no words of a language: $...$, \(...\), \command{name}, <tag>, AB, x, sin, f(, log2, =max
+FORMULA = re.compile(
+    r"\${1,2}(?=[^\s$])[^$]*(?<=[^\s$])\${1,2}(?!\d)|\\\(.{0,200}?\\\)|\\\[.{0,200}?\\\]"
+    r"|\\[A-Za-z]+(?:\{\w*\})?|<\w+>|(?<![A-Za-zͰ-Ͽ])(?:[A-Za-z]+(?=[\d(=^_])"
+    r"|(?:[A-Z]+|[a-zͰ-Ͽ]|(?:sin|cos|tan|cot|log|ln|lg|lim|max|min)[A-ZͰ-Ͽ]*)(?![A-Za-zͰ-Ͽ]))"
+    r"|(?<=[\d=^_])[A-Za-z]+", re.DOTALL)
 
 
 def parse_args(argv=None):
@@ -90,6 +129,8 @@ def parse_args(argv=None):
                                        "name that the server knows it by")
     add("--data", required=True, help="records to annotate, .json or .jsonl")
     add("--out", required=True, help="file of annotated records to write; its side files go beside")
+    add("--limit", type=above(0, int), help="only the first records, to try it; the same command "
+                                            "without it goes on with the others")
     add("--deepspeed_config", type=stage_3, help="DeepSpeed's JSON file of stage 3: splits the "
         "model over the ranks; without it every rank holds the whole model")
     # responses; the released annotation had top_p 0.95 and 512 new tokens
@@ -102,7 +143,7 @@ def parse_args(argv=None):
     add("--min_think", type=int, default=40, help="fewest characters of a thought")
     add("--max_think", type=int, default=6000, help="most characters of a thought")
     add("--min_language", type=float, default=0.7,
-        help="smallest share of a response's letters that are of the question's script")
+        help="smallest share of a response's words that are of the question's script")
     add("--max_repetition", type=float, default=0.3,
         help="largest share of a thought's runs of 6 words that occurred before in it")
     # media and machine
@@ -136,6 +177,16 @@ def think_of(response):
     return response.partition("<think>")[2].partition("</think>")[0].strip()
 
 
+def own_words(text):
+    """A text without the speech in it, composed (NFC) and with one kind of apostrophe.
+
+    >>> own_words("I’m sure: he waves “goodbye”.")
+    "I'm sure: he waves  ."
+    """
+    text = re.sub("[’‘ʼ＇`´]", "'", unicodedata.normalize("NFC", text))
+    return SPEECH.sub(" ", text)
+
+
 def runs_of(text):
     """Every run of 6 words of a text in lower case, in order; each Han or kana character is a word.
 
@@ -161,27 +212,29 @@ def repetition(text):
 
 
 def scripts_of(text):
-    """How many letters of each script a text has; Han, kana and Hangul count as one script.
+    """How many of a text's own words are of each script, by their first letter; each Han or kana
+    character is a word, and Han, kana and Hangul are one script.
 
-    >>> scripts_of("Δx = 2, 小狗")
-    Counter({'EAST ASIAN': 2, 'GREEK': 1, 'LATIN': 1})
+    >>> scripts_of("求 $x$ 与 sin(AB): 小狗 'or' dog")
+    Counter({'EAST ASIAN': 4, 'LATIN': 1})
     """
     scripts = Counter()
-    for letter, count in Counter(text).items():
-        if letter.isalpha():
-            script = unicodedata.name(letter, "UNKNOWN").split()[0].split("-")[0]
+    words = WORD.findall(FORMULA.sub(" ", own_words(text)))
+    for first, count in Counter(word[0] for word in words).items():
+        if first.isalpha():
+            script = unicodedata.name(first, "UNKNOWN").split()[0].split("-")[0]
             asian = script in ("CJK", "HIRAGANA", "KATAKANA", "HANGUL")
             scripts["EAST ASIAN" if asian else script] += count
     return scripts
 
 
 def in_language(response, problem):
-    """The share of a response's letters that are of the problem's most frequent script.
+    """The share of a response's words that are of the problem's most frequent script.
 
     It tells Chinese from English, not French from English.
 
-    >>> in_language("这是 a dog", "What is it?"), in_language("B", "3 + 4 = ?")
-    (0.6666666666666666, 1.0)
+    >>> in_language("这是 my dog", "What is it?"), in_language("B", "3 + 4 = ?")
+    (0.5, 1.0)
     """
     asked, said = scripts_of(problem), scripts_of(response)
     if not asked or not said:
@@ -207,7 +260,7 @@ def reject_reason(response, truncated, record, args):
         "answer": not has_form(extract_answer(response), record),
         "accuracy": accuracy_reward(response, record) <= args.min_accuracy,
         "length": not args.min_think <= len(think) <= args.max_think,
-        "refusal": REFUSAL.search(response),
+        "refusal": REFUSAL.search(own_words(response)),
         "leak": not INSTRUCTIONS.isdisjoint(runs_of(response)),
         "language": in_language(think, record["problem"]) < args.min_language,
         "repetition": repetition(think) > args.max_repetition}
@@ -255,8 +308,9 @@ def row_of(sample, answers, seconds):
 def write_result(records, rows, args):
     """--out and its side files, from every record's row. Returns the report."""
     kept, rejected, reasons = [], [], Counter()
-    for record in records:
-        annotated, judged = choose(record, rows[str(record["problem_id"])], args)
+    rows = [rows[str(record["problem_id"])] for record in records]  # a longer run left others too
+    for record, row in zip(records, rows):
+        annotated, judged = choose(record, row, args)
         reasons.update(reason or "passed" for reason, _ in judged)
         if annotated:
             kept.append(annotated)
@@ -264,7 +318,7 @@ def write_result(records, rows, args):
             rejected += [{"problem_id": record["problem_id"], "reason": reason,
                           "solution": record["solution"], "response": text}
                          for reason, text in judged]
-    skipped = Counter(row["reason"] for row in rows.values() if "reason" in row)
+    skipped = Counter(row["reason"] for row in rows if "reason" in row)
     table = [("responses", "count", "share"), *(
         (reason, n, f"{n / reasons.total():.1%}") for reason, n in reasons.most_common())]
     report = (f"{len(kept)} of {len(records)} records annotated ({len(kept) / len(records):.1%}; "
@@ -281,6 +335,7 @@ def main(args):
     # ---------------------------------------------- inputs, checked before a model is loaded
     records = load_records(args.data, args.media_root)
     refuse_repeated_ids(args.data, records)
+    records = records[:args.limit]
     out = Path(args.out)
     make_folder_of(out)
     asker = Asker(args)
@@ -492,6 +547,11 @@ HOPELESS = {401, 403, 404}  # HTTP: no request of this run can succeed
 FINAL = {*range(400, 500)} - HOPELESS - {408, 409, 425, 429}  # nor this one, if repeated
 ERROR_SHOWN = 300  # characters of what a server says about an error
 MOST_FAILURES = 20  # requests in a row without an answer, after which the server is given up
+NOT_IN_FORM = (KeyError, AttributeError, TypeError, ValueError)  # of a reply, when it is read
+OWN_WORDS = re.compile(r'"message": *"((?:[^"\\]|\\.)+)"')  # in the JSON of an error
+# finish_reason: OpenAI's own first, then what TGI, Together, Mistral and Bedrock call it
+ENDED = {"stop", "eos_token", "eos", "stop_sequence", "end_turn"}
+CUT_OFF = {"length", "max_tokens", "model_length"}
 
 
 class ApiError(RuntimeError):
@@ -499,13 +559,12 @@ class ApiError(RuntimeError):
 
 
 class Refused(ApiError):
-    """It would not to a repetition either: the request is at fault, not the server."""
+    """It says that it will not, or did not, answer: the request is at fault, not the server."""
 
 
 def ask_api(session, args, messages, seed):
     """args.samples answers of an OpenAI-compatible server: [(text, tokens, cut off or not), ...].
 
-    Of several answers to one request a server tells only the sum of tokens: each gets the mean.
     Raises ApiError when args.api_retries repetitions have failed too, Refused where none would
     help, InputError where no request would. urllib3's Retry counts and waits. It is asked here:
     mounted in the session it would not repeat a reply that says 200 and holds no answer.
@@ -526,15 +585,20 @@ def ask_api(session, args, messages, seed):
                 "temperature": args.temperature, "top_p": args.top_p,
                 "max_tokens": args.max_new_tokens, "seed": seed + len(answers)}
         reply = requests.Response()  # without a status: of a server that does not answer
+        failure = ApiError
         try:
             reply = session.post(url, json=body, auth=authorise,
                                  timeout=(CONNECT_TIMEOUT, args.api_timeout))
             if reply.status_code == 200:
                 answers += read_choices(reply.json())
                 continue
-            reason = f"HTTP {reply.status_code}: {reply.text}"
-        except (requests.RequestException, KeyError, TypeError, ValueError) as error:
+            reason = f"HTTP {reply.status_code}"
+        except Refused as error:
+            failure, reason = Refused, str(error)
+        except (requests.RequestException, *NOT_IN_FORM) as error:
             reason = f"{type(error).__name__}: {error}"
+        said = OWN_WORDS.search(reply.text)
+        reason = f"{reason}: {said[1] if said else reply.text}".rstrip(": ")
         if key:  # a server may quote it
             reason = reason.replace(key, f"<{KEY_VARIABLE}>")
         reason = reason[:ERROR_SHOWN]
@@ -549,26 +613,39 @@ def ask_api(session, args, messages, seed):
         except InvalidHeader:  # a Retry-After that is neither whole seconds nor a date
             retries.sleep()
         except MaxRetryError:
-            raise ApiError(f"{url}: {args.api_retries + 1} attempts failed, the last: {reason}") \
+            raise failure(f"{url}: {args.api_retries + 1} attempts failed, the last: {reason}") \
                 from None
     return answers[:args.samples]
 
 
 def read_choices(reply):
-    """The answers in a server's reply; KeyError, TypeError or ValueError where it has none.
+    """The answers in a server's reply. Refused where one ended neither by itself nor by its length;
+    one of NOT_IN_FORM where the reply cannot be read.
 
-    >>> read_choices({"choices": [{"message": {"content": "Hi"}, "finish_reason": "stop"}],
-    ...               "usage": {"completion_tokens": 2}})
-    [('Hi', 2, False)]
+    A thought that the server has taken out of the text is put back. Of several answers it tells
+    only the sum of tokens: each gets the mean, None where it does not tell.
+
+    >>> read_choices({"choices": [{"message": {"content": "Hi", "reasoning_content": "A guest."},
+    ...                            "finish_reason": "stop"}], "usage": {"completion_tokens": 9}})
+    [('<think>A guest.</think>\\nHi', 9, False)]
     """
-    choices = reply["choices"]
-    # content is null where the answer was cut off before it began
-    texts = [choice["message"]["content"] or "" for choice in choices]
-    if not texts or any(UNUSABLE.search(text) for text in texts):  # TypeError for what is no text
-        raise ValueError("the reply has no choices, or half of a character")
-    tokens = round(reply["usage"]["completion_tokens"] / len(texts))
-    return [(text, tokens, choice["finish_reason"] == "length")
-            for text, choice in zip(texts, choices)]
+    choices, answers = reply["choices"], []
+    if not choices:
+        raise ValueError("the reply has no choices")
+    tokens = (reply.get("usage") or {}).get("completion_tokens")
+    for choice in choices:
+        message, finish = choice["message"], str(choice.get("finish_reason") or "").lower()
+        text = message.get("content")
+        thought = message.get("reasoning_content") or message.get("reasoning")
+        if thought and "<think>" not in (text or ""):
+            text = "<think>" + thought + ("</think>\n" + text if text else "")  # or cut off in it
+        ended = finish in ENDED and text is not None if finish else text
+        if not ended and finish not in CUT_OFF:
+            raise Refused(f"finish_reason {finish!r} is no answer")
+        if UNUSABLE.search(text or ""):  # TypeError for what is no text
+            raise ValueError("the reply has half of a character")
+        answers.append((text or "", tokens and round(tokens / len(choices)), finish in CUT_OFF))
+    return answers
 
 
 def ask_server(samples, row_of, write, args, answered=False):

@@ -127,6 +127,83 @@ def test_a_fault_that_passes_costs_a_repeated_request(fault):
         assert len(server.requests) == 2
 
 
+def choice(finish, content, usage={"completion_tokens": 30}, **message):
+    """A reply of one choice, as it stands; `finish` None: it does not say how it ended."""
+    said = {"message": {"content": content, **message}}
+    return {"choices": [said | ({"finish_reason": finish} if finish else {})], "usage": usage}
+
+
+@pytest.mark.parametrize("sent, answer", [
+    (choice("stop", "a", None), ("a", None, False)),
+    ({"choices": choice("stop", "a")["choices"]}, ("a", None, False)),
+    (choice("stop", "a", {"completion_tokens": None}), ("a", None, False)),
+    (choice("stop", "a", {}), ("a", None, False)),
+    (choice(None, "a"), ("a", 30, False)),
+    (choice("", "a"), ("a", 30, False)),
+    (choice("STOP", "a"), ("a", 30, False)),
+    (choice("eos_token", "a"), ("a", 30, False)),
+    (choice("end_turn", "a"), ("a", 30, False)),
+    (choice("stop", ""), ("", 30, False)),
+    (choice("length", None), ("", 30, True)),
+    (choice("max_tokens", "<think>a"), ("<think>a", 30, True)),
+    (choice("MAX_TOKENS", "<think>a"), ("<think>a", 30, True)),
+    (choice("model_length", "<think>a"), ("<think>a", 30, True)),
+    (choice("stop", "b", reasoning_content="a"), ("<think>a</think>\nb", 30, False)),
+    (choice("stop", "b", reasoning="a"), ("<think>a</think>\nb", 30, False)),
+    (choice("stop", "b", reasoning_content=None, reasoning="a"),
+     ("<think>a</think>\nb", 30, False)),
+    (choice("stop", "b", reasoning_content=""), ("b", 30, False)),
+    (choice("stop", "<think>a</think>b", reasoning_content="c"), ("<think>a</think>b", 30, False)),
+    (choice("length", None, reasoning_content="a"), ("<think>a", 30, True)),
+    (choice("length", "b", reasoning_content="a"), ("<think>a</think>\nb", 30, True))])
+def test_an_answer_is_taken_with_its_thought_whatever_the_server_leaves_out(sent, answer):
+    with Server(lambda body, number: sent) as server:
+        assert ask(server) == [answer]
+        assert len(server.requests) == 1
+
+
+@pytest.mark.parametrize("sent, told", [
+    (choice("abort", ""), "finish_reason 'abort' is no answer"),
+    (choice("abort", "<think>the block sta"), "finish_reason 'abort'"),
+    (choice("error", "half an answer"), "finish_reason 'error'"),
+    (choice("content_filter", ""), "finish_reason 'content_filter'"),
+    (choice("content_filter", "half an answer"), "finish_reason 'content_filter'"),
+    (choice("tool_calls", None, tool_calls=[{"id": "1"}]), "finish_reason 'tool_calls'"),
+    (choice("stop", None, tool_calls=[{"id": "1"}]), "finish_reason 'stop'"),
+    (choice("repetition", "a a a"), "finish_reason 'repetition'"),
+    (choice(None, ""), "finish_reason ''"),
+    (choice(None, None), "finish_reason ''"),
+    ({"choices": [{"message": {"content": ""}, "finish_reason": "error",
+                   "error": {"code": 502, "message": "Upstream overloaded"}}]},
+     "finish_reason 'error' is no answer: Upstream overloaded$")])
+def test_what_ended_neither_by_itself_nor_by_its_length_is_no_answer(sent, told):
+    """It is asked for again, and then told as the request's fault: the server lives."""
+    with Server(lambda body, number: sent) as server:
+        with pytest.raises(annotate.Refused, match=f"3 attempts failed, the last: {told}"):
+            ask(server)
+        assert len(server.requests) == 3
+    with Server(lambda body, number: sent if number == 0 else reply("a")) as server:
+        assert ask(server) == [("a", 7, False)]
+
+
+@pytest.mark.parametrize("status, sent, told", [
+    (200, {"error": {"message": "overloaded", "type": "server_error"}}, "overloaded"),
+    (200, {"object": "error", "message": "overloaded", "code": 500}, "overloaded"),
+    (200, {"error": "overloaded"}, "overloaded"),
+    (500, {"error": {"message": "overloaded"}}, "HTTP 500: overloaded$"),
+    (500, {"trace": "x" * 1000, "error": {"message": "overloaded"}}, "HTTP 500: overloaded$"),
+    (502, "<html>Bad Gateway</html>", "HTTP 502: <html>Bad Gateway</html>$"),
+    (400, {"error": {"code": None, "message": "prompt too long"}}, "HTTP 400: prompt too long$"),
+    (400, {"detail": "prompt too long"}, 'HTTP 400: {"detail": "prompt too long"}$'),
+    (400, {"message": f"{KEY} may not"}, "HTTP 400: <OPENAI_API_KEY> may not$"),
+    (503, "", "HTTP 503$")])
+def test_the_servers_own_words_of_an_error_are_told(status, sent, told):
+    with Server(lambda body, number: (status, {}, sent)) as server:
+        with pytest.raises(ApiError, match=told) as error:
+            ask(server)
+    assert KEY not in str(error.value) and len(str(error.value)) < 100 + annotate.ERROR_SHOWN
+
+
 def test_a_slow_answer_is_given_up_and_asked_for_again():
     def answer(body, number):
         time.sleep(1 if number == 0 else 0)
@@ -205,6 +282,7 @@ def test_a_key_with_characters_that_no_key_has_is_refused_and_never_told(monkeyp
     ("--top_p", "1.5", "1.5 must be above 0 and at most 1"),
     ("--samples", "0", "0 must be above 0"),
     ("--api_retries", "-1", "-1 must be at least 0"),
+    ("--limit", "0", "0 must be above 0"),
     ("--concurrency", "0", "0 must be above 0")])
 def test_a_value_that_a_flag_cannot_have_is_told_at_once(flag, value, told, capsys):
     with pytest.raises(SystemExit):
@@ -363,6 +441,92 @@ def test_a_response_is_kept_or_rejected_for_the_reason_given(reason, response, r
     assert judge(response, record) == reason
 
 
+LOOK = " The picture shows a street, two cars and a shop; first he is at the left edge."
+
+
+@pytest.mark.parametrize("said", [
+    "I’m sorry, but I can’t view the video. I will guess.", "I can´t view the video.",
+    "I'm unable to watch videos, so I will guess.", "I cannot see any video, so I guess right.",
+    "I don't have access to the video.", "I do not actually have access to the video content.",
+    "The video is not provided, so I guess right.", "The video isn’t attached.",
+    "There is no video attached, so I guess.", "I don’t see any image attached.",
+    "No images were provided.", "The clip could not be loaded.", "The image is unavailable.",
+    "I cannot directly view or analyze the video.", "I'm currently not able to process images.",
+    "I have no way to view the video.", "I lack the ability to watch videos.",
+    "I have not been given the video.", "I didn't receive any video.",
+    "Without access to the video, I will guess.", "Without being able to see the clip I guess.",
+    "I only have access to the text.", "I can’t assist with that.", "I cannot answer this.",
+    "As an AI, I can only guess.", "As a large language model I have no eyes.",
+    "I, as an AI, cannot know.", "I am a text-based model.", "Sorry, there is nothing to go by.",
+    "My apologies, there is no clip.", "I apologize, but there is nothing.",
+    "抱歉，我无法查看视频。", "很抱歉，没有视频。", "由于无法看到视频，我只能猜测。", "我是一个语言模型。",
+    "作为一个人工智能，我没有眼睛。", "视频没有提供，所以我猜右边。"])
+def test_who_cannot_see_or_help_refuses_in_whatever_words(said):
+    assert judge(thought(said + LOOK)) == "refusal"
+
+
+@pytest.mark.parametrize("said", [
+    "The man says \"I'm sorry\" to the shopkeeper and goes.", "The man says “I’m sorry” and goes.",
+    "The man says 'I'm sorry' and goes.", "The man says ‘I’m sorry’ and goes.",
+    "The man says I'm sorry to the shopkeeper.", "\"I can't see the video,\" says the woman.",
+    "The label 5\" wide is red; the man says \"I'm sorry\" and goes.",
+    "A T-shirt with «I am sorry» is at the right.", "The subtitle reads: I cannot see the video.",
+    "The caption says no image was given a prize; he goes.", "The sign 'Sorry, closed' is red.",
+    "The robot on the poster introduces itself as an AI assistant; he goes.",
+    "As an AI robot enters from the left, the man goes.", "He works as an AI researcher.",
+    "He can't see the video on her phone.", "It can't see the image, so the robot stops.",
+    "She does not have access to the video room.", "She apologizes and goes.", "He is sorry.",
+    "I can't help but notice that he goes right.", "I don't see any obstacle, so he goes on.",
+    "I can't see the man at first, then he is at the right.", "I can see the video clearly.",
+    "I have access to all frames.", "The phone is not provided with a stand.",
+    "男人说“对不起”。", "男人说对不起，然后走了。", "男人对店主感到抱歉。", "机器人作为一个AI助手出现。",
+    "他无法看到画面外的球。", "字幕写着「我无法观看视频」。"])
+def test_what_somebody_in_the_video_says_or_cannot_do_is_no_refusal(said):
+    assert judge(thought(said + LOOK), CHOICE, False, "--min_language", "0") is None
+
+
+def test_a_refusal_is_found_beside_reported_speech():
+    for said in ("He says I'm sorry, but I can't view the video.", "I said I can't see the video.",
+                 "The question asks which way he walks and I cannot see the video.",
+                 "The sign reads \"stop\" and I'm unable to view the image."):
+        assert judge(thought(said + LOOK)) == "refusal"
+
+
+CHINESE = "根据勾股定理，斜边等于五，所以正弦值等于对边除以斜边，也就是四除以五，最后答案是零点八，两种方法的结果一致。"
+IN_FORMULAS = ("由勾股定理，$AB=\\sqrt{AC^2+BC^2}=5$，所以sinA=BC/AB=4/5=0.8，即 \\frac{4}{5}，因此答案是 0.8，"
+               "两种方法的结果一致。")
+ENGLISH = "By the theorem of Pythagoras the side is five, so the sine of the angle is four fifths."
+RUSSIAN = "По теореме Пифагора находим второй катет, затем делим его на гипотенузу, и ответ готов."
+
+
+@pytest.mark.parametrize("problem, fitting", [
+    ("如图，在$\\triangle ABC$中，$\\angle ACB=90^{\\circ}$，$AC=3$，则$\\sin A$的值为", "zh"),
+    ("如图，在△ABC中，∠ACB=90°，AC=3，BC=4，则sinA的值为", "zh"),
+    ("已知函数f(x)=log2(x+1)，g(x)=1/x，求f(3)", "zh"), ("求sin(A)+cos(B)", "zh"),
+    ("已知α+β=θ，求θ", "zh"), ("求 \\(\\sin(\\alpha+\\beta)\\) 的值", "zh"),
+    ("$$\\begin{cases} x+y=1 \\\\ x-y=3 \\end{cases}$$ 求$xy$", "zh"), ("<image>如图，求$x$", "zh"),
+    ("视频中Michael Jordan和Kobe Bryant谁先得分？", "zh"),
+    ("Найдите $\\sin\\angle ABC$, если $AB=5$, $BC=\\frac{3}{2}$, $\\angle BCA=90$", "ru"),
+    ("Найдите sin ABC, если AB=5, BC=3/2", "ru"), ("In $\\triangle ABC$, find $\\sin A$.", "en"),
+    ("Find x.", "en"), ("A toy is $5, a car is $10. How much?", "en"),
+    ("What does the sign “请勿在此处停放车辆” mean?", "en"),
+    ("$f(x)=\\log_2(x+1)$, $f(3)=?$", "zh en ru"), ("3 + 4 = ?", "zh en ru")])
+def test_the_words_of_a_question_and_not_its_formulas_decide_its_language(problem, fitting):
+    record = NUMBER | {"problem": problem, "solution": "<answer>0.8</answer>"}
+    for language, text in (("zh", CHINESE), ("zh", IN_FORMULAS), ("en", ENGLISH), ("ru", RUSSIAN)):
+        expected = None if language in fitting else "language"
+        assert judge(thought(text, "0.8"), record) == expected, text
+
+
+@pytest.mark.parametrize("unit", [
+    "a ", "I can't ", "the the of any ", "as an ai, ", "' '", "'a ", "“", "says ", "\\(", "$a",
+    "$$", "<a", "\\a{", "没有提供", "作为AI"])
+def test_a_hundred_thousand_characters_of_anything_are_judged_within_a_second(unit):
+    started = time.process_time()
+    judge(thought(unit * (100_000 // len(unit))), CHOICE | {"problem": unit * 1000})
+    assert time.process_time() - started < 1
+
+
 def test_a_response_that_was_cut_off_is_rejected_and_thresholds_are_flags():
     assert judge(GOOD.format("B"), truncated=True) == "truncated"
     assert judge(GOOD.format("B"), CHOICE, False, "--max_think", "20") == "length"
@@ -502,6 +666,41 @@ def test_questions_that_a_server_refuses_do_not_end_a_run_that_it_answers(
     with Server(lambda body, number: (400, {}, "no pictures")) as server:
         with pytest.raises(InputError, match="3 requests in a row failed, .*no pictures"):
             annotate_toy(toy, tmp_path / "other.json", server)
+
+
+def test_what_a_server_broke_off_is_named_never_stored_and_asked_again(
+        toy, right, tmp_path, monkeypatch):
+    """6 of 32 questions, twice what would end the run, and alone when they are asked again."""
+    monkeypatch.setattr(annotate, "MOST_FAILURES", 3)
+    out, broken = tmp_path / "cot.json", []
+
+    def filtered(body, number):
+        asked = json.dumps(body["messages"])
+        if number >= 6 and len(broken) < 6 and asked not in broken:
+            broken.append(asked)
+        return choice("content_filter", "<think>") if asked in broken else right(body, number)
+    with Server(filtered) as server:
+        for _ in range(2):  # the second time only these are asked
+            kept, rejected, report = annotate_toy(toy, out, server, "--concurrency", "1")
+            assert "6 without response" in report and "finish_reason 'content_filter'" in report
+        assert len(server.requests) == 32 + 6 + 2 * 6  # each is repeated once
+    with Server(right) as server:
+        assert "0 without response" in annotate_toy(toy, out, server)[2]
+        assert len(server.requests) == 6
+
+
+def test_a_limit_takes_the_first_records_and_the_rest_can_follow(toy, right, tmp_path):
+    records, out = json.loads((toy / "train.json").read_text()), tmp_path / "cot.json"
+
+    def asked(*more):
+        with Server(right) as server:
+            kept, rejected, report = annotate_toy(toy, out, server, *more)
+            return len(server.requests), {row["problem_id"] for row in kept + rejected}, report
+    count, ids, report = asked("--limit", "5")
+    assert count == 5 and ids == {record["problem_id"] for record in records[:5]}
+    assert "of 5 records annotated" in report
+    assert asked()[0] == len(records) - 5 and asked("--limit", "99")[0] == 0
+    assert asked("--limit", "3")[1] == {record["problem_id"] for record in records[:3]}
 
 
 def test_what_failed_is_asked_for_last():
