@@ -873,8 +873,10 @@ def prompt_of(processor, args, record):
 def row_of(sample, answers, seconds):
     """The row of a record's response."""
     (text, tokens, truncated), = answers
-    row = {"problem_id": sample["record"]["problem_id"], "output": text, "tokens": tokens,
-           "truncated": truncated, "seconds": seconds, "size": sample["size"]}
+    row = {"problem_id": sample["record"]["problem_id"], "output": text, "truncated": truncated,
+           "seconds": seconds, "size": sample["size"]}
+    if tokens is not None:  # a server may not tell
+        row["tokens"] = tokens
     return row if "messages" in sample else row | {
         "prompt_tokens": sample["inputs"]["input_ids"].shape[1]}
 
@@ -937,7 +939,7 @@ def write_result(args, name, records, configuration, rows):
     result = {"benchmark": name, "frames": frames, "order": args.order,
               "overall": next(iter(scores)), "scores": scores,
               "answered": len(graded), "records": len(records),
-              "tokens": sum(row["tokens"] for row in answered),
+              "tokens": sum(row.get("tokens", 0) for row in answered),
               "rank_seconds": sum(row["seconds"] for row in answered),  # of generation
               "skipped": skipped, "arguments": vars(args), "configuration": configuration,
               "configuration_sha256": hash_of(configuration),
