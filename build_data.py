@@ -288,6 +288,8 @@ def decode_records(pipe):
     torch.set_num_threads(1)  # the parent's threads did not come along
     signal.signal(signal.SIGTERM, signal.SIG_IGN)  # the parent decides when to stop
     signal.signal(signal.SIGINT, signal.SIG_IGN)
+    # it warns of every clip that has fewer frames a second than are asked for
+    logging.getLogger("qwen_vl_utils.vision_process").setLevel(logging.ERROR)
     mapped = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
     resource.setrlimit(resource.RLIMIT_AS, (mapped + DECODE_MEMORY, resource.RLIM_INFINITY))
     while True:
@@ -323,25 +325,27 @@ def to_rgb(image) -> Image.Image:
         values = np.asarray(image).astype(np.uint32)
         most = 2**16 - 1 if image.mode != "I" else next(
             most for most in (2**8 - 1, 2**16 - 1, 2**32 - 1) if values.max() <= most)
-        image = Image.fromarray((values // (most // 255)).clip(0, 255).astype(np.uint8))
+        image = Image.fromarray((values // (most // 255)).astype(np.uint8))
     elif image.mode == "F":
         raise ValueError("pixels are floating-point numbers: save it with 8 bits a channel")
     return vision_process.to_rgb(image.convert("RGBA") if image.has_transparency_data else image)
 
 
 def resized(height, width, min_pixels, max_pixels, factor) -> tuple[int, int]:
-    """qwen-vl-utils' (height, width) for a picture, but where a side of one so narrow rounds to
-    zero it has `factor` pixels, and the other what max_pixels leaves.
+    """qwen-vl-utils' (height, width) for a picture, multiples of `factor`; but for narrow ones no
+    side of 0, and where rounding up leads beyond max_pixels the longer side gives way.
 
-    >>> resized(40, 60, 784, 784, 28), resized(31, 639, 784, 15680, 28)
-    ((28, 28), (28, 560))
+    >>> resized(40, 60, 784, 784, 28), resized(10, 1000, 784, 4 * 784, 28)
+    ((28, 28), (28, 112))
     """
     from qwen_vl_utils import vision_process
-    sides = vision_process.smart_resize(height, width, factor, min_pixels, max_pixels)
-    if 0 in sides:
-        longer = max(max_pixels // factor**2, 1) * factor
-        sides = (factor, longer) if height < width else (longer, factor)
-    return sides
+    height, width = (max(side, factor) for side in vision_process.smart_resize(
+        height, width, factor, min_pixels, max_pixels))
+    if height * width > max_pixels and height < width:
+        width = max(max_pixels // height // factor, 1) * factor
+    elif height * width > max_pixels:
+        height = max(max_pixels // width // factor, 1) * factor
+    return height, width
 
 
 class Film(NamedTuple):
@@ -378,7 +382,6 @@ def sample(film, *, fps, min_frames, max_frames, min_pixels, max_pixels, factor,
     passed = seconds[-1] - seconds[0]
     if abs(rate * passed - (len(seconds) - 1)) > 0.5:  # frames: more than rounded times explain
         rate = (len(seconds) - 1) / passed  # it varies
-    vision_process.logger.setLevel(logging.ERROR)  # it warns of clips with fewer frames than fps
     count = vision_process.smart_nframes(
         {"fps": fps, "min_frames": min_frames, "max_frames": max_frames}, len(seconds), rate)
     indices = torch.linspace(start, start + len(seconds) - 1, count).round().long().tolist()
@@ -503,7 +506,7 @@ def decode(path, times, entries, indices):
                 number = first  # of the frame that comes next
             for frame in packet.decode():
                 if times[number:number + 1] != [frame.pts]:
-                    if number == first:  # frames before a key frame may follow it in the file
+                    if number == first > 0:  # frames before a key frame may follow it in the file
                         continue
                     raise Misled
                 if number == wanted[0]:
@@ -517,7 +520,7 @@ def decode(path, times, entries, indices):
 
 def upright(frame) -> np.ndarray:
     """A decoded frame's (H, W, 3) pixels, turned and mirrored as the file tells a player to."""
-    pixels = frame.to_ndarray(format="rgb24")
+    pixels = frame.to_ndarray(format="rgb24", threads=1)  # more would take longer to start
     matrix = frame.side_data.get("DISPLAYMATRIX")
     if matrix is not None:
         a, b, _, c, d = np.frombuffer(matrix, np.int32)[:5]  # x' = a x + c y, y' = b x + d y
