@@ -198,9 +198,9 @@ def build_messages(record) -> list[dict]:
 
 class Vision(NamedTuple):
     """A decoded medium: a video's frames with their timing, or an image."""
-    frames: torch.Tensor | None   # (T, C, H, W) uint8, H and W multiples of 28; None for an image
+    frames: torch.Tensor | None   # (T, C, H, W) uint8; None for an image
     metadata: dict[str, Any]      # fps, frames_indices, total_num_frames; {} for an image
-    image: Image.Image | None     # RGB, sides multiples of 28; None for a video
+    image: Image.Image | None     # RGB; None for a video
 
 
 def load_vision(record, *, max_frames, min_frames, fps, min_pixels, max_pixels,
@@ -358,16 +358,16 @@ class Film(NamedTuple):
 def read_video(path, *, video_fps=None, **sampling) -> Vision:
     """The frames of a folder, an animation or a video file."""
     if os.path.isdir(path):
-        return sample(film_of_folder(path, video_fps), **sampling)
+        return sample_frames(film_of_folder(path, video_fps), **sampling)
     if path.lower().endswith(ANIMATION_SUFFIXES):
-        return sample(film_of_animation(path), **sampling)
+        return sample_frames(film_of_animation(path), **sampling)
     try:
-        return sample(film_by_packets(path), **sampling)
+        return sample_frames(film_by_packets(path), **sampling)
     except Misled:
-        return sample(film_by_decoding(path), **sampling)
+        return sample_frames(film_by_decoding(path), **sampling)
 
 
-def sample(film, *, fps, min_frames, max_frames, min_pixels, max_pixels, factor,
+def sample_frames(film, *, fps, min_frames, max_frames, min_pixels, max_pixels, factor,
            video_start=None, video_end=None) -> Vision:
     """The frames from video_start to video_end (seconds), sampled and resized by qwen-vl-utils'
     rules: evenly by number."""
@@ -402,7 +402,7 @@ def film_of_folder(path, rate) -> Film:
         return [int(part) if i % 2 else part for i, part in enumerate(parts)], file.name
     files = sorted((file for file in Path(path).iterdir() if not file.name.startswith(".")
                     and file.suffix.lower() in FRAME_SUFFIXES), key=order)
-    if not files or not rate:
+    if not files or not rate or rate < 0:
         raise ValueError("a folder needs frames (.jpg, .png) and the record's field video_fps")
 
     def pictures(indices):
@@ -472,7 +472,7 @@ def film_by_packets(path) -> Film:
     times.sort()
     entries = sorted({(0, 0), *((bisect_left(times, pts), position) for pts, position in keys)})
     return Film([float((pts - times[0]) * base) for pts in times], rate,
-                partial(decode, path, times, entries))
+                partial(decode_frames, path, times, entries))
 
 
 def film_by_decoding(path) -> Film:
@@ -485,10 +485,10 @@ def film_by_decoding(path) -> Film:
     else:
         rate = guess
         seconds = [float(i / rate) for i in range(len(times))]
-    return Film(seconds, float(rate or 0), partial(decode, path, times, [(0, 0)]))
+    return Film(seconds, float(rate or 0), partial(decode_frames, path, times, [(0, 0)]))
 
 
-def decode(path, times, entries, indices):
+def decode_frames(path, times, entries, indices):
     """Yields the frames `indices` of a video file, (H, W, 3) uint8.
 
     times: every frame's, in the order in which they are shown. entries: (frame, packet), in
@@ -711,10 +711,11 @@ def add_media_flags(add, max_frames=16, max_pixels=128 * 28 * 28):
         help="frames a second of video, within those bounds")
     add("--min_pixels", type=above(0, int), default=4 * 28 * 28,
         help="fewest pixels of a video frame")
-    add("--max_pixels", type=above(0, int), default=max_pixels, help="most pixels of a video frame")
+    add("--max_pixels", type=at_least(PATCH**2, int), default=max_pixels,
+        help="most pixels of a video frame")
     add("--image_min_pixels", type=above(0, int), default=4 * 28 * 28,
         help="fewest pixels of an image")
-    add("--image_max_pixels", type=above(0, int), default=512 * 28 * 28,
+    add("--image_max_pixels", type=at_least(PATCH**2, int), default=512 * 28 * 28,
         help="most pixels of an image")
     add("--media_root", help="folder that the records' paths are relative to; default: the data's")
     add("--num_workers", type=at_least(0, int), default=2,
@@ -825,7 +826,7 @@ def run_script(main, parse_args):
 
 def provenance() -> dict:
     """What a result owes to its software: package versions and this repository's commit."""
-    packages = ("torch", "transformers", "deepspeed", "qwen-vl-utils", "decord")
+    packages = ("torch", "transformers", "deepspeed", "qwen-vl-utils", "av")
     try:
         commit = subprocess.run(["git", "rev-parse", "HEAD"], cwd=Path(__file__).parent,
                                 capture_output=True, text=True).stdout.strip()
