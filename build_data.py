@@ -20,7 +20,6 @@ import json
 import logging
 import math
 import multiprocessing
-import operator
 import os
 import re
 import resource
@@ -54,6 +53,7 @@ CLIP_FIELDS = ("video_start", "video_end", "video_fps")
 FRAME_SUFFIXES = (".jpg", ".jpeg", ".png")  # in such a folder
 ANIMATION_SUFFIXES = (".gif", ".webp", ".png", ".apng")
 GIF_FPS = 10.0  # of an animation that does not say how long it shows its frames, as in browsers
+RAW_FPS = 25.0  # of a video file that has neither times nor a rate, as FFmpeg's
 # Half of a character beyond 16 bits, which no tokenizer takes, and zero, which no file name has
 UNUSABLE = re.compile(r"[\ud800-\udfff\0]")
 PATCH = 28  # pixels: one visual token covers 28 x 28 (two merged 14 x 14 patches a side)
@@ -356,7 +356,7 @@ class Film(NamedTuple):
 
 
 def read_video(path, *, video_fps=None, **sampling) -> Vision:
-    """The frames of a folder, an animation or a video file."""
+    """The frames of a folder, an animation or a video file, as a player shows them."""
     if os.path.isdir(path):
         return sample_frames(film_of_folder(path, video_fps), **sampling)
     if path.lower().endswith(ANIMATION_SUFFIXES):
@@ -368,7 +368,7 @@ def read_video(path, *, video_fps=None, **sampling) -> Vision:
 
 
 def sample_frames(film, *, fps, min_frames, max_frames, min_pixels, max_pixels, factor,
-           video_start=None, video_end=None) -> Vision:
+                  video_start=None, video_end=None) -> Vision:
     """The frames from video_start to video_end (seconds), sampled and resized by qwen-vl-utils'
     rules: evenly by number."""
     from qwen_vl_utils import vision_process
@@ -451,7 +451,8 @@ def opened(path):
 
 
 def film_by_packets(path) -> Film:
-    """A video file by its packets' times, which are read without decoding.
+    """A video file by its packets' times, which are read without decoding: then only what leads
+    from a key frame to a wanted frame needs to be decoded.
 
     Raises Misled, here or when its pictures are asked for, where these are not the times of the
     frames: H.264 in AVI, a bare stream, a file that begins between key frames.
@@ -479,13 +480,12 @@ def film_by_decoding(path) -> Film:
     """A video file by decoding all of it: slow, and right whatever its packets say."""
     with opened(path) as (container, stream):
         times = [frame.pts for frame in container.decode(stream)]
-        base, rate, guess = stream.time_base, stream.average_rate, stream.guessed_rate
-    if None not in times and all(map(operator.lt, times, times[1:])):
-        seconds = [float((pts - times[0]) * base) for pts in times]
+        base, rate = stream.time_base, float(stream.guessed_rate or RAW_FPS)
+    if None in times or times != sorted(set(times)):  # no times, or not those of the frames
+        seconds = [i / rate for i in range(len(times))]
     else:
-        rate = guess
-        seconds = [float(i / rate) for i in range(len(times))]
-    return Film(seconds, float(rate or 0), partial(decode_frames, path, times, [(0, 0)]))
+        seconds = [float((pts - times[0]) * base) for pts in times]
+    return Film(seconds, rate, partial(decode_frames, path, times, [(0, 0)]))
 
 
 def decode_frames(path, times, entries, indices):
