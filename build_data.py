@@ -32,7 +32,9 @@ import threading
 import traceback
 import unicodedata
 import warnings
+from bisect import bisect_left, bisect_right
 from collections import Counter, defaultdict
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, redirect_stdout
 from datetime import timedelta
 from difflib import get_close_matches
@@ -44,7 +46,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import torch
-from PIL import Image, ImageSequence
+from PIL import Image, ImageOps
 from tqdm import tqdm
 
 from rewards import GRADERS, accuracy_reward, choice_letter, extract_answer, parse_number
@@ -53,7 +55,9 @@ REQUIRED_FIELDS = ("problem_id", "problem", "data_type", "problem_type", "soluti
 # Optional: the seconds that a question is about; the rate of a video kept as a folder of frames
 CLIP_FIELDS = ("video_start", "video_end", "video_fps")
 FRAME_SUFFIXES = (".jpg", ".jpeg", ".png")  # in such a folder
+ANIMATION_SUFFIXES = (".gif", ".webp", ".png", ".apng")
 GIF_FPS = 10.0  # of an animation that does not say how long it shows its frames, as in browsers
+RAW_FPS = 25.0  # of a video file that has neither times nor a rate, as FFmpeg's
 # Half of a character beyond 16 bits, which no tokenizer takes, and zero, which no file name has
 UNUSABLE = re.compile(r"[\ud800-\udfff\0]")
 PATCH = 28  # pixels: one visual token covers 28 x 28 (two merged 14 x 14 patches a side)
@@ -263,17 +267,18 @@ def build_messages(record) -> list[dict]:
 
 class Vision(NamedTuple):
     """A decoded medium: a video's frames with their timing, or an image."""
-    frames: torch.Tensor | None   # (T, C, H, W) uint8, H and W multiples of 28; None for an image
+    frames: torch.Tensor | None   # (T, C, H, W) uint8; None for an image
     metadata: dict[str, Any]      # fps, frames_indices, total_num_frames; {} for an image
-    image: Image.Image | None     # RGB, sides multiples of 28; None for a video
+    image: Image.Image | None     # RGB; None for a video
 
 
-def load_vision(record, *, max_frames, min_frames, fps, min_pixels, max_pixels) -> Vision:
+def load_vision(record, *, max_frames, min_frames, fps, min_pixels, max_pixels,
+                factor=PATCH) -> Vision:
     """Decodes a record's medium, once; shuffling works on what this returns.
 
     A video gives fps frames a second, at least min_frames and at most max_frames (an even
     number, spread evenly over the clip); each frame, or the image, is resized to between
-    min_pixels and max_pixels, sides multiples of 28. Raises MediaError "path: reason".
+    min_pixels and max_pixels, sides multiples of `factor`. Raises MediaError "path: reason".
     """
     path, root = record["media_path"], os.path.realpath(record["media_root"])
     try:
@@ -282,9 +287,10 @@ def load_vision(record, *, max_frames, min_frames, fps, min_pixels, max_pixels) 
         if not os.path.isdir(path) and os.path.getsize(path) == 0:
             raise ValueError("the file is empty (0 bytes)")
         if record["data_type"] == "image":
-            return Vision(None, {}, read_image(path, min_pixels, max_pixels))
+            return Vision(None, {}, read_image(path, min_pixels, max_pixels, factor))
         return read_video(path, fps=fps, min_frames=min_frames, max_frames=max_frames,
-                          min_pixels=min_pixels, max_pixels=max_pixels, **part_of(record))
+                          min_pixels=min_pixels, max_pixels=max_pixels, factor=factor,
+                          **part_of(record))
     except MEDIA_FAULTS as error:
         reason = str(error).strip().splitlines()
         raise MediaError(f"{path}: {reason[0] if reason else type(error).__name__}") from error
@@ -351,6 +357,8 @@ def decode_records(pipe):
     torch.set_num_threads(1)  # the parent's threads did not come along
     signal.signal(signal.SIGTERM, signal.SIG_IGN)  # the parent decides when to stop
     signal.signal(signal.SIGINT, signal.SIG_IGN)
+    # it warns of every clip that has fewer frames a second than are asked for
+    logging.getLogger("qwen_vl_utils.vision_process").setLevel(logging.ERROR)
     mapped = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
     resource.setrlimit(resource.RLIMIT_AS, (mapped + DECODE_MEMORY, resource.RLIM_INFINITY))
     while True:
@@ -370,67 +378,225 @@ def decode_records(pipe):
         pipe.send(answer)
 
 
-def read_image(path, min_pixels, max_pixels) -> Image.Image:
+def read_image(path, min_pixels, max_pixels, factor) -> Image.Image:
     """The image as qwen-vl-utils resizes it, RGB."""
-    from qwen_vl_utils import vision_process
     with Image.open(path) as image:
-        if image.mode.startswith("I"):  # 16 bits, of which the conversion would keep the low 8
-            image = Image.fromarray((np.asarray(image) // 257).clip(0, 255).astype(np.uint8))
-        elif image.mode == "F":
-            raise ValueError("pixels are floating-point numbers: save it with 8 bits a channel")
-        return vision_process.fetch_image(
-            {"image": image, "min_pixels": min_pixels, "max_pixels": max_pixels})
+        image = to_rgb(image)
+    height, width = resized(image.height, image.width, min_pixels, max_pixels, factor)
+    return image.resize((width, height))
 
 
-def read_video(path, **sampling) -> Vision:
-    """The frames as qwen-vl-utils samples and resizes them; decord decodes what is a video file."""
-    os.environ.setdefault("FORCE_QWENVL_VIDEO_READER", "decord")
-    from decord import DECORDError
+def to_rgb(image) -> Image.Image:
+    """An image as viewers show it: upright by its EXIF orientation, transparency on white."""
     from qwen_vl_utils import vision_process
-
-    def reraise(element):
-        raise  # qwen-vl-utils calls its fallback inside the `except` of the real reader's error
-    vision_process.VIDEO_READER_BACKENDS["torchvision"] = reraise
-    vision_process.VIDEO_READER_BACKENDS["decord"] = (
-        read_pictures if os.path.isdir(path) or path.lower().endswith(".gif") else
-        vision_process._read_video_decord)
-    vision_process.logger.setLevel(logging.ERROR)  # its warnings announce that same fallback
-    try:
-        frames, metadata = vision_process.fetch_video(
-            {"video": path, **sampling}, return_video_metadata=True)  # (T, C, H, W) float, 0-255
-    except DECORDError as error:
-        raise ValueError(f"not a readable video: {error}") from error
-    except ValueError as error:
-        if "nframes should" in str(error):  # qwen-vl-utils' words for a clip of one frame
-            raise ValueError("the clip has fewer than 2 frames") from error
-        raise
-    return Vision(frames.to(torch.uint8), metadata, None)  # lossless: resizing rounded already
+    image = ImageOps.exif_transpose(image)
+    if image.mode.startswith("I"):  # 16 or 32 bits, of which the conversion would keep the low 8
+        values = np.asarray(image).astype(np.uint32)
+        most = 2**16 - 1 if image.mode != "I" else next(
+            most for most in (2**8 - 1, 2**16 - 1, 2**32 - 1) if values.max() <= most)
+        image = Image.fromarray((values // (most // 255)).astype(np.uint8))
+    elif image.mode == "F":
+        raise ValueError("pixels are floating-point numbers: save it with 8 bits a channel")
+    return vision_process.to_rgb(image.convert("RGBA") if image.has_transparency_data else image)
 
 
-def read_pictures(element):
-    """qwen-vl-utils' reader for a folder of frames, in the order of their names, and for a GIF.
+def resized(height, width, min_pixels, max_pixels, factor) -> tuple[int, int]:
+    """qwen-vl-utils' (height, width) for a picture, multiples of `factor`; but for narrow ones no
+    side of 0, and where rounding up leads beyond max_pixels the longer side gives way.
 
-    In the place of its reader of files, so that both are sampled and resized by the same rules.
-    Returns frames (T, C, H, W), their metadata and the sampled rate.
+    >>> resized(40, 60, 784, 784, 28), resized(10, 1000, 784, 4 * 784, 28)
+    ((28, 28), (28, 112))
     """
     from qwen_vl_utils import vision_process
-    path = Path(element["video"])
-    if path.is_dir():
-        files = sorted(file for file in path.iterdir() if file.suffix.lower() in FRAME_SUFFIXES)
-        total, fps = len(files), element.get("video_fps")
-        if not files or not fps:
-            raise ValueError("a folder needs frames (.jpg, .png) and the record's field video_fps")
+    height, width = (max(side, factor) for side in vision_process.smart_resize(
+        height, width, factor, min_pixels, max_pixels))
+    if height * width > max_pixels and height < width:
+        width = max(max_pixels // height // factor, 1) * factor
+    elif height * width > max_pixels:
+        height = max(max_pixels // width // factor, 1) * factor
+    return height, width
+
+
+class Film(NamedTuple):
+    """A video's N frames in the order in which a player shows them, before they are decoded."""
+    seconds: list[float]          # (N,) when each is shown, ascending from 0
+    rate: float                   # frames a second, as the file says
+    pictures: Callable[[list[int]], Iterator[np.ndarray]]  # ascending indices to (H, W, 3) uint8
+
+
+def read_video(path, *, video_fps=None, **sampling) -> Vision:
+    """The frames of a folder, an animation or a video file, as a player shows them."""
+    if os.path.isdir(path):
+        return sample_frames(film_of_folder(path, video_fps), **sampling)
+    if path.lower().endswith(ANIMATION_SUFFIXES):
+        return sample_frames(film_of_animation(path), **sampling)
+    try:
+        return sample_frames(film_by_packets(path), **sampling)
+    except Misled:
+        return sample_frames(film_by_decoding(path), **sampling)
+
+
+def sample_frames(film, *, fps, min_frames, max_frames, min_pixels, max_pixels, factor,
+                  video_start=None, video_end=None) -> Vision:
+    """The frames from video_start to video_end (seconds), sampled and resized by qwen-vl-utils'
+    rules: evenly by number."""
+    from qwen_vl_utils import vision_process
+    from torchvision.transforms import InterpolationMode, functional
+    start = bisect_left(film.seconds, video_start or 0)
+    end = len(film.seconds) if video_end is None else bisect_right(film.seconds, video_end)
+    seconds, rate = film.seconds[start:end], film.rate
+    if len(seconds) < 2:
+        part = "" if video_start is video_end is None else f" from {video_start} to {video_end} s"
+        raise ValueError(f"the clip has fewer than 2 frames{part}")
+    passed = seconds[-1] - seconds[0]
+    if abs(rate * passed - (len(seconds) - 1)) > 0.5:  # frames: more than rounded times explain
+        rate = (len(seconds) - 1) / passed  # it varies
+    count = vision_process.smart_nframes(
+        {"fps": fps, "min_frames": min_frames, "max_frames": max_frames}, len(seconds), rate)
+    indices = torch.linspace(start, start + len(seconds) - 1, count).round().long().tolist()
+    frames, size = [], None
+    for picture in film.pictures(indices):
+        size = size or resized(*picture.shape[:2], min_pixels, max_pixels, factor)
+        frames.append(functional.resize(torch.from_numpy(picture).permute(2, 0, 1), size,
+                                        InterpolationMode.BICUBIC, antialias=True))
+    metadata = {"fps": rate, "frames_indices": indices, "total_num_frames": len(seconds)}
+    return Vision(torch.stack(frames), metadata, None)
+
+
+def film_of_folder(path, rate) -> Film:
+    """A folder of frames, by the numbers in their names: 2.jpg before 10.jpg. A name with a dot
+    in front is not a frame: macOS leaves ._1.jpg beside 1.jpg."""
+    def order(file):
+        parts = re.split(r"(\d+)", file.name)  # text, number, text, ...
+        return [int(part) if i % 2 else part for i, part in enumerate(parts)], file.name
+    files = sorted((file for file in Path(path).iterdir() if not file.name.startswith(".")
+                    and file.suffix.lower() in FRAME_SUFFIXES), key=order)
+    if not files or not rate or rate < 0:
+        raise ValueError("a folder needs frames (.jpg, .png) and the record's field video_fps")
+
+    def pictures(indices):
+        for i in indices:
+            with Image.open(files[i]) as image:
+                yield np.array(to_rgb(image))
+    return Film([i / rate for i in range(len(files))], rate, pictures)
+
+
+def film_of_animation(path) -> Film:
+    """A GIF, WebP or PNG that moves."""
+    def shown(image):  # a PNG may begin with a picture for those who cannot show it moving
+        return range(int(image.info.get("default_image", False)), getattr(image, "n_frames", 1))
+
+    def pictures(indices):
+        with Image.open(path) as image:
+            for i in indices:
+                image.seek(shown(image)[i])
+                yield np.array(to_rgb(image))
+    ends = [0]
+    with Image.open(path) as image:
+        for i in shown(image):
+            image.seek(i)
+            image.load()  # only then a WebP says how long
+            ends.append(ends[-1] + (image.info.get("duration") or 1000 / GIF_FPS) / 1000)
+    return Film(ends[:-1], (len(ends) - 1) / ends[-1], pictures)
+
+
+class Misled(Exception):
+    """The frames that come out of a file's packets are not those that the packets promise."""
+
+
+@contextmanager
+def opened(path):
+    """(container, stream) of a video file: what it holds, and its pictures."""
+    import av
+    try:
+        with av.open(path, metadata_errors="ignore") as container:
+            stream = container.streams.best("video")
+            if stream is None:
+                raise ValueError("it has no pictures")
+            stream.codec_context.thread_type = "AUTO"
+            yield container, stream
+    except av.FFmpegError as error:
+        raise ValueError(f"not a readable video: {error.strerror}") from error
+
+
+def film_by_packets(path) -> Film:
+    """A video file by its packets' times, which are read without decoding: then only what leads
+    from a key frame to a wanted frame needs to be decoded.
+
+    Raises Misled, here or when its pictures are asked for, where these are not the times of the
+    frames: H.264 in AVI, a bare stream, a file that begins between key frames.
+    """
+    times, keys, torn = [], [], False
+    with opened(path) as (container, stream):
+        for position, packet in enumerate(container.demux(stream)):
+            if packet.size and not packet.is_discard:  # an edit list leaves those out
+                times.append(packet.pts)
+                torn = packet.is_corrupt
+                if packet.is_keyframe:
+                    keys.append((packet.pts, position))
+        base, rate = stream.time_base, float(stream.average_rate or 0)
+    if torn:
+        raise ValueError("not a readable video: the file ends within a frame")
+    if None in times or len(set(times)) < len(times):
+        raise Misled
+    times.sort()
+    entries = sorted({(0, 0), *((bisect_left(times, pts), position) for pts, position in keys)})
+    return Film([float((pts - times[0]) * base) for pts in times], rate,
+                partial(decode_frames, path, times, entries))
+
+
+def film_by_decoding(path) -> Film:
+    """A video file by decoding all of it: slow, and right whatever its packets say."""
+    with opened(path) as (container, stream):
+        times = [frame.pts for frame in container.decode(stream)]
+        base, rate = stream.time_base, float(stream.guessed_rate or RAW_FPS)
+    if None in times or times != sorted(set(times)):  # no times, or not those of the frames
+        seconds = [i / rate for i in range(len(times))]
     else:
-        animation = ImageSequence.Iterator(Image.open(path))
-        shown = [frame.info.get("duration", 0) for frame in animation]  # milliseconds
-        total, fps = len(shown), 1000 * len(shown) / sum(shown) if sum(shown) else GIF_FPS
-    start, end, count = vision_process.calculate_video_frame_range(element, total, fps)
-    drawn = vision_process.smart_nframes(element, total_frames=count, video_fps=fps)
-    indices = torch.linspace(start, end, drawn).round().long().tolist()  # T of them
-    frames = (Image.open(files[i]) if path.is_dir() else animation[i] for i in indices)
-    pixels = np.stack([frame.convert("RGB") for frame in frames])  # (T, H, W, C)
-    metadata = {"fps": fps, "frames_indices": indices, "total_num_frames": count}
-    return torch.from_numpy(pixels).permute(0, 3, 1, 2), metadata, drawn / count * fps
+        seconds = [float((pts - times[0]) * base) for pts in times]
+    return Film(seconds, rate, partial(decode_frames, path, times, [(0, 0)]))
+
+
+def decode_frames(path, times, entries, indices):
+    """Yields the frames `indices` of a video file, (H, W, 3) uint8.
+
+    times: every frame's, in the order in which they are shown. entries: (frame, packet), in
+    order, where decoding may begin: at the last one before each wanted frame. Packets in between
+    are passed by. Raises Misled where other frames come out than `times` says.
+    """
+    wanted = list(indices)
+    with opened(path) as (container, stream):
+        for position, packet in enumerate(container.demux(stream)):
+            first, start = entries[bisect_right(entries, (wanted[0], math.inf)) - 1]
+            if position < start:
+                continue
+            if position == start:
+                stream.codec_context.flush_buffers()
+                number = first  # of the frame that comes next
+            for frame in packet.decode():
+                if times[number:number + 1] != [frame.pts]:
+                    if number == first > 0:  # frames before a key frame may follow it in the file
+                        continue
+                    raise Misled
+                if number == wanted[0]:
+                    yield upright(frame)
+                    wanted.pop(0)
+                    if not wanted:
+                        return
+                number += 1
+    raise Misled
+
+
+def upright(frame) -> np.ndarray:
+    """A decoded frame's (H, W, 3) pixels, turned and mirrored as the file tells a player to."""
+    pixels = frame.to_ndarray(format="rgb24", threads=1)  # more would take longer to start
+    matrix = frame.side_data.get("DISPLAYMATRIX")
+    if matrix is not None:
+        a, b, _, c, d = np.frombuffer(matrix, np.int32)[:5]  # x' = a x + c y, y' = b x + d y
+        if abs(b) > abs(a):  # a quarter turn
+            pixels, a, d = pixels.transpose(1, 0, 2), c, b
+        pixels = pixels[::-1 if d < 0 else 1, ::-1 if a < 0 else 1]
+    return np.ascontiguousarray(pixels)
 
 
 def shuffle_frames(frames, generator):
@@ -619,10 +785,11 @@ def add_media_flags(add, max_frames=16, max_pixels=128 * 28 * 28):
         help="frames a second of video, within those bounds")
     add("--min_pixels", type=above(0, int), default=4 * 28 * 28,
         help="fewest pixels of a video frame")
-    add("--max_pixels", type=above(0, int), default=max_pixels, help="most pixels of a video frame")
+    add("--max_pixels", type=at_least(PATCH**2, int), default=max_pixels,
+        help="most pixels of a video frame")
     add("--image_min_pixels", type=above(0, int), default=4 * 28 * 28,
         help="fewest pixels of an image")
-    add("--image_max_pixels", type=above(0, int), default=512 * 28 * 28,
+    add("--image_max_pixels", type=at_least(PATCH**2, int), default=512 * 28 * 28,
         help="most pixels of an image")
     add("--media_root", help="folder that the records' paths are relative to; default: the data's")
     add("--num_workers", type=at_least(0, int), default=2,
@@ -759,7 +926,7 @@ def run_script(main, parse_args):
 
 def provenance() -> dict:
     """What a result owes to its software: package versions and this repository's commit."""
-    packages = ("torch", "transformers", "deepspeed", "qwen-vl-utils", "decord")
+    packages = ("torch", "transformers", "deepspeed", "qwen-vl-utils", "av")
     try:
         commit = subprocess.run(["git", "rev-parse", "HEAD"], cwd=Path(__file__).parent,
                                 capture_output=True, text=True).stdout.strip()

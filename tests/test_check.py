@@ -118,7 +118,7 @@ def test_a_folder_that_cannot_be_is_told_before_the_work(data):
 
 
 def test_a_decoder_that_hangs_or_crashes_costs_one_medium(data, monkeypatch):
-    for name in ("decord", "qwen_vl_utils"):  # each new decoder would import them, slowly
+    for name in ("av", "qwen_vl_utils"):  # each new decoder would import them, slowly
         importlib.import_module(name)
     real = build_data.load_vision
 

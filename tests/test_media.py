@@ -10,26 +10,28 @@ import av
 import numpy as np
 import pytest
 import torch
-from PIL import Image
+from PIL import Image, ImageColor
+from qwen_vl_utils import vision_process
 from torch.utils.data import DataLoader
 
 import build_data
-from build_data import MediaError, load_vision, load_vision_isolated
+from build_data import MediaError, load_vision, load_vision_isolated, write_video
 
 LIMITS = {"max_frames": 8, "min_frames": 4, "fps": 2, "min_pixels": 784,
           "max_pixels": 128 * 784}
 
 
 def encode_clip(path, codec="libx264", pixels="yuv420p", side=(56, 56), count=8, milliseconds=None,
-                **container):
-    """A clip whose frame t is a flat grey of 20 t; `milliseconds`: when each frame is shown."""
+                step=20, rate=2, gop=250, options=None, **container):
+    """A clip whose frame t is a flat grey of step * t; `milliseconds`: when each frame is shown."""
     with av.open(str(path), "w", options=container) as output:
-        stream = output.add_stream(codec, rate=2)
+        stream = output.add_stream(codec, rate=rate, options=options or {})
         stream.height, stream.width, stream.pix_fmt = *side, pixels
+        stream.codec_context.gop_size = gop
         if milliseconds:
             stream.codec_context.time_base = Fraction(1, 1000)
         for t in range(count):
-            grey = np.full((*side, 3), 20 * t % 256, np.uint8)
+            grey = np.full((*side, 3), step * t % 256, np.uint8)
             frame = av.VideoFrame.from_ndarray(grey, format="rgb24")
             if milliseconds:
                 frame.pts, frame.time_base = milliseconds[t], Fraction(1, 1000)
@@ -47,7 +49,148 @@ def greys(vision):
     return vision.frames.float().mean((1, 2, 3))
 
 
-# -------------------------------------------------------------------------------- videos
+def shown(path, **limits):
+    """The numbers of the frames that are given of a clip of step 5."""
+    vision = load_vision(record_of(path), **LIMITS | {"fps": 1000} | limits)
+    return [round(grey / 5) for grey in greys(vision).tolist()]
+
+
+def spread(first, last, count=8):
+    return torch.linspace(first, last, count).round().int().tolist()
+
+
+def copy_packets(source, target, skipped=0, start=0.0):
+    """Another file of the same packets but for the first ones; a player shows it from second
+    `start` of the source on, as in a file cut by `ffmpeg -ss start -c copy`."""
+    with av.open(str(source)) as read, av.open(
+            str(target), "w", options={"avoid_negative_ts": "disabled"}) as write:
+        stream = read.streams.video[0]
+        copy = write.add_stream_from_template(stream)
+        shift = round(start / stream.time_base)
+        for packet in list(read.demux(stream))[skipped:-1]:  # the last one only ends the stream
+            packet.pts, packet.dts = packet.pts - shift, packet.dts - shift
+            packet.stream = copy
+            write.mux(packet)
+    return target
+
+
+# ------------------------------------------------------ videos: the frames that a player shows
+
+FINE = {"qmax": "2"}
+B_FRAMES = {"bf": "2"} | FINE
+OPEN = {"x264-params": "open-gop=1:bframes=3:b-adapt=0:keyint=12"}
+HIDDEN = {"auto-alt-ref": "1", "lag-in-frames": "16"}
+
+
+@pytest.mark.parametrize("name, codec, rate, options", [
+    ("a.avi", "libx264", 10, {}), ("open.avi", "libx264", 10, OPEN),
+    ("a.avi", "mpeg4", 10, B_FRAMES), ("a.mp4", "mpeg4", 10, B_FRAMES),
+    ("a.mkv", "mpeg4", 10, B_FRAMES), ("a.mp4", "mpeg2video", 25, B_FRAMES),
+    ("a.ts", "libx264", 10, {}), ("a.ts", "mpeg2video", 25, B_FRAMES),
+    ("a.mpg", "mpeg2video", 25, B_FRAMES), ("a.mpg", "mpeg2video", 25, FINE),
+    ("open.mp4", "libx264", 10, OPEN), ("open.ts", "libx264", 10, OPEN),
+    ("open.mp4", "libx265", 10, {"x265-params": "open-gop=1:keyint=12:log-level=none"}),
+    ("refresh.mkv", "libx264", 10, {"x264-params": "intra-refresh=1:keyint=12"}),
+    ("a.mp4", "libsvtav1", 10, {"preset": "8"}), ("a.webm", "libvpx", 10, HIDDEN),
+    ("a.webm", "libvpx-vp9", 10, HIDDEN), ("raw.h264", "libx264", 10, {})])
+@pytest.mark.parametrize("gop", [10, 250])
+def test_frames_come_as_a_player_shows_them(tmp_path, name, codec, rate, options, gop):
+    clip = encode_clip(tmp_path / name, codec, side=(64, 64), count=40, step=5, rate=rate, gop=gop,
+                       options=options)
+    assert shown(clip) == spread(0, 39)
+    assert shown(clip, max_frames=40) == list(range(40))
+
+
+@pytest.mark.parametrize("codec", ["libvpx", "libvpx-vp9"])
+def test_a_live_recording_without_a_duration_is_read(tmp_path, codec):
+    clip = encode_clip(tmp_path / "a.webm", codec, count=40, step=5, live="1")
+    with av.open(str(clip)) as container:
+        assert container.duration is None
+    assert shown(clip) == spread(0, 39)
+
+
+@pytest.mark.parametrize("gop", [5, 25, 250])
+@pytest.mark.parametrize("name, codec, options", [
+    ("a.mp4", "libx264", {}), ("a.mov", "libx264", {}), ("a.mp4", "libx264", OPEN),
+    ("a.mp4", "mpeg4", B_FRAMES)])
+def test_a_clip_cut_without_encoding_begins_where_a_player_begins(
+        tmp_path, name, codec, options, gop):
+    """It holds the frames since a key frame; an edit list says from where on they are shown."""
+    whole = encode_clip(tmp_path / f"whole{name}", codec, count=40, step=5, rate=10, gop=gop,
+                        options=options)
+    for start in (3, 13, 27):
+        clip = copy_packets(whole, tmp_path / name, start=start / 10)
+        for count in (4, 8, 12):
+            assert shown(clip, max_frames=count) == spread(start, 39, count)
+
+
+@pytest.mark.parametrize("name", ["a.mp4", "a.mkv", "a.ts", "a.avi"])
+def test_a_clip_that_begins_between_key_frames_is_shown_from_the_next_one_on(tmp_path, name):
+    whole = encode_clip(tmp_path / f"whole{name}", count=40, step=5, rate=10, gop=12)
+    clip = copy_packets(whole, tmp_path / name, skipped=5)
+    assert shown(clip) == spread(12, 39)
+
+
+STEADY_THEN_SLOW = [*range(0, 2100, 100), *range(4100, 6000, 100)]  # milliseconds
+
+
+@pytest.mark.parametrize("name, codec", [("a.mkv", "libx264"), ("a.mp4", "libx264"),
+                                         ("a.webm", "libvpx-vp9"), ("a.ts", "libx264")])
+@pytest.mark.parametrize("part, first, last", [
+    ({"video_start": 0.0, "video_end": 2.0}, 0, 20), ({"video_start": 5}, 30, 39),
+    ({"video_start": 4.1, "video_end": 5.9}, 21, 39), ({"video_end": 1}, 0, 10),
+    ({"video_start": 1.5, "video_end": 4.5}, 15, 25),
+    ({"video_start": 3, "video_end": 90}, 21, 39)])
+def test_a_part_of_a_clip_of_variable_rate_is_found_by_its_times(
+        tmp_path, name, codec, part, first, last):
+    clip = encode_clip(tmp_path / name, codec, count=40, step=5, milliseconds=STEADY_THEN_SLOW)
+    vision = load_vision(record_of(clip) | part, **LIMITS | {"fps": 1000})
+    assert [round(grey / 5) for grey in greys(vision).tolist()] == spread(first, last)
+    seconds = (STEADY_THEN_SLOW[last] - STEADY_THEN_SLOW[first]) / 1000
+    assert vision.metadata["fps"] == pytest.approx((last - first) / seconds)
+
+
+def test_a_part_without_frames_is_told(tmp_path):
+    clip = record_of(encode_clip(tmp_path / "a.mp4")) | {"video_start": 8.5, "video_end": 9.0}
+    with pytest.raises(MediaError, match="fewer than 2 frames from 8.5 to 9.0 s"):
+        load_vision(clip, **LIMITS)
+
+
+@pytest.mark.parametrize("count, rate, side, max_pixels", [
+    (8, 2, (56, 56), 784), (75, 25, (90, 160), 128 * 784), (200, 30, (240, 50), 60 * 784),
+    (6, Fraction(30000, 1001), (300, 300), 20 * 784)])
+def test_frames_are_sampled_and_resized_as_by_qwen_vl_utils(
+        tmp_path, monkeypatch, count, rate, side, max_pixels):
+    """fetch_video with a reader that decodes everything and takes what its rules say."""
+    clip = encode_clip(tmp_path / "a.mp4", side=side, count=count, rate=rate, step=3)
+
+    def read(element):
+        with av.open(element["video"]) as container:
+            fps = float(container.streams.video[0].average_rate)
+            pixels = np.stack([f.to_ndarray(format="rgb24") for f in container.decode(video=0)])
+        drawn = vision_process.smart_nframes(element, len(pixels), fps)
+        indices = torch.linspace(0, len(pixels) - 1, drawn).round().long()
+        return torch.from_numpy(pixels).permute(0, 3, 1, 2)[indices], {"fps": fps}, None
+    monkeypatch.setattr(vision_process, "get_video_reader_backend", lambda: "this")
+    monkeypatch.setitem(vision_process.VIDEO_READER_BACKENDS, "this", read)
+    limits = LIMITS | {"max_pixels": max_pixels}
+    frames, metadata = vision_process.fetch_video(
+        {"video": str(clip), **limits}, return_video_metadata=True)
+    vision = load_vision(record_of(clip), **limits)
+    assert torch.equal(vision.frames.float(), frames)
+    assert vision.metadata["fps"] == metadata["fps"] == pytest.approx(float(rate))
+
+
+def test_the_environment_changes_nothing_and_large_frames_stay_large(tmp_path, monkeypatch):
+    """qwen-vl-utils caps a frame at 768 tokens, or by these two names, without a word."""
+    clip = encode_clip(tmp_path / "a.mp4", side=(1400, 1400), count=4)
+    monkeypatch.setattr(vision_process, "MODEL_SEQ_LEN", 100)
+    monkeypatch.setattr(vision_process, "FORCE_QWENVL_VIDEO_READER", "torchcodec")
+    vision = load_vision(record_of(clip), **LIMITS | {"max_pixels": 2000 * 784})
+    assert vision.frames.shape == (4, 3, 1232, 1232)
+
+
+# -------------------------------------------------------------------- videos of other kinds
 
 @pytest.mark.parametrize("name, codec, pixels, side", [
     ("a.webm", "libvpx-vp9", "yuv420p", (56, 56)), ("a.avi", "mpeg4", "yuv420p", (56, 56)),
@@ -80,15 +223,46 @@ def test_a_clip_that_claims_ten_hours_still_gives_its_frames(tmp_path):
     assert torch.allclose(greys(vision), 20.0 * torch.arange(8), atol=4)
 
 
-def test_a_rotated_clip_stands_upright(tmp_path):
-    """The rotation of a phone's clip is a matrix in the header, here a quarter turn."""
-    clip = encode_clip(tmp_path / "a.mp4", side=(56, 112))
+CORNERS = ("red", "lime", "blue", "white")  # top left, top right, bottom left, bottom right
+
+
+def cornered(width, height):
+    """A picture of four colours."""
+    image = Image.new("RGB", (width, height))
+    for i, colour in enumerate(CORNERS):
+        image.paste(colour, (i % 2 * width // 2, i // 2 * height // 2,
+                             (i % 2 + 1) * width // 2, (i // 2 + 1) * height // 2))
+    return image
+
+
+def corners(image):
+    """The names of an image's colours in its corners, as in CORNERS."""
+    pixels = [image.getpixel((int(x * image.width), int(y * image.height)))
+              for y in (0.25, 0.75) for x in (0.25, 0.75)]
+    return tuple(min(CORNERS, key=lambda name: np.abs(np.subtract(
+        ImageColor.getrgb(name), pixel)).sum()) for pixel in pixels)
+
+
+@pytest.mark.parametrize("matrix, transposition", [
+    ((1, 0, 0, 1), None), ((-1, 0, 0, -1), "ROTATE_180"), ((0, 1, -1, 0), "ROTATE_270"),
+    ((0, -1, 1, 0), "ROTATE_90"), ((-1, 0, 0, 1), "FLIP_LEFT_RIGHT"),
+    ((1, 0, 0, -1), "FLIP_TOP_BOTTOM"), ((0, 1, 1, 0), "TRANSPOSE"),
+    ((0, -1, -1, 0), "TRANSVERSE")])
+def test_a_turned_or_mirrored_clip_stands_upright(tmp_path, matrix, transposition):
+    """The position of a phone is a matrix in its clip's header: x' = a x + c y, y' = b x + d y.
+    Pillow names the eight; its turns are counter-clockwise."""
+    picture, clip = cornered(112, 56), tmp_path / "a.mp4"
+    write_video(clip, np.stack([picture] * 8), fps=2)
     data = bytearray(clip.read_bytes())
-    matrix = data.find(b"tkhd") + 44  # after version, times, track id, duration, layer, volume
-    one = 1 << 16
-    data[matrix:matrix + 36] = struct.pack(">9i", 0, one, 0, -one, 0, 0, 56 * one, 0, 1 << 30)
+    at = data.find(b"tkhd") + 44  # after version, times, track id, duration, layer, volume
+    a, b, c, d = (entry << 16 for entry in matrix)
+    data[at:at + 36] = struct.pack(">9i", a, b, 0, c, d, 0, 0, 0, 1 << 30)
     clip.write_bytes(data)
-    assert load_vision(record_of(clip), **LIMITS).frames.shape == (8, 3, 112, 56)
+    if transposition:
+        picture = picture.transpose(Image.Transpose[transposition])
+    frames = load_vision(record_of(clip), **LIMITS).frames  # (T, C, H, W)
+    assert frames.shape[2:] == (picture.height, picture.width)
+    assert corners(Image.fromarray(frames[3].permute(1, 2, 0).numpy())) == corners(picture)
 
 
 @pytest.mark.parametrize("milliseconds, fps", [(500, 2.0), (None, 10.0)])
@@ -104,6 +278,58 @@ def test_a_gif_gives_its_frames_and_its_rate(tmp_path, milliseconds, fps):
     assert abs(greys(load_vision(part, **LIMITS | {"fps": fps}))[0] - 40) < 4
 
 
+@pytest.mark.parametrize("name, options", [
+    ("a.webp", {"lossless": True}), ("a.png", {}), ("a.apng", {"format": "PNG"}),
+    ("poster.png", {"default_image": True})])
+def test_a_moving_webp_or_png_is_a_video(tmp_path, name, options):
+    """A PNG may begin with a picture for viewers that cannot show it moving."""
+    frames = [Image.new("RGB", (56, 56), (20 * t,) * 3) for t in range(8)]
+    if "default_image" in options:
+        frames.insert(0, Image.new("RGB", (56, 56), "red"))
+    frames[0].save(tmp_path / name, save_all=True, append_images=frames[1:], duration=250,
+                   **options)
+    vision = load_vision(record_of(tmp_path / name), **LIMITS | {"fps": 4})
+    assert torch.allclose(greys(vision), 20.0 * torch.arange(8), atol=4)
+    assert vision.metadata == {"fps": 4, "frames_indices": list(range(8)), "total_num_frames": 8}
+
+
+def test_a_moving_picture_s_transparent_ground_is_white(tmp_path):
+    frames = [Image.new("RGBA", (56, 56), (0, 0, 0, 0)) for _ in range(4)]
+    for t, frame in enumerate(frames):
+        frame.paste("black", (0, 14 * t, 56, 14 * t + 14))
+    for name in ("a.gif", "a.png"):
+        frames[0].save(tmp_path / name, save_all=True, append_images=frames[1:], disposal=2)
+        pixels = load_vision(record_of(tmp_path / name), **LIMITS).frames  # (T, C, H, W)
+        for t in range(4):
+            rows = pixels[t, :, 7::14].float().mean((0, 2))
+            assert rows.tolist() == [0 if row == t else 255 for row in range(4)], name
+
+
+@pytest.mark.parametrize("names", [
+    [f"{t + 1}.jpg" for t in range(12)], [f"frame_{t + 9995}.png" for t in range(12)],
+    [f"clip-{t + 1}-of-12.jpg" for t in range(12)], [f"img ({t}).PNG" for t in range(12)],
+    [f"v2_scene{t // 4 + 9}_{t % 4 + 8}.jpeg" for t in range(12)],
+    [f"{t / 2:.2f}.png" for t in range(12)], [f"{t:05d}.jpg" for t in range(12)]])
+def test_a_folder_s_frames_come_in_the_order_of_their_numbers(tmp_path, names):
+    for t, name in enumerate(names):
+        Image.new("RGB", (56, 56), (5 * t,) * 3).save(tmp_path / name)
+    assert shown_of_folder(tmp_path) == list(range(12))
+
+
+def shown_of_folder(folder):
+    record = record_of(folder) | {"video_fps": 2, "media_root": str(folder.parent)}
+    vision = load_vision(record, **LIMITS | {"max_frames": 12})
+    return [round(grey / 5) for grey in greys(vision).tolist()]
+
+
+def test_a_folder_may_hold_a_mac_s_files_and_frames_of_other_sizes(tmp_path):
+    for t in range(8):
+        Image.new("RGB", (56, 56) if t % 3 else (80, 40), (5 * t,) * 3).save(
+            tmp_path / f"{t}.png")
+        (tmp_path / f"._{t}.png").write_bytes(b"resource fork")
+    assert shown_of_folder(tmp_path) == list(range(8))
+
+
 def broken_videos(folder):
     """Makes clips that cannot be decoded; yields their paths."""
     data = encode_clip(folder / "whole.mp4", side=(112, 112), count=80,
@@ -112,8 +338,12 @@ def broken_videos(folder):
     for name, kept in (("header.mp4", start), ("half.mp4", (start + len(data)) // 2)):
         (folder / name).write_bytes(data[:kept])
         yield folder / name
-    Image.new("RGB", (56, 56)).save(folder / "still.gif")
-    yield folder / "still.gif"
+    data = encode_clip(folder / "whole.avi", "mpeg4", count=80).read_bytes()
+    (folder / "half.avi").write_bytes(data[:len(data) // 2])
+    yield folder / "half.avi"
+    for name in ("still.gif", "still.webp", "still.jpg"):
+        Image.new("RGB", (56, 56)).save(folder / name)
+        yield folder / name
     yield encode_clip(folder / "thin.mp4", side=(4, 2000))
     with av.open(str(folder / "sound.mp4"), "w") as output:
         stream = output.add_stream("aac", rate=16000)
@@ -133,11 +363,93 @@ def test_a_clip_that_cannot_be_decoded_is_a_media_error(tmp_path):
 
 # -------------------------------------------------------------------------------- images
 
+INK = Image.new("L", (60, 60))
+INK.paste(255, (20, 20, 40, 40))  # what is not transparent: a square in the middle
+
+
+def transparent(mode):
+    """A black square on a transparent ground whose hidden colour is not white; and how to save
+    its transparency."""
+    if mode.endswith("A"):
+        image = Image.new(mode[:-1], (60, 60))
+        image.putalpha(INK)
+        return image, {}
+    hidden, palette = {"P": (1, [0, 0, 0, 9, 9, 9]), "RGB": ((9, 8, 7), None)}.get(mode, (9, None))
+    image = Image.new(mode, (60, 60), hidden)
+    image.paste(0, (20, 20, 40, 40))
+    if palette:
+        image.putpalette(palette)
+    return image, {"transparency": hidden}
+
+
+@pytest.mark.parametrize("name, mode", [
+    ("a.png", "RGBA"), ("a.png", "LA"), ("a.tiff", "LA"), ("a.png", "L"), ("a.png", "RGB"),
+    ("a.png", "P"), ("a.gif", "P"), ("a.webp", "RGBA"), ("bytes.png", "P")])
+def test_transparency_of_every_mode_is_white(tmp_path, name, mode):
+    image, options = transparent(mode)
+    if name == "bytes.png":  # an opacity for each colour of the palette
+        options = {"transparency": bytes([255, 0])}
+    image.save(tmp_path / name, **options)
+    read = load_vision(record_of(tmp_path / name, "image"), **LIMITS).image
+    assert read.getpixel((3, 3)) == (255, 255, 255)
+    assert read.getpixel((read.width // 2, read.height // 2)) == (0, 0, 0)
+
+
+@pytest.mark.parametrize("orientation, stored", [
+    (1, None), (2, "FLIP_LEFT_RIGHT"), (3, "ROTATE_180"), (4, "FLIP_TOP_BOTTOM"),
+    (5, "TRANSPOSE"), (6, "ROTATE_90"), (7, "TRANSVERSE"), (8, "ROTATE_270")])
+@pytest.mark.parametrize("name", ["a.jpg", "a.png", "a.webp"])
+def test_an_image_stands_upright_by_its_exif_orientation(tmp_path, name, orientation, stored):
+    image, exif = cornered(112, 56), Image.Exif()
+    exif[0x0112] = orientation
+    (image.transpose(Image.Transpose[stored]) if stored else image).save(
+        tmp_path / name, exif=exif)
+    read = load_vision(record_of(tmp_path / name, "image"), **LIMITS).image
+    assert read.size == (112, 56) and corners(read) == CORNERS
+
+
+@pytest.mark.filterwarnings("ignore:Corrupt EXIF")
+def test_an_image_with_damaged_exif_is_read_as_it_is(tmp_path):
+    for exif in (b"Exif\0\0junk", b"Exif\0\0MM\0*\0\0\0\x08\0\x05\x01\x12", b"Exif\0\0MM\0*\xff"):
+        cornered(112, 56).save(tmp_path / "a.jpg", exif=exif)
+        assert corners(load_vision(record_of(tmp_path / "a.jpg", "image"), **LIMITS).image) \
+            == CORNERS
+
+
+@pytest.mark.parametrize("height, width, tokens", [
+    (40, 60, 1), (60, 40, 1), (31, 639, 20), (10, 1000, 4), (1000, 10, 4), (1, 150, 4),
+    (45, 30, 4), (3000, 16, 30)])
+@pytest.mark.parametrize("factor", [28, 32])
+def test_a_narrow_picture_has_no_side_of_zero_and_stays_within_the_limit(
+        tmp_path, height, width, tokens, factor):
+    Image.new("RGB", (width, height), (77, 77, 77)).save(tmp_path / "a.png")
+    limits = LIMITS | {"min_pixels": min(tokens, 4) * factor**2, "max_pixels": tokens * factor**2}
+    read = load_vision(record_of(tmp_path / "a.png", "image"), **limits, factor=factor).image
+    assert read.width % factor == 0 == read.height % factor
+    assert 0 < read.width * read.height <= tokens * factor**2
+    assert (read.width >= read.height) == (width > height) or read.width == read.height
+
+
+def test_sides_are_multiples_of_the_factor_that_is_given(tmp_path):
+    clip = encode_clip(tmp_path / "a.mp4", side=(90, 160))
+    for factor in (28, 32):
+        assert load_vision(record_of(clip), **LIMITS, factor=factor).frames.shape[2:] == (
+            round(90 / factor) * factor, round(160 / factor) * factor)
+
+
+@pytest.mark.parametrize("flag", ["max_pixels", "image_max_pixels"])
+def test_a_limit_below_one_token_is_refused(flag, capsys):
+    with pytest.raises(SystemExit):
+        build_data.parse_args(["check", "--data", "a.json", f"--{flag}", "128"])
+    assert f"--{flag}: 128 must be at least 784" in capsys.readouterr().err
+
+
 @pytest.mark.parametrize("name, image, colour", [
-    ("alpha.png", Image.new("RGBA", (60, 60), (255, 0, 0, 0)), (255, 255, 255)),
     ("cmyk.jpg", Image.new("CMYK", (60, 60), (0, 255, 255, 0)), (255, 0, 0)),
     ("grey.png", Image.new("L", (60, 60), 77), (77, 77, 77)),
     ("16bit.png", Image.fromarray(np.full((60, 60), 77 * 257, np.uint16)), (77, 77, 77)),
+    ("8of32.tiff", Image.fromarray(np.full((60, 60), 200, np.int32)), (200, 200, 200)),
+    ("16of32.tiff", Image.fromarray(np.full((60, 60), 200 * 257, np.int32)), (200, 200, 200)),
     ("pixel.png", Image.new("RGB", (1, 1), (9, 8, 7)), (9, 8, 7))])
 def test_images_of_every_mode_are_read_as_they_look(tmp_path, name, image, colour):
     image.save(tmp_path / name)
@@ -159,7 +471,7 @@ def test_images_that_cannot_be_shown_are_media_errors(tmp_path):
 @pytest.fixture
 def decoder(tmp_path, monkeypatch):
     """Clips whose names say what their decoder does; a fresh decoding process around the test."""
-    for name in ("decord", "qwen_vl_utils"):  # each new decoder would import them, slowly
+    for name in ("av", "qwen_vl_utils"):  # each new decoder would import them, slowly
         importlib.import_module(name)
     def misbehave(record, **limits):
         if "crash" in record["problem_id"]:
