@@ -806,8 +806,8 @@ TOY_PLAIN = {"white": (240, 240, 240), "purple": (170, 60, 200)}  # name no dire
 TOY_MIX = {
     "cot": {"direction_agree": 30, "direction_plain": 10, "describe": 26, "first": 8, "end": 9,
             "count": 5, "word": 7, "colour": 5},
-    "train": {"direction_agree": 32, "direction_conflict": 32, "describe": 9, "first": 10, "end": 8,
-              "count": 3, "word": 2, "colour": 3},
+    "train": {"direction_agree": 26, "direction_conflict": 26, "describe": 10, "first": 18,
+              "end": 12, "count": 3, "word": 2, "colour": 3},
     "test": {"direction_agree": 26, "direction_conflict": 26, "describe": 12, "first": 12,
              "end": 8, "count": 6, "word": 4, "colour": 6},
 }
@@ -1011,7 +1011,7 @@ sft.args
 # the cold start: python sft.py @{out}/sft.args
 --model={out}/model --data={out}/cot.json --output={out}/sft {common}
 # one process has nothing to shard; on two, add --deepspeed_config ds_zero3.json
---deepspeed_config={out}/ds_zero0.json --num_train_epochs=3 --max_frames={frames}
+--deepspeed_config={out}/ds_zero0.json --num_train_epochs=3.5 --max_frames={frames}
 --per_rank_batch_size=16 --gradient_accumulation_steps=1 --learning_rate=1e-3
 --lr_schedule=linear --warmup_steps=100 --adam_beta2=0.98 --max_grad_norm=1
 
@@ -1019,8 +1019,8 @@ tgrpo.args
 # T-GRPO: python tgrpo.py @{out}/tgrpo.args
 --model={out}/sft --data={out}/train.json --output={out}/tgrpo {common} --max_frames={frames}
 # one process has nothing to shard; on two, add --deepspeed_config ds_zero3.json
---deepspeed_config={out}/ds_zero0.json --prompts_per_rank=12 --max_steps=100
---learning_rate=4e-4 --lr_schedule=linear --warmup_steps=10 --adam_beta2=0.99 --max_grad_norm=1
+--deepspeed_config={out}/ds_zero0.json --prompts_per_rank=12 --max_steps=120
+--learning_rate=2e-4 --lr_schedule=linear --warmup_steps=20 --adam_beta2=0.99 --max_grad_norm=1
 --max_new_tokens=40 --chunk_size=8
 # responses are about 20 tokens long, so the window of the length reward is too
 --l_min=16 --l_max=24 --save_steps=50
