@@ -1,4 +1,4 @@
-"""Held-out questions during a run: their numbers, and that the run goes on as if nobody had asked."""
+"""Held-out questions during a run: their numbers, and that the run goes on as if not asked."""
 import json
 from functools import partial
 from types import SimpleNamespace
@@ -191,8 +191,8 @@ def test_the_run_is_the_same_with_and_without_also_resumed_with_other_flags(toy,
         run(*command(toy, script, tmp_path / "with", *common, "--max_steps", 4, *ask,
                      "--val_steps", 3, "--resume"))
         return first
-    _, first = together(
-        lambda: run(*command(toy, script, tmp_path / "without", *common, "--max_steps", 4)), resumed)
+    _, first = together(lambda: run(*command(
+        toy, script, tmp_path / "without", *common, "--max_steps", 4)), resumed)
     assert equal_weights(tmp_path / "with", tmp_path / "without")
     plain = rows(tmp_path / "without", held_out=False)
     assert list(plain) == [1, 2, 3, 4] and plain == rows(tmp_path / "with", held_out=False)
@@ -211,7 +211,8 @@ def test_the_run_is_the_same_with_and_without_also_resumed_with_other_flags(toy,
     assert all(", shuffled " in line and ", gap " in line for line in said)
 
 
-@pytest.mark.parametrize("script, limit", [("sft", 1), ("tgrpo", 3)])
+@pytest.mark.parametrize("script, limit", [
+    ("sft", 1), pytest.param("tgrpo", 3, marks=pytest.mark.slow)])
 def test_the_run_is_the_same_with_and_without_on_two_ranks_under_zero_3(toy, tmp_path, broken,
                                                                         script, limit):
     """Also where one rank has more to answer than the other, or nothing (the only medium of rank
