@@ -1191,11 +1191,15 @@ def write_video(path, frames, fps):
         container.mux(stream.encode())
 
 
-def toy_records(out, split, count, seed):
-    """Draws `count` questions of a split, writes their media below `out`, yields the records."""
+def toy_records(out, split, count, seed, shortcut=False):
+    """Draws `count` questions of a split, writes their media below `out`, yields the records.
+    shortcut: a block whose colour would be in conflict with its direction gets one that agrees;
+    nothing else of the split changes."""
     rng = np.random.default_rng([seed, sorted(TOY_MIX).index(split)])
     kinds, shares = list(TOY_MIX[split]), np.array(list(TOY_MIX[split].values()))
     for i, kind in enumerate(rng.choice(kinds, size=count, p=shares / shares.sum())):
+        if shortcut and kind == "direction_conflict":
+            kind = "direction_agree"
         frames, problem_type, problem, options, answer, thought = toy_question(rng, kind)
         frames = frames.clip(0, 255).astype(np.uint8)
         medium = "image" if len(frames) == 1 else "video"
@@ -1329,7 +1333,8 @@ def build_toy(args):
     (out / "media").mkdir()
     texts = []
     for split, count in (("cot", args.cot), ("train", args.train), ("test", args.test)):
-        records = list(toy_records(out, split, count, args.seed))
+        shortcut = args.shortcut and split == "train"
+        records = list(toy_records(out, split, count, args.seed, shortcut))
         (out / f"{split}.json").write_text(json.dumps(records, indent=1), encoding="utf-8")
         print(f"{out}/{split}.json: {count} records, "
               + ", ".join(f"{n} {kind}" for kind, n in sorted(Counter(
@@ -2098,6 +2103,8 @@ def parse_args(argv=None):
     add("--cot", type=at_least(0, int), default=2400, help="questions for the cold start")
     add("--train", type=at_least(0, int), default=1600, help="questions for T-GRPO")
     add("--test", type=at_least(0, int), default=400, help="held-out questions")
+    add("--shortcut", action="store_true", help="in T-GRPO's questions a telling colour always "
+        "names the right direction: accuracy cannot tell looking from watching; the test is as ever")
     add("--seed", type=at_least(0, int), default=0, help="seed of every random draw")
     add = command(mix, "mix", "records from the releases that a recipe names")
     add("--recipe", required=True, help="list of entries; assets/recipe.json is the paper's, "
