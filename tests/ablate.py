@@ -112,7 +112,7 @@ def parse_args(argv=None):
     parser = FlagParser(description=__doc__.split("\n")[0])
     commands = parser.add_subparsers(dest="command", required=True)
     run = commands.add_parser("run", help="cold starts, runs, evaluations; resumes")
-    run.add_argument("--toy", default="toy", 
+    run.add_argument("--toy", default="toy",
                      help="folder of the toy; TOY_shortcut: of the one made with --shortcut")
     run.add_argument("--out", help="folder of the runs; default: TOY/ablations")
     run.add_argument("--seeds", type=above(0, int), default=8, help="how many seeds")
@@ -141,6 +141,7 @@ def parse_args(argv=None):
                              help="the results' file; its table goes beside it")
     args = parser.parse_args(argv)
     if args.command == "run":
+        args.toy = str(Path(args.toy))  # without a slash at its end
         args.out = args.out or f"{args.toy}/ablations"
     return args
 
