@@ -505,9 +505,9 @@ def tables_of(results) -> str:
 
 def notes_of(results, compared) -> list[str]:
     """How many comparisons there are, which intervals exclude zero, and what the runs were."""
-    apart = [f"{setting}, `{name}`, {measure} {bounds_cell(compared[setting, name, measure])}"
-             for setting, name, measure in compared
-             if compared[setting, name, measure][1] > 0 or compared[setting, name, measure][2] < 0]
+    apart = [f"{setting}, `{name}`, {measure} {bounds_cell(bounds)}"
+             for (setting, name, measure), bounds in compared.items()
+             if bounds[1] > 0 or bounds[2] < 0]
     notes = [f"{len(compared)} comparisons, all of them shown. If nothing differed, "
              f"{len(compared) / 20:.1f} of their 95 % intervals would be expected to exclude zero. "
              f"Those that do: {'; '.join(apart) or 'none'}."]
