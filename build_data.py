@@ -2104,7 +2104,7 @@ def parse_args(argv=None):
     add("--train", type=at_least(0, int), default=1600, help="questions for T-GRPO")
     add("--test", type=at_least(0, int), default=400, help="held-out questions")
     add("--shortcut", action="store_true", help="in T-GRPO's questions a telling colour always "
-        "names the right direction, so that accuracy cannot tell it from the motion; not in the test")
+        "names the right direction, so accuracy cannot tell it from the motion; not in the test")
     add("--seed", type=at_least(0, int), default=0, help="seed of every random draw")
     add = command(mix, "mix", "records from the releases that a recipe names")
     add("--recipe", required=True, help="list of entries; assets/recipe.json is the paper's, "
