@@ -31,8 +31,8 @@ from transformers.cache_utils import Cache, DynamicLayer, StaticCache
 
 from build_data import (FlagParser, above, at_least, encode, encode_blank, forbidden_tokens,
                         load_model, load_processor, load_records, pad_batch,
-                        refuse_absent_media, run_script, seeded_generator, shuffle_frames,
-                        stop_tokens, to_device)
+                        refuse_absent_media, rope_positions, run_script, seeded_generator,
+                        shuffle_frames, stop_tokens, to_device)
 from rewards import accuracy_reward, format_reward, length_reward
 from sft import (add_run_flags, close_step, gather_objects, lap, note, open_run, optimizer_step,
                  save_model, say_end, start_engine, steps)
@@ -189,16 +189,6 @@ def group_rewards(texts, texts_shuffled, lengths, record, args):
 
 
 # ------------------------------------------------------------ rollout: prefill and decode
-
-def rope_positions(model, inputs):
-    """Multimodal rotary positions of a prompt (3, B, P) and of its first response token (B, 1)."""
-    model = getattr(model, "module", model)  # inside DeepSpeed's engine
-    keys = ("image_grid_thw", "video_grid_thw", "second_per_grid_ts", "attention_mask")
-    positions, delta = model.model.get_rope_index(
-        inputs["input_ids"], inputs["mm_token_type_ids"],
-        **{key: inputs[key] for key in keys if key in inputs})
-    return positions, inputs["input_ids"].shape[1] + delta
-
 
 def run_prompt(model, inputs):
     """One forward over a prompt (B, P). Returns the model's output with its cache of keys and
@@ -442,7 +432,7 @@ def start_reference(run):
 #   old, ref (None at --beta 0)             log-probabilities (G, L)                          update
 
 
-def example(processor, args, record, vision, position):
+def example(args, processor, record, vision, position):
     """What a worker makes of a record at a position of the data order: the group's first keys."""
     group = {"record": record, "ordered": encode(processor, record, vision)}
     if record["data_type"] == "video" and args.alpha:
@@ -642,7 +632,7 @@ def main(args):
     # ------------------------------------------------------------------------------- loop
     work = (f"{args.prompts_per_rank} questions x ({args.G} + {args.G_tilde if args.alpha else 0}) "
             f"responses, {min(args.chunk_size, args.G)} of them in a chunk of the update")
-    for step, drawn, metrics in steps(run, records, partial(example, processor, args), work):
+    for step, drawn, metrics in steps(run, processor, records, partial(example, args), work):
         # 1. questions, decoded and encoded ahead of need by the workers
         groups = [group for group in drawn if "record" in group]
         # 2. responses to ordered and shuffled frames
