@@ -26,11 +26,12 @@ import torch
 import torch.nn.functional as F
 from torch.utils.checkpoint import checkpoint
 from tqdm import tqdm
-from transformers import AutoModelForImageTextToText
-from transformers.cache_utils import Cache, DynamicLayer, StaticCache
+from transformers import AutoConfig, AutoModelForImageTextToText
+from transformers.cache_utils import (Cache, DynamicLayer, StaticCache,
+                                      get_layer_types_and_kwargs)
 
-from build_data import (FlagParser, above, at_least, encode, encode_blank, forbidden_tokens,
-                        load_model, load_processor, load_records, pad_batch,
+from build_data import (FlagParser, InputError, above, at_least, encode, encode_blank,
+                        forbidden_tokens, load_model, load_processor, load_records, pad_batch,
                         refuse_absent_media, rope_positions, run_script, seeded_generator,
                         shuffle_frames, stop_tokens, to_device)
 from rewards import accuracy_reward, format_reward, length_reward
@@ -189,6 +190,21 @@ def group_rewards(texts, texts_shuffled, lengths, record, args):
 
 
 # ------------------------------------------------------------ rollout: prefill and decode
+
+def refuse_unshared(args):
+    """InputError, before weights are loaded, for a model with layers that do not keep the keys and
+    values of all tokens: its responses could not share their prompt's."""
+    try:
+        config = AutoConfig.from_pretrained(args.model)
+    except (OSError, ValueError) as error:
+        raise InputError(f"cannot load --model {args.model}: {error}") from None
+    kinds, _ = get_layer_types_and_kwargs(config.get_text_config(decoder=True))  # one a layer
+    others = sorted({*kinds} - {"full_attention"})
+    if others:
+        raise InputError(f"--model {args.model} has layers of {' and '.join(others)}: they do not "
+                         "keep the keys and values of a whole prompt, which T-GRPO's responses "
+                         "share; take a model of full attention, as Qwen2.5-VL or Qwen3-VL")
+
 
 def run_prompt(model, inputs):
     """One forward over a prompt (B, P). Returns the model's output with its cache of keys and
@@ -619,6 +635,7 @@ def main(args):
     records = load_records(args.data, args.media_root)
     refuse_absent_media(args.data, records)
     processor = load_processor(args)
+    refuse_unshared(args)
     run = open_run(args, records, parse_args, args.prompts_per_rank)
     model = load_model(args, run.config)
     model.model.visual.requires_grad_(not args.freeze_vision)
