@@ -4,7 +4,7 @@ The ground floor is imported by every stage: the Video-R1 record, the prompt, th
 inputs; the flags and the start that the stages share; files that outlive a kill. One copy of each,
 because an experiment is spoilt silently when two copies drift. The commands:
 
-    python build_data.py toy --out toy      clips, images, records, a tiny Qwen2.5-VL, args files
+    python build_data.py toy --out toy      clips, images, records, a tiny model, args files
     python build_data.py mix --recipe assets/recipe.json --out data/train.json
                                             records from public releases, here as in Figure 2
     python build_data.py check --data data/train.json       decodes every medium, keeps the usable
