@@ -1095,8 +1095,8 @@ TOY_PLAIN = {"white": (240, 240, 240), "purple": (170, 60, 200)}  # name no dire
 TOY_MIX = {
     "cot": {"direction_agree": 30, "direction_plain": 10, "describe": 26, "first": 8, "end": 9,
             "count": 5, "word": 7, "colour": 5},
-    "train": {"direction_agree": 36, "direction_conflict": 36, "describe": 6, "first": 8, "end": 6,
-              "count": 3, "word": 2, "colour": 3},
+    "train": {"direction_agree": 26, "direction_conflict": 26, "describe": 10, "first": 18,
+              "end": 12, "count": 3, "word": 2, "colour": 3},
     "test": {"direction_agree": 26, "direction_conflict": 26, "describe": 12, "first": 12,
              "end": 8, "count": 6, "word": 4, "colour": 6},
 }
@@ -1289,7 +1289,7 @@ def toy_model(tokenizer, seed, hidden=96, layers=3, heads=4, kv_heads=2, mlp=256
         vision_config={
             "depth": vision_depth, "hidden_size": vision_hidden, "intermediate_size": vision_mlp,
             "num_heads": 4, "out_hidden_size": hidden, "window_size": 112,
-            "fullatt_block_indexes": [vision_depth - 1],
+            "fullatt_block_indexes": [vision_depth - 1], "tokens_per_second": 1,
             # Qwen3-VL's: layers whose features reach the language model's first layers as well
             "deepstack_visual_indexes": [0], "num_position_embeddings": 16, **spread},
         image_token_id=token("<|image_pad|>"), video_token_id=token("<|video_pad|>"),
@@ -1309,16 +1309,16 @@ sft.args
 # the cold start: python sft.py @{out}/sft.args
 --model={out}/model --data={out}/cot.json --output={out}/sft {common}
 # one process has nothing to shard; on two, add --deepspeed_config ds_zero3.json
---deepspeed_config={out}/ds_zero0.json --num_train_epochs=9 --max_frames={frames}
---per_rank_batch_size=32 --gradient_accumulation_steps=1 --learning_rate=1.5e-3
---lr_schedule=linear --warmup_steps=50 --adam_beta2=0.98 --max_grad_norm=1
+--deepspeed_config={out}/ds_zero0.json --num_train_epochs=3.5 --max_frames={frames}
+--per_rank_batch_size=16 --gradient_accumulation_steps=1 --learning_rate=1e-3
+--lr_schedule=linear --warmup_steps=100 --adam_beta2=0.98 --max_grad_norm=1
 
 tgrpo.args
 # T-GRPO: python tgrpo.py @{out}/tgrpo.args
 --model={out}/sft --data={out}/train.json --output={out}/tgrpo {common} --max_frames={frames}
 # one process has nothing to shard; on two, add --deepspeed_config ds_zero3.json
---deepspeed_config={out}/ds_zero0.json --prompts_per_rank=12 --max_steps=150
---learning_rate=4e-4 --lr_schedule=linear --warmup_steps=10 --adam_beta2=0.99 --max_grad_norm=1
+--deepspeed_config={out}/ds_zero0.json --prompts_per_rank=12 --max_steps=120
+--learning_rate=2e-4 --lr_schedule=linear --warmup_steps=20 --adam_beta2=0.99 --max_grad_norm=1
 --max_new_tokens=40 --chunk_size=8
 # responses are about 20 tokens long, so the window of the length reward is too
 --l_min=16 --l_max=24 --save_steps=50
@@ -1370,6 +1370,9 @@ def build_toy(args):
                 prompt = build_messages(record | {"media_path": ""})[0]["content"][1]["text"]
                 texts.append(f"{prompt}\n{record['process']}\n{record['solution']}")
     tokenizer = toy_tokenizer(texts)
+    # what every prompt says is a token each: they are read in a third of the time
+    tokenizer.add_tokens([TEMPLATE.removeprefix("{question}\n"), *ANSWER_SUFFIX.values(),
+                          "You are a helpful assistant."])
     model = toy_model(tokenizer, args.seed, family=args.model)
     model.save_pretrained(out / "model")
     processor = toy_processor(tokenizer, args.model)

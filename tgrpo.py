@@ -82,6 +82,8 @@ def parse_args(argv=None):
     add("--chunk_size", type=above(0, int), default=2,
         help="responses of one forward and backward pass: memory for speed")
     add("--freeze_vision", action="store_true", help="train the language model only")
+    add("--gradient_checkpointing", action="store_true",
+        help="recompute the vision tower's activations in the backward pass to save memory")
     add("--max_steps", type=above(0, int), default=1000, help="steps of the run, a rollout each")
     add("--rollout_steps", type=above(0, int), default=10,
         help="steps between entries of rollouts.jsonl")
@@ -639,6 +641,8 @@ def main(args):
     run = open_run(args, records, parse_args, args.prompts_per_rank)
     model = load_model(args, run.config)
     model.model.visual.requires_grad_(not args.freeze_vision)
+    if args.gradient_checkpointing:  # not in the language model: its keys and values are kept
+        model.model.visual.activation_checkpointing_enable({"use_reentrant": False})
     start_engine(run, model)
     sampler = start_sampler(run)
     reference = start_reference(run) if args.beta else None

@@ -351,6 +351,14 @@ def test_toy_clips_show_what_their_records_say(toy):
     assert checked > 5
 
 
+def test_what_every_prompt_of_the_toy_says_is_read_as_it_stands_in_few_tokens(toy, processor):
+    for record in load_records(toy / "test.json"):
+        text = build_messages(record)[0]["content"][1]["text"]
+        ids = processor.tokenizer(text).input_ids
+        assert processor.tokenizer.decode(ids) == text
+        assert len(ids) <= 32  # as words it is more than 100
+
+
 def test_the_args_files_of_the_toy_are_read_by_their_scripts(toy):
     """One `--flag=value` a line, whatever the comments between them."""
     names = {path.name for path in toy.glob("*.args")}
