@@ -156,7 +156,7 @@ def main(args):
     run = open_run(args, records, parse_args, per_step)
     model = load_model(args, run.config)
     if args.gradient_checkpointing:
-        model.gradient_checkpointing_enable({"use_reentrant": False})
+        model.activation_checkpointing_enable({"use_reentrant": False})
     start_engine(run, model)
     pad_values = {"input_ids": processor.tokenizer.pad_token_id, "attention_mask": 0,
                   "mm_token_type_ids": 0, "labels": IGNORED}
@@ -191,7 +191,8 @@ ORDER_STREAM = 0  # first key of the data order's generators; a stage's own stre
 # What a resumed run may change: it paces the run or says where things are.
 FREE_ARGUMENTS = {"data", "media_root", "output", "deepspeed_config", "num_workers",
                   "decode_timeout", "save_steps", "keep_checkpoints", "max_skipped", "resume",
-                  "timeout_minutes", "local_rank", "rollout_steps", "show_steps", "chunk_size"}
+                  "timeout_minutes", "local_rank", "rollout_steps", "show_steps", "chunk_size",
+                  "gradient_checkpointing"}
 # As well, where the learning rate does not decay towards the end
 LENGTH_ARGUMENTS = {"max_steps", "num_train_epochs"}
 SHOWN = {"reward/total": "reward", "reward/accuracy": "accuracy", "group/p": "p",
