@@ -458,8 +458,9 @@ def record_index(position, count, seed) -> int:
 
 
 class Questions(Dataset):
-    """position -> what the stage's example(processor, record, vision, position) makes of the record
-    there, or the line of skipped.jsonl where its medium cannot be used; runs in worker processes."""
+    """position -> what the stage's example(processor, record, vision, position) makes of the
+    record there, or the line of skipped.jsonl where its medium cannot be used; runs in worker
+    processes."""
 
     def __init__(self, processor, records, example, args):
         self.processor, self.records, self.example, self.args = processor, records, example, args
@@ -483,9 +484,9 @@ def steps(run, processor, records, example, work):
     # the next step's questions, and one more a worker, are decoded while a step is under way
     ahead = -(-per_step // args.num_workers) + 1 if args.num_workers else None
     loader = iter(DataLoader(
-        Questions(processor, records, example, args), sampler=positions, batch_size=None, collate_fn=dict,
-        num_workers=args.num_workers, prefetch_factor=ahead, pin_memory=run.device.type != "cpu",
-        worker_init_fn=leave_signals_to_main))
+        Questions(processor, records, example, args), sampler=positions, batch_size=None,
+        collate_fn=dict, num_workers=args.num_workers, prefetch_factor=ahead,
+        pin_memory=run.device.type != "cpu", worker_init_fn=leave_signals_to_main))
     for step in range(run.first_step, args.max_steps):
         metrics = {}
         run.lapped = time.perf_counter()

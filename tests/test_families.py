@@ -204,7 +204,8 @@ def difference(model, gradients):
 
 @pytest.mark.parametrize("medium", ["video", "image"])
 def test_prefix_shared_log_probs_and_gradients_equal_naive_ones(family, medium):
-    """Features that enter the language model between its layers are the prompt's pass's alone."""
+    """Features that enter the language model between its layers are the prompt's pass's alone.
+    Activations of the vision tower are computed again, as by --gradient_checkpointing."""
     model, inputs = family.model, getattr(family, medium)["ordered"]
     responses = torch.randint(0, 400, (5, 9), generator=torch.Generator().manual_seed(0))
     lengths, A = torch.tensor([9, 2, 5, 3, 9]), torch.linspace(-1, 1.5, 5)
@@ -217,6 +218,7 @@ def test_prefix_shared_log_probs_and_gradients_equal_naive_ones(family, medium):
         part = rows, slice(logps.shape[1])
         return tgrpo.tgrpo_loss(logps, logps.detach(), ref[part] - 0.1, A[rows], mask[part], 0.04,
                                 0.2) * len(rows) / 5
+    model.train().model.visual.activation_checkpointing_enable({"use_reentrant": False})
     tgrpo.backward_group(PlainEngine(model), inputs, responses, lengths, loss, 2, 1.0, last=True)
     shared = {name: p.grad.clone() for name, p in model.named_parameters()}
     model.zero_grad()
@@ -226,7 +228,8 @@ def test_prefix_shared_log_probs_and_gradients_equal_naive_ones(family, medium):
 
 def test_the_cold_start_learns_a_response_where_it_is_sampled_and_in_any_batch(family):
     """Positions of a response follow its prompt's as in a rollout; the loss of a padded batch of a
-    video and an image is that of both by themselves, a router's own loss or not."""
+    video and an image, with gradient checkpointing, is that of both by themselves, without a
+    router's own loss."""
     model, processor, args = family.model, family.processor, tgrpo.parse_args(FLAGS)
     rows = []
     for record in load_records(family.folder / "cot.json")[:12]:
@@ -244,8 +247,10 @@ def test_the_cold_start_learns_a_response_where_it_is_sampled_and_in_any_batch(f
         assert (positions[:, 0, n:] == following[0] + torch.arange(L - n)).all()
     pads = {"input_ids": processor.tokenizer.pad_token_id, "attention_mask": 0,
             "mm_token_type_ids": 0, "labels": sft.IGNORED}
+    model.train().activation_checkpointing_enable({"use_reentrant": False})
     loss = sft.batch_loss(PlainEngine(model), pad_batch(rows, pads, "right"))
     loss.backward()
+    model.activation_checkpointing_disable()
     together = {name: p.grad.clone() for name, p in model.named_parameters()}
     model.zero_grad()
     model.config.text_config.output_router_logits = True
@@ -263,7 +268,8 @@ def test_gradients_with_a_video_and_an_image_on_two_ranks(folder_of, tmp_path, n
     run(ROOT / "tests/two_ranks.py", "--toy", folder, "--out", tmp_path, "--settings", 1, ranks=2)
     path, = (tmp_path / "rank0").glob("(*.pt")
     model = AutoModelForImageTextToText.from_pretrained(folder / "model").eval()
-    for inputs, responses, mask, A in cases(folder, AutoProcessor.from_pretrained(folder / "model")):
+    processor = AutoProcessor.from_pretrained(folder / "model")
+    for inputs, responses, mask, A in cases(folder, processor):
         logps = tgrpo.token_logps(naive_logits(model, inputs, responses), responses, 1.0)
         (tgrpo.tgrpo_loss(logps, logps.detach(), None, A, mask, 0.0, 0.2) / 2).backward()
     assert difference(model, torch.load(path, weights_only=True)) < 1e-4
