@@ -28,7 +28,7 @@ import sys
 import time
 from collections import Counter
 from dataclasses import dataclass
-from functools import lru_cache, partial
+from functools import lru_cache
 from pathlib import Path
 
 import torch
@@ -41,8 +41,9 @@ from tqdm import tqdm
 from build_data import (FULL_DISK, FlagParser, InputError, MediaError, above, add_machine_flags,
                         add_media_flags, as_in_file, at_least, encode, encode_blank, image_as_video,
                         load_model, load_processor, load_records, load_vision_of, pad_batch,
-                        provenance, read_file, refuse_absent_media, run_script, seeded_generator,
-                        setup_distributed, skip_row, to_device, whole_rows, write_whole)
+                        provenance, read_file, refuse_absent_media, rope_positions, run_script,
+                        seeded_generator, setup_distributed, skip_row, to_device, whole_rows,
+                        write_whole)
 
 import deepspeed  # after build_data, which quiets its first words
 from deepspeed.accelerator import get_accelerator
@@ -117,9 +118,7 @@ def batch_loss(engine, batch):
     Only the places that predict a target token reach the vocabulary."""
     batch = dict(batch)
     labels = batch.pop("labels")  # (B, L)
-    keys = ("input_ids", "attention_mask", "mm_token_type_ids", "video_grid_thw",
-            "second_per_grid_ts")
-    positions, _ = engine.module.model.get_rope_index(**{key: batch[key] for key in keys})
+    positions, _ = rope_positions(engine, batch)
     target = F.pad(labels[:, 1:], (0, 1), value=IGNORED)  # (B, L): what each place predicts
     logits = engine(**batch, position_ids=continue_positions(positions, labels), use_cache=False,
                     logits_to_keep=target != IGNORED).logits  # (N, V)
@@ -166,7 +165,7 @@ def main(args):
 
     # ------------------------------------------------------------------------------- loop
     work = f"{args.gradient_accumulation_steps} x {args.per_rank_batch_size} records"
-    for step, drawn, metrics in steps(run, records, partial(sft_example, processor), work):
+    for step, drawn, metrics in steps(run, processor, records, sft_example, work):
         micro_batches = []
         for i in range(0, per_step, args.per_rank_batch_size):
             good = [sample["inputs"] for sample in drawn[i:i + args.per_rank_batch_size]
@@ -459,22 +458,23 @@ def record_index(position, count, seed) -> int:
 
 
 class Questions(Dataset):
-    """position -> what the stage's example(record, vision, position) makes of the record there, or
-    the line of skipped.jsonl where its medium cannot be used; runs in worker processes."""
+    """position -> what the stage's example(processor, record, vision, position) makes of the
+    record there, or the line of skipped.jsonl where its medium cannot be used; runs in worker
+    processes."""
 
-    def __init__(self, records, example, args):
-        self.records, self.example, self.args = records, example, args
+    def __init__(self, processor, records, example, args):
+        self.processor, self.records, self.example, self.args = processor, records, example, args
 
     def __getitem__(self, position):
         record = self.records[record_index(position, len(self.records), self.args.seed)]
         try:
-            vision = load_vision_of(record, self.args)
+            vision = load_vision_of(record, self.args, self.processor)
         except MediaError as error:
             return skip_row(record, error)
-        return self.example(record, vision, position)
+        return self.example(self.processor, record, vision, position)
 
 
-def steps(run, records, example, work):
+def steps(run, processor, records, example, work):
     """Yields (step, this rank's per_step samples, an empty dict for the step's metrics). An
     example has the key "record", the line of a skipped question does not. Says before the first
     step what the run is; `work` is what a rank does in one."""
@@ -484,9 +484,9 @@ def steps(run, records, example, work):
     # the next step's questions, and one more a worker, are decoded while a step is under way
     ahead = -(-per_step // args.num_workers) + 1 if args.num_workers else None
     loader = iter(DataLoader(
-        Questions(records, example, args), sampler=positions, batch_size=None, collate_fn=dict,
-        num_workers=args.num_workers, prefetch_factor=ahead, pin_memory=run.device.type != "cpu",
-        worker_init_fn=leave_signals_to_main))
+        Questions(processor, records, example, args), sampler=positions, batch_size=None,
+        collate_fn=dict, num_workers=args.num_workers, prefetch_factor=ahead,
+        pin_memory=run.device.type != "cpu", worker_init_fn=leave_signals_to_main))
     for step in range(run.first_step, args.max_steps):
         metrics = {}
         run.lapped = time.perf_counter()
