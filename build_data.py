@@ -1316,6 +1316,7 @@ sft.args
 --deepspeed_config={out}/ds_zero0.json --num_train_epochs=3.5 --max_frames={frames}
 --per_rank_batch_size=16 --gradient_accumulation_steps=1 --learning_rate=1e-3
 --lr_schedule=linear --warmup_steps=100 --adam_beta2=0.98 --max_grad_norm=1
+--val_data={out}/test.json --val_steps=175 --val_limit=64 --val_max_new_tokens=40
 
 tgrpo.args
 # T-GRPO: python tgrpo.py @{out}/tgrpo.args
@@ -1323,7 +1324,7 @@ tgrpo.args
 # one process has nothing to shard; on two, add --deepspeed_config ds_zero3.json
 --deepspeed_config={out}/ds_zero0.json --prompts_per_rank=12 --max_steps=120
 --learning_rate=2e-4 --lr_schedule=linear --warmup_steps=20 --adam_beta2=0.99 --max_grad_norm=1
---max_new_tokens=40 --chunk_size=8
+--max_new_tokens=40 --chunk_size=8 --val_data={out}/test.json --val_steps=30 --val_limit=64
 # responses are about 20 tokens long, so the window of the length reward is too
 --l_min=16 --l_max=24 --save_steps=50
 # every response is kept, for tests/report.py

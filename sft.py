@@ -26,9 +26,12 @@ import shutil
 import signal
 import sys
 import time
+import zlib
 from collections import Counter
+from collections.abc import Callable
 from dataclasses import dataclass
-from functools import lru_cache
+from functools import lru_cache, partial
+from itertools import islice
 from pathlib import Path
 
 import torch
@@ -37,13 +40,15 @@ import torch.nn.functional as F
 from safetensors import SafetensorError
 from torch.utils.data import DataLoader, Dataset
 from tqdm import tqdm
+from transformers import GenerationConfig
 
 from build_data import (FULL_DISK, FlagParser, InputError, MediaError, above, add_machine_flags,
-                        add_media_flags, as_in_file, at_least, encode, encode_blank, image_as_video,
-                        load_model, load_processor, load_records, load_vision_of, pad_batch,
-                        provenance, read_file, refuse_absent_media, rope_positions, run_script,
-                        seeded_generator, setup_distributed, skip_row, to_device, whole_rows,
-                        write_whole)
+                        add_media_flags, as_in_file, at_least, encode, encode_blank,
+                        forbidden_tokens, image_as_video, load_model, load_processor, load_records,
+                        load_vision_of, pad_batch, provenance, read_file, refuse_absent_media,
+                        rope_positions, run_script, seeded_generator, setup_distributed,
+                        shuffle_frames, skip_row, stop_tokens, to_device, whole_rows, write_whole)
+from rewards import accuracy_reward
 
 import deepspeed  # after build_data, which quiets its first words
 from deepspeed.accelerator import get_accelerator
@@ -62,6 +67,8 @@ def parse_args(argv=None):
         help="micro-batches of a step")
     add("--gradient_checkpointing", action=argparse.BooleanOptionalAction, default=False,
         help="recompute activations in the backward pass to save memory")
+    add("--val_max_new_tokens", type=above(0, int), default=768,
+        help="most tokens of a held-out answer")
     add_run_flags(add, lr_schedule="cosine", save_steps=500)
     return parser.parse_args(argv)
 
@@ -141,6 +148,24 @@ def train_on(run, step, micro_batches, metrics):
     return optimizer_step(run, step, loss_sum)
 
 
+def greedy_texts(run, processor, prompts):
+    """validate's answers, by transformers' generate, which keeps ranks in step where they hold the
+    model in parts; for a batch that only other ranks have, a blank question stands in."""
+    model, tokenizer = run.engine.module, processor.tokenizer
+    pad_values = {"input_ids": tokenizer.pad_token_id, "attention_mask": 0, "mm_token_type_ids": 0}
+    rows = prompts or [image_as_video(processor, encode_blank(processor))]
+    batch = to_device(pad_batch(rows, pad_values, "left"), run.device)  # ids (B, L)
+    # the model's own defaults, in Qwen2.5-VL's release a repetition penalty, are put aside
+    own, model.generation_config = model.generation_config, GenerationConfig(
+        do_sample=False, max_new_tokens=run.args.val_max_new_tokens,
+        eos_token_id=stop_tokens(model, tokenizer), pad_token_id=tokenizer.pad_token_id,
+        suppress_tokens=forbidden_tokens(model, tokenizer))
+    ids = model.generate(**batch, synced_gpus=run.engine.zero_optimization_partition_weights())
+    model.generation_config = own
+    responses = ids[:len(prompts), batch["input_ids"].shape[1]:]  # (B, response's L)
+    return tokenizer.batch_decode(responses, skip_special_tokens=True)
+
+
 # ---------------------------------------------------------------------------------- main
 
 def main(args):
@@ -158,6 +183,7 @@ def main(args):
     if args.gradient_checkpointing:
         model.activation_checkpointing_enable({"use_reentrant": False})
     start_engine(run, model)
+    run.validate = partial(validate, run, processor, partial(greedy_texts, run, processor))
     pad_values = {"input_ids": processor.tokenizer.pad_token_id, "attention_mask": 0,
                   "mm_token_type_ids": 0, "labels": IGNORED}
     blank = image_as_video(processor, encode_blank(processor))
@@ -187,16 +213,21 @@ def main(args):
 # ends in close_step, which writes what the step was and, where one is due, a checkpoint.
 # ========================================================================================
 
-ORDER_STREAM = 0  # first key of the data order's generators; a stage's own streams begin at 1
+# First keys of the generators of the data order and of held-out frames; a stage's own are 1 to 8
+ORDER_STREAM, HELD_OUT_STREAM = 0, 9
+VAL_BATCH = 8  # held-out questions that a rank answers together, videos in both orders
 # What a resumed run may change: it paces the run or says where things are.
 FREE_ARGUMENTS = {"data", "media_root", "output", "deepspeed_config", "num_workers",
                   "decode_timeout", "save_steps", "keep_checkpoints", "max_skipped", "resume",
                   "timeout_minutes", "local_rank", "rollout_steps", "show_steps", "chunk_size",
-                  "gradient_checkpointing"}
+                  "gradient_checkpointing", "val_data", "val_steps", "val_limit",
+                  "val_max_new_tokens"}
 # As well, where the learning rate does not decay towards the end
 LENGTH_ARGUMENTS = {"max_steps", "num_train_epochs"}
 SHOWN = {"reward/total": "reward", "reward/accuracy": "accuracy", "group/p": "p",
-         "group/p_tilde": "p_tilde", "policy/kl": "kl", "optim/loss": "loss"}  # while it runs
+         "group/p_tilde": "p_tilde", "policy/kl": "kl", "optim/loss": "loss",
+         "val/accuracy": "held-out accuracy", "val/accuracy_shuffled": "shuffled",
+         "val/gap": "gap"}  # while it runs
 LOGS = ("metrics", "rollouts", "skipped")  # <name>.jsonl in --output
 
 
@@ -216,6 +247,11 @@ def add_run_flags(add, lr_schedule, save_steps):
     add("--weight_decay", type=at_least(0, float), default=0.01, help="AdamW's, decoupled")
     add("--max_grad_norm", type=at_least(0, float), default=5.0,
         help="gradients are clipped to this norm")
+    # held-out questions
+    add("--val_data", help="records that are not trained on, to answer during the run")
+    add("--val_steps", type=at_least(0, int), default=100,
+        help="steps between such answers, besides those at the start and the end; 0: none at all")
+    add("--val_limit", type=above(0, int), default=128, help="only the first records of --val_data")
     # the run and the machine
     add("--deepspeed_config", default=str(Path(__file__).parent / "ds_zero3.json"),
         help="DeepSpeed's JSON file: ZeRO stage, offload, precision, monitors")
@@ -240,6 +276,7 @@ class Run:
     device: torch.device
     signals: list         # SIGTERM or SIGINT, once received: the run ends after its step
     per_step: int         # questions of a step on a rank
+    held_out: list        # records that are answered during the run
     first_step: int = 0   # the newest checkpoint's, where one is resumed
     saved: int = 0        # step of the newest checkpoint
     updated: int = -1     # the last step with an optimizer step
@@ -247,6 +284,7 @@ class Run:
     lapped: float = 0.0   # when the last part of a step ended, by perf_counter
     engine: deepspeed.DeepSpeedEngine | None = None  # the policy in training; start_engine
     infinite: torch.Tensor | None = None  # counts gradients that hold NaN or infinity
+    validate: Callable | None = None  # validate, as far as it is the same at every step
     bar: tqdm | None = None
 
 
@@ -266,7 +304,7 @@ def open_run(args, records, parse_args, per_step) -> Run:
                 "world_size": dist.get_world_size(),
                 "zero_stage": config.get("zero_optimization", {}).get("stage", 0), **provenance()}
     run = Run(args, config, identity, rank, dist.get_world_size(), device, catch_signals(rank),
-              per_step)
+              per_step, load_held_out(args))
     run.first_step = run.saved = open_output(run)
     model = (Path(args.output) / "config.json").exists()
     if run.first_step or model:
@@ -474,6 +512,18 @@ class Questions(Dataset):
         return self.example(self.processor, record, vision, position)
 
 
+def load_questions(run, processor, records, example, positions, together):
+    """Iterates over Questions at these positions; the next `together` of them, and one more a
+    worker, are decoded while the model is at work."""
+    args = run.args
+    ahead = -(-together // args.num_workers) + 1 if args.num_workers else None
+    return iter(DataLoader(
+        Questions(processor, records, example, args), sampler=positions, batch_size=None,
+        collate_fn=dict, num_workers=args.num_workers, prefetch_factor=ahead,
+        pin_memory=run.device.type != "cpu", worker_init_fn=leave_signals_to_main,
+        generator=torch.Generator()))  # else it draws from that of the model's dropout
+
+
 def steps(run, processor, records, example, work):
     """Yields (step, this rank's per_step samples, an empty dict for the step's metrics). An
     example has the key "record", the line of a skipped question does not. Says before the first
@@ -481,12 +531,7 @@ def steps(run, processor, records, example, work):
     args, per_step = run.args, run.per_step
     positions = [(step * run.world + run.rank) * per_step + i
                  for step in range(run.first_step, args.max_steps) for i in range(per_step)]
-    # the next step's questions, and one more a worker, are decoded while a step is under way
-    ahead = -(-per_step // args.num_workers) + 1 if args.num_workers else None
-    loader = iter(DataLoader(
-        Questions(processor, records, example, args), sampler=positions, batch_size=None,
-        collate_fn=dict, num_workers=args.num_workers, prefetch_factor=ahead,
-        pin_memory=run.device.type != "cpu", worker_init_fn=leave_signals_to_main))
+    loader = load_questions(run, processor, records, example, positions, per_step)
     for step in range(run.first_step, args.max_steps):
         metrics = {}
         run.lapped = time.perf_counter()
@@ -494,7 +539,78 @@ def steps(run, processor, records, example, work):
         lap(run, metrics, "data")
         if step == run.first_step and run.rank == 0:
             say_start(run, records, work, [sample for sample in drawn if "record" in sample][:1])
+        if step == 0 and run.held_out:
+            write_first(run)
         yield step, drawn, metrics
+
+
+# -------------------------------------------------------------------- held-out questions
+
+def load_held_out(args) -> list[dict]:
+    """The records of --val_data that are asked about; none where nothing is."""
+    if not args.val_data or not args.val_steps:
+        return []
+    records = load_records(args.val_data, args.media_root)[:args.val_limit]
+    refuse_absent_media(args.val_data, records)
+    return records
+
+
+def held_out_example(args, processor, record, vision, position):
+    """What a worker makes of a held-out record: its prompts, to the ordered frames and, of a
+    video, to the shuffled ones, which are always in the same order."""
+    seen = [vision]
+    if vision.frames is not None:
+        key = zlib.crc32(str(record["problem_id"]).encode())
+        generator = seeded_generator(HELD_OUT_STREAM, args.seed, key)
+        seen.append(vision._replace(frames=shuffle_frames(vision.frames, generator)))
+    return {"record": record, "prompts": [image_as_video(processor, encode(processor, record, part))
+                                          for part in seen]}
+
+
+def validate(run, processor, answer, step, metrics):
+    """Where it is due after `step` steps, notes in metrics how well held-out questions are
+    answered, by the likeliest tokens (val/...). Collective.
+
+    answer(prompts), the stage's, returns a text for each of a list of encoded prompts; every rank
+    calls it equally often, also without any. The run goes on as if it had not been asked: no
+    random number is drawn from its generators, and nothing of the model stays changed.
+    """
+    if not run.held_out or step % run.args.val_steps and step < run.args.max_steps:
+        return
+    samples = load_questions(run, processor, run.held_out, partial(held_out_example, run.args),
+                             range(run.rank, len(run.held_out), run.world), VAL_BATCH)
+    skipped = 0
+    run.engine.module.eval()
+    for _ in range(0, len(run.held_out), VAL_BATCH * run.world):
+        batch = list(islice(samples, VAL_BATCH))
+        good = [sample for sample in batch if "record" in sample]
+        skipped += len(batch) - len(good)
+        texts = iter(answer([prompt for sample in good for prompt in sample["prompts"]]))
+        for sample in good:
+            note_grades(metrics, sample["record"], [next(texts) for _ in sample["prompts"]])
+    run.engine.module.train()
+    note(metrics, "val/skipped", [skipped], count=int(run.rank == 0))  # the sum over ranks
+    lap(run, metrics, "validation")
+
+
+def note_grades(metrics, record, texts):
+    """Metrics of a held-out question, from its answers to ordered and, of a video, shuffled frames.
+    An image's one answer counts in both accuracies, as in evaluate.py --order shuffled."""
+    grades = [accuracy_reward(text, record) for text in texts]
+    note(metrics, "val/accuracy", grades[:1])
+    note(metrics, f"val/accuracy/{record['problem_type']}", grades[:1])
+    note(metrics, "val/accuracy_shuffled", grades[-1:])
+    note(metrics, "val/gap", [grades[0] - shuffled for shuffled in grades[1:]])
+
+
+def write_first(run):
+    """Step 0 of metrics.jsonl: how the model answers before it is trained. Collective."""
+    metrics = {}
+    run.validate(0, metrics)
+    note(metrics, "time/step", [metrics["time/validation"][0]])
+    row = merge(gather_objects(metrics))
+    if run.rank == 0:
+        write_metrics(run, -1, row)
 
 
 # ------------------------------------------------------------------------------ metrics
@@ -555,6 +671,8 @@ def close_step(run, step, drawn, metrics, finite, rollouts=()) -> bool:
     InputError when the step was not finite, or too many questions had to be skipped.
     """
     args = run.args
+    if finite:
+        run.validate(step + 1, metrics)
     parts = [total for name, (total, _) in metrics.items() if name.startswith("time/")]
     note(metrics, "time/step", [sum(parts)])
     skipped = [sample for sample in drawn if "record" not in sample]
@@ -567,11 +685,9 @@ def close_step(run, step, drawn, metrics, finite, rollouts=()) -> bool:
         norm = run.engine.get_global_grad_norm() if finite and "optim/loss" in row else None
         if norm is not None:  # DeepSpeed keeps none at stage 0 in fp32
             row["optim/grad_norm"] = float(norm)
-        write_lines(run, step, "metrics", [dict(sorted(row.items()))])
+        write_metrics(run, step, row)
         write_lines(run, step, "rollouts", rollouts)
         write_lines(run, step, "skipped", skipped)
-        run.engine.monitor.write_events([(name, value, step + 1) for name, value in row.items()])
-        show(run, step, row)
     if not finite:
         stop_at_infinity(run, step, ids)
     run.skipped += len(skipped)
@@ -584,14 +700,22 @@ def close_step(run, step, drawn, metrics, finite, rollouts=()) -> bool:
     return bool(signals)
 
 
+def write_metrics(run, step, row):
+    """A step's row: in metrics.jsonl, in DeepSpeed's monitor and on the screen."""
+    write_lines(run, step, "metrics", [dict(sorted(row.items()))])
+    run.engine.monitor.write_events([(name, value, step + 1) for name, value in row.items()])
+    show(run, step, row)
+
+
 def show(run, step, row):
-    """The step's line: in a terminal the progress bar, in a file one line a step."""
+    """The step's line: in a terminal the progress bar, in a file one line a step. A line with
+    held-out answers stays above the bar."""
     words = ", ".join(f"{SHOWN[name]} {row[name]:.3g}" for name in SHOWN if name in row)
     run.bar.set_postfix_str(words, refresh=False)
-    run.bar.update()
-    if run.bar.disable:
-        print(f"step {step + 1} of {run.args.max_steps}: {words}, {row['time/step']:.2g} s",
-              flush=True)
+    run.bar.update(step + 1 - run.bar.n)
+    if run.bar.disable or "val/accuracy" in row:
+        tqdm.write(f"step {step + 1} of {run.args.max_steps}: {words}, {row['time/step']:.2g} s")
+        sys.stdout.flush()
 
 
 def merge(ranks) -> dict:
@@ -655,6 +779,9 @@ def say_start(run, records, work, first):
         lines.append(f"first {example['record']['data_type']}: {grid[0]} x {grid[1]} x {grid[2]} "
                      "patches (time x height x width), "
                      f"{visual} of its {length} tokens are visual")
+    if run.held_out:
+        lines.append(f"{args.val_data}: the first {len(run.held_out)} records are answered now, "
+                     f"every {args.val_steps} steps and at the end")
     lines.append(f"{args.output}: logs, the model at the end; checkpoints: {saves}")
     tqdm.write("\n".join(lines))
 
@@ -667,9 +794,9 @@ def say_end(run, metric, following):
         values = [row[metric] for row in rows if metric in row] or [math.nan]
         few = max(1, min(10, len(values) // 2))
         begin, end = (sum(part) / few for part in (values[:few], values[-few:]))
-        print(f"{run.args.output}: the model after {len(rows)} steps, {minutes} min {seconds} s; "
-              f"{metric} {begin:.3g} -> {end:.3g} (means of {few} steps at either end)\n"
-              f"next: {following}", flush=True)
+        print(f"{run.args.output}: the model after {run.args.max_steps} steps, {minutes} min "
+              f"{seconds} s; {metric} {begin:.3g} -> {end:.3g} (means of {few} steps at either "
+              f"end)\nnext: {following}", flush=True)
 
 
 # ------------------------------------------------------------------ checkpoints, the model

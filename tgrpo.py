@@ -36,7 +36,7 @@ from build_data import (FlagParser, InputError, above, at_least, encode, encode_
                         shuffle_frames, stop_tokens, to_device)
 from rewards import accuracy_reward, format_reward, length_reward
 from sft import (add_run_flags, close_step, gather_objects, lap, note, open_run, optimizer_step,
-                 save_model, say_end, start_engine, steps)
+                 save_model, say_end, start_engine, steps, validate)
 
 import deepspeed  # after build_data, which quiets its first words
 
@@ -222,7 +222,10 @@ def run_prompt(model, inputs):
 
 
 def sample_tokens(logits, temperature, top_p, generator):
-    """One token a row, (n,), from the (n, V) logits at a temperature, within the nucleus."""
+    """One token a row, (n,), from the (n, V) logits at a temperature, within the nucleus; at
+    temperature 0 the likeliest one."""
+    if temperature == 0:
+        return logits.argmax(-1)  # (n,)
     probs = torch.softmax(logits.float() / temperature, dim=-1)  # (n, V)
     if top_p < 1:
         ranked, order = probs.sort(dim=-1, descending=True)  # (n, V)
@@ -489,6 +492,18 @@ def sample_responses(model, groups, args, generator, eos_ids, forbidden_ids):
             group["responses_shuffled"] = next(responses)
 
 
+def greedy_texts(run, sampler, tokenizer, eos_ids, forbidden_ids, prompts):
+    """The answers to held-out questions that validate asks for, through the rollout."""
+    gather_weights(run.engine, sampler)
+    if not prompts:  # of this rank
+        return []
+    responses = rollout(
+        sampler, [to_device(prompt, run.device) for prompt in prompts], [[1]] * len(prompts),
+        max_new_tokens=run.args.max_new_tokens, temperature=0, top_p=1, eos_ids=eos_ids,
+        forbidden_ids=forbidden_ids, generator=None)  # (1, L) each
+    return tokenizer.batch_decode(torch.cat(responses), skip_special_tokens=True)
+
+
 def grade_group(group, tokenizer, eos_ids, args):
     """Steps 3 to 5 for one question."""
     def read(ids):
@@ -649,6 +664,8 @@ def main(args):
     eos_ids = stop_tokens(model, processor.tokenizer)
     forbidden_ids = forbidden_tokens(model, processor.tokenizer)
     blank = blank_group(processor, args.G, eos_ids[0], run.device)
+    run.validate = partial(validate, run, processor, partial(
+        greedy_texts, run, sampler, processor.tokenizer, eos_ids, forbidden_ids))
 
     # ------------------------------------------------------------------------------- loop
     work = (f"{args.prompts_per_rank} questions x ({args.G} + {args.G_tilde if args.alpha else 0}) "

@@ -1,0 +1,252 @@
+"""Held-out questions during a run: their numbers, and that the run goes on as if nobody had asked."""
+import json
+from functools import partial
+from types import SimpleNamespace
+
+import pytest
+import torch
+
+import sft
+import tgrpo
+from build_data import InputError, forbidden_tokens, load_records, stop_tokens
+from conftest import break_media, equal_weights, run, together
+
+SMALL = ["--min_pixels=784", "--max_pixels=784", "--image_min_pixels=784", "--max_frames=8",
+         "--num_workers=1", "--learning_rate=1e-3", "--lr_schedule=constant"]
+SCRIPTS = {"sft": ("cot", ["--val_max_new_tokens=10", "--per_rank_batch_size=2",
+                           "--gradient_accumulation_steps=1"]),
+           "tgrpo": ("train", ["--max_new_tokens=10", "--G=4", "--G_tilde=2", "--chunk_size=4",
+                               "--prompts_per_rank=2"])}
+
+
+def command(toy, script, output, *more):
+    split, own = SCRIPTS[script]
+    return [f"{script}.py", "--model", toy / "model", "--data", toy / f"{split}.json",
+            "--media_root", toy, "--output", output, *SMALL, *own, *more]
+
+
+def rows(output, held_out):
+    """{step: its metrics} of a run, without times: those of held-out questions, or the others."""
+    found = [json.loads(line) for line in (output / "metrics.jsonl").read_text().splitlines()][1:]
+    found = {row["step"]: {name: value for name, value in row.items() if name != "step"
+                           and not name.startswith("time/") and name.startswith("val/") == held_out}
+             for row in found}
+    return {step: row for step, row in found.items() if row}
+
+
+# ------------------------------------------------------------------------------ the numbers
+
+RECORDS = [{"problem_type": "multiple choice", "options": ["A. x", "B. y"],
+            "solution": "<answer>B</answer>"},
+           {"problem_type": "regression", "solution": "<answer>10</answer>"}]
+SAMPLES = [  # a prompt is its own answer here
+    {"record": RECORDS[0], "prompts": ["<answer>B</answer>", "<answer>A</answer>"]},  # 1 and 0
+    {"record": RECORDS[0], "prompts": ["<answer>A</answer>", "<answer>B</answer>"]},  # 0 and 1
+    {"record": RECORDS[1], "prompts": ["<answer>9</answer>", "<answer>4</answer>"]},  # 0.9 and 0.4
+    {"problem_id": 3, "path": "rotten.mp4", "reason": "rotten"},
+    {"record": RECORDS[1], "prompts": ["<answer>5</answer>"]}]  # an image: 0.5
+
+
+def fake_run(rank=0, world=1, module=None, **flags):
+    flags = {"val_steps": 10, "max_steps": 25} | flags
+    module = module or torch.nn.Dropout().train()
+    engine = SimpleNamespace(module=module, zero_optimization_partition_weights=lambda: False)
+    return SimpleNamespace(rank=rank, world=world, args=SimpleNamespace(**flags), engine=engine,
+                           held_out=SAMPLES, lapped=0.0, device=torch.device("cpu"))
+
+
+@pytest.mark.parametrize("world", [1, 2, 3, 9])
+@pytest.mark.parametrize("batch", [1, 2, 8])
+def test_metrics_of_held_out_answers_by_hand_on_any_number_of_ranks(monkeypatch, world, batch):
+    monkeypatch.setattr(sft, "VAL_BATCH", batch)
+    monkeypatch.setattr(sft, "load_questions", lambda run, records, example, positions, together:
+                        iter([records[i] for i in positions]))
+    ranks, calls = [], []
+    for rank in range(world):
+        asked = []
+
+        def answer(prompts):
+            asked.append(len(prompts))
+            return prompts
+        ranks.append({})
+        sft.validate(fake_run(rank, world), None, answer, 10, ranks[-1])
+        calls.append(asked)
+    assert len({len(asked) for asked in calls}) == 1  # or ranks would wait for each other
+    assert sum(map(sum, calls)) == 7
+    found = sft.merge(ranks)
+    assert found.pop("time/validation") >= 0
+    assert found == pytest.approx({
+        "val/accuracy": (1 + 0 + 0.9 + 0.5) / 4, "val/accuracy/multiple choice": 0.5,
+        "val/accuracy/regression": 0.7, "val/accuracy_shuffled": (0 + 1 + 0.4 + 0.5) / 4,
+        "val/gap": (1 - 1 + 0.5) / 3, "val/skipped": 1})
+
+
+@pytest.mark.parametrize("val_steps, max_steps, due", [
+    (10, 25, [0, 10, 20, 25]), (10, 20, [0, 10, 20]), (1, 3, [0, 1, 2, 3]), (100, 7, [0, 7])])
+def test_it_is_due_at_the_start_every_so_many_steps_and_at_the_end(monkeypatch, val_steps,
+                                                                  max_steps, due):
+    monkeypatch.setattr(sft, "load_questions", lambda *_: iter(SAMPLES))
+    asked = []
+    for step in range(max_steps + 1):
+        metrics = {}
+        sft.validate(fake_run(val_steps=val_steps, max_steps=max_steps), None, list, step, metrics)
+        asked += [step] * bool(metrics)
+    assert asked == due
+
+
+# ---------------------------------------------------------------------- answers and the model
+
+@pytest.fixture
+def held_out(toy, processor):
+    """ask(model, answer, script): the metrics of a run of the script that has a model answer eight
+    questions of the toy, by answer(the run, prompts)."""
+    def ask(model, answer, script, num_workers=1):
+        split, own = SCRIPTS[script.__name__]
+        args = script.parse_args(["--model", "m", "--data", "d", "--output", "o", "--val_data",
+                                  str(toy / "test.json"), "--val_limit", "8", *SMALL, *own,
+                                  "--num_workers", str(num_workers)])
+        one = fake_run(module=model, **vars(args))
+        one.held_out = sft.load_held_out(args)
+        metrics = {}
+        sft.validate(one, processor, partial(answer, one), 0, metrics)
+        return metrics
+    return ask
+
+
+@pytest.mark.parametrize("num_workers", [0, 1])
+def test_asking_draws_no_random_number_and_leaves_the_model_as_it_was(held_out, model, processor,
+                                                                      num_workers):
+    model.train()
+    model.generation_config.repetition_penalty = 7.0  # a default that a release may have
+    before = model.generation_config.to_dict(), torch.get_rng_state()
+    asked = []
+
+    def answer(one, prompts):
+        assert not model.training
+        asked.append(sft.greedy_texts(one, processor, prompts))
+        return asked[-1]
+    metrics = held_out(model, answer, sft, num_workers)
+    assert metrics["val/accuracy"][1] == 8 and len(asked) == 1
+    assert all(module.training for module in model.modules())
+    assert model.generation_config.to_dict() == before[0]
+    assert torch.equal(torch.get_rng_state(), before[1])
+    assert not any(parameter.grad is not None for parameter in model.parameters())
+
+
+def test_both_stages_give_the_same_answers_and_a_record_is_always_shuffled_alike(
+        held_out, model, processor):
+    """By generate and by the rollout, in a batch of images and videos."""
+    model.generation_config.repetition_penalty = 7.0
+    seen = {}
+    rest = (model, processor.tokenizer, stop_tokens(model, processor.tokenizer),
+            forbidden_tokens(model, processor.tokenizer))
+    for script, answer in ((sft, lambda one, prompts: sft.greedy_texts(one, processor, prompts)),
+                           (tgrpo, lambda one, prompts: tgrpo.greedy_texts(one, *rest, prompts))):
+        def listen(one, prompts):
+            texts = answer(one, prompts)
+            seen.setdefault(script.__name__, []).append((prompts, texts))
+            return texts
+        held_out(model, listen, script)
+    (prompts, texts), = seen["sft"]
+    (again, others), = seen["tgrpo"]
+    assert texts == others and any(texts)
+    for one, other in zip(prompts, again, strict=True):
+        assert all(torch.equal(one[key], other[key]) for key in one)
+    grids = [prompt["video_grid_thw"][0, 0].item() for prompt in prompts]
+    assert 1 in grids and max(grids) > 1  # an image, and videos: these are asked about twice
+    twice = [(one, other) for one, other in zip(prompts, prompts[1:])
+             if torch.equal(one["input_ids"], other["input_ids"])]
+    assert twice and not any(torch.equal(one["pixel_values_videos"], other["pixel_values_videos"])
+                             for one, other in twice)
+
+
+def test_temperature_zero_is_the_likeliest_token():
+    logits = torch.tensor([[0.0, 3.0, 2.0], [-torch.inf, -5.0, -6.0]])
+    assert tgrpo.sample_tokens(logits, 0, 1.0, None).tolist() == [1, 1]
+
+
+# --------------------------------------------------------------------------------- a run
+
+@pytest.fixture(scope="module")
+def broken(toy, tmp_path_factory):
+    """Held-out records, of which every fourth has no usable medium."""
+    path = tmp_path_factory.mktemp("held_out") / "test.json"
+    break_media(toy, "test", path, "rotten_test.mp4", every=4)
+    return path
+
+
+@pytest.mark.parametrize("script", SCRIPTS)
+def test_the_run_is_the_same_with_and_without_also_resumed_with_other_flags(toy, tmp_path, broken,
+                                                                            script):
+    """Asked at 0 and 2; stopped; resumed, and asked at 3 and 4, as of one process at ZeRO-0."""
+    config = tmp_path / "ds.json"
+    config.write_text(json.dumps({"zero_optimization": {"stage": 0}, "csv_monitor": {
+        "enabled": True, "output_path": str(tmp_path), "job_name": "csv"}}))
+    common = ["--save_steps", 2, "--deepspeed_config", config]
+    ask = ["--val_data", broken, "--val_limit", 10]
+
+    def resumed():
+        first = run(*command(toy, script, tmp_path / "with", *common, "--max_steps", 2, *ask,
+                             "--val_steps", 5))
+        run(*command(toy, script, tmp_path / "with", *common, "--max_steps", 4, *ask,
+                     "--val_steps", 3, "--resume"))
+        return first
+    _, first = together(
+        lambda: run(*command(toy, script, tmp_path / "without", *common, "--max_steps", 4)), resumed)
+    assert equal_weights(tmp_path / "with", tmp_path / "without")
+    plain = rows(tmp_path / "without", held_out=False)
+    assert list(plain) == [1, 2, 3, 4] and plain == rows(tmp_path / "with", held_out=False)
+    assert not rows(tmp_path / "without", held_out=True)
+    found = rows(tmp_path / "with", held_out=True)
+    assert list(found) == [0, 2, 3, 4] and all(row["val/skipped"] == 3 for row in found.values())
+    assert {"val/accuracy", "val/accuracy_shuffled", "val/gap"} < found[0].keys()
+
+    events = (tmp_path / "csv" / "val_accuracy.csv").read_text().split()
+    assert [line.split(",")[0] for line in events if line[0].isdigit()] == ["0", "2", "3", "4"]
+    assert not first.stderr
+    lines = first.stdout.splitlines()
+    assert f"{broken}: the first 10 records are answered now, every 5 steps and at the end" in lines
+    said = [line for line in lines if "held-out accuracy " in line]
+    assert [line[:7] for line in said] == ["step 0 ", "step 2 "]
+    assert all(", shuffled " in line and ", gap " in line for line in said)
+
+
+@pytest.mark.parametrize("script, limit", [("sft", 1), ("tgrpo", 3)])
+def test_the_run_is_the_same_with_and_without_on_two_ranks_under_zero_3(toy, tmp_path, broken,
+                                                                        script, limit):
+    """Also where one rank has more to answer than the other, or nothing (the only medium of rank
+    0 is broken, rank 1 has none)."""
+    ask = ["--val_data", broken, "--val_limit", limit, "--val_steps", 1]
+    together(lambda: run(*command(toy, script, tmp_path / "without", "--max_steps", 2), ranks=2),
+             lambda: run(*command(toy, script, tmp_path / "with", "--max_steps", 2, *ask), ranks=2))
+    assert equal_weights(tmp_path / "with", tmp_path / "without")
+    assert rows(tmp_path / "with", held_out=False) == rows(tmp_path / "without", held_out=False)
+    found = rows(tmp_path / "with", held_out=True)
+    assert list(found) == [0, 1, 2]
+    for row in found.values():
+        assert row["val/skipped"] == 1 and ("val/accuracy" in row) == (limit > 1)
+
+
+@pytest.mark.parametrize("change, words", [
+    (["--val_data", "absent.json"], "absent.json"), (["--val_limit", "0"], "--val_limit: 0 must"),
+    (["--val_steps", "-1"], "--val_steps: -1 must be at least 0")])
+def test_bad_flags_are_named_before_a_run_starts(toy, tmp_path, capsys, change, words):
+    for script in (sft, tgrpo):
+        _, *flags = command(toy, script.__name__, tmp_path / "out", "--model", "absent")
+        with pytest.raises((InputError, SystemExit)) as error:
+            sft.load_held_out(script.parse_args([str(flag) for flag in [*flags, *change]]))
+        assert words in f"{error.value}{capsys.readouterr().err}"
+
+
+def test_held_out_media_elsewhere_are_named_and_zero_steps_switch_it_off(toy, tmp_path):
+    flags = ["--model=m", "--data=d", "--output=o", f"--val_data={toy}/test.json"]
+    with pytest.raises(InputError, match="none of its media is there"):
+        sft.load_held_out(sft.parse_args([*flags, f"--media_root={tmp_path}"]))
+    assert sft.load_held_out(sft.parse_args([*flags, "--val_steps=0"])) == []
+    assert len(sft.load_held_out(sft.parse_args([*flags, "--val_limit=5"]))) == 5
+
+
+def test_the_toy_asks_during_both_stages(toy):
+    for script in (sft, tgrpo):
+        args = script.parse_args([f"@{toy}/{script.__name__}.args"])
+        assert sft.load_held_out(args)[:1] == load_records(toy / "test.json", toy)[:1]
