@@ -1,4 +1,4 @@
-"""Held-out questions during a run: their numbers, and that the run goes on as if nobody had asked."""
+"""Held-out questions during a run: their numbers, and that the run goes on as if not asked."""
 import json
 from functools import partial
 from types import SimpleNamespace
@@ -59,8 +59,8 @@ def fake_run(rank=0, world=1, module=None, **flags):
 @pytest.mark.parametrize("batch", [1, 2, 8])
 def test_metrics_of_held_out_answers_by_hand_on_any_number_of_ranks(monkeypatch, world, batch):
     monkeypatch.setattr(sft, "VAL_BATCH", batch)
-    monkeypatch.setattr(sft, "load_questions", lambda run, records, example, positions, together:
-                        iter([records[i] for i in positions]))
+    monkeypatch.setattr(sft, "load_questions", lambda run, processor, records, example, positions,
+                        together: iter([records[i] for i in positions]))
     ranks, calls = [], []
     for rank in range(world):
         asked = []
@@ -191,8 +191,8 @@ def test_the_run_is_the_same_with_and_without_also_resumed_with_other_flags(toy,
         run(*command(toy, script, tmp_path / "with", *common, "--max_steps", 4, *ask,
                      "--val_steps", 3, "--resume"))
         return first
-    _, first = together(
-        lambda: run(*command(toy, script, tmp_path / "without", *common, "--max_steps", 4)), resumed)
+    _, first = together(lambda: run(*command(
+        toy, script, tmp_path / "without", *common, "--max_steps", 4)), resumed)
     assert equal_weights(tmp_path / "with", tmp_path / "without")
     plain = rows(tmp_path / "without", held_out=False)
     assert list(plain) == [1, 2, 3, 4] and plain == rows(tmp_path / "with", held_out=False)
@@ -211,7 +211,8 @@ def test_the_run_is_the_same_with_and_without_also_resumed_with_other_flags(toy,
     assert all(", shuffled " in line and ", gap " in line for line in said)
 
 
-@pytest.mark.parametrize("script, limit", [("sft", 1), ("tgrpo", 3)])
+@pytest.mark.parametrize("script, limit", [
+    ("sft", 1), pytest.param("tgrpo", 3, marks=pytest.mark.slow)])
 def test_the_run_is_the_same_with_and_without_on_two_ranks_under_zero_3(toy, tmp_path, broken,
                                                                         script, limit):
     """Also where one rank has more to answer than the other, or nothing (the only medium of rank
