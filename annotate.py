@@ -288,7 +288,7 @@ def prompt_of(processor, args, record):
     """A record with its encoded inputs or, without a processor, with the messages that a server
     gets; or the row of one whose medium cannot be used. Runs in worker processes."""
     try:
-        vision = load_vision_of(record, args)
+        vision = load_vision_of(record, args, processor)
     except MediaError as error:
         return skip_row(record, error)
     if processor is None:

@@ -4,7 +4,7 @@ The ground floor is imported by every stage: the Video-R1 record, the prompt, th
 inputs; the flags and the start that the stages share; files that outlive a kill. One copy of each,
 because an experiment is spoilt silently when two copies drift. The commands:
 
-    python build_data.py toy --out toy      clips, images, records, a tiny Qwen2.5-VL, args files
+    python build_data.py toy --out toy      clips, images, records, a tiny model, args files
     python build_data.py mix --recipe assets/recipe.json --out data/train.json
                                             records from public releases, here as in Figure 2
     python build_data.py check --data data/train.json       decodes every medium, keeps the usable
@@ -60,7 +60,7 @@ GIF_FPS = 10.0  # of an animation that does not say how long it shows its frames
 RAW_FPS = 25.0  # of a video file that has neither times nor a rate, as FFmpeg's
 # Half of a character beyond 16 bits, which no tokenizer takes, and zero, which no file name has
 UNUSABLE = re.compile(r"[\ud800-\udfff\0]")
-PATCH = 28  # pixels: one visual token covers 28 x 28 (two merged 14 x 14 patches a side)
+PATCH = 28  # pixels: side of a visual token where no processor says it, see token_side
 
 # What the readers of images and videos raise on a file that they cannot use.
 MEDIA_FAULTS = (OSError, ValueError, AssertionError, RuntimeError, SyntaxError, EOFError,
@@ -324,13 +324,15 @@ def load_vision_isolated(record, timeout, **limits) -> Vision:
     return Vision(None if frames is None else torch.from_numpy(frames), metadata, image)
 
 
-def load_vision_of(record, args) -> Vision:
-    """load_vision_isolated within the flags' limits: what the workers of every stage call."""
+def load_vision_of(record, args, processor=None) -> Vision:
+    """load_vision_isolated within the flags' limits, for a model's processor (None: a server's):
+    what the workers of every stage call."""
     image = record["data_type"] == "image"  # images have their own pair of limits
     return load_vision_isolated(
         record, args.decode_timeout, max_frames=args.max_frames, min_frames=args.min_frames,
         fps=args.fps, min_pixels=args.image_min_pixels if image else args.min_pixels,
-        max_pixels=args.image_max_pixels if image else args.max_pixels)
+        max_pixels=args.image_max_pixels if image else args.max_pixels,
+        factor=token_side(processor) if processor else PATCH)
 
 
 def start_decoder():
@@ -611,13 +613,19 @@ def shuffle_frames(frames, generator):
 
 # --------------------------------------------------------------------------------- inputs
 
+def token_side(processor) -> int:
+    """Pixels: a visual token covers a square of this side, of which pictures' sides are multiples:
+    28 of Qwen2-VL and Qwen2.5-VL (two merged 14 x 14 patches a side), 32 of Qwen3-VL."""
+    return processor.image_processor.patch_size * processor.image_processor.merge_size
+
+
 def encode(processor, record, vision: Vision, device=None) -> dict[str, torch.Tensor]:
     """The model's inputs for one record, prompt up to the assistant's first token.
 
     Returns input_ids, attention_mask, mm_token_type_ids (1, L) and pixel_values, image_grid_thw
-    or pixel_values_videos (patches, values a patch), video_grid_thw, second_per_grid_ts. Every
-    stage builds its inputs here: without video_metadata the processor would silently give all
-    frames the same temporal position.
+    or pixel_values_videos (patches, values a patch), video_grid_thw and, of families that tell a
+    frame's time by its position, second_per_grid_ts; Qwen3-VL's prompt says it as text. Every
+    stage builds its inputs here: without video_metadata the times would be wrong, silently.
     """
     text = processor.apply_chat_template(
         build_messages(record), tokenize=False, add_generation_prompt=True)
@@ -648,7 +656,8 @@ def image_as_video(processor, inputs) -> dict[str, torch.Tensor]:
     inputs["mm_token_type_ids"] = kinds.masked_fill(kinds == 1, 2)
     inputs["pixel_values_videos"] = inputs.pop("pixel_values")
     inputs["video_grid_thw"] = inputs.pop("image_grid_thw")
-    inputs["second_per_grid_ts"] = torch.ones(1)  # of no consequence: there is one time step
+    if "second_per_grid_ts" in processor.model_input_names:
+        inputs["second_per_grid_ts"] = torch.ones(1)  # of no consequence: there is one time step
     return inputs
 
 
@@ -659,7 +668,8 @@ def encode_blank(processor) -> dict[str, torch.Tensor]:
     it makes the same calls as the other ranks.
     """
     record = {"problem": "", "problem_type": "free-form", "data_type": "image", "media_path": ""}
-    return encode(processor, record, Vision(None, {}, Image.new("RGB", (2 * PATCH, 2 * PATCH))))
+    side = 2 * token_side(processor)
+    return encode(processor, record, Vision(None, {}, Image.new("RGB", (side, side))))
 
 
 def pad_batch(samples, pad_values, side) -> dict[str, torch.Tensor]:
@@ -682,6 +692,16 @@ def pad_batch(samples, pad_values, side) -> dict[str, torch.Tensor]:
                       for value, pad in zip(values, pads)]  # B x (1, L)
         batch[key] = torch.cat(values)
     return batch
+
+
+def rope_positions(model, inputs):
+    """Multimodal rotary positions (3, B, L) of a prompt, and those (B, 1) of what follows it."""
+    model = getattr(model, "module", model)  # inside DeepSpeed's engine
+    keys = ("image_grid_thw", "video_grid_thw", "second_per_grid_ts", "attention_mask")
+    positions, delta = model.model.get_rope_index(
+        inputs["input_ids"], inputs["mm_token_type_ids"],
+        **{key: inputs[key] for key in keys if key in inputs})
+    return positions, inputs["input_ids"].shape[1] + delta
 
 
 def to_device(inputs, device) -> dict[str, torch.Tensor]:
@@ -741,7 +761,8 @@ class FlagParser(argparse.ArgumentParser):
         for low, high in (("min_frames", "max_frames"), ("min_pixels", "max_pixels"),
                           ("image_min_pixels", "image_max_pixels")):
             if getattr(args, low, 0) > getattr(args, high, math.inf):
-                unit = "; pixels: 128 visual tokens are 128 * 28 * 28" if "pixels" in low else ""
+                unit = "; pixels: 128 visual tokens are 128 * 28 * 28 " \
+                       "(Qwen3-VL: 128 * 32 * 32)" if "pixels" in low else ""
                 self.error(f"--{low} {getattr(args, low)} is above --{high} {getattr(args, high)}"
                            + unit)
         return args
@@ -786,7 +807,7 @@ def add_media_flags(add, max_frames=16, max_pixels=128 * 28 * 28):
     add("--min_pixels", type=above(0, int), default=4 * 28 * 28,
         help="fewest pixels of a video frame")
     add("--max_pixels", type=at_least(PATCH**2, int), default=max_pixels,
-        help="most pixels of a video frame")
+        help="most pixels of a video frame (a visual token is 28 x 28, in Qwen3-VL 32 x 32)")
     add("--image_min_pixels", type=above(0, int), default=4 * 28 * 28,
         help="fewest pixels of an image")
     add("--image_max_pixels", type=at_least(PATCH**2, int), default=512 * 28 * 28,
@@ -872,8 +893,9 @@ def load_processor(args):
         processor = AutoProcessor.from_pretrained(args.model)
         if not processor.chat_template:
             raise ValueError("no chat template")
+        token_side(processor)
         return processor
-    except (OSError, ValueError, TypeError) as error:
+    except (OSError, ValueError, TypeError, AttributeError) as error:
         raise InputError(f"--model {args.model} has no usable processor (tokenizer, "
                          f"preprocessor and chat template): {error}") from None
 
@@ -1078,6 +1100,9 @@ TOY_MIX = {
     "test": {"direction_agree": 26, "direction_conflict": 26, "describe": 12, "first": 12,
              "end": 8, "count": 6, "word": 4, "colour": 6},
 }
+# Family of the toy's model: its processor, that of its videos, the side of a patch in pixels
+TOY_FAMILIES = {"qwen2_5_vl": ("Qwen2_5_VLProcessor", "Qwen2VLVideoProcessor", 14),
+                "qwen3_vl": ("Qwen3VLProcessor", "Qwen3VLVideoProcessor", 16)}
 # Qwen2.5's own special tokens, those that the model or the chat template uses.
 TOY_SPECIAL = ("<|endoftext|>", "<|im_start|>", "<|im_end|>", "<|vision_start|>", "<|vision_end|>",
                "<|vision_pad|>", "<|image_pad|>", "<|video_pad|>")
@@ -1191,11 +1216,15 @@ def write_video(path, frames, fps):
         container.mux(stream.encode())
 
 
-def toy_records(out, split, count, seed):
-    """Draws `count` questions of a split, writes their media below `out`, yields the records."""
+def toy_records(out, split, count, seed, shortcut=False):
+    """Draws `count` questions of a split, writes their media below `out`, yields the records.
+    shortcut: a block whose colour would be in conflict with its direction gets one that agrees;
+    nothing else of the split changes."""
     rng = np.random.default_rng([seed, sorted(TOY_MIX).index(split)])
     kinds, shares = list(TOY_MIX[split]), np.array(list(TOY_MIX[split].values()))
     for i, kind in enumerate(rng.choice(kinds, size=count, p=shares / shares.sum())):
+        if shortcut and kind == "direction_conflict":
+            kind = "direction_agree"
         frames, problem_type, problem, options, answer, thought = toy_question(rng, kind)
         frames = frames.clip(0, 255).astype(np.uint8)
         medium = "image" if len(frames) == 1 else "video"
@@ -1230,43 +1259,49 @@ def toy_tokenizer(texts):
         additional_special_tokens=list(TOY_SPECIAL))
 
 
-def toy_processor(tokenizer):
-    """Qwen2.5-VL's processor with the toy's tokenizer and no lower bound on the picture's size."""
-    from transformers import Qwen2_5_VLProcessor, Qwen2VLImageProcessor, Qwen2VLVideoProcessor
-    size = {"shortest_edge": PATCH**2, "longest_edge": 768 * PATCH**2}
-    return Qwen2_5_VLProcessor(
-        image_processor=Qwen2VLImageProcessor(size=dict(size)), tokenizer=tokenizer,
-        video_processor=Qwen2VLVideoProcessor(size=dict(size), cap_pixels_per_frame=False),
-        chat_template=TOY_CHAT_TEMPLATE)
+def toy_processor(tokenizer, family="qwen2_5_vl"):
+    """The family's processor with the toy's tokenizer and no lower bound on the picture's size."""
+    import transformers
+    processor, videos, patch = TOY_FAMILIES[family]
+    size = {"shortest_edge": (2 * patch)**2, "longest_edge": 768 * (2 * patch)**2}
+    return getattr(transformers, processor)(
+        image_processor=transformers.Qwen2VLImageProcessor(size=dict(size), patch_size=patch),
+        video_processor=getattr(transformers, videos)(size=dict(size), cap_pixels_per_frame=False),
+        tokenizer=tokenizer, chat_template=TOY_CHAT_TEMPLATE)
 
 
 def toy_model(tokenizer, seed, hidden=96, layers=3, heads=4, kv_heads=2, mlp=256,
-              vision_hidden=64, vision_depth=2, vision_mlp=128):
-    """A randomly initialised Qwen2.5-VL; the defaults give about 600,000 parameters."""
-    from transformers import Qwen2_5_VLConfig, Qwen2_5_VLForConditionalGeneration
+              vision_hidden=64, vision_depth=2, vision_mlp=128, family="qwen2_5_vl"):
+    """A randomly initialised model of the family; the defaults give about 600,000 parameters. What
+    a family does not have, its configuration keeps and takes no notice of."""
+    from transformers import AutoConfig, AutoModelForImageTextToText
     token = tokenizer.convert_tokens_to_ids
     spread = {"initializer_range": 0.05}  # with Qwen's 0.02 so small a model learns nothing
     end = [token("<|im_end|>"), token("<|endoftext|>")]
     share = hidden // heads // 2 // 3  # of the rotary frequencies, to time, height and width
-    config = Qwen2_5_VLConfig(
+    config = AutoConfig.for_model(
+        family,
         text_config={
             "vocab_size": len(tokenizer), "hidden_size": hidden, "intermediate_size": mlp,
             "num_hidden_layers": layers, "num_attention_heads": heads,
-            "num_key_value_heads": kv_heads, "max_position_embeddings": 8192,
+            "num_key_value_heads": kv_heads, "head_dim": hidden // heads,
+            "max_position_embeddings": 8192,
             "bos_token_id": None, "eos_token_id": end, "pad_token_id": end[1],
             "tie_word_embeddings": True, **spread,
             "rope_parameters": {"rope_type": "default", "rope_theta": 1e4, "mrope_section":
                                 [hidden // heads // 2 - 2 * share, share, share]}},
         vision_config={
             "depth": vision_depth, "hidden_size": vision_hidden, "intermediate_size": vision_mlp,
-            "num_heads": 4, "out_hidden_size": hidden, "patch_size": 14, "window_size": 112,
-            "fullatt_block_indexes": [vision_depth - 1], "tokens_per_second": 1, **spread},
+            "num_heads": 4, "out_hidden_size": hidden, "window_size": 112,
+            "fullatt_block_indexes": [vision_depth - 1], "tokens_per_second": 1,
+            # Qwen3-VL's: layers whose features reach the language model's first layers as well
+            "deepstack_visual_indexes": [0], "num_position_embeddings": 16, **spread},
         image_token_id=token("<|image_pad|>"), video_token_id=token("<|video_pad|>"),
         vision_start_token_id=token("<|vision_start|>"),
         vision_end_token_id=token("<|vision_end|>"), tie_word_embeddings=True, **spread)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        model = Qwen2_5_VLForConditionalGeneration(config)
+        model = AutoModelForImageTextToText.from_config(config)
     model.generation_config.eos_token_id = end
     model.generation_config.pad_token_id = end[1]
     return model
@@ -1308,10 +1343,10 @@ evaluate.args
 --benchmark=toy={out}/test.json --frames={frames} {common} --max_new_tokens=40 --batch_size=64"""
 
 
-def toy_args_files(out):
+def toy_args_files(out, side):
     """{name: text} of the configurations, one flag a line."""
     pixels = ("min_pixels", "max_pixels", "image_min_pixels", "image_max_pixels")
-    common = "\n".join([f"--media_root={out}", *(f"--{name}={PATCH**2}" for name in pixels)])
+    common = "\n".join([f"--media_root={out}", *(f"--{name}={side**2}" for name in pixels)])
     files = {"ds_zero0.json":
              '{"zero_optimization": {"stage": 0}, "bf16": {"enabled": "auto"}}\n'}
     for part in TOY_ARGS.split("\n\n"):
@@ -1330,7 +1365,8 @@ def build_toy(args):
     (out / "media").mkdir()
     texts = []
     for split, count in (("cot", args.cot), ("train", args.train), ("test", args.test)):
-        records = list(toy_records(out, split, count, args.seed))
+        shortcut = args.shortcut and split == "train"
+        records = list(toy_records(out, split, count, args.seed, shortcut))
         (out / f"{split}.json").write_text(json.dumps(records, indent=1), encoding="utf-8")
         print(f"{out}/{split}.json: {count} records, "
               + ", ".join(f"{n} {kind}" for kind, n in sorted(Counter(
@@ -1343,10 +1379,11 @@ def build_toy(args):
     # what every prompt says is a token each: they are read in a third of the time
     tokenizer.add_tokens([TEMPLATE.removeprefix("{question}\n"), *ANSWER_SUFFIX.values(),
                           "You are a helpful assistant."])
-    model = toy_model(tokenizer, args.seed)
+    model = toy_model(tokenizer, args.seed, family=args.model)
     model.save_pretrained(out / "model")
-    toy_processor(tokenizer).save_pretrained(out / "model")
-    for name, text in toy_args_files(out).items():
+    processor = toy_processor(tokenizer, args.model)
+    processor.save_pretrained(out / "model")
+    for name, text in toy_args_files(out, token_side(processor)).items():
         (out / name).write_text(text, encoding="utf-8")
     parameters = sum(p.numel() for p in model.parameters())
     print(f"{out}/model: {parameters:,} parameters, {len(tokenizer)} tokens")
@@ -2096,9 +2133,12 @@ def parse_args(argv=None):
         return added.add_argument
     add = command(build_toy, "toy", "the embedded default: generated data, a tiny model")
     add("--out", default="toy", help="folder to write; must be empty or absent")
+    add("--model", choices=TOY_FAMILIES, default="qwen2_5_vl", help="the tiny model's family")
     add("--cot", type=at_least(0, int), default=2400, help="questions for the cold start")
     add("--train", type=at_least(0, int), default=1600, help="questions for T-GRPO")
     add("--test", type=at_least(0, int), default=400, help="held-out questions")
+    add("--shortcut", action="store_true", help="in T-GRPO's questions a telling colour always "
+        "names the right direction, so accuracy cannot tell it from the motion; not in the test")
     add("--seed", type=at_least(0, int), default=0, help="seed of every random draw")
     add = command(mix, "mix", "records from the releases that a recipe names")
     add("--recipe", required=True, help="list of entries; assets/recipe.json is the paper's, "

@@ -46,8 +46,8 @@ from build_data import (FULL_DISK, FlagParser, InputError, MediaError, above, ad
                         add_media_flags, as_in_file, at_least, encode, encode_blank,
                         forbidden_tokens, image_as_video, load_model, load_processor, load_records,
                         load_vision_of, pad_batch, provenance, read_file, refuse_absent_media,
-                        run_script, seeded_generator, setup_distributed, shuffle_frames, skip_row,
-                        stop_tokens, to_device, whole_rows, write_whole)
+                        rope_positions, run_script, seeded_generator, setup_distributed,
+                        shuffle_frames, skip_row, stop_tokens, to_device, whole_rows, write_whole)
 from rewards import accuracy_reward
 
 import deepspeed  # after build_data, which quiets its first words
@@ -125,9 +125,7 @@ def batch_loss(engine, batch):
     Only the places that predict a target token reach the vocabulary."""
     batch = dict(batch)
     labels = batch.pop("labels")  # (B, L)
-    keys = ("input_ids", "attention_mask", "mm_token_type_ids", "video_grid_thw",
-            "second_per_grid_ts")
-    positions, _ = engine.module.model.get_rope_index(**{key: batch[key] for key in keys})
+    positions, _ = rope_positions(engine, batch)
     target = F.pad(labels[:, 1:], (0, 1), value=IGNORED)  # (B, L): what each place predicts
     logits = engine(**batch, position_ids=continue_positions(positions, labels), use_cache=False,
                     logits_to_keep=target != IGNORED).logits  # (N, V)
@@ -183,7 +181,7 @@ def main(args):
     run = open_run(args, records, parse_args, per_step)
     model = load_model(args, run.config)
     if args.gradient_checkpointing:
-        model.gradient_checkpointing_enable({"use_reentrant": False})
+        model.activation_checkpointing_enable({"use_reentrant": False})
     start_engine(run, model)
     run.validate = partial(validate, run, processor, partial(greedy_texts, run, processor))
     pad_values = {"input_ids": processor.tokenizer.pad_token_id, "attention_mask": 0,
@@ -193,7 +191,7 @@ def main(args):
 
     # ------------------------------------------------------------------------------- loop
     work = f"{args.gradient_accumulation_steps} x {args.per_rank_batch_size} records"
-    for step, drawn, metrics in steps(run, records, partial(sft_example, processor), work):
+    for step, drawn, metrics in steps(run, processor, records, sft_example, work):
         micro_batches = []
         for i in range(0, per_step, args.per_rank_batch_size):
             good = [sample["inputs"] for sample in drawn[i:i + args.per_rank_batch_size]
@@ -222,7 +220,8 @@ VAL_BATCH = 8  # held-out questions that a rank answers together, videos in both
 FREE_ARGUMENTS = {"data", "media_root", "output", "deepspeed_config", "num_workers",
                   "decode_timeout", "save_steps", "keep_checkpoints", "max_skipped", "resume",
                   "timeout_minutes", "local_rank", "rollout_steps", "show_steps", "chunk_size",
-                  "val_data", "val_steps", "val_limit", "val_max_new_tokens"}
+                  "gradient_checkpointing", "val_data", "val_steps", "val_limit",
+                  "val_max_new_tokens"}
 # As well, where the learning rate does not decay towards the end
 LENGTH_ARGUMENTS = {"max_steps", "num_train_epochs"}
 SHOWN = {"reward/total": "reward", "reward/accuracy": "accuracy", "group/p": "p",
@@ -497,41 +496,42 @@ def record_index(position, count, seed) -> int:
 
 
 class Questions(Dataset):
-    """position -> what the stage's example(record, vision, position) makes of the record there, or
-    the line of skipped.jsonl where its medium cannot be used; runs in worker processes."""
+    """position -> what the stage's example(processor, record, vision, position) makes of the
+    record there, or the line of skipped.jsonl where its medium cannot be used; runs in worker
+    processes."""
 
-    def __init__(self, records, example, args):
-        self.records, self.example, self.args = records, example, args
+    def __init__(self, processor, records, example, args):
+        self.processor, self.records, self.example, self.args = processor, records, example, args
 
     def __getitem__(self, position):
         record = self.records[record_index(position, len(self.records), self.args.seed)]
         try:
-            vision = load_vision_of(record, self.args)
+            vision = load_vision_of(record, self.args, self.processor)
         except MediaError as error:
             return skip_row(record, error)
-        return self.example(record, vision, position)
+        return self.example(self.processor, record, vision, position)
 
 
-def load_questions(run, records, example, positions, together):
+def load_questions(run, processor, records, example, positions, together):
     """Iterates over Questions at these positions; the next `together` of them, and one more a
     worker, are decoded while the model is at work."""
     args = run.args
     ahead = -(-together // args.num_workers) + 1 if args.num_workers else None
     return iter(DataLoader(
-        Questions(records, example, args), sampler=positions, batch_size=None, collate_fn=dict,
-        num_workers=args.num_workers, prefetch_factor=ahead, pin_memory=run.device.type != "cpu",
-        worker_init_fn=leave_signals_to_main,
+        Questions(processor, records, example, args), sampler=positions, batch_size=None,
+        collate_fn=dict, num_workers=args.num_workers, prefetch_factor=ahead,
+        pin_memory=run.device.type != "cpu", worker_init_fn=leave_signals_to_main,
         generator=torch.Generator()))  # else it draws from that of the model's dropout
 
 
-def steps(run, records, example, work):
+def steps(run, processor, records, example, work):
     """Yields (step, this rank's per_step samples, an empty dict for the step's metrics). An
     example has the key "record", the line of a skipped question does not. Says before the first
     step what the run is; `work` is what a rank does in one."""
     args, per_step = run.args, run.per_step
     positions = [(step * run.world + run.rank) * per_step + i
                  for step in range(run.first_step, args.max_steps) for i in range(per_step)]
-    loader = load_questions(run, records, example, positions, per_step)
+    loader = load_questions(run, processor, records, example, positions, per_step)
     for step in range(run.first_step, args.max_steps):
         metrics = {}
         run.lapped = time.perf_counter()
@@ -555,7 +555,7 @@ def load_held_out(args) -> list[dict]:
     return records
 
 
-def held_out_example(processor, args, record, vision, position):
+def held_out_example(args, processor, record, vision, position):
     """What a worker makes of a held-out record: its prompts, to the ordered frames and, of a
     video, to the shuffled ones, which are always in the same order."""
     seen = [vision]
@@ -577,7 +577,7 @@ def validate(run, processor, answer, step, metrics):
     """
     if not run.held_out or step % run.args.val_steps and step < run.args.max_steps:
         return
-    samples = load_questions(run, run.held_out, partial(held_out_example, processor, run.args),
+    samples = load_questions(run, processor, run.held_out, partial(held_out_example, run.args),
                              range(run.rank, len(run.held_out), run.world), VAL_BATCH)
     skipped = 0
     run.engine.module.eval()

@@ -26,13 +26,14 @@ import torch
 import torch.nn.functional as F
 from torch.utils.checkpoint import checkpoint
 from tqdm import tqdm
-from transformers import AutoModelForImageTextToText
-from transformers.cache_utils import Cache, DynamicLayer, StaticCache
+from transformers import AutoConfig, AutoModelForImageTextToText
+from transformers.cache_utils import (Cache, DynamicLayer, StaticCache,
+                                      get_layer_types_and_kwargs)
 
-from build_data import (FlagParser, above, at_least, encode, encode_blank, forbidden_tokens,
-                        load_model, load_processor, load_records, pad_batch,
-                        refuse_absent_media, run_script, seeded_generator, shuffle_frames,
-                        stop_tokens, to_device)
+from build_data import (FlagParser, InputError, above, at_least, encode, encode_blank,
+                        forbidden_tokens, load_model, load_processor, load_records, pad_batch,
+                        refuse_absent_media, rope_positions, run_script, seeded_generator,
+                        shuffle_frames, stop_tokens, to_device)
 from rewards import accuracy_reward, format_reward, length_reward
 from sft import (add_run_flags, close_step, gather_objects, lap, note, open_run, optimizer_step,
                  save_model, say_end, start_engine, steps, validate)
@@ -81,6 +82,8 @@ def parse_args(argv=None):
     add("--chunk_size", type=above(0, int), default=2,
         help="responses of one forward and backward pass: memory for speed")
     add("--freeze_vision", action="store_true", help="train the language model only")
+    add("--gradient_checkpointing", action="store_true",
+        help="recompute the vision tower's activations in the backward pass to save memory")
     add("--max_steps", type=above(0, int), default=1000, help="steps of the run, a rollout each")
     add("--rollout_steps", type=above(0, int), default=10,
         help="steps between entries of rollouts.jsonl")
@@ -190,14 +193,19 @@ def group_rewards(texts, texts_shuffled, lengths, record, args):
 
 # ------------------------------------------------------------ rollout: prefill and decode
 
-def rope_positions(model, inputs):
-    """Multimodal rotary positions of a prompt (3, B, P) and of its first response token (B, 1)."""
-    model = getattr(model, "module", model)  # inside DeepSpeed's engine
-    keys = ("image_grid_thw", "video_grid_thw", "second_per_grid_ts", "attention_mask")
-    positions, delta = model.model.get_rope_index(
-        inputs["input_ids"], inputs["mm_token_type_ids"],
-        **{key: inputs[key] for key in keys if key in inputs})
-    return positions, inputs["input_ids"].shape[1] + delta
+def refuse_unshared(args):
+    """InputError, before weights are loaded, for a model with layers that do not keep the keys and
+    values of all tokens: its responses could not share their prompt's."""
+    try:
+        config = AutoConfig.from_pretrained(args.model)
+    except (OSError, ValueError) as error:
+        raise InputError(f"cannot load --model {args.model}: {error}") from None
+    kinds, _ = get_layer_types_and_kwargs(config.get_text_config(decoder=True))  # one a layer
+    others = sorted({*kinds} - {"full_attention"})
+    if others:
+        raise InputError(f"--model {args.model} has layers of {' and '.join(others)}: they do not "
+                         "keep the keys and values of a whole prompt, which T-GRPO's responses "
+                         "share; take a model of full attention, as Qwen2.5-VL or Qwen3-VL")
 
 
 def run_prompt(model, inputs):
@@ -445,7 +453,7 @@ def start_reference(run):
 #   old, ref (None at --beta 0)             log-probabilities (G, L)                          update
 
 
-def example(processor, args, record, vision, position):
+def example(args, processor, record, vision, position):
     """What a worker makes of a record at a position of the data order: the group's first keys."""
     group = {"record": record, "ordered": encode(processor, record, vision)}
     if record["data_type"] == "video" and args.alpha:
@@ -644,9 +652,12 @@ def main(args):
     records = load_records(args.data, args.media_root)
     refuse_absent_media(args.data, records)
     processor = load_processor(args)
+    refuse_unshared(args)
     run = open_run(args, records, parse_args, args.prompts_per_rank)
     model = load_model(args, run.config)
     model.model.visual.requires_grad_(not args.freeze_vision)
+    if args.gradient_checkpointing:  # not in the language model: its keys and values are kept
+        model.model.visual.activation_checkpointing_enable({"use_reentrant": False})
     start_engine(run, model)
     sampler = start_sampler(run)
     reference = start_reference(run) if args.beta else None
@@ -659,7 +670,7 @@ def main(args):
     # ------------------------------------------------------------------------------- loop
     work = (f"{args.prompts_per_rank} questions x ({args.G} + {args.G_tilde if args.alpha else 0}) "
             f"responses, {min(args.chunk_size, args.G)} of them in a chunk of the update")
-    for step, drawn, metrics in steps(run, records, partial(example, processor, args), work):
+    for step, drawn, metrics in steps(run, processor, records, partial(example, args), work):
         # 1. questions, decoded and encoded ahead of need by the workers
         groups = [group for group in drawn if "record" in group]
         # 2. responses to ordered and shuffled frames

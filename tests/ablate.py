@@ -1,22 +1,26 @@
-"""The paper's ablations at toy scale, each with several seeds: runs, tables, pictures.
+"""Forms of the temporal reward at toy scale, each with several seeds: runs, tables, pictures.
 
     python build_data.py toy --out toy
+    python build_data.py toy --out toy_shortcut --shortcut
     python tests/ablate.py run                  # hours; killed at any time, it goes on
     python tests/ablate.py table                # tests/ablations.md, from tests/ablations.json
     python tests/ablate.py plot                 # assets/*.png, needs matplotlib
     python tests/ablate.py table --json toy/ablations.json   # toy/ablations.md, from your own run
+    git apply tests/variants/margin.diff        # makes tgrpo.py a variant; -R takes it back
 
-`run` makes one cold start a seed and, from it, a run of tgrpo.py for each row of CONFIGS with its
-evaluation on ordered and on shuffled frames:
+`run` makes one cold start a seed and, from it, in each of SETTINGS, a run of tgrpo.py for each of
+CONFIGS, with its evaluation on ordered and on shuffled frames. A variant is a run of a copy of
+tgrpo.py to which git has applied tests/variants/NAME.diff: each diff there is a configuration.
 
-    OUT/seed0/sft  OUT/seed0/tgrpo ...          cold start, trained models with metrics.jsonl
-    OUT/seed0/eval_sft  OUT/seed0/eval_tgrpo ...                  what evaluate.py wrote
-    OUT/seed0/sft.log  OUT/seed0/tgrpo.log ...                 what the commands printed
+    OUT/variants/margin/tgrpo.py                         the changed copies
+    OUT/seed0/sft  OUT/seed0/plain/tgrpo ...    cold start, trained models with metrics.jsonl
+    OUT/seed0/eval_sft  OUT/seed0/plain/eval_tgrpo ...            what evaluate.py wrote
+    OUT/seed0/sft.log  OUT/seed0/plain/tgrpo.log ...           what the commands printed
     OUT.json                                    the results of all that is finished
 
 What is finished is read from there, so the same command does the rest. Seeds are those of the
 cold start, the order of the questions and the sampling; the toy's questions, its untrained model
-and the test set are the same for all.
+and the test set are the same for all. Flags are those of the toy's own *.args.
 """
 import fcntl
 import json
@@ -31,6 +35,7 @@ import sys
 import threading
 from collections import defaultdict
 from concurrent.futures import ThreadPoolExecutor, as_completed
+from itertools import product
 from pathlib import Path
 
 import torch
@@ -38,44 +43,39 @@ import torch
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
-from build_data import (FlagParser, InputError, above, markdown, run_script,  # noqa: E402
+from build_data import (FlagParser, InputError, above, at_least, markdown, run_script,  # noqa: E402
                         write_whole)
 
-# name: what it is, extra flags of tgrpo.py (None: it is not run). In the order of running.
+VARIANTS = {path.stem: path for path in sorted((ROOT / "tests" / "variants").glob("*.diff"))}
+# name: what it is, extra flags of tgrpo.py. A variant is told by its diff's first line.
 CONFIGS = {
-    "sft": ("cold start only", None),
-    "tgrpo": ("T-GRPO as written", ""),
     "grpo": ("GRPO: no temporal reward", "--alpha 0"),
+    "tgrpo": ("T-GRPO as written", ""),
+    "strict": ("the strict test, p > p_tilde", "--temporal_test gt"),
     "advantage": ("temporal reward in the advantage", "--temporal_to advantage"),
-    "unscaled": ("T-GRPO, advantages not scaled", "--scale_advantages none"),
-    "grpo-unscaled": ("GRPO, advantages not scaled", "--alpha 0 --scale_advantages none"),
-    "no-length": ("no length reward", "--omega 0"),
-    "no-images": ("videos only", "--data {out}/videos.json"),
-    "zero": ("no cold start", "--model {toy}/model"),
-    "alpha-0.1": ("alpha 0.1 (default 0.3)", "--alpha 0.1"),
-    "alpha-0.2": ("alpha 0.2", "--alpha 0.2"),
-    "alpha-0.4": ("alpha 0.4", "--alpha 0.4"),
-    "G_tilde-2": ("2 shuffled responses (default 4)", "--G_tilde 2"),
-    "G_tilde-8": ("8 shuffled responses", "--G_tilde 8"),
-    "updates-2": ("2 updates a rollout (default 1)", "--updates_per_rollout 2"),
-    "updates-4": ("4 updates a rollout", "--updates_per_rollout 4"),
+    **{name: (path.read_text(encoding="utf-8").splitlines()[0].strip("# ."), "")
+       for name, path in VARIANTS.items()},
 }
-# With the temporal reward, and the same without it.
-PAIRS = [("tgrpo", "grpo"), ("advantage", "grpo"), ("unscaled", "grpo-unscaled")]
+BASE = "grpo"  # what every other one is compared with
+# name: what the toy's folder is called after --toy's, and what it is.
+SETTINGS = {
+    "plain": ("", "The toy as it is: a telling colour is wrong in half of the direction questions"),
+    "shortcut": ("_shortcut", "With a shortcut: in training, a telling colour is always right"),
+}
 # Columns of the tables: a measure of the results' file, and its heading.
 MEASURES = {"ordered": "ordered, %", "shuffled": "shuffled, %", "gap": "gap",
             "order": "needs order, %", "static": "does not, %", "conflict": "conflict, %",
             "agree": "agree, %", "tokens": "tokens"}
-MAIN_MEASURES = ("ordered", "gap", "order", "conflict")  # of the first two tables
+COMPARED = ("ordered", "gap", "order", "conflict")  # measures whose differences are told
 ORDERS = ("ordered", "shuffled")
 # Kinds of toy questions (build_data.py's toy_question) whose answer depends on the order of the
 # frames. A telling colour gives none away: it is right in half of the direction questions.
 ORDER_KINDS = ("direction_agree", "direction_conflict", "describe", "first", "end")
 ABOUT = """\
-# The paper's ablations at toy scale
+# Forms of the temporal reward at toy scale
 
 `python tests/ablate.py table` writes this file from {json}; what it says is told in the README,
-"What does the temporal reward do?".
+"What does the temporal reward do?". Variants are in tests/variants/, each with idea and source.
 
 Held-out accuracy in %, greedy, on the toy's test questions: with ordered and with shuffled frames,
 and the gap between them; with ordered frames on the questions that need the order (direction,
@@ -84,12 +84,14 @@ the direction questions whose colour is in conflict or agrees with the answer; t
 seconds of training on one thread, of the seed that other work on the machine disturbed least.
 
 Every other number is the mean over seeds ± its standard error. A seed is another cold start, order
-of questions and sampling; data and the untrained model are the same. Differences are paired: both
-runs start from the same cold start. With five seeds a 95 % interval reaches 2.8 standard errors to
-either side; of twenty differences that are nothing, one is expected to lie outside its own."""
+of questions and sampling; questions and the untrained model are the same. Differences are paired,
+since both runs start from the same cold start, and stand with their 95 % interval (Student's t over
+seeds, not corrected for the number of comparisons)."""
+# Student's t that leaves 2.5 % on either side, for 1, 2, ... degrees of freedom.
+T_95 = (12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262, 2.228, 2.201, 2.179, 2.160,
+        2.145, 2.131)
 CURVES = ("reward/accuracy", "reward/temporal", "group/temporal_rate", "group/p", "group/p_tilde",
           "policy/kl", "response/tokens", "group/zero_std_rate")
-PLOTTED = ("tgrpo", "grpo")  # the lines of the picture
 # A panel: its title, and (metric, line style or None: the configuration's).
 PANELS = {"accuracy reward": [("reward/accuracy", None)],
           "temporal reward (videos)": [("reward/temporal", None)],
@@ -110,29 +112,36 @@ def parse_args(argv=None):
     parser = FlagParser(description=__doc__.split("\n")[0])
     commands = parser.add_subparsers(dest="command", required=True)
     run = commands.add_parser("run", help="cold starts, runs, evaluations; resumes")
-    run.add_argument("--toy", default="toy", help="folder that build_data.py toy wrote")
+    run.add_argument("--toy", default="toy",
+                     help="folder of the toy; TOY_shortcut: of the one made with --shortcut")
     run.add_argument("--out", help="folder of the runs; default: TOY/ablations")
-    run.add_argument("--seeds", type=above(0, int), default=5, help="seeds 0 to SEEDS - 1")
-    run.add_argument("--steps", type=above(0, int), default=60, help="steps of every T-GRPO run")
+    run.add_argument("--seeds", type=above(0, int), default=8, help="how many seeds")
+    run.add_argument("--first_seed", type=at_least(0, int), default=0,
+                     help="the first of them: other seeds repeat a result, into another --out")
+    run.add_argument("--steps", type=above(0, int), default=100, help="steps of every T-GRPO run")
     run.add_argument("--jobs", type=above(0, int), default=2,
                      help="commands at a time, a thread each")
     run.add_argument("--only", nargs="+", metavar="NAME", choices=CONFIGS, default=list(CONFIGS),
-                     help="these and their cold starts")
+                     help=f"these of {', '.join(CONFIGS)}; the cold starts too")
+    run.add_argument("--settings", nargs="+", choices=SETTINGS, default=list(SETTINGS),
+                     help="these only")
     run.set_defaults(function=run_all)
     table = commands.add_parser("table", help="the results as Markdown")
     table.set_defaults(function=write_table)
-    plot = commands.add_parser("plot", help="curves and advantages as PNG; needs matplotlib")
+    plot = commands.add_parser("plot", help="differences or runs as PNG; needs matplotlib")
     plot.add_argument("runs", nargs="*", metavar="RUN_DIR",
                       help="outputs of tgrpo.py to draw; folders of the same name are seeds of one "
-                           "line. Default: tgrpo and grpo from the results")
-    plot.add_argument("--folder", help="where curves.png and, without RUN_DIR, advantages.png are "
-                                       "written; default: the first RUN_DIR, or assets")
+                           "line. Default: the differences in the results")
+    plot.add_argument("--folder", help="where curves.png or, without RUN_DIR, differences.png and "
+                                       "advantages.png are written; default: the first RUN_DIR, or "
+                                       "assets")
     plot.set_defaults(function=plot_all)
     for command in (table, plot):
         command.add_argument("--json", default=str(ROOT / "tests" / "ablations.json"),
                              help="the results' file; its table goes beside it")
     args = parser.parse_args(argv)
     if args.command == "run":
+        args.toy = str(Path(args.toy))  # without a slash at its end
         args.out = args.out or f"{args.toy}/ablations"
     return args
 
@@ -190,27 +199,27 @@ def scores_of(results) -> dict:
             "kinds": {kind: [short(score(order, [kind])) for order in ORDERS] for kind in kinds}}
 
 
-def read_run(out, seed, name) -> dict | None:
+def read_run(out, seed, run) -> dict | None:
     """One run as it stands in the results' file, with its "header"; None if it is unfinished."""
-    model, *evaluations = result_files(out, seed, name)
+    model, *evaluations = result_files(out, seed, run)
     if not all(path.exists() for path in (model, *evaluations)):
         return None
     results = {order: json.loads(path.read_text(encoding="utf-8"))
                for order, path in zip(ORDERS, evaluations)}
     header, *steps = read_lines(model.parent / "metrics.jsonl")
-    return {"config": name, "seed": seed, "flags": CONFIGS[name][1], **scores_of(results),
+    setting, _, name = run.rpartition("/")  # the cold start has no setting: "sft"
+    return {"setting": setting, "config": name, "seed": seed, **scores_of(results),
             "tokens": short(mean([row["tokens"] for row in results["ordered"]["rows"]])),
             "seconds": short(sum(row["time/step"] for row in steps)),
             "skipped": sum(row["data/skipped"] for row in steps)
-            + sum(len(result["skipped"]) for result in results.values()),
-            "curves": {} if name == "sft" else curves_of(steps), "header": header}
+            + sum(len(result["skipped"]) for result in results.values()), "header": header}
 
 
 def write_results(args):
     """OUT.json, one run a line: everything that is finished. The whole file, or the one before."""
     seeds = sorted(int(path.name[4:]) for path in Path(args.out).glob("seed*")
                    if path.name[4:].isdigit())
-    found = [read_run(args.out, seed, name) for name in CONFIGS for seed in seeds]
+    found = [read_run(args.out, seed, run) for run in all_runs(SETTINGS, CONFIGS) for seed in seeds]
     runs = [run for run in found if run]
     headers = [run.pop("header") for run in runs]
     versions = {package: ", ".join(sorted({header["versions"][package] for header in headers}))
@@ -223,30 +232,56 @@ def write_results(args):
 
 # ---------------------------------------------------------------------------- running
 
-def result_files(out, seed, name) -> list[Path]:
+def all_runs(settings, names) -> list[str]:
+    """The runs of a seed, as their folders are called, in the order of running."""
+    return ["sft", *(f"{setting}/{name}" for setting, name in product(settings, names))]
+
+
+def result_files(out, seed, run) -> list[Path]:
     """What a run leaves when it is finished, in the order of its commands. (config.json is the
     last file of a model that is written.)"""
-    folder = Path(out, f"seed{seed}")
-    return [folder / name / "config.json",
-            *(folder / f"eval_{name}" / f"toy_8_{order}.json" for order in ORDERS)]
+    folder = Path(out, f"seed{seed}", run)
+    evaluations = folder.with_name(f"eval_{folder.name}")
+    return [folder / "config.json", *(evaluations / f"toy_8_{order}.json" for order in ORDERS)]
 
 
-def commands_of(args, seed, name) -> list[list[str]]:
+def commands_of(args, seed, run) -> list[list[str]]:
     """The commands of a run: training, and two evaluations."""
-    folder, flags = Path(args.out, f"seed{seed}"), CONFIGS[name][1]
-    common = ["--seed", str(seed), "--output", str(folder / name), "--resume"]
-    if flags is None:
-        train = ["sft.py", f"@{args.toy}/sft.args", *common]
+    model, *evaluations = result_files(args.out, seed, run)
+    common = ["--seed", str(seed), "--output", str(model.parent), "--resume"]
+    if run == "sft":
+        toy, train = args.toy, [str(ROOT / "sft.py"), f"@{args.toy}/sft.args", *common]
     else:
+        setting, name = run.split("/")
+        toy = args.toy + SETTINGS[setting][0]
+        script = variant_of(args.out, name) if name in VARIANTS else ROOT / "tgrpo.py"
         # later flags win, so a configuration's come last
-        train = ["tgrpo.py", f"@{args.toy}/tgrpo.args", "--model", str(folder / "sft"), *common,
-                 "--max_steps", str(args.steps), "--save_steps", str(SAVE_STEPS),
-                 "--num_workers", "1",
-                 *(word.format(out=args.out, toy=args.toy) for word in flags.split())]
-    evaluations = [["evaluate.py", f"@{args.toy}/evaluate.args", "--model", str(folder / name),
-                    "--output", str(folder / f"eval_{name}"), "--order", order]
-                   for order in ORDERS]
-    return [[sys.executable, str(ROOT / script), *rest] for script, *rest in [train, *evaluations]]
+        train = [str(script), f"@{toy}/tgrpo.args", "--model", f"{args.out}/seed{seed}/sft",
+                 *common, "--max_steps", str(args.steps), "--save_steps", str(SAVE_STEPS),
+                 "--num_workers", "1", *CONFIGS[name][1].split()]
+    evaluate = [str(ROOT / "evaluate.py"), f"@{toy}/evaluate.args", "--model", str(model.parent)]
+    return [[sys.executable, *command] for command in (
+        train, *([*evaluate, "--output", str(path.parent), "--order", order]
+                 for path, order in zip(evaluations, ORDERS)))]
+
+
+def variant_of(out, name) -> Path:
+    """The copy of tgrpo.py with a variant's diff."""
+    return Path(out, "variants", name, "tgrpo.py")
+
+
+def make_variant(out, name):
+    """Copies tgrpo.py and applies a variant's diff to the copy."""
+    script = variant_of(out, name)
+    script.parent.mkdir(parents=True, exist_ok=True)
+    shutil.copy(ROOT / "tgrpo.py", script)
+    try:
+        subprocess.run(["git", "apply", str(VARIANTS[name])], cwd=script.parent, check=True,
+                       capture_output=True, text=True)
+    except FileNotFoundError:
+        raise InputError("variants are applied by git, which is not installed") from None
+    except subprocess.CalledProcessError as error:
+        raise InputError(f"{VARIANTS[name]} does not apply to tgrpo.py: {error.stderr}") from None
 
 
 def tail_of(log) -> str:
@@ -274,17 +309,17 @@ class Runner:
         self.args, self.lock = args, lock
         self.children, self.stopping = set(), threading.Event()
 
-    def run(self, seed, name, cold_start=None):
+    def run(self, seed, run, cold_start=None):
         """All of one run, what is finished already left out. InputError says what went wrong."""
         if cold_start and cold_start.exception():  # which waits until it has ended
             raise InputError("its cold start failed")
-        folder = Path(self.args.out, f"seed{seed}")
-        folder.mkdir(exist_ok=True)
-        results = result_files(self.args.out, seed, name)
-        for result, command in zip(results, commands_of(self.args, seed, name)):
+        results = result_files(self.args.out, seed, run)
+        folder = results[0].parent
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        for result, command in zip(results, commands_of(self.args, seed, run)):
             if not result.exists():
-                self.call(command, folder / f"{name}.log", result)
-        for checkpoint in (folder / name).glob("checkpoint-*"):
+                self.call(command, folder.with_name(f"{folder.name}.log"), result)
+        for checkpoint in folder.glob("checkpoint-*"):
             shutil.rmtree(checkpoint)
 
     def call(self, command, log, result):
@@ -293,11 +328,13 @@ class Runner:
         with log.open("a", encoding="utf-8") as file:
             file.write(f"\n$ {shlex.join(command)}\n")
             file.flush()
+            # a variant's copy of tgrpo.py imports the others from here
+            path = os.pathsep.join([str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])])
             # a session of its own: Ctrl-C is for this process, which passes it on once
             child = subprocess.Popen(command, stdout=file, stderr=subprocess.STDOUT,
                                      stdin=subprocess.DEVNULL, start_new_session=True,
                                      pass_fds=[self.lock.fileno()],
-                                     env={**os.environ, "OMP_NUM_THREADS": "1"})
+                                     env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": path})
             self.children.add(child)
             status = child.wait()
             self.children.discard(child)
@@ -312,53 +349,58 @@ class Runner:
 
 
 def prepare(args):
-    """Checks --toy and --out; writes what configurations need beside the toy."""
-    for name in ("sft.args", "tgrpo.args", "evaluate.args", "train.json", "model/config.json"):
-        if not Path(args.toy, name).exists():
-            raise InputError(f"{args.toy}/{name} is missing: python build_data.py toy "
-                             f"--out {args.toy}")
+    """Checks the toys and --out, before anything runs."""
+    made = ("sft.args", "tgrpo.args", "evaluate.args", "cot.json", "test.json", "model/config.json")
+    for setting in dict.fromkeys(["plain", *args.settings]):
+        toy = args.toy + SETTINGS[setting][0]
+        for name in made:
+            if not Path(toy, name).exists():
+                raise InputError(f"{toy}/{name} is missing: python build_data.py toy --out {toy}"
+                                 + " --shortcut" * (setting == "shortcut"))
+        for name in ("cot.json", "test.json"):
+            if Path(toy, name).read_bytes() != Path(args.toy, name).read_bytes():
+                raise InputError(f"{toy}/{name} is not {args.toy}'s: cold start and test are "
+                                 "shared, make both toys with the same flags")
     Path(args.out).mkdir(parents=True, exist_ok=True)
-    for path in Path(args.out).glob("seed*/*/metrics.jsonl"):
+    for path in Path(args.out).glob("seed*/*/*/metrics.jsonl"):
         with path.open(encoding="utf-8") as file:
             header = json.loads(file.readline() or "{}")
         steps = header["arguments"]["max_steps"] if header else args.steps
-        if path.parent.name != "sft" and steps != args.steps:
+        if steps != args.steps:
             # the learning rate's schedule depends on it: the runs could not be compared
             raise InputError(f"{path.parent} is a run of {steps} steps: give --steps {steps}, or "
                              "name another --out")
-    records = json.loads(Path(args.toy, "train.json").read_text(encoding="utf-8"))
-    videos = [record for record in records if record["data_type"] == "video"]
-    Path(args.out, "videos.json").write_text(json.dumps(videos), encoding="utf-8")
 
 
 def run_all(args) -> int:
-    """Every configuration with every seed; 1 when some failed."""
+    """Every configuration in every setting with every seed; 1 when some failed."""
     prepare(args)
     signal.signal(signal.SIGTERM, signal.default_int_handler)  # ends like Ctrl-C
-    starts, runs, failed = {}, {}, []
-    wanted = set(args.only) | ({"sft"} if set(args.only) - {"zero"} else set())
+    seeds = range(args.first_seed, args.first_seed + args.seeds)
+    cold_start, *others = all_runs(args.settings, [name for name in CONFIGS if name in args.only])
+    failed = []
     with lock_folder(args.out) as lock, ThreadPoolExecutor(args.jobs) as pool:
+        for name in VARIANTS.keys() & set(args.only):
+            make_variant(args.out, name)
         runner = Runner(args, lock)
-        # Cold starts stand first in the queue, so that none waits for one behind it.
-        for name in [name for name in CONFIGS if name in wanted]:
-            for seed in range(args.seeds):
-                start = starts.get(seed) if name != "zero" else None
-                future = pool.submit(runner.run, seed, name, start)
-                runs[future] = seed, name
-                if name == "sft":
-                    starts[seed] = future
+        # Cold starts stand first in the queue, so that none waits for one behind it; then all of
+        # a seed, so that what is finished at any time can be compared.
+        starts = {seed: pool.submit(runner.run, seed, cold_start) for seed in seeds}
+        runs = {start: (seed, cold_start) for seed, start in starts.items()}
+        runs |= {pool.submit(runner.run, seed, run, starts[seed]): (seed, run)
+                 for seed in seeds for run in others}
         try:
             for done, future in enumerate(as_completed(runs), 1):
-                seed, name = runs[future]
+                seed, run = runs[future]
                 try:
                     future.result()
                 except InputError as error:
-                    failed.append(f"seed {seed}, {name}")
+                    failed.append(f"seed {seed}, {run}")
                     said = f"FAILED: {error}"
                 else:
                     write_results(args)
-                    said = summary(read_run(args.out, seed, name))
-                print(f"[{done}/{len(runs)}] seed {seed}, {name}: {said}", flush=True)
+                    said = summary(read_run(args.out, seed, run))
+                print(f"[{done}/{len(runs)}] seed {seed}, {run}: {said}", flush=True)
         except BaseException:  # Ctrl-C and SIGTERM too: nothing goes on unattended
             pool.shutdown(wait=False, cancel_futures=True)
             runner.stop()
@@ -386,24 +428,47 @@ def mean_and_error(values) -> tuple:
     return mean(values), statistics.stdev(values) / math.sqrt(n) if n > 1 else None
 
 
-def by_seed(runs, name) -> dict:
-    """{seed: run} of a configuration."""
-    return {run["seed"]: run for run in runs if run["config"] == name}
+def interval(values) -> tuple | None:
+    """Mean, and the bounds of its 95 % interval by Student's t; None with fewer than two values.
+
+    >>> [round(bound, 2) for bound in interval([1.0, 2.0, 3.0])]  # 2 ± 4.303 / sqrt(3)
+    [2.0, -0.48, 4.48]
+    """
+    middle, error = mean_and_error(values) if values else (None, None)
+    if error is None:
+        return None
+    reach = error * T_95[min(len(values) - 1, len(T_95)) - 1]
+    return middle, middle - reach, middle + reach
 
 
-def paired(runs, name, other, measure) -> list:
-    """Differences of a measure between two configurations, over the seeds that have both."""
-    ours, theirs = by_seed(runs, name), by_seed(runs, other)
+def by_seed(runs, setting, name) -> dict:
+    """{seed: run} of a configuration in a setting; the cold start is of every setting."""
+    return {run["seed"]: run for run in runs
+            if run["config"] == name and run["setting"] in ("", setting)}
+
+
+def paired(runs, setting, name, measure) -> list:
+    """A configuration's differences to BASE in a measure, over the seeds that have both."""
+    ours, theirs = by_seed(runs, setting, name), by_seed(runs, setting, BASE)
     return [ours[seed][measure] - theirs[seed][measure] for seed in sorted(ours.keys() & theirs)]
 
 
-def cell(values, sign="") -> str:
-    """Mean and standard error as text; one seed shows no spread, none a dash."""
-    if not values:
-        return "-"
+def comparisons(runs) -> dict:
+    """{(setting, configuration, measure): interval} of all that can be compared with BASE."""
+    keys = product(SETTINGS, [name for name in CONFIGS if name != BASE], COMPARED)
+    found = {key: interval(paired(runs, *key)) for key in keys}
+    return {key: bounds for key, bounds in found.items() if bounds}
+
+
+def cell(values) -> str:
+    """Mean and standard error as text; one seed shows no spread."""
     middle, error = mean_and_error(values)
-    middle = format(middle, f"{sign}.1f")
-    return f"{middle} (1 seed)" if error is None else f"{middle} ± {error:.1f}"
+    return f"{middle:.1f} (1 seed)" if error is None else f"{middle:.1f} ± {error:.1f}"
+
+
+def bounds_cell(bounds) -> str:
+    """A mean and its interval as text, signed; a dash where two seeds are not there."""
+    return "{:+.1f} [{:+.1f}, {:+.1f}]".format(*bounds) if bounds else "-"
 
 
 # ------------------------------------------------------------------------------ tables
@@ -416,36 +481,45 @@ def read_results(path) -> dict:
 
 
 def tables_of(results) -> str:
-    """Three tables: each configuration; what the temporal reward adds in each of its forms; and
-    the rest that was measured."""
-    runs = results["runs"]
-    absent = [name for name in CONFIGS if not by_seed(runs, name)]
-    rows = [["configuration", *map(MEASURES.get, MAIN_MEASURES), "ordered: less T-GRPO's",
-             "gap: less T-GRPO's", "seeds"]]
-    others = [measure for measure in MEASURES if measure not in MAIN_MEASURES]
-    rest = [["configuration", *map(MEASURES.get, others), "training, s (fastest seed)"]]
-    for name in [name for name in CONFIGS if name not in absent]:
-        found = by_seed(runs, name).values()
-        means = {measure: cell([run[measure] for run in found]) for measure in MEASURES}
-        differences = ["", ""] if name == "tgrpo" else \
-            [cell(paired(runs, name, "tgrpo", measure), "+") for measure in ("ordered", "gap")]
-        rows.append([f"`{name}`: {CONFIGS[name][0]}", *map(means.get, MAIN_MEASURES),
-                     *differences, str(len(found))])
-        rest.append([f"`{name}`", *map(means.get, others),
-                     f"{min(run['seconds'] for run in found):.0f}"])
-    pairs = [["with less without the temporal reward", *map(MEASURES.get, MAIN_MEASURES), "seeds"]]
-    for name, other in PAIRS:
-        differences = [paired(runs, name, other, measure) for measure in MAIN_MEASURES]
-        pairs.append([f"`{name}` less `{other}`", *(cell(values, "+") for values in differences),
-                      str(len(differences[0]))])
+    """Two tables a setting: each configuration, and what it differs from BASE; and what to make
+    of so many comparisons."""
+    runs, compared = results["runs"], comparisons(results["runs"])
+    parts = []
+    for setting, (_, heading) in SETTINGS.items():
+        means = [["configuration", *MEASURES.values(), "training, s", "seeds"]]
+        differences = [[f"less `{BASE}`", *map(MEASURES.get, COMPARED), "seeds"]]
+        for name in ["sft", *CONFIGS]:
+            if not (found := by_seed(runs, setting, name).values()):
+                continue
+            means.append([f"`{name}`", *(cell([run[measure] for run in found])
+                                         for measure in MEASURES),
+                          f"{min(run['seconds'] for run in found):.0f}", str(len(found))])
+            if name not in ("sft", BASE):
+                differences.append([
+                    f"`{name}`: {CONFIGS[name][0]}",
+                    *(bounds_cell(compared.get((setting, name, measure))) for measure in COMPARED),
+                    str(len(paired(runs, setting, name, COMPARED[0])))])
+        parts += [f"## {heading}", markdown(means).strip(), markdown(differences).strip()]
+    return "\n\n".join([*parts, *notes_of(results, compared)])
+
+
+def notes_of(results, compared) -> list[str]:
+    """How many comparisons there are, which intervals exclude zero, and what the runs were."""
+    apart = [f"{setting}, `{name}`, {measure} {bounds_cell(bounds)}"
+             for (setting, name, measure), bounds in compared.items()
+             if bounds[1] > 0 or bounds[2] < 0]
+    notes = [f"{len(compared)} comparisons, all of them shown. If nothing differed, "
+             f"{len(compared) / 20:.1f} of their 95 % intervals would be expected to exclude zero. "
+             f"Those that do: {'; '.join(apart) or 'none'}."]
     versions = ", ".join(f"{name} {found}" for name, found in results["versions"].items())
-    notes = [f"T-GRPO of {results['steps']} steps; {versions}; one thread a run."]
+    notes.append(f"{results['steps']} steps; {versions}; one thread a run.")
+    absent = [f"{setting}/{name}" for setting, name in product(SETTINGS, CONFIGS)
+              if not by_seed(results["runs"], setting, name)]
     if absent:
         notes.append(f"Not run: {', '.join(absent)}.")
-    if skipped := sum(run["skipped"] for run in runs):
+    if skipped := sum(run["skipped"] for run in results["runs"]):
         notes.append(f"Questions that were skipped: {skipped}.")
-    tables = [markdown(table).strip() for table in (rows, pairs, rest)]
-    return "\n\n".join([*tables, *notes])
+    return notes
 
 
 def write_table(args):
@@ -514,7 +588,7 @@ def import_pyplot():
 
 
 def curves_to_draw(args) -> dict:
-    """{label: curves of each seed}, of run folders or of the results' file."""
+    """{label: curves of each seed} of run folders."""
     lines = defaultdict(list)
     for folder in map(Path, args.runs):
         try:
@@ -525,12 +599,6 @@ def curves_to_draw(args) -> dict:
         if not steps:
             raise InputError(f"{folder}/metrics.jsonl has no step yet")
         lines[folder.resolve().name].append(curves_of(steps))
-    for run in [] if args.runs else read_results(args.json)["runs"]:
-        if run["config"] in PLOTTED:
-            lines[CONFIGS[run["config"]][0].split(":")[0]].append(run["curves"])
-    if not lines:
-        raise InputError(f"{args.json} has no finished run of {' or '.join(PLOTTED)} yet: name "
-                         "folders of runs")
     if len(lines) > len(STYLES):
         raise InputError(f"{len(lines)} different names of folders, and {len(STYLES)} styles of "
                          "lines that can be told apart: plot fewer")
@@ -561,6 +629,24 @@ def plot_curves(pyplot, lines, path):
     axes[0, 0].legend(fontsize=11, frameon=False)
     for axis in axes[1]:
         axis.set_xlabel("step")
+    save(pyplot, figure, path)
+
+
+def plot_differences(pyplot, compared, path):
+    """Every comparison with BASE: a row of panels a setting, a panel a measure."""
+    names = [name for name in CONFIGS if name != BASE][::-1]  # the first on top
+    figure, axes = pyplot.subplots(len(SETTINGS), len(COMPARED), figsize=(13, 7), sharey=True)
+    for axis, (setting, measure) in zip(axes.flat, product(SETTINGS, COMPARED)):
+        for y, name in enumerate(names):
+            if bounds := compared.get((setting, name, measure)):
+                middle, low, high = bounds
+                colour = STYLES[0][0] if low <= 0 <= high else STYLES[1][0]
+                axis.errorbar(middle, y, xerr=[[middle - low], [high - middle]], fmt="o",
+                              color=colour, capsize=3)
+        axis.axvline(0, color="0.4", linewidth=1)
+        axis.set_title(f"{setting}: {MEASURES[measure]}", fontsize=13)
+        axis.set_yticks(range(len(names)), names)
+    figure.supxlabel(f"difference to {BASE} in points, 95 % interval over seeds")
     save(pyplot, figure, path)
 
 
@@ -625,9 +711,14 @@ def plot_advantages(pyplot, path):
 def plot_all(args):
     pyplot = import_pyplot()
     folder = Path(args.folder or (args.runs[0] if args.runs else ROOT / "assets"))
-    if not args.runs:
-        plot_advantages(pyplot, folder / "advantages.png")  # of no run, but of the algorithm
-    plot_curves(pyplot, curves_to_draw(args), folder / "curves.png")
+    if args.runs:
+        plot_curves(pyplot, curves_to_draw(args), folder / "curves.png")
+        return
+    plot_advantages(pyplot, folder / "advantages.png")  # of no run, but of the algorithm
+    compared = comparisons(read_results(args.json)["runs"])
+    if not compared:
+        raise InputError(f"{args.json} has no two seeds of {BASE} and another configuration yet")
+    plot_differences(pyplot, compared, folder / "differences.png")
 
 
 def main(args):

@@ -13,10 +13,16 @@ processes with the same number of frames take turns; every number is the median 
 No response ends early, so what rows that leave the batch save is not in here. Memory is the growth
 of a form's process during its first update (maximum resident set on CPU, maximum allocated on an
 accelerator).
+
+    python tests/bench.py memory --model Qwen2.5-VL-7B --deepspeed_config one_gpu.json --beta 0
+
+computes what a run of tgrpo.py needs on a card and on the host, from the model's shape and the
+run's own flags: nothing is measured there.
 """
 import argparse
 import functools
 import json
+import math
 import multiprocessing
 import statistics
 import sys
@@ -27,6 +33,7 @@ import torch
 import torch.nn.functional as F
 from deepspeed.accelerator import get_accelerator
 from tqdm import tqdm
+from transformers import AutoConfig, AutoModelForImageTextToText
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
@@ -402,7 +409,188 @@ def ablate_rollout(args, names):
                                           for p in args.prompts) + " |")
 
 
+# ------------------------------------ what a run needs: computed from its shapes, not measured
+
+def shape(model_type, tied, language_model, vision_tower):
+    """A model's config, from the numbers by which such models differ."""
+    hidden, mlp, layers, heads, kv_heads, vocabulary = language_model
+    depth, vision_hidden, vision_mlp, deepstack = vision_tower
+    return AutoConfig.for_model(model_type, tie_word_embeddings=tied, text_config={
+        "hidden_size": hidden, "intermediate_size": mlp, "num_hidden_layers": layers,
+        "num_attention_heads": heads, "num_key_value_heads": kv_heads, "vocab_size": vocabulary,
+    }, vision_config={
+        "depth": depth, "hidden_size": vision_hidden, "intermediate_size": vision_mlp,
+        "num_heads": 16, "out_hidden_size": hidden, **deepstack})
+
+
+# As published with the weights
+SHAPES = {
+    "Qwen2.5-VL-3B": ("qwen2_5_vl", True, (2048, 11008, 36, 16, 2, 151936), (32, 1280, 3420, {})),
+    "Qwen2.5-VL-7B": ("qwen2_5_vl", False, (3584, 18944, 28, 28, 4, 152064), (32, 1280, 3420, {})),
+    "Qwen3-VL-4B": ("qwen3_vl", True, (2560, 9728, 36, 32, 8, 151936),
+                    (24, 1024, 4096, {"deepstack_visual_indexes": [5, 11, 17]})),
+    "Qwen3-VL-8B": ("qwen3_vl", False, (4096, 12288, 36, 32, 8, 151936),
+                    (27, 1152, 4304, {"deepstack_visual_indexes": [8, 16, 24]}))}
+TEXT = 200  # tokens of a prompt that are not visual: template, question, options
+SUB_GROUP = LIVE = 10**9  # parameters: of a ZeRO-3 optimizer step; gathered at once in a pass
+# Not computed but assumed. Of a card: CUDA's context, kernels' work space, room between tensors; of
+# the host: a rank's process, a data worker with its video
+CARD_SPARE, HOST_RANK, HOST_WORKER = 2 * 10**9, 4 * 10**9, 10**9
+
+
+def count_parameters(config):
+    """(all, the vision tower's, the largest matrix's) parameters of a model; it is not made."""
+    with torch.device("meta"):
+        model = AutoModelForImageTextToText.from_config(config)
+    sizes = [p.numel() for p in model.parameters()]
+    return sum(sizes), sum(p.numel() for p in model.model.visual.parameters()), max(sizes)
+
+
+def widths(config):
+    """(layers, hidden, of the queries, of the keys, MLP) of a language model or a vision tower.
+    In a tower queries, keys and values are one matrix's, all kept for the values: two more."""
+    if hasattr(config, "depth"):
+        hidden = config.hidden_size
+        return config.depth, hidden, hidden, 2 * hidden, config.intermediate_size
+    heads, kv_heads = config.num_attention_heads, config.num_key_value_heads
+    dim = getattr(config, "head_dim", None) or config.hidden_size // heads
+    return (config.num_hidden_layers, config.hidden_size, heads * dim, kv_heads * dim,
+            config.intermediate_size)
+
+
+def kept_of_token(config, size):
+    """Bytes of one token that autograd keeps in one layer, at `size` bytes a number. Two norms:
+    the input in float32, normalised, scaled; queries, keys, values, what attention returns and its
+    copy with heads side by side; of the MLP gate, its activation, up and their product."""
+    _, hidden, queries, keys, mlp = widths(config)
+    normed = 2 * hidden
+    if config.model_type == "qwen3_vl_text":  # queries and keys have norms there, too
+        normed += queries + keys
+    return normed * (4 + 2 * size) + (3 * queries + 2 * keys + 4 * mlp) * size
+
+
+def prompt_size(config, args):
+    """(tokens of the longest prompt that the flags allow, patches of its frames)."""
+    vision = config.vision_config
+    side = vision.patch_size * vision.spatial_merge_size  # pixels of a visual token
+    visual = max(math.ceil(args.max_frames / vision.temporal_patch_size)
+                 * (args.max_pixels // side**2), args.image_max_pixels // side**2)
+    return TEXT + visual, visual * vision.spatial_merge_size**2
+
+
+def update_activations(config, args, size):
+    """{part: bytes} of one prompt and one chunk in the update."""
+    text, vision = config.text_config, config.vision_config
+    layers, _, queries, keys, _ = widths(text)
+    depth, hidden, *_ = widths(vision)
+    prompt, patches = prompt_size(config, args)
+    tokens = min(args.chunk_size, args.G) * args.max_new_tokens  # of a chunk
+    of_token, of_patch = kept_of_token(text, size), kept_of_token(vision, size)
+    # keys and values of a response and its prompt: joined, then repeated for every query head
+    joined = 2 * layers * size * (keys if keys == queries else keys + queries)
+    logits = tokens * text.vocab_size * size
+    tower = depth * hidden * size + of_patch if args.gradient_checkpointing else depth * of_patch
+    return {
+        "prompt, vision tower": 0 if args.freeze_vision else patches * tower,
+        # with the gradients of its keys and values
+        "prompt, language model": prompt * layers * (of_token + 2 * keys * size),
+        "chunk, layers": tokens * layers * of_token,
+        "chunk, keys and values": (tokens + min(args.chunk_size, args.G) * prompt) * joined,
+        # with their gradients; three float32 forms of a piece
+        "chunk, logits": 2 * logits + 3 * 4 * tgrpo.PIECE * text.vocab_size}
+
+
+def rollout_activations(config, args, size):
+    """{part: bytes} of all responses that decode together."""
+    layers, _, _, keys, _ = widths(config.text_config)
+    prompt, patches = prompt_size(config, args)
+    rows = args.prompts_per_rank * (args.G + (args.G_tilde if args.alpha else 0))
+    orders = args.prompts_per_rank * (2 if args.alpha else 1)
+    return {
+        # the prompts' twice more, before they are spread over the rows
+        "keys and values": 2 * layers * keys * size * (
+            rows * (prompt + args.max_new_tokens) + 2 * orders * prompt),
+        "a layer of the prompts": orders * max(prompt * kept_of_token(config.text_config, size),
+                                               patches * kept_of_token(config.vision_config, size))}
+
+
+def memory(config, args, zero, gpus=1, size=2):
+    """What a run of tgrpo.py with these flags needs under this "zero_optimization" of DeepSpeed
+    (ZeRO-2 or 3), with `gpus` cards in the machine and `size` bytes a weight: {"rollout",
+    "update", "step": {part: bytes of a card}, "host": {part: bytes}}. A card must hold the largest
+    of its three sums."""
+    P, visual, largest = count_parameters(config)
+    T = P - visual if args.freeze_vision else P  # trained
+    sharded, offload = zero["stage"] == 3, zero.get("offload_optimizer", {}).get("device") == "cpu"
+    part = T // gpus  # of which a rank has gradients and the optimizer
+    stepped = min(SUB_GROUP, part) if sharded else part  # at once
+    bucket = int(zero.get("reduce_bucket_size", 5e8))
+    weights = size * P // (gpus if sharded else 1)
+    always = {
+        "weights": weights,
+        "reference": weights if args.beta else 0,
+        "sampling copy": size * P if sharded else 0,
+        "gathered layers": size * min(LIVE, P) if sharded else 0,
+        "optimizer": 0 if offload else 12 * part,  # weights and two moments in float32
+        "assumed": CARD_SPARE}
+    update = {
+        # ZeRO-2 keeps those of a backward pass apart from the sum so far
+        "gradients": 0 if offload else size * part * (1 if sharded else 2),
+        # and the largest one; with offload its sum so far, from the host, and its float64 norm
+        "gradients under way": size * bucket * (2 if sharded else 1)
+        + largest * (2 * size + 8 if offload else size)}
+    # gradients in float32 and what AdamW computes of them
+    step = {"gradients": size * part if sharded and not offload else 0,
+            "optimizer's step": 0 if offload else 8 * stepped}
+    host = {
+        # in float32 weights, gradients and two moments; gradients so far, a copy of the weights
+        "optimizer": (16 + 2 * size) * T if offload else 0,
+        "optimizer's step, or a saved model":
+            max(8 * stepped * gpus if offload else 0, 2 * size * P),
+        "assumed": gpus * (HOST_RANK + args.num_workers * HOST_WORKER)}
+    return {"rollout": always | rollout_activations(config, args, size),
+            "update": always | update | update_activations(config, args, size),
+            "step": always | step, "host": host}
+
+
+def load_shape(name):
+    """The config of one of SHAPES, of a folder or of a model on the hub."""
+    return shape(*SHAPES[name]) if name in SHAPES else AutoConfig.from_pretrained(name)
+
+
+def print_memory(argv):
+    """The command `memory`."""
+    parser = argparse.ArgumentParser(
+        prog="bench.py memory", allow_abbrev=False,
+        description="The other flags are tgrpo.py's; --model is also one of " + ", ".join(SHAPES))
+    parser.add_argument("--gpus", type=int, default=1, help="of the machine")
+    options, flags = parser.parse_known_args(argv)
+    args = tgrpo.parse_args(["--data=", "--output=", *flags])
+    config = load_shape(args.model)
+    zero = json.loads(Path(args.deepspeed_config).read_text()).get("zero_optimization", {})
+    if zero.get("stage") not in (2, 3) or "offload_param" in zero:
+        parser.error(f"{args.deepspeed_config}: computed are ZeRO-2 and ZeRO-3, without "
+                     "offload_param")
+    needed = memory(config, args, zero, options.gpus)
+    tokens, patches = prompt_size(config, args)
+    print(f"{args.model}: {count_parameters(config)[0]:,} parameters in bf16, ZeRO-{zero['stage']} "
+          f"on {options.gpus} GPU(s), prompts of {tokens} tokens ({patches} patches)\n"
+          "GB (10^9 bytes), computed, not measured:\n\n"
+          "| | card: rollout | update | step | host |\n|---|---|---|---|---|")
+    for part in dict.fromkeys(part for parts in needed.values() for part in parts):
+        print_row(part, [parts.get(part, 0) for parts in needed.values()])
+    print_row("together", [sum(parts.values()) for parts in needed.values()])
+
+
+def print_row(name, sizes):
+    if any(sizes):
+        print(f"| {name} | " + " | ".join(f"{n / 1e9:.1f}" if n else "" for n in sizes) + " |")
+
+
 def main():
+    if sys.argv[1:2] == ["memory"]:
+        print_memory(sys.argv[2:])
+        return
     args = parse_args()
     if args.ablate is not None:
         ablate(args)

@@ -1,4 +1,6 @@
-"""ablate.py: statistics by hand, what it runs again and what not, and the README's examples."""
+"""ablate.py: statistics by hand, what it runs again and what not, the variants, and the README's
+examples."""
+import importlib.util
 import json
 import re
 import shutil
@@ -7,14 +9,17 @@ import time
 from concurrent.futures import ThreadPoolExecutor
 from itertools import product
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
 
 import ablate
+import build_data
 from build_data import InputError
 from conftest import ROOT, cells, run
 
+RESULTS = ROOT / "tests" / "ablations.json"
 README = (ROOT / "README.md").read_text(encoding="utf-8")
 RIGHT, WRONG = (f"<think>so</think><answer>{letter}</answer>" for letter in "AB")
 CHOICE = {"problem_id": 0, "problem_type": "multiple choice", "solution": "<answer>A</answer>"}
@@ -23,7 +28,7 @@ TRAIN = '''
 import json, pathlib, sys
 argv = " ".join(sys.argv)
 out = pathlib.Path(argv.split("--output ")[1].split()[0])
-name = f"{out.parent.name}/{out.name}"
+name = "/".join(out.parts[out.parts.index("ablations") + 1:])
 with open("calls", "a") as calls:
     calls.write(f"train {name}\\n")
 print("a line\\nstep 1\\rstep 2 of", name)
@@ -59,13 +64,14 @@ def main(*argv):
 
 @pytest.fixture
 def lab(tmp_path, monkeypatch):
-    """A folder with a toy and scripts that leave the right files at once. Calling it runs
-    `ablate.py run` there; returns its exit status and what was started."""
-    for name in ("sft.args", "tgrpo.args", "evaluate.args", "model/config.json"):
-        (tmp_path / "toy" / name).parent.mkdir(parents=True, exist_ok=True)
-        (tmp_path / "toy" / name).write_text("{}")
-    records = [{"data_type": "image"}, {"data_type": "video"}]
-    (tmp_path / "toy" / "train.json").write_text(json.dumps(records))
+    """A folder with both toys and scripts that leave the right files at once. Calling it runs
+    `ablate.py run` there, in the plain setting unless --settings come last; returns its exit status
+    and what was started."""
+    for toy in ("toy", "toy_shortcut"):
+        (tmp_path / toy / "model").mkdir(parents=True)
+        for name in ("sft.args", "tgrpo.args", "evaluate.args", "cot.json", "test.json",
+                     "model/config.json"):
+            (tmp_path / toy / name).write_text("{}")
     for name, text in (("sft", TRAIN), ("tgrpo", TRAIN), ("evaluate", EVALUATE)):
         (tmp_path / f"{name}.py").write_text(text)
     (tmp_path / "broken").write_text("")
@@ -74,7 +80,7 @@ def lab(tmp_path, monkeypatch):
 
     def call(*flags):
         Path("calls").write_text("")
-        status = main("run", "--steps", "6", *flags)
+        status = main("run", "--steps", "6", "--settings", "plain", *flags)
         return status, Path("calls").read_text().splitlines()
     return call
 
@@ -85,8 +91,8 @@ def results():
 
 # --------------------------------------------------------------------------- statistics
 
-def entry(config, seed, **measures):
-    return {"config": config, "seed": seed, "skipped": 0, "seconds": 50 + seed,
+def entry(config, seed, setting="plain", **measures):
+    return {"config": config, "setting": setting, "seed": seed, "skipped": 0, "seconds": 50 + seed,
             **dict.fromkeys(ablate.MEASURES, 0.0), **measures}
 
 
@@ -96,30 +102,65 @@ def test_mean_and_standard_error_by_hand():
     assert ablate.mean_and_error([4]) == (4, None)
 
 
-def test_differences_are_paired_by_seed_and_need_both():
-    runs = [entry("tgrpo", 0, gap=10), entry("tgrpo", 1, gap=30), entry("tgrpo", 2, gap=1),
-            entry("grpo", 1, gap=28), entry("grpo", 0, gap=12), entry("grpo", 4, gap=0)]
-    assert ablate.paired(runs, "grpo", "tgrpo", "gap") == [2, -2]
+@pytest.mark.parametrize("values, expected", [
+    ([], None), ([4], None),
+    ([1, 3], (2, 2 - 12.706, 2 + 12.706)),  # standard error 1, one degree of freedom
+    ([5, 5, 5], (5, 5, 5)),
+    # eight seeds: standard deviation sqrt(8 / 7), standard error 1 / sqrt(7), t 2.365
+    ([1, -1] * 4, (0, -2.365 / 7 ** 0.5, 2.365 / 7 ** 0.5)),
+    # more seeds than the table has: a little wider than needed
+    ([1, -1] * 20, (0, -2.131 / 39 ** 0.5, 2.131 / 39 ** 0.5)),
+])
+def test_an_interval_is_students(values, expected):
+    assert ablate.interval(values) == (expected and pytest.approx(expected))
 
 
-def test_the_table_has_mean_error_pairs_and_says_where_there_is_no_spread():
-    runs = [entry("tgrpo", seed, ordered=value) for seed, value in enumerate([70, 80, 90])]
-    runs += [entry("grpo", seed, ordered=value) for seed, value in enumerate([71, 82, 93])]
-    runs += [entry("zero", 0, ordered=12.34)]
-    table = ablate.tables_of({"runs": runs, "versions": {"torch": "2"}, "steps": 9})
-    assert "T-GRPO of 9 steps; torch 2; one thread a run." in table
-    cells = {row.split("|")[1].strip(): [cell.strip() for cell in row.split("|")[2:-1]]
-             for row in table.splitlines() if row.startswith("|")}
-    assert cells["`tgrpo`: T-GRPO as written"][0] == "80.0 ± 5.8"
-    ordered, *_, difference, gap, seeds = cells["`grpo`: GRPO: no temporal reward"]
-    assert cells["`grpo`"][-1] == "50"  # seconds of the fastest seed
-    # 71, 82, 93: standard deviation 11; differences 1, 2, 3: standard deviation 1
-    assert (ordered, difference, gap, seeds) == ("82.0 ± 6.4", "+2.0 ± 0.6", "+0.0 ± 0.0", "3")
-    assert cells["`zero`: no cold start"][0] == "12.3 (1 seed)"
-    assert cells["`zero`: no cold start"][-3] == "-57.7 (1 seed)"
-    assert cells["`tgrpo` less `grpo`"][0] == "-2.0 ± 0.6"
-    assert cells["`advantage` less `grpo`"] == ["-"] * 4 + ["0"]
-    assert "Not run: sft, advantage" in table
+def test_differences_are_paired_by_seed_and_setting_and_need_both():
+    runs = [entry("grpo", 0, gap=10), entry("grpo", 1, gap=30), entry("grpo", 2, gap=1),
+            entry("tgrpo", 1, gap=28), entry("tgrpo", 0, gap=12), entry("tgrpo", 4, gap=0),
+            entry("grpo", 1, "shortcut", gap=70), entry("tgrpo", 1, "shortcut", gap=77)]
+    assert ablate.paired(runs, "plain", "tgrpo", "gap") == [2, -2]
+    assert ablate.paired(runs, "shortcut", "tgrpo", "gap") == [7]
+    assert ablate.paired(runs, "plain", "joint", "gap") == []
+
+
+def table_of(runs):
+    """[rows of each table, cells by the first] and the notes of a results file."""
+    text = ablate.tables_of({"runs": runs, "versions": {"torch": "2"}, "steps": 9})
+    tables = [[[cell.strip() for cell in row.split("|")[1:-1]] for row in part.splitlines()]
+              for part in text.split("\n\n") if part.startswith("|")]
+    return [{first: rest for first, *rest in table} for table in tables], text
+
+
+def test_the_tables_have_means_differences_and_every_setting():
+    runs = [entry("grpo", seed, ordered=value) for seed, value in enumerate([70, 80, 90])]
+    runs += [entry("tgrpo", seed, ordered=value) for seed, value in enumerate([71, 82, 93])]
+    runs += [entry("joint", 0, ordered=12.34), entry("sft", 1, "", conflict=50)]
+    (means, differences, shortcut, empty), text = table_of(runs)
+    assert (means["`grpo`"][0], means["`grpo`"][-2:]) == ("80.0 ± 5.8", ["50", "3"])
+    assert means["`joint`"][0] == "12.3 (1 seed)"
+    # 71, 82, 93: standard deviation 11; differences 1, 2, 3: standard error 1 / sqrt(3), t 4.303
+    assert means["`tgrpo`"][0] == "82.0 ± 6.4"
+    assert differences["`tgrpo`: T-GRPO as written"] == [
+        "+2.0 [-0.5, +4.5]", *["+0.0 [+0.0, +0.0]"] * 3, "3"]
+    joint, = [cells for name, cells in differences.items() if name.startswith("`joint`: Resp")]
+    assert joint == ["-"] * 4 + ["1"]
+    assert "`grpo`" not in differences and set(means) & set(shortcut) > {"`sft`"}  # of both
+    assert len(empty) == 2  # heading and ruler
+    assert "9 steps; torch 2; one thread a run." in text
+    assert "plain/strict, " in text.split("Not run: ")[1] and "shortcut/grpo" in text
+
+
+def test_the_number_of_comparisons_is_told_and_every_interval_without_zero():
+    runs = [entry("grpo", seed, setting) for seed in range(3) for setting in ablate.SETTINGS]
+    _, text = table_of(runs)
+    assert "0 comparisons, all of them shown" in text and "Those that do: none." in text
+    for seed, value in enumerate([9, 10, 11]):
+        runs += [entry("tgrpo", seed, conflict=value), entry("joint", seed, "shortcut", gap=-value)]
+    _, text = table_of(runs)
+    assert "8 comparisons, all of them shown" in text and "0.4 of their 95 % intervals" in text
+    assert ("Those that do: plain, `tgrpo`, conflict +10.0 [+7.5, +12.5]; "
+            "shortcut, `joint`, gap -10.0 [-12.5, -7.5].") in text
 
 
 def test_curves_are_means_over_bins_and_absent_where_nothing_was_measured():
@@ -136,55 +177,65 @@ def test_a_band_is_the_standard_error_over_seeds():
 # ------------------------------------------------------------------------------- running
 
 def test_runs_follow_their_cold_start_and_are_measured_by_group_of_questions(lab):
-    status, calls = lab("--seeds", "2", "--only", "tgrpo", "grpo", "--jobs", "2")
-    assert status == 0 and len(calls) == 18  # two seeds, three models, one training, two orders
-    for seed, name in product((0, 1), ("tgrpo", "grpo")):
-        assert calls.index(f"train seed{seed}/sft") < calls.index(f"train seed{seed}/{name}")
-    assert [(run["config"], run["seed"]) for run in results()["runs"]] == [
-        ("sft", 0), ("sft", 1), ("tgrpo", 0), ("tgrpo", 1), ("grpo", 0), ("grpo", 1)]
+    status, calls = lab("--seeds", "2", "--only", "tgrpo", "grpo", "--settings", *ablate.SETTINGS)
+    # two seeds, a cold start and two settings of two, one training and two orders each
+    assert status == 0 and len(calls) == 30
+    for seed, setting, name in product((0, 1), ablate.SETTINGS, ("tgrpo", "grpo")):
+        started = calls.index(f"train seed{seed}/{setting}/{name}")
+        assert calls.index(f"train seed{seed}/sft") < started
+    assert [(run["setting"], run["config"], run["seed"]) for run in results()["runs"]] == [
+        (*run, seed) for run in [("", "sft"), ("plain", "grpo"), ("plain", "tgrpo"),
+                                 ("shortcut", "grpo"), ("shortcut", "tgrpo")] for seed in (0, 1)]
     found = results()["runs"][2]
     # accuracies 1, 0.5, 1, 0 ordered and 0, 0.5, 1, 0 shuffled; the last needs no order
     assert {key: found[key] for key in ("ordered", "shuffled", "gap", "order", "static",
                                         "conflict", "agree", "tokens", "seconds", "skipped")} == {
         "ordered": 62.5, "shuffled": 37.5, "gap": 25, "order": pytest.approx(83.33),
         "static": 0, "conflict": 100, "agree": 100, "tokens": 20, "seconds": 3, "skipped": 1}
-    assert found["curves"] == {"reward/accuracy": [0.3, 0.6], "group/p": [0.5, 0.5]}
     assert found["kinds"]["direction_conflict"] == [100, 0]
     assert results()["git_commits"] == ["c0ffee"] and results()["steps"] == 6
-    assert not list(Path("toy/ablations").glob("seed*/*/checkpoint-*"))
+    assert not list(Path("toy/ablations").rglob("checkpoint-*"))
 
 
 def test_only_what_is_missing_is_run_again(lab):
     lab("--seeds", "1", "--only", "tgrpo")
-    Path("toy/ablations/seed0/eval_tgrpo/toy_8_shuffled.json").unlink()
+    Path("toy/ablations/seed0/plain/eval_tgrpo/toy_8_shuffled.json").unlink()
     status, calls = lab("--seeds", "1", "--only", "tgrpo", "grpo")
-    assert status == 0 and set(calls) == {"shuffled seed0/eval_tgrpo", "train seed0/grpo",
-                                          "ordered seed0/eval_grpo", "shuffled seed0/eval_grpo"}
+    assert status == 0 and set(calls) == {
+        "shuffled seed0/plain/eval_tgrpo", "train seed0/plain/grpo",
+        "ordered seed0/plain/eval_grpo", "shuffled seed0/plain/eval_grpo"}
+
+
+def test_other_seeds_repeat_a_result_in_another_folder(lab):
+    status, calls = lab("--first_seed", "8", "--seeds", "2", "--only", "grpo", "--out",
+                        "repeat/ablations")
+    assert status == 0 and {call.split()[1] for call in calls if call.startswith("train")} == {
+        f"seed{seed}/{run}" for seed in (8, 9) for run in ("sft", "plain/grpo")}
 
 
 def test_results_of_seeds_and_names_that_were_not_asked_for_stay(lab):
     lab("--seeds", "2", "--only", "tgrpo")
     before = results()
-    lab("--seeds", "1", "--only", "sft")
+    lab("--seeds", "1", "--only", "tgrpo")
     assert results() == before
 
 
 def test_a_failed_run_is_reported_with_its_log_and_the_others_go_on(lab, capsys):
-    Path("broken").write_text("seed0/tgrpo seed1/sft")
-    status, calls = lab("--seeds", "2", "--only", "tgrpo", "grpo", "zero", "--jobs", "1")
+    Path("broken").write_text("seed0/plain/tgrpo seed1/sft")
+    status, calls = lab("--seeds", "2", "--only", "tgrpo", "grpo", "--jobs", "1")
     said = capsys.readouterr().out
     assert status == 1
-    assert "seed 0, tgrpo: FAILED: tgrpo.py ended with status 1" in said
-    assert "no luck today" in said and "    step 2 of seed0/tgrpo" in said
+    assert "seed 0, plain/tgrpo: FAILED: tgrpo.py ended with status 1" in said
+    assert "no luck today" in said and "    step 2 of seed0/plain/tgrpo" in said
     assert "step 1" not in said  # what a progress bar showed before
-    assert "seed 1, grpo: FAILED: its cold start failed" in said
-    assert [(run["config"], run["seed"]) for run in results()["runs"]] == [
-        ("sft", 0), ("grpo", 0), ("zero", 0), ("zero", 1)]  # zero needs no cold start
+    assert "seed 1, plain/grpo: FAILED: its cold start failed" in said
+    assert [(run["config"], run["seed"]) for run in results()["runs"]] == [("sft", 0), ("grpo", 0)]
     Path("broken").write_text("")
-    status, calls = lab("--seeds", "2", "--only", "tgrpo", "grpo", "zero")
-    assert status == 0 and len(results()["runs"]) == 8
+    status, calls = lab("--seeds", "2", "--only", "tgrpo", "grpo")
+    assert status == 0 and len(results()["runs"]) == 6
     assert {call for call in calls if call.startswith("train")} == {
-        "train seed1/sft", "train seed0/tgrpo", "train seed1/tgrpo", "train seed1/grpo"}
+        "train seed1/sft", "train seed0/plain/tgrpo", "train seed1/plain/tgrpo",
+        "train seed1/plain/grpo"}
 
 
 def test_a_training_that_ends_without_a_model_is_no_success(lab):
@@ -238,61 +289,235 @@ def test_stopping_ends_what_runs_and_starts_no_more(lab):
 
 def test_runs_of_another_number_of_steps_are_not_mixed_in(lab):
     lab("--seeds", "1", "--only", "tgrpo")
-    with pytest.raises(InputError, match="seed0/tgrpo is a run of 6 steps: give --steps 6"):
+    with pytest.raises(InputError, match="plain/tgrpo is a run of 6 steps: give --steps 6"):
         lab("--seeds", "1", "--only", "tgrpo", "--steps", "7")
 
 
 def test_a_missing_toy_and_missing_results_say_what_makes_them(lab, tmp_path):
-    with pytest.raises(InputError, match="build_data.py toy --out elsewhere"):
+    with pytest.raises(InputError, match="build_data.py toy --out elsewhere$"):
         lab("--toy", "elsewhere")
+    shutil.copytree("toy", "elsewhere")
+    with pytest.raises(InputError, match="build_data.py toy --out elsewhere_shortcut --shortcut$"):
+        lab("--toy", "elsewhere", "--settings", "shortcut")
     with pytest.raises(InputError, match="ablate.py run makes it"):
         main("table", "--json", "absent.json")
 
 
-def test_the_videos_only_data_has_no_images(lab):
-    lab("--seeds", "1", "--only", "no-images")
-    videos = json.loads(Path("toy/ablations/videos.json").read_text())
-    assert videos == [{"data_type": "video"}]
-    assert "--data toy/ablations/videos.json" in \
-        Path("toy/ablations/seed0/no-images.log").read_text()
+def test_toys_of_other_questions_are_not_compared(lab):
+    Path("toy_shortcut/test.json").write_text("[]")
+    with pytest.raises(InputError, match="toy_shortcut/test.json is not toy's"):
+        lab("--settings", "plain", "shortcut")
+    assert lab("--seeds", "1", "--only", "grpo")[0] == 0  # which does not need it
 
 
 def test_every_configuration_changes_what_it_says_and_nothing_else(tmp_path):
     import tgrpo
-    toy = tmp_path / "toy"
-    toy.mkdir()
-    (toy / "tgrpo.args").write_text("--model=m\n--data=d\n--output=o\n")
-    args = ablate.parse_args(["run", "--toy", str(toy), "--out", str(tmp_path)])
-    arguments = {name: vars(tgrpo.parse_args(ablate.commands_of(args, 3, name)[0][2:]))
-                 for name in ablate.CONFIGS if name != "sft"}
-    assert arguments["tgrpo"]["model"] == f"{tmp_path}/seed3/sft"
+    for toy in ("toy", "toy_shortcut"):
+        (tmp_path / toy).mkdir()
+        (tmp_path / toy / "tgrpo.args").write_text(f"--model=m\n--data={toy}\n--output=o\n")
+    args = ablate.parse_args(["run", "--toy", str(tmp_path / "toy"), "--out", str(tmp_path)])
+    commands = {name: ablate.commands_of(args, 3, name)[0]
+                for name in ablate.all_runs(ablate.SETTINGS, ablate.CONFIGS)[1:]}
+    arguments = {name: vars(tgrpo.parse_args(command[2:])) for name, command in commands.items()}
+    base = arguments["plain/tgrpo"]
+    assert base["model"] == f"{tmp_path}/seed3/sft" and base["max_steps"] == 100
     changed = {name: {flag: value for flag, value in flags.items() if flag != "output"
-                      and value != arguments["tgrpo"][flag]} for name, flags in arguments.items()}
+                      and value != base[flag]} for name, flags in arguments.items()}
+    flags = {"grpo": {"alpha": 0}, "strict": {"temporal_test": "gt"},
+             "advantage": {"temporal_to": "advantage"}}
     assert changed == {
-        "tgrpo": {}, "grpo": {"alpha": 0}, "advantage": {"temporal_to": "advantage"},
-        "unscaled": {"scale_advantages": "none"}, "zero": {"model": f"{toy}/model"},
-        "grpo-unscaled": {"alpha": 0, "scale_advantages": "none"}, "no-length": {"omega": 0},
-        "no-images": {"data": f"{tmp_path}/videos.json"}, "alpha-0.1": {"alpha": 0.1},
-        "alpha-0.2": {"alpha": 0.2}, "alpha-0.4": {"alpha": 0.4}, "G_tilde-2": {"G_tilde": 2},
-        "G_tilde-8": {"G_tilde": 8}, "updates-2": {"updates_per_rollout": 2},
-        "updates-4": {"updates_per_rollout": 4}}
+        f"{setting}/{name}": {**flags.get(name, {}), **data}
+        for setting, data in (("plain", {}), ("shortcut", {"data": "toy_shortcut"}))
+        for name in ablate.CONFIGS}
+    for name, command in commands.items():
+        config = name.split("/")[1]
+        script = f"{tmp_path}/variants/{config}" if config in ablate.VARIANTS else str(ROOT)
+        assert command[1] == f"{script}/tgrpo.py"
+
+
+def test_the_shortcut_changes_the_colour_of_training_questions_and_nothing_else(tmp_path):
+    """Not even the other questions: the cold start, the test and the model are the same bits."""
+    for name, flags in (("plain", []), ("shortcut", ["--shortcut"])):
+        build_data.build_toy(build_data.parse_args(
+            ["toy", "--out", str(tmp_path / name), "--cot", "4", "--train", "24", "--test", "24",
+             *flags]))
+    files = {path.relative_to(tmp_path / "plain") for path in (tmp_path / "plain").rglob("*")
+             if path.is_file() and path.suffix != ".args"}
+    plain, shortcut = (json.loads((tmp_path / name / "train.json").read_text())
+                       for name in ("plain", "shortcut"))
+    conflict = [i for i, record in enumerate(plain) if "conflict" in record["data_source"]]
+    assert {str(path) for path in files if (tmp_path / "plain" / path).read_bytes()
+            != (tmp_path / "shortcut" / path).read_bytes()} == {
+        "train.json", *(f"media/train_{i:05d}.mp4" for i in conflict)}
+    assert len(conflict) > 2 and shortcut == [
+        record | {"data_source": record["data_source"].replace("conflict", "agree")}
+        for record in plain]
+    assert "conflict" in (tmp_path / "shortcut" / "test.json").read_text()
 
 
 @pytest.mark.slow
 def test_a_small_run_from_cold_start_to_table(toy, tmp_path):
-    small = tmp_path / "toy"
-    shutil.copytree(toy, small)
-    for name, flags in (("sft", ["--num_train_epochs=1", "--per_rank_batch_size=16"]),
-                        ("tgrpo", ["--prompts_per_rank=2"])):
-        with (small / f"{name}.args").open("a") as file:
-            file.write("\n".join(flags) + "\n")
-    assert main("run", "--toy", str(small), "--seeds", "1", "--steps", "2", "--only", "tgrpo",
-                "zero") == 0
-    found = json.loads((small / "ablations.json").read_text())
-    assert [run["config"] for run in found["runs"]] == ["sft", "tgrpo", "zero"]
-    assert all(len(run["curves"]["reward/accuracy"]) == 1 for run in found["runs"][1:])
-    main("table", "--json", str(small / "ablations.json"))
-    assert "| `zero`: no cold start |" in cells(small / "ablations.md")
+    for folder, flags in (("toy", []), ("toy_shortcut", ["--shortcut"])):
+        run("build_data.py", "toy", "--out", tmp_path / folder, "--cot", 48, "--train", 32,
+            "--test", 24, *flags)
+        for name, flags in (("sft", ["--num_train_epochs=1"]), ("tgrpo", ["--prompts_per_rank=2"])):
+            with (tmp_path / folder / f"{name}.args").open("a") as file:
+                file.write("\n".join(flags) + "\n")
+    small = str(tmp_path / "toy")
+    assert main("run", "--toy", small, "--seeds", "1", "--steps", "2", "--only", "tgrpo",
+                "likelihood") == 0
+    found = json.loads(Path(f"{small}/ablations.json").read_text())
+    assert [(run["setting"], run["config"]) for run in found["runs"]] == [
+        ("", "sft"), *product(ablate.SETTINGS, ("tgrpo", "likelihood"))]
+    main("table", "--json", f"{small}/ablations.json")
+    assert "| `likelihood` |" in cells(tmp_path / "toy" / "ablations.md")
+
+
+# ---------------------------------------------------------------------------- variants
+
+PATHS = sorted((ROOT / "tests" / "variants").glob("*.diff"))
+NAMES = [path.stem for path in PATHS]
+
+
+@pytest.fixture(scope="session")
+def variant(tmp_path_factory):
+    """Imports the present tgrpo.py with a variant's diff applied."""
+    out = tmp_path_factory.mktemp("variants")
+
+    def load(name):
+        ablate.make_variant(out, name)
+        spec = importlib.util.spec_from_file_location(f"tgrpo_{name}", ablate.variant_of(out, name))
+        module = importlib.util.module_from_spec(spec)
+        spec.loader.exec_module(module)
+        return module
+    return load
+
+
+@pytest.fixture
+def graded(variant, monkeypatch):
+    """ablate.graded by a variant: 8 responses to a choice in order, 4 shuffled, right and wrong."""
+    def grade(name, right, right_shuffled, **flags):
+        monkeypatch.setitem(sys.modules, "tgrpo", variant(name))
+        texts = [RIGHT] * right + [WRONG] * (8 - right)
+        shuffled = [RIGHT] * right_shuffled + [WRONG] * (4 - right_shuffled)
+        return ablate.graded(CHOICE, texts, shuffled, [9] * 8, **flags)
+    return grade
+
+
+def test_the_variants_are_those_that_the_tables_know():
+    assert NAMES == ["joint", "likelihood", "margin", "reversed", "tokens", "weight"]
+    assert set(ablate.CONFIGS) == {"grpo", "tgrpo", "strict", "advantage", *NAMES}
+
+
+@pytest.mark.parametrize("path", PATHS, ids=NAMES)
+def test_a_variant_is_short_and_says_its_idea(path):
+    lines = path.read_text(encoding="utf-8").splitlines()
+    start = lines.index("--- a/tgrpo.py")
+    assert start > 1 and all(line.startswith("# ") for line in lines[:start])
+    assert lines[start + 1] == "+++ b/tgrpo.py" and max(map(len, lines)) <= 100
+    assert 0 < sum(line[0] in "+-" for line in lines[start + 2:] if line) <= 20
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_a_variant_makes_a_step(toy, tmp_path, name):
+    ablate.make_variant(tmp_path, name)
+    run(ablate.variant_of(tmp_path, name), f"@{toy}/tgrpo.args", "--model", toy / "model",
+        "--output", tmp_path / "run", "--max_steps", 1, "--prompts_per_rank", 4, "--G", 4,
+        "--G_tilde", 2, "--max_new_tokens", 8, "--num_workers", 1,
+        env={"PYTHONPATH": str(ROOT)})
+    _, step = ablate.read_lines(tmp_path / "run" / "metrics.jsonl")
+    rows = [row for row in ablate.read_lines(tmp_path / "run" / "rollouts.jsonl")
+            if row["frame_order"]]
+    assert step["response/tokens"] > 0 and rows
+    if name == "reversed":
+        assert {tuple(row["frame_order"]) for row in rows} == {(7, 6, 5, 4, 3, 2, 1, 0)}
+    second = name not in ("likelihood", "tokens")
+    assert all(len(row["responses_shuffled"]) == 2 * second for row in rows)
+    if name == "likelihood":  # an untrained model's likelihoods change a little
+        assert all(0 < abs(d) < 1 for row in rows for d in row["d"])
+    assert (tmp_path / "run" / "config.json").exists()
+
+
+def test_a_diff_that_does_not_fit_is_named(lab, monkeypatch, tmp_path):
+    path = tmp_path / "other.diff"
+    path.write_text("# an idea\n--- a/tgrpo.py\n+++ b/tgrpo.py\n@@ -1 +1 @@\n-nothing\n+new\n")
+    monkeypatch.setitem(ablate.VARIANTS, "margin", path)
+    with pytest.raises(InputError, match="other.diff does not apply to tgrpo.py: .*patch failed"):
+        lab("--seeds", "1", "--only", "margin")
+    monkeypatch.setenv("PATH", "")
+    with pytest.raises(InputError, match="git, which is not installed"):
+        lab("--seeds", "1", "--only", "margin")
+
+
+def test_a_variant_runs_as_its_copy_that_imports_from_here(lab, monkeypatch, tmp_path):
+    Path("neighbour.py").write_text("word = 'imported'")
+    path = tmp_path / "mine.diff"
+    path.write_text("# an idea\n--- a/tgrpo.py\n+++ b/tgrpo.py\n@@ -1,3 +1,4 @@\n \n"
+                    "+import neighbour; print(neighbour.word, __file__)\n"
+                    " import json, pathlib, sys\n argv = \" \".join(sys.argv)\n")
+    monkeypatch.setitem(ablate.VARIANTS, "margin", path)
+    assert lab("--seeds", "1", "--only", "margin", "grpo")[0] == 0
+    copy = "toy/ablations/variants/margin/tgrpo.py"
+    for name in ("margin", "grpo"):
+        log = Path(f"toy/ablations/seed0/plain/{name}.log").read_text()
+        assert (f"imported {tmp_path / copy}" in log or f"imported {copy}" in log) == \
+            (name == "margin")
+    assert "neighbour" not in Path("tgrpo.py").read_text()
+
+
+def test_reversed_shows_the_second_group_the_frames_backwards(variant, monkeypatch):
+    module = variant("reversed")
+    monkeypatch.setattr(module, "encode", lambda processor, record, vision: vision.frames)
+    vision = build_data.Vision(torch.arange(5), {}, None)
+    args = SimpleNamespace(alpha=0.3, seed=0)
+    group = module.example(None, args, {"data_type": "video"}, vision, 7)
+    assert group["frame_order"] == group["shuffled"].tolist() == [4, 3, 2, 1, 0]
+    assert group["ordered"].tolist() == [0, 1, 2, 3, 4]
+
+
+def test_margin_adds_alpha_times_the_margin_to_correct_advantages(graded):
+    for right, shuffled, r_t in ((6, 2, 0.3 * 0.25), (6, 3, 0), (2, 4, 0), (8, 1, 0.3 * 0.75)):
+        group = graded("margin", right, shuffled)
+        plain = graded("margin", right, shuffled, alpha=0)
+        assert group["parts"]["r_t"] == pytest.approx(r_t)
+        assert torch.equal(group["R"], plain["R"])
+        assert (group["A"] - plain["A"]).tolist() == pytest.approx(
+            [r_t] * right + [0] * (8 - right), abs=1e-6)
+
+
+def test_weight_multiplies_a_questions_advantages_by_one_and_the_margin(graded):
+    for right, shuffled, weight in ((6, 2, 1.25), (6, 3, 1), (2, 4, 0.25)):
+        group = graded("weight", right, shuffled)
+        # correct: 1 - p above the mean; unbiased deviation sqrt(k (8 - k) / 56)
+        expected = weight * (1 - right / 8) / ((right * (8 - right) / 56) ** 0.5 + 1e-4)
+        assert group["A"][0].item() == pytest.approx(expected, abs=1e-5)
+        assert group["R"].max() == 2  # accuracy and format, no temporal reward
+
+
+def test_joint_normalises_both_groups_together(graded):
+    # R: eight times 2 and four times 1; mean 5/3, unbiased variance (8/9 + 16/9) / 11 = 8/33
+    group = graded("joint", 8, 0)
+    assert group["A"].tolist() == pytest.approx([(1 / 3) / ((8 / 33) ** 0.5 + 1e-4)] * 8, abs=1e-5)
+    assert graded("joint", 8, 4)["A"].tolist() == [0] * 8
+    # six of eight and none of four: mean 1.5, unbiased variance 3/11
+    A = graded("joint", 6, 0)["A"].tolist()
+    assert A == pytest.approx([0.5 / ((3 / 11) ** 0.5 + 1e-4)] * 6 + [-0.9572] * 2, abs=1e-3)
+
+
+def test_likelihood_pays_correct_responses_for_the_nats_they_lose(variant):
+    bonus = variant("likelihood").likelihood_bonus
+    d, correct = torch.tensor([2.0, 0.5, -1.0, 9.0, 2.0]), torch.tensor([1, 1, 1, 1, 0]).bool()
+    assert bonus(d, correct, 0.3).tolist() == pytest.approx([0.6, 0.15, 0, 1.2, 0])
+
+
+def test_tokens_keeps_the_fifth_that_shuffling_moves_the_most(variant):
+    logps = torch.zeros(3, 6)
+    shuffled = torch.tensor([[-0.1, 0.5, -3.0, 0.2, 0.0, -9.0],  # five tokens: one, up or down
+                             [-0.1, 0.5, -3.0, 0.2, 0.0, -9.0],  # six: two
+                             [-0.1, 0.5, -3.0, 0.2, 0.0, -9.0]])  # one: itself
+    mask = torch.tensor([[1.0] * 5 + [0], [1.0] * 6, [1.0] + [0] * 5])
+    assert variant("tokens").moved_tokens(logps, shuffled, mask).tolist() == [
+        [0, 0, 1, 0, 0, 0], [0, 0, 1, 0, 0, 1], [1, 0, 0, 0, 0, 0]]
 
 
 # -------------------------------------------------------------------- when alpha acts
@@ -335,7 +560,9 @@ def test_the_pass_rate_by_enumeration():
 # ---------------------------------------------- the README's figures and worked example
 
 def test_the_committed_tables_are_what_the_results_give(tmp_path):
-    shutil.copy(ROOT / "tests" / "ablations.json", tmp_path)
+    if any("setting" not in run for run in json.loads(RESULTS.read_text())["runs"]):
+        pytest.skip("the committed results are of earlier code, in an earlier form")
+    shutil.copy(RESULTS, tmp_path)
     main("table", "--json", str(tmp_path / "ablations.json"))
     assert (tmp_path / "ablations.md").read_text() == \
         (ROOT / "tests" / "ablations.md").read_text(), "python tests/ablate.py table"
@@ -396,15 +623,16 @@ def test_pictures_of_runs_and_of_results(tmp_path, lab):
     pytest.importorskip("matplotlib")
     lab("--seeds", "2", "--only", "tgrpo", "grpo")
     main("plot", "--json", "toy/ablations.json", "--folder", "a")
-    folders = [str(path) for path in sorted(Path("toy/ablations").glob("seed*/tgrpo"))]
+    folders = [str(path) for path in sorted(Path("toy/ablations").glob("seed*/plain/*grpo"))
+               if path.name in ("tgrpo", "grpo")]
     main("plot", *folders)
-    for path in ("a/curves.png", "a/advantages.png", f"{folders[0]}/curves.png"):
+    for path in ("a/differences.png", "a/advantages.png", f"{folders[0]}/curves.png"):
         assert 10_000 < (tmp_path / path).stat().st_size < 150_000
     assert not Path(folders[0], "advantages.png").exists()  # it is of no run
     with pytest.raises(InputError, match="RUN_DIR is an --output"):
         main("plot", "toy")
-    lab("--seeds", "1", "--only", "zero", "--out", "elsewhere/ablations")
-    with pytest.raises(InputError, match="no finished run of tgrpo or grpo"):
+    lab("--seeds", "1", "--only", "grpo", "--out", "elsewhere/ablations")
+    with pytest.raises(InputError, match="no two seeds of grpo and another"):
         main("plot", "--json", "elsewhere/ablations.json", "--folder", "c")
     assert [path.name for path in Path("c").iterdir()] == ["advantages.png"]  # needs no run
 

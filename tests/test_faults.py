@@ -4,6 +4,8 @@ import shutil
 import time
 
 import pytest
+import torch
+from safetensors.torch import load_file
 
 from conftest import ROOT, break_media, equal_weights, run, together
 
@@ -93,6 +95,36 @@ def test_a_run_killed_at_any_moment_resumes_as_if_nothing_had_happened(
     assert (output / "latest").read_text() == ("checkpoint-4" if removes else "checkpoint-2")
     run(*command(toy, script, output, stage, "--resume", ranks=ranks), ranks=ranks)
     same_run(whole, output)
+
+
+@pytest.mark.parametrize("script, moment", [
+    ("tgrpo", "update:22"), pytest.param("sft", "update:4", marks=pytest.mark.slow)])
+def test_the_file_for_one_gpu_trains_as_without_offload_and_resumes_after_a_kill(
+        toy, tmp_path, whole_run, script, moment):
+    """The JSON block of README's section, as it stands there."""
+    section = (ROOT / "README.md").read_text(encoding="utf-8").split("\n## One GPU\n")[1]
+    file = tmp_path / "one_gpu.json"
+    file.write_text(section.split("```json\n")[1].split("```")[0])
+    at = {name: tmp_path / name for name in ("whole", "cut")}
+
+    def start(name, *more, **options):
+        return run(*command(toy, script, at[name], 2, "--deepspeed_config", file, *more,
+                            fault=options.pop("fault", None)), **options)
+    _, cut, _ = together(lambda: start("whole"),
+                         lambda: start("cut", fault=f"kill:{moment}", check=False),
+                         lambda: whole_run(script, 0, 2))
+    assert cut.returncode != 0 and (at["cut"] / "latest").read_text() == "checkpoint-2"
+    start("cut", "--resume")
+    same_run(at["whole"], at["cut"])
+    plain, offloaded = (load_file(folder / "model.safetensors")
+                        for folder in (whole_run(script, 0, 2), at["cut"]))
+    for name, weights in plain.items():  # the norm that gradients are clipped by is rounded
+        torch.testing.assert_close(offloaded[name], weights, rtol=0, atol=1e-5)
+
+
+def test_checkpointing_of_the_vision_tower_changes_nothing_but_memory(toy, tmp_path, whole_run):
+    run(*command(toy, "tgrpo", tmp_path / "run", 0, "--gradient_checkpointing"))
+    same_run(whole_run("tgrpo", 0, 0), tmp_path / "run")
 
 
 @pytest.mark.parametrize("script, place, what, name", [

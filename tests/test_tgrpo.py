@@ -309,8 +309,8 @@ def test_ordered_and_shuffled_inputs_differ_only_in_frame_order(toy, processor):
     from build_data import load_records
     args = tgrpo.parse_args(["--model", "m", "--data", "d", "--output", "o", "--min_pixels=784",
                              "--max_pixels=784", "--image_min_pixels=784", "--max_frames=8"])
-    questions = sft.Questions(load_records(toy / "train.json"),
-                              partial(tgrpo.example, processor, args), args)
+    questions = sft.Questions(processor, load_records(toy / "train.json"),
+                              partial(tgrpo.example, args), args)
     sample = next(s for s in map(questions.__getitem__, range(32)) if "shuffled" in s)
     ordered, shuffled = sample["ordered"], sample["shuffled"]
     for key in ordered:

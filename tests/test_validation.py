@@ -59,8 +59,8 @@ def fake_run(rank=0, world=1, module=None, **flags):
 @pytest.mark.parametrize("batch", [1, 2, 8])
 def test_metrics_of_held_out_answers_by_hand_on_any_number_of_ranks(monkeypatch, world, batch):
     monkeypatch.setattr(sft, "VAL_BATCH", batch)
-    monkeypatch.setattr(sft, "load_questions", lambda run, records, example, positions, together:
-                        iter([records[i] for i in positions]))
+    monkeypatch.setattr(sft, "load_questions", lambda run, processor, records, example, positions,
+                        together: iter([records[i] for i in positions]))
     ranks, calls = [], []
     for rank in range(world):
         asked = []

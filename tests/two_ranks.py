@@ -15,7 +15,7 @@ import conftest  # noqa: F401  puts the scripts on the path
 import sft
 import tgrpo
 from build_data import (encode, encode_blank, load_model, load_processor, load_records,
-                        load_vision, setup_distributed)
+                        load_vision, setup_distributed, token_side)
 
 # (ZeRO stage, chunk size of five responses, groups a rank)
 SETTINGS = [(3, 2, 1), (3, 5, 1), (3, 5, 2), (2, 5, 1), (2, 2, 2), (1, 5, 2), (0, 5, 1)]
@@ -32,7 +32,8 @@ def cases(toy, processor):
         lengths = torch.tensor([L, 2, L - 1, 3, 1])
         mask = (torch.arange(L) < lengths[:, None]).float()
         A = torch.randn(5, generator=generator)
-        yield encode(processor, record, load_vision(record, **limits)), responses, mask, A
+        vision = load_vision(record, factor=token_side(processor), **limits)
+        yield encode(processor, record, vision), responses, mask, A
 
 
 def gradients(toy, out, groups, blank, stage, chunk_size, count):
@@ -45,7 +46,7 @@ def gradients(toy, out, groups, blank, stage, chunk_size, count):
     args = tgrpo.parse_args(["--model", str(toy / "model"), "--data", str(toy / "train.json"),
                              "--output", str(out.parent / f"{stage}.{chunk_size}.{count}"),
                              "--deepspeed_config", str(config_file), "--learning_rate", "0"])
-    run = sft.open_run(args, [], tgrpo.parse_args)
+    run = sft.open_run(args, [], tgrpo.parse_args, 1)
     sft.start_engine(run, load_model(args, run.config))
     engine = run.engine
     if stage == 3:  # what rollouts sample from
@@ -74,6 +75,7 @@ def main():
     parser = argparse.ArgumentParser()
     parser.add_argument("--toy", type=Path)
     parser.add_argument("--out", type=Path)
+    parser.add_argument("--settings", type=int, default=len(SETTINGS), help="how many of them")
     parser.add_argument("--local_rank", type=int, default=0)
     options = parser.parse_args()
     rank, _ = setup_distributed(argparse.Namespace(timeout_minutes=10))
@@ -81,7 +83,7 @@ def main():
     groups = list(cases(options.toy, processor))
     out = options.out / f"rank{rank}"
     out.mkdir()
-    for setting in SETTINGS:
+    for setting in SETTINGS[:options.settings]:
         torch.save(gradients(options.toy, out, groups if rank == 0 else groups[::-1],
                              encode_blank(processor), *setting),
                    out / f"{setting}.pt")

@@ -1,0 +1,329 @@
+"""Every family of models goes through the same code: tiny random ones of each, against generate
+and the naive forms; those that cannot are refused."""
+import re
+import shutil
+from types import SimpleNamespace
+
+import pytest
+import torch
+from transformers import (AutoConfig, AutoModelForImageTextToText, AutoProcessor,
+                          CLIPImageProcessor, LlavaProcessor, Qwen2VLImageProcessor,
+                          Qwen2VLProcessor, Qwen2VLVideoProcessor)
+
+import annotate
+import sft
+import tgrpo
+from bench import PlainEngine, naive_logits
+from build_data import (InputError, encode_blank, image_as_video, load_processor, load_records,
+                        load_vision_of, pad_batch, token_side, toy_model, toy_processor)
+from conftest import ROOT, equal_weights, run, together
+from test_faults import command, same_run
+from test_runs import tgrpo as command_line
+from test_tgrpo import sampling
+from two_ranks import cases
+
+SIDES = {"qwen2_vl": 28, "qwen2_5_vl": 28, "qwen3_vl": 32, "qwen3_vl_moe": 32}
+# A family that the toy does not offer: one that it does, and what to change in its configuration
+LIKE = {"qwen2_vl": ("qwen2_5_vl", {"vision_config": {"embed_dim": 64, "hidden_size": 96,
+                                                      "mlp_ratio": 2}}),
+        "qwen3_vl_moe": ("qwen3_vl", {"text_config": {"num_experts": 4, "num_experts_per_tok": 2,
+                                                      "moe_intermediate_size": 64}}),
+        "qwen3_5": ("qwen3_vl", {"text_config": {"layer_types": None}}),
+        "sliding": ("qwen2_5_vl", {"text_config": {"use_sliding_window": True, "sliding_window": 16,
+                                                   "max_window_layers": 0, "layer_types": None}})}
+FLAGS = ["--model", "m", "--data", "d", "--output", "o", "--min_pixels=1024", "--max_pixels=1024",
+         "--image_min_pixels=1024", "--max_frames=8", "--num_workers=0"]
+
+
+def config_of(family, tokenizer):
+    """The toy's configuration, or with LIKE's changes that of another family."""
+    base, changes = LIKE.get(family, (family, {}))
+    settings = toy_model(tokenizer, 0, family=base).config.to_dict()
+    parts = {"text_config": {}, "vision_config": {}} | changes
+    for name, change in parts.items():
+        settings[name] = {key: value for key, value in settings[name].items()
+                          if key != "model_type"} | change
+    settings.pop("model_type")
+    return AutoConfig.for_model("qwen2_5_vl" if family == "sliding" else family, **settings)
+
+
+def processor_of(family, tokenizer):
+    if family != "qwen2_vl":
+        return toy_processor(tokenizer, LIKE.get(family, (family, {}))[0])
+    like = toy_processor(tokenizer)
+    size = like.image_processor.size
+    return Qwen2VLProcessor(Qwen2VLImageProcessor(size=size), tokenizer,
+                            Qwen2VLVideoProcessor(size=size, cap_pixels_per_frame=False),
+                            chat_template=like.chat_template)
+
+
+@pytest.fixture(scope="module")
+def folder_of(toy, processor, tmp_path_factory):
+    """Makes the toy's folder with a random model of a family in it."""
+    def make(family):
+        out = tmp_path_factory.getbasetemp() / f"toy_{family}"
+        if not out.exists():
+            shutil.copytree(toy, out, ignore=shutil.ignore_patterns("model"))
+            tokenizer = processor.tokenizer
+            torch.manual_seed(0)
+            model = AutoModelForImageTextToText.from_config(config_of(family, tokenizer))
+            ends = model.config.text_config.eos_token_id
+            model.generation_config.eos_token_id, model.generation_config.pad_token_id = \
+                ends, ends[1]
+            model.save_pretrained(out / "model")
+            processor_of(family, tokenizer).save_pretrained(out / "model")
+        return out
+    return make
+
+
+@pytest.fixture(params=SIDES)
+def family(request, folder_of):
+    """A family's model and processor as they load from its folder, and the groups of the first
+    video and image of the toy."""
+    folder = folder_of(request.param)
+    model = AutoModelForImageTextToText.from_pretrained(folder / "model").eval()
+    processor = AutoProcessor.from_pretrained(folder / "model")
+    assert model.config.model_type == request.param
+    args = tgrpo.parse_args(FLAGS)
+    groups = {}
+    for record in load_records(folder / "train.json"):
+        if record["data_type"] not in groups:
+            vision = load_vision_of(record, args, processor)
+            groups[record["data_type"]] = tgrpo.example(args, processor, record, vision, 0)
+    return SimpleNamespace(name=request.param, folder=folder, model=model, processor=processor,
+                           **groups)
+
+
+# --------------------------------------------------------------------------- a model's inputs
+
+def test_pictures_have_sides_that_the_model_s_tokens_cover(family):
+    """Limits are pixels, of whatever token; the text has as many places as there are tokens."""
+    side, processor = SIDES[family.name], family.processor
+    assert token_side(processor) == side
+    args = tgrpo.parse_args([*FLAGS, "--max_pixels", "10000", "--min_pixels", "7000"])
+    vision = load_vision_of(family.video["record"], args, processor)
+    assert vision.frames.shape[2:] == {28: (84, 84), 32: (96, 96)}[side]
+    inputs = tgrpo.example(args, processor, family.video["record"], vision, 0)["ordered"]
+    assert inputs["video_grid_thw"].tolist() == [[4, 6, 6]]
+    for inputs in (inputs, family.image["ordered"], encode_blank(processor)):
+        grid = inputs.get("video_grid_thw", inputs.get("image_grid_thw"))
+        assert (inputs["mm_token_type_ids"] > 0).sum() == grid.prod() // 4
+
+
+def test_shuffling_changes_the_frames_and_never_their_times(family):
+    """Times are positions or, in Qwen3-VL, text: both groups have them in order."""
+    ordered, shuffled = family.video["ordered"], family.video["shuffled"]
+    for key in ordered:
+        assert torch.equal(ordered[key], shuffled[key]) == (key != "pixel_values_videos"), key
+    T, H, W = ordered["video_grid_thw"][0].tolist()
+
+    def frames(inputs):  # (patches, C x 2 frames x patch x patch) -> (T, the frame's values)
+        patches = inputs["pixel_values_videos"].view(T, H * W, 3, 2, -1)
+        return patches.permute(0, 3, 1, 2, 4).reshape(2 * T, -1)
+    assert torch.equal(frames(shuffled), frames(ordered)[family.video["frame_order"]])
+    text = family.processor.tokenizer.decode(ordered["input_ids"][0])
+    # two frames a second, two to a time step: 0 and 0.5 s, 1 and 1.5 s, ...
+    times = ["0.2", "1.2", "2.2", "3.2"] if "qwen3" in family.name else []
+    assert re.findall(r"<([\d.]+) seconds>", text) == times
+    positions, _ = tgrpo.rope_positions(family.model, ordered)
+    steps = positions[0, 0, ordered["mm_token_type_ids"][0] > 0].unique()
+    assert len(steps) == T
+
+
+def test_an_image_as_a_video_of_one_step_is_the_same_to_the_model(family):
+    inputs = family.image["ordered"]
+    as_video = image_as_video(family.processor, inputs)
+    assert "pixel_values" not in as_video
+    with torch.no_grad():
+        assert torch.equal(family.model(**inputs).logits, family.model(**as_video).logits)
+
+
+# -------------------------------------------------------------------------------- rollout
+
+def test_greedy_rollouts_equal_generate_and_stand_at_its_positions(family):
+    """Three rows at once: a video's two orders, and an image whose prompt is shorter."""
+    model, stood = family.model, {}
+    both = pad_batch([family.video["ordered"], family.video["shuffled"]], {}, "left")
+    prompts = [family.video["ordered"], family.video["shuffled"], family.image["ordered"]]
+    options = sampling(family.processor, model, top_p=1e-6)  # a nucleus of one token
+
+    def look(module, args, kwargs):  # positions by time, height and width, of every call
+        stood[form].append(kwargs["position_ids"][-3:])
+    model.model.language_model.register_forward_pre_hook(look, with_kwargs=True)
+    form = "rollout"
+    stood[form] = []
+    rows = tgrpo.rollout(model, [both, prompts[2]], [[1, 1], [1]], **options)
+    for i, (inputs, ids) in enumerate(zip(prompts, rows)):
+        form = i
+        stood[form] = []
+        expected = model.generate(**inputs, max_new_tokens=12, do_sample=False,
+                                  suppress_tokens=options["forbidden_ids"])
+        P = inputs["input_ids"].shape[1]
+        assert ids[0].tolist() == expected[0, P:].tolist()
+        positions, following = tgrpo.rope_positions(model, inputs)
+        assert torch.equal(stood[i][0], positions)
+        for t, position in enumerate(stood[i][1:]):
+            assert (position == following + t).all()
+            assert torch.equal(stood["rollout"][2 + t][:, i], position[:, 0])
+
+
+def test_visual_and_special_tokens_are_never_sampled(family):
+    model = family.model
+    options = sampling(family.processor, model, max_new_tokens=20)
+    assert {model.config.image_token_id, model.config.video_token_id,
+            model.config.vision_start_token_id} <= {*options["forbidden_ids"]}
+    with torch.no_grad():  # a policy that would emit them nearly always
+        vectors = model.get_output_embeddings().weight
+        vectors[options["forbidden_ids"]] = 4 * vectors.abs().max()
+    ids, = tgrpo.rollout(model, [family.video["ordered"]], [[8]], **options)
+    assert not torch.isin(ids, torch.tensor(options["forbidden_ids"])).any()
+
+
+def test_answers_in_a_batch_of_images_and_videos_equal_those_one_at_a_time(family):
+    model, tokenizer = family.model, family.processor.tokenizer
+    model.generation_config.update(max_new_tokens=12, num_return_sequences=1,
+                                   suppress_tokens=tgrpo.forbidden_tokens(model, tokenizer))
+    samples = [{"record": group["record"], "inputs": group["ordered"]}
+               for group in (family.video, family.image)]
+    alone = [annotate.respond(model, tokenizer, [sample], 0)[0] for sample in samples]
+    assert annotate.respond(model, tokenizer, samples, 0) == alone
+    for sample in samples:  # as annotate.py has them
+        sample["inputs"] = image_as_video(family.processor, sample["inputs"])
+    assert annotate.respond(model, tokenizer, samples, 0) == alone
+
+
+# ------------------------------------------------------------- log-probabilities, gradients
+
+def difference(model, gradients):
+    """The largest difference of the model's gradients to others, relative to the parameter's."""
+    scale = max(p.grad.abs().max() for p in model.parameters())
+    assert scale > 0
+    return max((gradients[name] - p.grad).norm() / (p.grad.norm() + 1e-3 * scale)
+               for name, p in model.named_parameters())
+
+
+@pytest.mark.parametrize("medium", ["video", "image"])
+def test_prefix_shared_log_probs_and_gradients_equal_naive_ones(family, medium):
+    """Features that enter the language model between its layers are the prompt's pass's alone.
+    Activations of the vision tower are computed again, as by --gradient_checkpointing."""
+    model, inputs = family.model, getattr(family, medium)["ordered"]
+    responses = torch.randint(0, 400, (5, 9), generator=torch.Generator().manual_seed(0))
+    lengths, A = torch.tensor([9, 2, 5, 3, 9]), torch.linspace(-1, 1.5, 5)
+    mask = (torch.arange(9) < lengths[:, None]).float()
+    naive = tgrpo.token_logps(naive_logits(model, inputs, responses), responses, 1.0)
+    ref = tgrpo.group_logps(model, inputs, responses, lengths, 2)
+    assert torch.allclose(ref * mask, naive * mask, atol=1e-5)
+
+    def loss(rows, logps, entropy=None):
+        part = rows, slice(logps.shape[1])
+        return tgrpo.tgrpo_loss(logps, logps.detach(), ref[part] - 0.1, A[rows], mask[part], 0.04,
+                                0.2) * len(rows) / 5
+    model.train().model.visual.activation_checkpointing_enable({"use_reentrant": False})
+    tgrpo.backward_group(PlainEngine(model), inputs, responses, lengths, loss, 2, 1.0, last=True)
+    shared = {name: p.grad.clone() for name, p in model.named_parameters()}
+    model.zero_grad()
+    loss(torch.arange(5), naive).backward()
+    assert difference(model, shared) < 1e-4
+
+
+def test_the_cold_start_learns_a_response_where_it_is_sampled_and_in_any_batch(family):
+    """Positions of a response follow its prompt's as in a rollout; the loss of a padded batch of a
+    video and an image, with gradient checkpointing, is that of both by themselves, without a
+    router's own loss."""
+    model, processor, args = family.model, family.processor, tgrpo.parse_args(FLAGS)
+    rows = []
+    for record in load_records(family.folder / "cot.json")[:12]:
+        vision = load_vision_of(record, args, processor)
+        if not rows or record["data_type"] == "image":
+            rows.append(sft.sft_example(processor, record, vision, 0)["inputs"])
+    rows = rows[:2]
+    for row in rows:
+        n = int((row["labels"] == sft.IGNORED).sum())
+        prompt = row | {key: row[key][:, :n] for key in
+                        ("input_ids", "attention_mask", "mm_token_type_ids")}
+        _, following = tgrpo.rope_positions(model, prompt)
+        positions = sft.continue_positions(tgrpo.rope_positions(model, row)[0], row["labels"])
+        L = row["labels"].shape[1]
+        assert (positions[:, 0, n:] == following[0] + torch.arange(L - n)).all()
+    pads = {"input_ids": processor.tokenizer.pad_token_id, "attention_mask": 0,
+            "mm_token_type_ids": 0, "labels": sft.IGNORED}
+    model.train().activation_checkpointing_enable({"use_reentrant": False})
+    loss = sft.batch_loss(PlainEngine(model), pad_batch(rows, pads, "right"))
+    loss.backward()
+    model.activation_checkpointing_disable()
+    together = {name: p.grad.clone() for name, p in model.named_parameters()}
+    model.zero_grad()
+    model.config.text_config.output_router_logits = True
+    alone = [sft.batch_loss(PlainEngine(model), row) for row in rows]
+    sum(alone).backward()
+    assert loss.item() == pytest.approx(sum(alone).item(), rel=1e-5)
+    assert difference(model, together) < 1e-4
+
+
+@pytest.mark.parametrize("name", ["qwen3_vl", "qwen3_vl_moe",
+                                  pytest.param("qwen2_vl", marks=pytest.mark.slow)])
+def test_gradients_with_a_video_and_an_image_on_two_ranks(folder_of, tmp_path, name):
+    """ZeRO-3 (parameters of every size sharded) against the naive form in one process."""
+    folder = folder_of(name)
+    run(ROOT / "tests/two_ranks.py", "--toy", folder, "--out", tmp_path, "--settings", 1, ranks=2)
+    path, = (tmp_path / "rank0").glob("(*.pt")
+    model = AutoModelForImageTextToText.from_pretrained(folder / "model").eval()
+    processor = AutoProcessor.from_pretrained(folder / "model")
+    for inputs, responses, mask, A in cases(folder, processor):
+        logps = tgrpo.token_logps(naive_logits(model, inputs, responses), responses, 1.0)
+        (tgrpo.tgrpo_loss(logps, logps.detach(), None, A, mask, 0.0, 0.2) / 2).backward()
+    assert difference(model, torch.load(path, weights_only=True)) < 1e-4
+    experts = [p.grad for key, p in model.named_parameters() if "expert" in key]
+    assert bool(experts) == ("moe" in name) and all(grad.any() for grad in experts)
+
+
+# --------------------------------------------------------------------------- runs, refusals
+
+def test_a_killed_run_of_qwen3_vl_resumes_as_if_nothing_had_happened(folder_of, tmp_path):
+    folder, (whole, cut) = folder_of("qwen3_vl"), (tmp_path / name / "run" for name in "ab")
+    for output in (whole, cut):
+        output.parent.mkdir()
+    together(
+        lambda: run(*command(folder, "tgrpo", whole, 0)),
+        lambda: run(*command(folder, "tgrpo", cut, 0, fault="kill:update:22"), check=False))
+    assert (cut / "latest").read_text() == "checkpoint-2"
+    run(*command(folder, "tgrpo", cut, 0, "--resume"))
+    same_run(whole, cut)
+    model = AutoModelForImageTextToText.from_pretrained(cut)
+    assert model.config.model_type == "qwen3_vl"
+    assert token_side(AutoProcessor.from_pretrained(cut)) == 32
+    assert not equal_weights(cut, folder / "model")
+
+
+def test_a_mixture_of_experts_is_saved_as_it_was_loaded(folder_of, tmp_path):
+    """Sharded, two steps of no size: the weights that transformers reads come back bit for bit."""
+    folder = folder_of("qwen3_vl_moe")
+    said = run(*command_line(folder, tmp_path / "run", "--learning_rate=0", "--max_steps=2"))
+    before, after = (AutoModelForImageTextToText.from_pretrained(path).state_dict()
+                     for path in (folder / "model", tmp_path / "run"))
+    assert before.keys() == after.keys()
+    assert all(torch.equal(before[name], after[name]) for name in before)
+    assert re.search("first video: 4 x 2 x 2 patches .*, 4 of its .* tokens are visual",
+                     said.stdout)
+
+
+@pytest.mark.parametrize("name, kind", [("qwen3_5", "linear_attention"),
+                                        ("sliding", "sliding_attention")])
+def test_a_model_that_keeps_no_keys_of_a_whole_prompt_is_refused(toy, processor, tmp_path, name,
+                                                                 kind):
+    """In one sentence, from its configuration alone: there are no weights."""
+    config_of(name, processor.tokenizer).save_pretrained(tmp_path / "model")
+    processor_of(name, processor.tokenizer).save_pretrained(tmp_path / "model")
+    args = tgrpo.parse_args(["--model", str(tmp_path / "model"), "--data", str(toy / "train.json"),
+                             "--output", str(tmp_path / "run")])
+    with pytest.raises(InputError, match=f"layers of {kind}: .* keys and values"):
+        tgrpo.main(args)
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_processor_without_tokens_of_a_fixed_size_is_refused(processor, tmp_path):
+    LlavaProcessor(CLIPImageProcessor(), processor.tokenizer, patch_size=14,
+                   chat_template=processor.chat_template).save_pretrained(tmp_path)
+    (tmp_path / "config.json").write_text('{"model_type": "llava"}')
+    with pytest.raises(InputError, match="no usable processor .*size"):
+        load_processor(SimpleNamespace(model=str(tmp_path)))
