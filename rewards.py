@@ -81,21 +81,23 @@ def format_reward(response):
 
 # ------------------------------------------------------------------------------ spelling
 
-# More marks on one letter than Unicode's Stream-Safe Text Format allows (UAX 15): no script has
-# them, and unicodedata sorts them in quadratic time
+# A letter has at most 30 marks in Unicode's Stream-Safe Text Format (UAX 15). Without a limit,
+# unicodedata takes 10 s to sort 100,000 marks.
 MARKS = regex.compile(r"(\p{M}{30})\p{M}+")
 INVISIBLE = regex.compile(r"\p{Cf}")  # byte order mark, zero-width space, soft hyphen ...
 CHARACTERS = (
     {code: code - 0xFEE0 for code in range(0xFF01, 0xFF5F)}  # full-width "Ｂ", "５", "（"
     | dict.fromkeys(map(ord, "−–﹣－‐‑"), "-") | dict.fromkeys(map(ord, "‘’"), "'")
     | dict.fromkeys(map(ord, "\u00a0\u2007\u2009\u202f\u3000"), " ")  # spaces that group digits
-    | {ord("："): ": ", ord("。"): ". ", ord("٬"): ",", ord("٫"): ".", ord("⁄"): "/"})
+    | str.maketrans({"：": ": ", "。": ". ", "٬": ",", "٫": ".", "⁄": "/", "\t": "\n"}))
 MATH = re.compile(r"\$([^$]*)\$")
-LATEX = re.compile(  # what only sets the font or the space of the text in it
+LATEX = re.compile(  # what only sets the font, or a space
     r"\\(?:boxed|fbox|mbox|emph|underline|boldsymbol|bm|bf|rm|text[a-z]*|math[a-z]*)\b"
     r"|\\[()\[\],;:! ]|[{}]")
-# markdown and quotes around a word: "**B**:", but neither "2*3", "f'(x)", "x_1" nor " * "
-EMPHASIS = re.compile(r"""(?<![^\s(\[:])[*_`'"“”«»]+(?=\S)|(?<=\S)[*_`'"“”«»]+(?![^\s.,;:!?)\]])""")
+MARKER = "*_`'\"“”„«»‹›"  # of emphasis, or quotes: "**B**:", but neither "2*3", "f'(x)" nor "x_1"
+EMPHASIS = re.compile(
+    rf"(?<![^\s(\[{{:$])[{MARKER}]+(?=[^\s{MARKER}])"
+    rf"|(?<=[^\s{MARKER}])[{MARKER}]+(?![^\s.,;:!?)\]}}$])")
 
 
 def composed(text):
@@ -109,8 +111,14 @@ def clean(text):
 
 
 def bare(text):
-    """`text` without what only dresses a word: LaTeX's fonts and $ marks, markdown, quotes."""
-    return EMPHASIS.sub("", LATEX.sub(" ", MATH.sub(r" \1 ", text)))
+    """The lines of clean `text`, single-spaced, without what only dresses a word: LaTeX's fonts
+    and braces, dollars around a formula, markdown, quotes.
+
+    >>> bare("**Answer:** $B$")
+    'Answer: B'
+    """
+    text = LATEX.sub(" ", MATH.sub(r" \1 ", EMPHASIS.sub("", text)))
+    return "\n".join(filter(None, (" ".join(line.split()) for line in text.split("\n"))))
 
 
 # ----------------------------------------------------------------------- multiple choice
@@ -119,51 +127,55 @@ OPTION = re.compile(r"\s*\(?([A-Za-z])[.):\]、]\s*(.*)", re.DOTALL)  # "A. text
 LEAD_IN = (  # "Therefore, the answer is: (", "I choose option ", "答案是"
     r"(?:(?:(?:therefore|thus|hence|so|the|my|final|correct|right|best|answer|option|choice|letter"
     r"|is|it is|it's|i (?:choose|chose|pick|select))\b"
-    r"|因此|所以|故|我|正确|最终|的|答案|选项|选择|应选|选|为|是)[\s:,=]*|[(\[<【「$]\s?)*")
+    r"|[因故]此|所以|故|我|本题|应该?|正确|最终|的|答案?|选[项择]?|为|是)[\s:,=]*|[(\[<【「$]\s?)*")
 END = r"[\s.,;:!)\]>】」$…-]*"
 CHOICE = re.compile(
     LEAD_IN + r"(?P<letter>[a-z])(?:"
-    rf"(?:[\s.,;]+(?P=letter))*{END}(?:选项|项)?{END}"  # nothing else than the letter, or ...
+    rf"(?:[\s.,;]+(?P=letter))*{END}(?:选项|项)?{END}"  # nothing else, or the letter again; or ...
     r"|(?: ?[)\]>】」]| ?[.:](?=[^!-~])| [-—](?= )|[.,;:!]?\n)(?P<rest>.*))",  # "B) x", not "B.5"
     re.IGNORECASE | re.DOTALL | re.ASCII)  # ASCII: "ı" is no "I"
-# an option's text, and what may stand around it: "B. ", "B (" or "The answer is: "; ")", " (B)"
-BEFORE = re.compile(
-    LEAD_IN + r"(?:(?P<letter>[a-z])[ .,;:=)(\[\]>】」、]+(?:[-—] )?)?", re.ASCII)
+# what may stand around an option's text: "B. ", "B (" or "The answer is: "; ")" or " (B)"
+BEFORE = re.compile(LEAD_IN + r"(?:(?P<letter>[a-z])[ .,;:=)(\[\]>】」、]+(?:[-—] )?)?", re.ASCII)
 AFTER = re.compile(rf"{END}(?:[(\[]{LEAD_IN}(?P<letter>[a-z])[)\]]{END})?", re.ASCII)
 SECOND = re.compile(r"""(?<![\w'-])([A-Za-z])(?:
-    (?=[.,;:)\]\n]|$|\ (?:is|was|or|and)\b)    # "c) text", "or c", "A is right"
-    |(?<=[B-HJ-Z])(?![\w'-]))                  # a capital, but "A" and "I" are words
+    (?=[^\w '-]|$|\ (?:is|was|or|and)\b)       # "c) text", "or c", "A is right"
+    |(?<=[B-HJ-Z])(?![\w'-]))                  # any capital, but "A" and "I" are words
     """, re.VERBOSE | re.ASCII)
-VERDICT = re.compile(  # "B) is wrong", "B. Not sure"
+VERDICT = re.compile(  # "B) is wrong", "B. Not sure", "B. No.", but "B. No doubt"
     r"\W*(?:(?:is|was|seems|looks|can|could|does|would|should)(?: |(?=n't)))?"
-    r"(?:not|no|nor|or|and|but|wrong|incorrect|false|unlikely|maybe|perhaps|n't|cannot|错|不)"
+    r"(?:not|no(?! [a-z])|nor|or|wrong|incorrect|false|unlikely|maybe|perhaps|n't|cannot|错|不)"
     r"(?![a-z])", re.IGNORECASE)
 
 
 def comparable(text):
-    """Clean `text` as option texts are compared: on one line, no dress, case or last full stop."""
-    return " ".join(bare(text).split()).casefold().rstrip(". ") or text
+    """Clean `text` as option texts are compared: bare, in one line, no case, no last full stop."""
+    return bare(text).replace("\n", " ").casefold().rstrip(". ") or text
 
 
 def named_by_text(text, bodies):
-    """The letter of the option whose own text `text` is, None if it is no option's.
+    """The letter of the option whose own text `text` is; None when it is no option's text.
 
-    "" where several options share the text, or where a letter beside it is another option's. Of
+    "" where several options have this text, or where a letter beside it is another option's. Of
     texts that end alike ("cat", "the cat") the longest is meant; of texts that differ only in
     dress or case ("mg", "Mg") the one that stands there letter for letter.
+
+    >>> bodies = {"A": "cat", "B": "the cat"}
+    >>> [named_by_text(t, bodies) for t in ("It is the cat", "B (the cat)", "A. the cat", "dog")]
+    ['B', 'B', '', None]
     """
-    line, fits = comparable(text), {}
+    line, fits = comparable(text), []
     for letter, body in bodies.items():
         before, found, after = line.rpartition(comparable(body)) if body else ("", "", "")
         around = BEFORE.fullmatch(before), AFTER.fullmatch(after)
         if found and all(around):
-            beside = {match["letter"] for match in around} - {None}
-            fits[letter] = len(found), body in text, beside <= {letter.lower()}
+            exact = len(body) if body in text else 0
+            agrees = {match["letter"] for match in around} <= {None, letter.lower()}
+            fits.append((len(found), exact, letter if agrees else ""))
     if not fits:
         return None
-    longest = max(fit[:2] for fit in fits.values())
-    agreeing = [letter for letter, fit in fits.items() if fit == (*longest, True)]
-    return agreeing[0] if len(agreeing) == 1 else ""
+    best = max(fits)[:2]
+    letters = {letter for *size, letter in fits if tuple(size) == best} - {""}
+    return letters.pop() if len(letters) == 1 else ""
 
 
 def choice_letter(text, options=()):
@@ -185,22 +197,19 @@ def choice_letter(text, options=()):
         letter, body = match.groups() if match else (chr(ord("A") + position), clean(option))
         bodies[letter.upper()] = body
     text = clean(text)
-    lines = (" ".join(line.split()) for line in bare(text).splitlines())
-    match = CHOICE.fullmatch("\n".join(filter(None, lines)))
+    match = CHOICE.fullmatch(bare(text))
     letter = match["letter"].upper() if match else ""
-    rest = match["rest"] if match else None
-    if rest is None and match:
-        return letter if letter in bodies or not bodies else ""
     named = named_by_text(text, bodies)
-    if named is not None:
+    alone = match and match["rest"] is None
+    if named is not None and not (alone and named):  # "right (A)": its text is B's
         return named
     if not match or (bodies and letter not in bodies):
         return ""
-    body = bodies.get(letter, "")  # what the option itself says is no doubt
-    second = {found.upper() for found in SECOND.findall(rest)} - {letter, *SECOND.findall(body)}
+    rest = "" if alone else match["rest"].lstrip().removeprefix(bare(bodies.get(letter, "")))
+    second = {found.upper() for found in SECOND.findall(rest)} - {letter}
     if bodies:
         second &= bodies.keys()  # "B. 5 m" is not a second letter
-    return "" if second or (VERDICT.match(rest) and not VERDICT.match(body)) else letter
+    return "" if second or VERDICT.match(rest) else letter
 
 
 def multiple_choice(predicted, truth, options=()):
@@ -220,43 +229,42 @@ SUPERSCRIPT_RUN = re.compile(f"[{SUPERSCRIPTS}]+")
 SUPERSCRIPT = str.maketrans(SUPERSCRIPTS, "0123456789+-")
 ARGUMENT = r" ?(?:\{(?:\\text\{)? ?([-+]?[\d.,]+) ?\}{1,2}|(\d))"  # of \frac: "{12}", or "1"
 SPELLINGS = [(re.compile(pattern, re.IGNORECASE), spelling) for pattern, spelling in (
-    (r"<sup>", "^"), (r"</?su[bp]>", ""), (r"<([^<>]*)>", r" \1 "),
-    (r"\{,\}", ","), (r"\\[,;:! ]", " "),                          # "10{,}000", "10\;000"
-    (rf"\\[a-z]?frac{ARGUMENT}{ARGUMENT}", r" \1\2/\3\4 "),        # "\frac{1}{2}", "\frac12"
+    (r"<sup>", "^"), (r"</?su[bp]>", ""), (r"<([^<>]*)>", r" \1 "), (r"\{,\}", ","),  # "10{,}000"
+    (rf"\\[a-z]*frac{ARGUMENT}{ARGUMENT}", r" \1\2/\3\4 "),           # "\frac{1}{2}", "\frac12"
+    (r"(?<=\d)\*\*(?=\d)", "^"), (r"\\times|\\cdot|[·⋅]", "×"),       # "5*10**3", "5\times10^3"
     # the exponent or index of a unit or a name: "cm$^2$", "m**2", "\text{s}^{-1}", "H_2"
-    (r"(?<=[a-z°])(?:\}?[ $]{0,3}\^|\*\*|\$?_)[ {(]{0,3}[-+]?\d+", " "),
-    (r"(?<=\d)\*\*(?=\d)", "^"), (r"\\times|\\cdot|[·⋅]", "×"),    # "5*10**3", "5\times10^3"
-)]
-MINUS = re.compile(r"\b(?:minus|negative) (?=[\d.])|[负負](?=\d)|(?<![—―])[—―](?=[\d.])", re.I)
-WORDS = ("zero one two three four five six seven eight nine ten eleven twelve thirteen fourteen "
-         "fifteen sixteen seventeen eighteen nineteen twenty").split()
-NUMBER_WORD = re.compile(  # "one" only where it is no pronoun ("the red one", "one of them")
-    rf"(?<![\w-])(?:{'|'.join(WORDS[:1] + WORDS[2:])})(?![\w-])"
-    r"|(?:^|(?<=\bis )|(?<=\bare )|(?<=only )|(?<=about )|(?<=minus )|(?<=: ))one(?![\w-]| of\b)",
-    re.IGNORECASE)
-COMPOUND = re.compile(  # "thirty two", "five hundred", "two thirds": words that change the word
+    (r"(?<=[a-z°])(?:\}?[ $]{0,3}\^|\*\*|\$?_)[ {(]{0,3}[-+]?\d+", " "))]
+NUMBERS = ("zero one two three four five six seven eight nine ten eleven twelve thirteen fourteen "
+           "fifteen sixteen seventeen eighteen nineteen twenty").split()
+NOT_ONE = "|".join(NUMBERS[:1] + NUMBERS[2:])
+NUMBER_WORD = re.compile(rf"(?<![\w-])(?:{NOT_ONE})(?![\w-])", re.IGNORECASE)
+ONE = re.compile(  # only where it is no pronoun ("the red one", "one of them")
+    r"(^\W*|\b(?:is|are|only|just|about|minus) |: )one(?![\w-]| of\b)", re.IGNORECASE)
+COMPOUND = re.compile(  # "thirty two", "five hundred", "two thirds", "two or one"
     r"\b(?:(?:thir|for|fif|six|seven|eigh|nine)ty|hundred|thousand|[mb]illion|dozen|point"
-    r"|half|halves|thirds?|quarters?|(?:four|fif|six|seven|eigh|nin|ten)ths?)\b", re.IGNORECASE)
+    r"|half|halves|thirds?|quarters?|(?:four|fif|six|seven|eigh|nin|ten)ths?"
+    rf"|(?:{NOT_ONE}),?(?: or| to| and)? one)\b", re.IGNORECASE)
+MINUS = re.compile(r"\b(?:minus|negative) (?=[\d.])|[负負] ?(?=\d)|(?<![—―])[—―](?=[\d.])", re.I)
+
 NOT_THE_NUMBER = re.compile(r"""
-    [√π∞±] | (?<![a-z])(?:sqrt|pi)(?![a-z]) | frac | \+/?-          # "2π" is not 2
-  | (?<![\w.])\d[\d.]*(?!e[-+]?\d|x\d)[a-z]+(?:[04-9]|\d[\da-z])    # "2m30s", but "20m2"
-  | \d[ ]and[ ](?:an?|one)\b | \bhalf[ ](?:of|an?)\b                # "2 and a half"
-    # "not 5", "I don't think it is 5"; "5 is wrong", "5 isn't"
-  | (?:\b(?:not|never|none|neither|nor|cannot)|n't)\b[^\d.,;:!?\n]{0,40}\d
-  | \d[^\d.,;:!?\n]{0,20}[ ](?:(?:is|was|are)[ ](?:not|wrong|incorrect)|(?:is|was|are)n't)\b
-    # "more than 5", "up to about 5", "at least 5"; "5 or more", "5+"
+    [√π∞±] | (?<![a-z])(?:sqrt|pi)(?![a-z]) | frac | \+/?-              # "2π" is not 2
+  | (?<![\w.])\d[\d.]*(?!e[-+]?\d|x\d)[a-z]+(?:[04-9]|\d[\da-z])        # "2m30s", but "20m2"
+  | \d[ ](?:and|or|to)[ ](?:an?|one)\b | \bhalf[ ](?:of|an?)\b          # "2 and a half"
+  | (?:\b(?:not|never|none|neither|nor|cannot)|n't)\b[^\d.,;:!?\n]{0,40}\d   # "not equal to 5"
+  | \d%?(?:[ ]?[a-z]+)?[ ](?:(?:is|was|are)[ ](?:not|wrong|incorrect)|(?:is|was|are)n't)\b
   | \b(?:than|over|under|above|below|beyond|within|exceed\w*|nearly|almost|up[ ]to)
-    (?:[ ](?:or|equal|to|an?|the|about|around|approximately|roughly|exactly))*[ ]?[-+$]*[\d.]
-  | \bat[ ](?:least|most)\b | \d%?[ -]?plus\b(?![ ]?\d) | \d%?[ ]?\+(?![ ]?[\d(.$])
-  | \d[^\d.,;:!?\n]{0,20}[ ](?:or|and)[ ](?:more|less|above|below|up
+    (?:[ ](?:or|equal|to|an?|the|about|around|approximately|roughly|exactly))*[ ]?[-+]?[\d.]
+  | \bat[ ](?:least|most)\b | \d%?[ -]?plus\b(?![ ]?\d) | \d%?[ ]?\+(?![ ]?[\d(.])     # "5+"
+  | \d[^\d.,;:!?\n]{0,20}[ ](?:or|and)[ ](?:more|less|above|below|up    # "5 cm or more"
     |(?:few|great|high|low|larg|small|long|short|old|young|ov|und)er)\b
-  | (?<![-=])[<>][ ]?=?[ ]?[-+$]*[\d.] | \d[ ]?[<>] | [≤≥≠≮≯⩽⩾] | !=
-  | \\(?:[lg](?:t|eq?)|neq?)(?:slant)?(?![a-z])
+  | (?<![-=])[<>][ ]?=?[ ]?[-+]?[\d.] | \d[ ]?[<>] | [≤≥≠≮≯⩽⩾] | != | =<    # "> 5", but "=> 5"
+  | \\(?:[lg](?:t|eq{0,2})|neq?)(?:slant)?(?![a-z])
   | (?:不|超过|至少|至多|最少|最多|[大小多少高低]于)[^\W\d]{0,3}[ ]?\d | \d[^\W\d]{0,3}以[上下]
     """, re.VERBOSE | re.IGNORECASE)
 TERM = r"[\d.][\d.,]* ?[a-z%°]*[) ]*"
-SUM = re.compile(  # "2 + 3", "Total: 2 cm × 3 cm", "x = (2 + 3) / 5 = 5 / 5": what may stand before "="
-    rf"[^\d=]*(?:=[^\d=]*)?{TERM}[-+*/×÷^x][( -]*{TERM}(?:[-+*/×÷^x=][( -]*{TERM})*", re.IGNORECASE)
+SUM = re.compile(  # what may stand before "= 5": "2 + 3", "Area: 2 cm × 3 cm", "x = (2 + 3) / 1"
+    rf"[^\d=]*(?:=[^\d=]*)?{TERM}[-+*/×÷^x][( -]*{TERM}(?:[-+*/×÷^x=][( -]*{TERM})*",
+    re.IGNORECASE)
 
 PLAIN = re.compile(r"\d+(?:\.\d+)?|\.\d+")
 GROUPED = re.compile(  # "1,234,567.8", "1 000", "1'000": the same mark before each three digits
@@ -291,16 +299,17 @@ def _value(match):
 def in_digits(text):
     """`text` with its numbers in plain digits: no LaTeX, superscripts, currency signs or words.
 
-    >>> in_digits("\\frac12 m²"), in_digits("minus five"), in_digits("five hundred")
-    (' 1/2 m ', '-5', 'five hundred')
+    >>> in_digits("\\\\frac12 m²"), in_digits("minus five"), in_digits("five hundred")
+    ('1/2 m', '-5', 'five hundred')
     """
     text = SUPERSCRIPT_RUN.sub(lambda run: "^" + run[0].translate(SUPERSCRIPT), clean(text))
     for pattern, spelling in SPELLINGS:
         text = pattern.sub(spelling, text)
-    text = re.sub(" +", " ", re.sub(r"[^\S ]", "\n", re.sub("[$€£¥₹₩]", " ", bare(text))))
+    text = re.sub(" ?[$€£¥₹₩] ?", " ", bare(text))
     if not COMPOUND.search(text):
-        text = NUMBER_WORD.sub(lambda word: str(WORDS.index(word[0].lower())), text)
-    return MINUS.sub("-", text)
+        text = NUMBER_WORD.sub(lambda word: str(NUMBERS.index(word[0].lower())), text)
+        text = ONE.sub(r"\g<1>1", text)
+    return re.sub(r"\b(\d+) ?\(\1\)", r"\1", MINUS.sub("-", text))  # "five (5)" is one number
 
 
 def parse_number(text):
@@ -313,7 +322,7 @@ def parse_number(text):
 
     >>> [parse_number(t) for t in ("−1,000.5", "$3", "42 km/h", "20 m²", "-1/2", "1.5×10^3")]
     [-1000.5, 3.0, 42.0, 20.0, -0.5, 1500.0]
-    >>> [parse_number(t) for t in ("five", "2 + 3 = 5", "\\frac12")]
+    >>> [parse_number(t) for t in ("five", "2 + 3 = 5", "\\\\frac12")]
     [5.0, 5.0, 0.5]
     >>> [parse_number(t) for t in ("3 or 4", "3-4", "1,00", "1e999", "1/0", "2π", "at least 5")]
     [None, None, None, None, None, None, None]
@@ -362,9 +371,8 @@ def regression(predicted, truth):
 
 # Han, kana: scripts without spaces, in which a character is the usual unit of ROUGE
 CHARACTER = r"\u3040-\u30ff\u3400-\u4dbf\u4e00-\u9fff\uf900-\ufaff"
-WORD = regex.compile(  # with its combining marks: vowel signs, accents that have no composed form
-    rf"[{CHARACTER}]\p{{M}}*|[[\p{{L}}\p{{N}}]--[{CHARACTER}]][[\p{{L}}\p{{N}}\p{{M}}]--[{CHARACTER}]]*",
-    regex.V1)
+WORD = regex.compile(  # letters and digits, each with its marks: Hindi's vowels are such marks
+    rf"[{CHARACTER}]\p{{M}}*|(?:(?![{CHARACTER}])[\p{{L}}\p{{N}}]\p{{M}}*)+")
 SHORTEST_STEMMED = 4  # as in rouge_score's tokenizer
 LONGEST_STEMMED = 64  # no word of a language is longer, and nltk 3.8 recurses on "yyyy..."
 STEMS_KEPT = 100_000  # distinct words; a vocabulary of English and its misspellings
@@ -380,7 +388,8 @@ def ocr(predicted, truth):
     >>> ocr("STOP ahead", "STOP AHEAD"), ocr("STOP", "STOP"), ocr("a b c", "x")
     (0.5, 1.0, 0.0)
     """
-    p, g = composed(predicted).split(), composed(truth).split()  # jiwer itself takes a line break for a letter
+    # split here: jiwer itself takes a line break for a letter
+    p, g = composed(predicted).split(), composed(truth).split()
     if not p or not g:  # jiwer 3 raises on an empty truth
         return 1.0 if p == g else 0.0
     return max(0.0, 1.0 - jiwer.wer(" ".join(g), " ".join(p)))
