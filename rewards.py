@@ -201,7 +201,8 @@ def choice_letter(text, options=()):
     letter = match["letter"].upper() if match else ""
     named = named_by_text(text, bodies)
     alone = match and match["rest"] is None
-    if named is not None and not (alone and named):  # "right (A)": its text is B's
+    wins = named and alone and letter in bodies  # but not in "right (A)", where "right" is B
+    if named is not None and not wins:
         return named
     if not match or (bodies and letter not in bodies):
         return ""
