@@ -32,13 +32,20 @@ SECONDS = 1.0  # processor time that one call on them may take
     ("</answer>B<answer>", ""),
     ("</answer><answer>B", ""),
     ("<answer>A</answer><answer>B</answer>", ""),
-    ("<answer>B</answer><answer>B</answer>", ""),
+    ("<answer>B</answer><answer>B</answer>", "B"),
+    ("<answer>B</answer>\n<answer> B\n</answer><|im_end|>", "B"),
+    ("<think><answer>B</answer></think><answer>B</answer>", "B"),
+    ("<answer>B</answer><answer>B.</answer>", ""),
+    ("<answer>B</answer><answer>B</answer><answer>A</answer>", ""),
+    ("<answer>B</answer><answer></answer>", ""),
+    ("<answer>B</answer><answer>B", ""),
+    ("<answer>B</answer>B</answer>", ""),
     ("<answer>A<answer>B</answer></answer>", ""),
     ("<answer>A<answer>B</answer>", ""),
     ("<answer>B</answer></answer>", ""),
     ("<Answer>B</Answer>", ""),
 ])
-def test_the_answer_is_the_text_of_the_only_answer_block(text, answer):
+def test_the_answer_is_the_one_text_that_the_answer_blocks_hold(text, answer):
     assert rewards.extract_answer(text) == answer
 
 
@@ -82,6 +89,16 @@ def test_any_other_format_has_no_reward(response):
     "Final answer: **B**", "The correct option is B", "B. text", "B) text", "(B) text", "B: text",
     "B - text", "**B.** text", "**B**: text", "B. a dog", "B) A DOG.", "**B. a dog**",
     "Option B: a dog", "B. the answer is B",
+    # a lead-in within the emphasis, bracket or LaTeX
+    "**Answer: B**", "**Answer:** B", "(Option B)", "[Answer: B]", "\\boxed{Option B}",
+    "**The answer is B**", "Answer:\nB", "\\text{Answer: (B)}", "{B}", "«B»", "„B“", "<B>",
+    "\\(B\\)", "\\[B\\]", "\\textbf{B}", "\\mathbf{B}", "\\text{\\textbf{(B)}}", "$$B$$",
+    "Therefore, the answer is B.", "So the answer is (B)", "Hence, B", "I choose B",
+    "I pick option B",
+    "It is B", "It's B.", "It’s (B)", "B!", "B,", "B; ", "B...", "B, B", "B. B", "B\nB",
+    "B\nThe animal barks twice.", "(B)\n\nIt is not a cat.", "Answer: B\nIt barks.",
+    "Ｂ", "（ｂ）", "Ｂ．", "【B】", "答案：B", "答案是B", "正确答案为B。", "选B", "我选 B", "故选：B",
+    "选项 (B)", "B选项", "\ufeffB", "B\u200b", "\u200eB\u00ad",
 ])
 def test_a_letter_may_be_spelt_in_many_ways(text, options):
     assert rewards.multiple_choice(text, "B", options) == 1.0
@@ -94,6 +111,15 @@ def test_a_letter_may_be_spelt_in_many_ways(text, options):
     "B because it barks", "B is correct", "A bird", "A-frame", "B-52", "Bird", "dog", "ı",
     "D.5", "None", "A.M.", "E", "(F)", "E. text", "B. cat", "(A) a dog", "A. Vitamin C", "cat dog",
     "1", "🐶", "\x00", "\ud800",
+    "B?", "not B", "It is not B", "I would not choose B", "either B or C", "B, C", "B; C", "B\nC",
+    "B, not C", "B, B, C", "I choose B or C", "The answer is B, C", "B (C)", "<A><B>", "<a><b>",
+    "B is wrong", "B) is wrong", "B. is not right", "(B) isn't it", "B: wrong", "B. No, C",
+    "A) is wrong, B is right", "A - or B maybe", "A. No. It is B instead", "A\nWait, B",
+    "B. A is so",
+    "B. is incorrect; the right one is C since it flies", "a dog\nA. cat", "B. a dog (C)",
+    "B, cat", "B (cat)", "B = cat", "cat (B)", "B、cat", "Answer B: cat", "\\boxed{B. cat}",
+    "a dog or cat", "not a dog", "The answer is not a dog", "The answer is a bird",
+    "选B或C", "不选B", "答案不是B", "B。不对", "\\boxed{A} or \\boxed{B}", "option", "I", "答案",
 ])
 def test_two_letters_or_a_letter_in_a_word_or_a_wrong_text_mean_nothing(text):
     assert rewards.choice_letter(text, OPTIONS) == ""
@@ -105,9 +131,57 @@ def test_two_letters_or_a_letter_in_a_word_or_a_wrong_text_mean_nothing(text):
     ("a dog", "B"), ("A dog", "B"), ("a  dog", "B"), ("B a dog", "B"), ("Vitamin C", "C"),
     ("C. Vitamin C", "C"), ("C. vitamin c", "C"), ("It is 5 m", "D"), ("D. It is 5 m.", "D"),
     ("D. about 5 m", "D"),
+    ("B, a dog", "B"), ("B; a dog", "B"), ("B (a dog)", "B"), ("B = a dog", "B"), ("a dog (B)",
+    "B"),
+    ("B、a dog", "B"), ("B：a dog", "B"), ("**B.** a dog", "B"), ("B. \"a dog\"", "B"),
+    ("\\boxed{B. a dog}", "B"), ("\\boxed{\\text{a dog}}", "B"), ("Option B (a dog).", "B"),
+    ("The answer is: a dog", "B"), ("It is a dog.", "B"), ("**Answer:** a dog", "B"),
+    ("B. a dog because it barks", "B"), ("C. Vitamin C, as he says", "C"),
 ])
 def test_an_options_exact_text_is_its_letter_with_or_without_it(text, letter):
     assert rewards.choice_letter(text, OPTIONS) == letter
+
+
+@pytest.mark.parametrize("texts", [
+    ["-55 mv", "55 mv", "-70 mv", "70 mv"], ["1", "0", "-1", "-10"],
+    ["$15 per share.", "15 per share", "$150", "150"], ["\"Stop\"", "'Go'", "Stop it", "“Go on”"],
+    ["$\\left(\\frac{1}{2}\\right)$", "$\\frac{12}{3}$", "\\frac{1}{23}", "$$x$$"],
+    ["[-412]", "[412]", "(a) and (b)", "(b)"], ["**bold**", "*", "_", "`code`"],
+    ["Mg", "mg", "MG", "m.g."], ["f'(x)", "f''(x)", "f(x)", "F(x)"],
+    ["O(2ⁿ)", "O(2n)", "O(n²)", "O(n2)"],
+    ["cat", "the cat", "The answer is the cat", "a cat"],
+    ["No", "Not sure", "no one", "None of these"],
+    ["5'", "5\"", "5", "-5"], ["E. coli", "C. elegans", "B. subtilis", "A. thaliana"],
+    ["right", "wrong", "correct", "best"], ["猫、狗", "猫", "狗。", "（猫）"], ["3.5", ".5", "5.", "35"],
+], ids=lambda texts: texts[0])
+def test_an_options_own_text_letter_for_letter_is_its_letter_and_no_others(texts):
+    options = [f"{key}. {text}" for key, text in zip("ABCD", texts)]
+    for key, text in zip("ABCD", texts):
+        for answer in (f"{key}. {text}", f"{key}) {text}", f"({key}) {text}", f"{key}: {text}"):
+            assert rewards.choice_letter(answer, options) == key, answer
+        if text != "(b)":  # alone, it is the letter B
+            assert rewards.choice_letter(text, options) == key, text
+        for other in set("ABCD") - {key} if len(text) > 1 else ():
+            assert rewards.choice_letter(f"{other}. {text}", options) == "", (other, text)
+
+
+def test_an_options_text_may_lack_the_dress_that_the_option_has():
+    options = ["A. $\\frac{1}{2}$", "B. $\\sqrt{3}$", "C. *3* cm", "D. “None”"]
+    answers = ["\\frac{1}{2}", "\\boxed{\\sqrt{3}}", "3 cm", "none"]
+    assert [rewards.choice_letter(text, options) for text in answers] == ["A", "B", "C", "D"]
+    options = ["A. 15 per share", "D. $15 per share."]
+    assert rewards.choice_letter("A. $15 per share.", options) == ""
+    assert rewards.choice_letter("cafe\u0301", ["A. café", "B. cafe"]) == "A"
+
+
+def test_a_word_that_may_lead_in_is_an_options_text_first():
+    options = ["A. left", "B. right"]
+    assert [rewards.choice_letter(t, options) for t in ("right", "right (B)", "right (A)")] == [
+        "B", "B", ""]
+
+
+def test_a_single_letter_that_is_no_options_letter_may_be_an_options_text():
+    assert [rewards.choice_letter(t, ["A. x", "B. $y$", "C. C"]) for t in "xyC"] == ["A", "B", "C"]
 
 
 def test_without_options_a_letter_inside_a_word_means_nothing():
@@ -165,18 +239,54 @@ def test_a_truth_that_means_nothing_is_never_matched():
     ("\\frac{3}{4}", 0.75), ("-\\frac{1}{2}", -0.5), ("\\boxed{5}", 5), ("$5$", 5), ("**5**", 5),
     ("The answer is 5.", 5), ("about 5 m long", 5), ("H2O: 5", 5), ("答案是5", 5), ("Answer-5", 5),
     ("٣", 3), ("१२", 12), ("５", 5), ("1e-999", 0), ("0", 0), ("-0", 0),
+    ("\\frac12", 0.5), ("\\frac1{2}", 0.5), ("\\frac{1}2", 0.5), ("\\frac 1 2", 0.5),
+    ("-\\cfrac{ 1 }{2}", -0.5), ("\\frac{\\text{1}}{2}", 0.5), ("\\boxed{\\frac{10}{4}}", 2.5),
+    ("10{,}000", 10000), ("10\\;000", 10000), ("10\\ 000", 10000), ("10\\,000", 10000),
+    ("12{,}345.6", 12345.6), ("1，000", 1000), ("３．５", 3.5), ("－５", -5), ("1’000", 1000),
+    ("1٬000", 1000), ("3٫5", 3.5), ("1\u3000000", 1000), ("\ufeff5", 5), ("5\u200b", 5),
+    ("12 cm$^2$", 12), ("12 m/s$^2$", 12), ("12 cm<sup>2</sup>", 12), ("12 m**2", 12),
+    ("12 $\\text{cm}^{2}$", 12), ("12 m s$^{-2}$", 12), ("H$_2$O: 5", 5), ("x_1 = 5", 5),
+    ("minus 5", -5), ("negative 1/2", -0.5), ("负5", -5), ("負 5", -5), ("—5", -5), ("‑5", -5),
+    ("_5_", 5), ("__5 cm__", 5), ("*5*", 5), ("“5”", 5), ("<5>", 5), ("<b>5</b>", 5), ("\\(5\\)",
+    5),
+    ("5\\times10^{ 3 }", 5000), ("5*10**3", 5000), ("5 × 10<sup>3</sup>", 5000), ("1e10", 1e10),
+    ("2 + 3 = 5", 5), ("$2 × 3 = 6$", 6), ("8 − 13 = -5", -5), ("x = (2 + 3) × 4 = 20", 20),
+    ("2 + 3 = 4 + 1 = 5", 5), ("Area: 2 cm * 3 cm = 6 cm²", 6), ("1,000 + 5 = 1,005", 1005),
+    ("\\frac12 + \\frac14 = \\frac34", 0.75), ("3² + 4² = 25", 25), ("2 + 3 = **5**", 5),
+    ("five", 5), ("Twelve.", 12), ("**twenty**", 20), ("zero", 0), ("one", 1), ("One dog", 1),
+    ("The answer is one.", 1), ("minus five", -5), ("There are five apples", 5), ("five (5)", 5),
+    ("about 5", 5), ("approximately five", 5), ("≈ 5", 5), ("5 or so", 5), ("=> 5", 5), ("-> 5", 5),
+    ("The maximum is 5", 5), ("A is taller than B by 5", 5), ("No, 5", 5), ("5 red or blue balls",
+    5),
+    ("5, not counting the dog", 5), ("It does not stop; 5", 5), ("5 since it is not moving", 5),
 ])
 def test_a_number_is_read_by_its_value(text, value):
     assert rewards.parse_number(text) == value
 
 
 @pytest.mark.parametrize("text", [
-    "", " ", "five", "-", ".", "e5", "%", "3 or 4", "3-4", "3–4", "3 - 4", "3, 4", "3 4", "3;4",
+    "", " ", "-", ".", "e5", "%", "3 or 4", "3-4", "3–4", "3 - 4", "3, 4", "3 4", "3;4",
     "3\n4", "3+4", "2x3", "2×3", "3:45", "2023-05-01", "3m-4m", "1.2.3", "1,2,3", "1,00", "0,123",
     "1,0000", "1,000,00", "12,34,567", "1,000 000", "1.000,50", "3,14", "1_000", "5'11",
     "1/2/3", "1/0", "0/0", "3/4/2024", "1 1/2", "2½", "½", "2\\frac{1}{2}", "5 m/2 s",
     "10^3", "10³", "5²", "√2", "\\sqrt{2}", "2π", "2pi", "2\\pi", "5 ± 1", "±5",
     "1e999", "-1e999", "1e999/1e999", "inf", "-inf", "nan", "Infinity", "H2O", "²", "①",
+    "\\frac{x}{2}", "\\frac{1}{x}", "\\frac{\\pi}{2}", "\\frac{1}{0}", "\\frac12 3", "1\\frac12",
+    "not 5", "It is not equal to 5", "isn't 5", "I don’t think it is 5", "5 is wrong",
+    "5 is not it",
+    "more than 5", "less than $5", "fewer than about 5", "no more than 5",
+    "greater than or equal to 5",
+    "at least 5", "5 at most", "up to 5", "over 5", "under 5", "nearly 5", "almost five",
+    ">5", "> 5", "< 5", ">= 5", "＞5", "≥ 5", "≤5", "≠ 5", "x > 5", "$\\geq 5$", "\\neq 5",
+    "5+", "5%+", "5 or more", "5 cm or fewer", "5 and above", "5-plus", "不是5", "至少5", "5个以上",
+    "2m30s", "5ft10in", "1h30m", "2 and a half", "two and a half", "2 and one half", "half of 5",
+    "3 or four", "three or four", "one or two", "two or one", "one or 2", "two to three", "3—4",
+    "twenty-one", "twenty one", "thirty two", "five hundred", "one hundred and five", "two thirds",
+    "a dozen", "two point five", "the red one", "one of them", "no one", "not five", "at least one",
+    "x = 5, y = 6", "x = 5 y = 6", "3 or 2 + 2 = 4", "5 = 2 + 3", "2 + 3", "2 + 3 =",
+    "60 s = 1 min",
+    "2 + 3 = 5 or 6", "not 2 + 3 = 5", "2 + 3 = 5 is wrong", "2 + 3 >= 5", "+-5", "3\t400",
+    "3\n400",
 ])
 def test_no_number_or_two_numbers_or_an_infinite_one_is_none(text):
     assert rewards.parse_number(text) is None
@@ -189,7 +299,8 @@ def test_no_number_or_two_numbers_or_an_infinite_one_is_none(text):
     ("9007199254740993", "9,007,199,254,740,993", True),
     ("-5", "5", False), ("3", "4", False), ("3.14", "3.15", False), ("3.144", "3.15", False),
     ("0.125", "0.13", False), ("1e308", "1.1e308", False), ("0.5", "50%", False),
-    ("3 or 4", "3", False), ("3 or 4", "3 or 4", False), ("", "", False), ("five", "5", False),
+    ("3 or 4", "3", False), ("3 or 4", "3 or 4", False), ("", "", False), ("five", "5", True),
+    ("minus 5", "5", False), ("more than 5", "5", False), ("5", "2 + 3 = 5", True),
     ("inf", "inf", False), ("1e999", "1e999", False), ("1.0", "10", False),
 ])
 def test_numbers_are_equal_when_they_round_to_the_same_two_decimals(p, g, equal):
@@ -201,7 +312,8 @@ def test_numbers_are_equal_when_they_round_to_the_same_two_decimals(p, g, equal)
     ("20", "10", 0.0), ("0", "10", 0.0), ("1000", "10", 0.0), ("-10", "10", 0.0),
     ("-8", "-10", 0.8), ("8", "-10", 0.0), ("1/2", "1", 0.5), ("1,500", "1,000", 0.5),
     ("0", "0", 1.0), ("-0.0", "0", 1.0), ("0.001", "0", 0.0), ("5", "0", 0.0),
-    ("", "10", 0.0), ("8 or 9", "10", 0.0), ("8", "", 0.0), ("ten", "10", 0.0),
+    ("", "10", 0.0), ("8 or 9", "10", 0.0), ("8", "", 0.0), ("ten", "10", 1.0),
+    ("at least 10", "10", 0.0),
     ("1e308", "-1e308", 0.0), ("1e308", "1e-308", 0.0), ("1", "5e-324", 0.0),
 ])
 def test_regression_is_one_minus_the_relative_error_clipped(p, g, reward):
@@ -216,7 +328,8 @@ def test_regression_is_one_minus_the_relative_error_clipped(p, g, reward):
     ("a b c", "a b c d", 0.75), ("a b c d e", "a b c d", 0.75), ("b a", "a b", 0.0),
     ("a\nb", "a b", 1.0), (" a \t b ", "a b", 1.0), ("x y z", "a", 0.0), ("a b", "a", 0.0),
     ("a b c", "a b", 0.5), ("", "", 1.0), (" ", "\n", 1.0), ("", "a", 0.0), ("a", "", 0.0),
-    ("出口", "出口", 1.0), ("\ud800 a", "\ud800 b", 0.5),
+    ("出口", "出口", 1.0), ("\ud800 a", "\ud800 b", 0.5), ("S\u030ckoda", "Škoda", 1.0),
+    ("दीन", "दिन", 0.0),
 ])
 def test_ocr_is_one_minus_the_word_error_rate_clipped(p, g, reward):
     assert rewards.ocr(p, g) == pytest.approx(reward, abs=1e-12)
@@ -242,6 +355,11 @@ def test_ocr_equals_jiwer_for_every_pair_of_lengths():
     ("red", "blue", 0.0), ("", "red", 0.0), ("red", "", 0.0), ("", "", 0.0), ("?!", "?!", 0.0),
     ("小狗在跑", "小狗在跑", 1.0), ("小狗在走", "小狗在跑", (3 / 4 + 2 / 3 + 3 / 4) / 3),
     ("собака бежит", "Собака бежит", 1.0), ("un café noir", "un café noir", 1.0),
+    # a combining mark belongs to its word, and a text has one form
+    ("दीन है", "दिन है", 1 / 3), ("กัน", "กิน", 0.0), ("কুল", "কাল", 0.0), ("किताब", "किताब",
+    2 / 3),
+    ("cafe\u0301 noir", "café noir", 1.0), ("か\u3099くせい", "がくせい", 1.0), ("한국 말", "한국 말", 1.0),
+    ("q\u0307", "q", 0.0), ("❤\ufe0f red", "❤ red", 2 / 3),
 ])
 def test_free_form_is_the_mean_of_three_rouge_f_measures(p, g, reward):
     assert rewards.free_form(p, g) == pytest.approx(reward, abs=1e-12)
@@ -284,11 +402,12 @@ def test_accuracy_is_graded_by_the_records_problem_type(row, answer, reward):
 
 @pytest.mark.parametrize("problem_type", [
     "multiple choice", "numerical", "OCR", "free-form", "regression"])
-def test_no_answer_block_or_several_is_no_accuracy(problem_type):
+def test_no_answer_block_or_different_ones_are_no_accuracy(problem_type):
     row = record(problem_type, "B" if problem_type == "multiple choice" else "5")
     truth = row["solution"]
     assert rewards.accuracy_reward(truth, row) > 0.5
-    for response in ("", "B", "5", truth + truth, truth[:-1], "<answer> </answer>"):
+    assert rewards.accuracy_reward(truth + truth, row) == rewards.accuracy_reward(truth, row)
+    for response in ("", "B", "5", truth + "<answer>6</answer>", truth[:-1], "<answer> </answer>"):
         assert rewards.accuracy_reward(response, row) == 0.0
 
 
@@ -329,9 +448,16 @@ UNITS = [
     ",000", "1\u202f000", "1x", "x1", "m^{", "10^", "1×10^", "\\frac{", "\\frac{1}{", "\\boxed{",
     "²", "½", "٣", "A", "A ", "A. ", "a) ", "B) ", "is ", "is: ", "option ", "I'", "y", "yed",
     "yyyyy ", "ational", "running ", "ab cd ef ", "小", "İ", "ß", "ﷺ", "🐶",
+    "\u0301\u0316", "\u0301", "a\u0301", "\u200b", "Ｂ", "：", "。", "答案", "选", "—", "负", "负5",
+    "five ", "one ", "two, one", "minus ", "not ", "n't ", "than ", "than or ", "at least ",
+    "5 or ",
+    "5+", "5 + ", "2+3=", "=", "=(", "<", ">", "<5>", "<sup>2</sup>", "$ ", "m$^2$", "m}", "{,}",
+    "\\text{", "\\frac1", "\\frac{1}", "**", "*5*", "'s", "((", "5 )", "B; B", "B\n", "a dog (B)",
+    "the answer is ", "i choose ", "c) ", "2m30s", "5m", "5 is ", "以上",
 ]
 WRAPS = ["{}", "{}!", "5{}x", "-{}5", "B. {}", "<think>{}</think>{}<answer>5</answer>{}",
-         "<think></think><answer>{}</answer>{}!"]
+         "<think></think><answer>{}</answer>{}!",
+         "x{}=5", "2 + 3{} = 5", "not {}5", "{}a dog", "B\n{}"]
 
 
 def seconds(function, *arguments):
@@ -379,6 +505,10 @@ FRAGMENTS = [
     "<answer>", "</answer>", "<think>", "</think>", "<|im_end|>", "<|endoftext|>", "</s>", " ", " ",
     "\n", "\t", "\x00", "\u00a0", "\u202f", "0", "1", "5", "12", "000", "1,000", ".", ",", ".5",
     "1e3", "e", "E", "-", "−", "–", "+", "/", "3/4", "1/0", "%", "$", "€", "²", "³", "⁻", "½", "٣",
+    "five", "one ", "minus ", "not ", "more than ", "at least ", "or", " = ", "—", "负", "，",
+    "\u0301",
+    "\\text{", "\\frac12", "**2", "<sup>", "，000", "I choose ", "It is ", "答案", "选", "。", " (B)",
+    "!",
     "５", "१", "①", "x", "×", "10^", "^{", "m", "m2", "km/h", "π", "√", "±", "inf", "nan", "1e999",
     "A", "B", "C", "b", "(B)", "B.", "Z", "Option ", "The answer is ", "a dog", "cat", "Vitamin C",
     "**", "`", "\\boxed{", "\\frac{", "}{", "}", "{", "(", ")", "[", ":", "'", '"', "_", "’", "and",
