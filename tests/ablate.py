@@ -248,7 +248,8 @@ def result_files(out, seed, run) -> list[Path]:
 def commands_of(args, seed, run) -> list[list[str]]:
     """The commands of a run: training, and two evaluations."""
     model, *evaluations = result_files(args.out, seed, run)
-    common = ["--seed", str(seed), "--output", str(model.parent), "--resume"]
+    common = ["--seed", str(seed), "--output", str(model.parent), "--resume",
+              "--val_steps", "0"]  # it is scored at the end
     if run == "sft":
         toy, train = args.toy, [str(ROOT / "sft.py"), f"@{args.toy}/sft.args", *common]
     else:
