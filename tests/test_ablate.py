@@ -423,7 +423,7 @@ def test_a_variant_makes_a_step(toy, tmp_path, name):
     ablate.make_variant(tmp_path, name)
     run(ablate.variant_of(tmp_path, name), f"@{toy}/tgrpo.args", "--model", toy / "model",
         "--output", tmp_path / "run", "--max_steps", 1, "--prompts_per_rank", 4, "--G", 4,
-        "--G_tilde", 2, "--max_new_tokens", 8, "--num_workers", 1,
+        "--G_tilde", 2, "--max_new_tokens", 8, "--num_workers", 1, "--val_steps", 0,
         env={"PYTHONPATH": str(ROOT)})
     _, step = ablate.read_lines(tmp_path / "run" / "metrics.jsonl")
     rows = [row for row in ablate.read_lines(tmp_path / "run" / "rollouts.jsonl")
@@ -470,7 +470,7 @@ def test_reversed_shows_the_second_group_the_frames_backwards(variant, monkeypat
     monkeypatch.setattr(module, "encode", lambda processor, record, vision: vision.frames)
     vision = build_data.Vision(torch.arange(5), {}, None)
     args = SimpleNamespace(alpha=0.3, seed=0)
-    group = module.example(None, args, {"data_type": "video"}, vision, 7)
+    group = module.example(args, None, {"data_type": "video"}, vision, 7)
     assert group["frame_order"] == group["shuffled"].tolist() == [4, 3, 2, 1, 0]
     assert group["ordered"].tolist() == [0, 1, 2, 3, 4]
 
