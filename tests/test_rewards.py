@@ -455,7 +455,7 @@ UNITS = [
 ]
 WRAPS = ["{}", "{}!", "5{}x", "-{}5", "B. {}", "<think>{}</think>{}<answer>5</answer>{}",
          "<think></think><answer>{}</answer>{}!",
-         "2 + 3{} = 5", "{}a dog"]
+         "2 + 3{} = 5"]
 
 
 def seconds(function, *arguments):
