@@ -448,16 +448,14 @@ UNITS = [
     ",000", "1\u202f000", "1x", "x1", "m^{", "10^", "1×10^", "\\frac{", "\\frac{1}{", "\\boxed{",
     "²", "½", "٣", "A", "A ", "A. ", "a) ", "B) ", "is ", "is: ", "option ", "I'", "y", "yed",
     "yyyyy ", "ational", "running ", "ab cd ef ", "小", "İ", "ß", "ﷺ", "🐶",
-    "\u0301\u0316", "\u0301", "a\u0301", "\u200b", "Ｂ", "：", "。", "答案", "选", "—", "负", "负5",
-    "five ", "one ", "two, one", "minus ", "not ", "n't ", "than ", "than or ", "at least ",
-    "5 or ",
-    "5+", "5 + ", "2+3=", "=", "=(", "<", ">", "<5>", "<sup>2</sup>", "$ ", "m$^2$", "m}", "{,}",
-    "\\text{", "\\frac1", "\\frac{1}", "**", "*5*", "'s", "((", "5 )", "B; B", "B\n", "a dog (B)",
-    "the answer is ", "i choose ", "c) ", "2m30s", "5m", "5 is ", "以上",
+    "\u0301\u0316", "a\u0301", "\u200b", "Ｂ", "选", "—", "负5", "five ", "two, one", "minus ", "n't ",
+    "than or ", "at least ", "5 or ", "5+", "5 + ", "2+3=", "=(", "<", "<5>", "<sup>2</sup>", "m$^2$",
+    "m}", "{,}", "\\text{", "\\frac1", "\\frac{1}", "**", "'s", "((", "B; B", "B\n", "a dog (B)",
+    "the answer is ", "i choose ", "2m30s", "5 is ", "以上",
 ]
 WRAPS = ["{}", "{}!", "5{}x", "-{}5", "B. {}", "<think>{}</think>{}<answer>5</answer>{}",
          "<think></think><answer>{}</answer>{}!",
-         "x{}=5", "2 + 3{} = 5", "not {}5", "{}a dog", "B\n{}"]
+         "2 + 3{} = 5"]
 
 
 def seconds(function, *arguments):
