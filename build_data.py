@@ -1313,7 +1313,7 @@ sft.args
 # the cold start: python sft.py @{out}/sft.args
 --model={out}/model --data={out}/cot.json --output={out}/sft {common}
 # one process has nothing to shard; on two, add --deepspeed_config ds_zero3.json
---deepspeed_config={out}/ds_zero0.json --num_train_epochs=3.5 --max_frames={frames}
+--deepspeed_config={out}/ds_zero0.json --num_train_epochs=3 --max_frames={frames}
 --per_rank_batch_size=16 --gradient_accumulation_steps=1 --learning_rate=1e-3
 --lr_schedule=linear --warmup_steps=100 --adam_beta2=0.98 --max_grad_norm=1
 --val_data={out}/test.json --val_steps=175 --val_limit=64 --val_max_new_tokens=40

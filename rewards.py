@@ -247,10 +247,12 @@ COMPOUND = re.compile(  # "thirty two", "five hundred", "two thirds", "two or on
     rf"|(?:{NOT_ONE}),?(?: or| to| and)? one)\b", re.IGNORECASE)
 MINUS = re.compile(r"\b(?:minus|negative) (?=[\d.])|[负負] ?(?=\d)|(?<![—―])[—―](?=[\d.])", re.I)
 
-NOT_THE_NUMBER = re.compile(r"""
+NOT_THE_NUMBER = re.compile(rf"""
+    \d[ ](?:and|or|to)[ ](?:an?|one|{NOT_ONE})\b | \b(?:half|one)[ ](?:of|an?)\b | \band[ ]a[ ]half
+  | \b(?:one|{NOT_ONE})[ ](?:or|to)[ ]\d         # "2 and a half", "3 or four"
+  |""" + r"""
     [√π∞±] | (?<![a-z])(?:sqrt|pi|log|ln|sin|cos|tan)(?![a-z]) | frac | \+/?-    # "2π"
   | (?<![\w.])\d[\d.]*(?!e[-+]?\d|x\d)[a-z]+(?:[04-9]|\d[\da-z])        # "2m30s", but "20m2"
-  | \d[ ](?:and|or|to)[ ](?:an?|one)\b | \b(?:half|one)[ ](?:of|an?)\b | \band[ ]an?[ ]half\b
   | (?:\b(?:not|never|none|neither|nor|cannot)|n't)\b[^\d.,;:!?\n]{0,40}\d   # "not equal to 5"
   | \d%?(?:[ ]?[a-z]+)?[ ](?:(?:is|was|are)[ ](?:not|wrong|incorrect)|(?:is|was|are)n't)\b
   | \b(?:than|over|under|above|below|beyond|within|exceed\w*|nearly|almost|up[ ]to|m\w+imum[ ]of)
@@ -307,10 +309,10 @@ def in_digits(text):
     for pattern, spelling in SPELLINGS:
         text = pattern.sub(spelling, text)
     text = re.sub(r" ?\\?[$€£¥₹₩] ?", " ", bare(text))
-    if not COMPOUND.search(text):
+    if not re.search(r"\d", text) and not COMPOUND.search(text):  # beside digits, words are words
         text = NUMBER_WORD.sub(lambda word: str(NUMBERS.index(word[0].lower())), text)
         text = ONE.sub(r"\g<1>1", text)
-    return re.sub(r"\b(\d+) ?\(\1\)", r"\1", MINUS.sub("-", text))  # "five (5)" is one number
+    return MINUS.sub("-", text)
 
 
 def parse_number(text):

@@ -430,7 +430,7 @@ def test_the_defaults_are_the_papers():
     (["--benchmark", "toy=absent.json"], "absent.json"),
     (["--benchmark", "a=TOY/test.json", "a=TOY/train.json"], "two files named a"),
     (["--output", "TOY/test.json"], "cannot write .*/test.json"),
-    (["--model", "no/model/here"], "--model no/model/here has no usable processor"),
+    (["--model", "no/model/here"], "--model no/model/here: there is no such folder"),
 ])
 def test_bad_flags_end_in_one_sentence_before_the_model_is_loaded(
         toy, tmp_path, monkeypatch, more, message):
