@@ -157,6 +157,14 @@ def test_bad_input_is_one_line(toy, tmp_path, change, status):
     assert change[1] in result.stderr and not result.stdout
 
 
+def test_a_fault_of_every_rank_is_told_once(toy, tmp_path):
+    for change in (["--data", "absent.json"], ["--zzz"]):
+        result = run(*tgrpo(toy, tmp_path / "out"), *change, ranks=2, check=False)
+        said = [line for line in (result.stdout + result.stderr).splitlines()
+                if line.startswith("tgrpo.py: ")]
+        assert result.returncode and len(said) == 1 and change[-1] in said[0]
+
+
 @pytest.mark.parametrize("model, words", [
     ("toyy/sft", "no such folder, and the hub does not give"),
     ("toyy", "no such folder"), ("./toyy", "no such folder"), ("/toyy/sft/x", "no such folder"),
