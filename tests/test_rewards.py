@@ -451,8 +451,8 @@ UNITS = [
     "yyyyy ", "ational", "running ", "ab cd ef ", "小", "İ", "ß", "ﷺ", "🐶",
     "\u0301\u0316", "a\u0301", "\u200b", "Ｂ", "选", "—", "负5", "five ", "two, one", "minus ", "n't ",
     "than or ", "at least ", "5 or ", "5+", "5 + ", "2+3=", "=(", "<", "<5>", "<sup>2</sup>",
-    "m$^2$", "5 or one", "five or ", "m}", "{,}", "\\text{", "\\frac1", "\\frac{1}", "**", "'s", "((", "B; B",
-    "B\n", "a dog (B)", "the answer is ", "i choose ", "2m30s", "5 is ", "以上",
+    "m$^2$", "5 or one", "five or ", "m}", "{,}", "\\text{", "\\frac1", "\\frac{1}", "**", "'s",
+    "((", "B; B", "B\n", "a dog (B)", "the answer is ", "i choose ", "2m30s", "5 is ", "以上",
 ]
 WRAPS = ["{}", "{}!", "5{}x", "-{}5", "B. {}", "<think>{}</think>{}<answer>5</answer>{}",
          "<think></think><answer>{}</answer>{}!",
