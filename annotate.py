@@ -78,15 +78,16 @@ SPEECH = re.compile(
     r"|(?<!\w)'(?=\w)(?:[^'\n]|(?<=\w)'(?=\w))*'(?!\w)"
     r"|(?<!\bi )\b(?:says|said|saying|tells|told|reads|shouts|shouted|asks|asked|writes|wrote"
     r"|replies|replied|answers|answered|whispers|explains|states|apologi[sz](?:es|ed|ing))\b"
-    r"[:,]?(?:(?!\b(?:but|and|so|since|because|while)\b)[^.,;:!?\n])*", re.IGNORECASE)
+    r"[:,]?(?:(?!\b(?:but|and|so|since|because|while)\b|(?<!\w)')[^.,;:!?\n\"“„「『«])*",
+    re.IGNORECASE)
 MACHINE = r"an? (?:[\w-]+ ){0,2}?(?:ai\b|artificial intelligence|language model|text[- ]based)"
 MEDIUM = (r"(?:(?:the|this|that|these|any|an?|your|of|actual|provided|attached|uploaded) ){0,4}"
-          r"(?:video|image|clip|footage|picture|photo|visual|media\b|attachment)s?"
+          r"(?:video|image|clip|footage|picture|photo|visual|frame|media\b|attachment)s?"
           r"(?: content| files?)?")
 SEE = (r"(?:see|view|watch|access|open|play|load|process|observe|perceive|examine|receive"
        r"|analy[sz]e|look at)(?:ing)?(?:,? (?:or|and) \w+(?: to)?)?")
 NOT = r"(?:n?'t| ?not)(?: been| be)?"  # of can't, cannot, have not been
-UNABLE = (rf"(?:(?:can|could){NOT}|(?:wo|will){NOT} able to"
+UNABLE = (rf"(?:(?:can|could){NOT}|(?:wo|will|was){NOT} able to"
           r"|(?:'m|am|was) (?:\w+ )?(?:unable to|not able to|incapable of|not capable of)"
           rf"|(?:do{NOT} have|have no|lack) (?:\w+ )?(?:ability|capability|means|way) (?:to|of))")
 GIVEN = (r"(?:\w+ly )?(?:provided|attached|given|supplied|uploaded|included|shared|available"

@@ -1428,7 +1428,7 @@ LETTER = r"(?:(?i:option|choice|选项)[ _]?)?[(（\[【]?([A-ZＡ-Ｚ])"
 MARK = r"[.):\]．）：】、]+"
 # At the start of an option that stands alone; at the start of a line; anywhere in a text
 OPTION_LETTER = re.compile(rf"{LETTER}(?:{MARK}|\s+[-–—]\s)\s*", re.IGNORECASE)
-LINE_MARK = re.compile(rf"^[ \t]*{LETTER}{MARK}\s*", re.MULTILINE)
+LINE_MARK = re.compile(rf"^[ \t*•-]*{LETTER}{MARK}[*]*\s*", re.MULTILINE | re.IGNORECASE)
 OPTION_MARK = re.compile(rf"(?<![^\s:：;；,，?？。]){LETTER}{MARK}\s*")
 # What stands between options in one line: "A: a cat, B: a dog or C: a hat"
 SEPARATOR = re.compile(r"\s*[,，;；、](?:\s*(?:and|or))?$|\s(?:and|or)$")
@@ -1436,7 +1436,7 @@ SEPARATOR = re.compile(r"\s*[,，;；、](?:\s*(?:and|or))?$|\s(?:and|or)$")
 AROUND = re.compile(r"(?i)^question:\s*|\s*(?:options|choices|选项)\s*[:：]\s*$")
 # How to answer, which our own prompt says: as a whole line or the last sentence of one
 HINT = re.compile(
-    r"(?im)(?:^|(?<=[.?!]))[ \t]*(?:(?:hint|reference ocr token):.*"
+    r"(?im)(?:^|(?<=[.?!]))[ \t]*(?:(?:hint|reference ocr token):.*|answer:[ \t]*"
     r"|(?:please )?(?:answer|respond|provide|select|choose|give)\b[^\n]*\b"
     r"(?:letter|options?|choices|single word or phrase|short|directly|multiple-choice)\b[^\n]*)$")
 
@@ -1466,7 +1466,8 @@ def option_texts(options) -> list[str]:
         str(text).strip() for text in values]
     marks = list(map(OPTION_LETTER.match, texts))
     if all(mark and place_of(mark) == i for i, mark in enumerate(marks)):
-        return [text[mark.end():].strip() for text, mark in zip(texts, marks)]
+        bare = [text[mark.end():].strip() for text, mark in zip(texts, marks)]
+        return option_texts(bare) if by_letter else bare  # they may say their letters again
     if by_letter:
         raise ValueError("the options' letters are not A, B, C, ...")
     return texts
@@ -1506,14 +1507,12 @@ def options_at(pattern, text):
 def longest_run(marks):
     """The longest run of marks A, B, C, ... (the last of them), as other letters belong to the
     options' texts."""
-    runs = [[]]
-    for first, start in enumerate(marks):
-        if place_of(start) == 0:
-            runs.append([])
-            for mark in marks[first:]:
-                if place_of(mark) == len(runs[-1]):
-                    runs[-1].append(mark)
-    return max(reversed(runs), key=len)
+    longest, after = [], {}  # place -> the run that the next mark of this place begins
+    for mark in reversed(marks):
+        place = place_of(mark)
+        after[place] = [mark, *after.get(place + 1, [])]
+        longest = max(longest, after.get(0, []), key=len)
+    return longest
 
 
 def from_video_r1(row, folder):
@@ -1739,8 +1738,8 @@ MEASURE = re.compile(r"(?<![\w.])(\d+(?:\.\d+)?) ?(m|cm|mm|km|ft|meters?|metres?
 VIDEO_SUFFIXES = {".mp4", ".webm", ".avi", ".mkv", ".mov", ".m4v"}
 # An option that means something only where it stands, or beside the others
 POSITIONED = re.compile(
-    r"\b(?:all|none|both|neither|either|any|one|two) of (?:(?:the )?(?:above|options|choices|"
-    r"answers|others|listed|mentioned|given|previous)|these|those|them)\b"
+    r"\b(?:all|none|both|neither|either|any|one|two) of (?:(?:the )?(?:other )?(?:above|options"
+    r"|choices|answers|others|listed|mentioned|given|previous)|these|those|them)\b"
     r"|\b(?:all|none|both|any) (?:the )?(?:above|options|choices|answers|others)\b"
     r"|\b(?:listed|mentioned|shown|given|as) (?:above|below)\b"
     r"|\b(?:all|none|both|neither|either) (?:are|is) (?:correct|right|true|false|wrong|possible)\b"
@@ -1751,8 +1750,8 @@ POSITIONED = re.compile(
     r"|\b(?:only|same as) (?-i:\(?[A-Z]\b)|^(?-i:\(?[A-Z]\)?) only\b"
     r"|^(?:all|none|both|neither|either)\W*$"
     # "A and B", "the above", "the former", "both", "options", "none is", "all are right", "none"
-    r"|(?-i:[A-Z][、和或与及][A-Z])|以上|上述|前者|后者|[两二]者|选项|[都均皆全](?:不|没|无|非|是|对|正确|错)"
-    r"|^(?:全部|全都|都有|没有|无)$", re.IGNORECASE)
+    r"|(?-i:[A-Z][、和或与及][A-Z])|以上|上述|前者|后者|[两二]者|选项|[都均皆全](?:[不没无非是对错选]|正确|有?可能)"
+    r"|^(?:全部|全都|都有|没有|无)$|[没无]有?正确", re.IGNORECASE)
 # Words, and openings, without which a question asks the same
 FILLER = frozenset("a an the is are was were be do does did this please".split())
 OPENING = re.compile(r"(?:in|from|based on|according to) (?:this|the) (?:video|image|picture|clip)")

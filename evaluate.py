@@ -228,7 +228,8 @@ def open_answer(predicted, truth) -> float:
     if not re.match(r"""\[.*['"]""", truth):
         return meets(truth)
     # its quotes are not always in pairs
-    return max(map(meets, re.split(r"""['"],\s*['"]?|,\s*['"]""", truth.strip("[]'\" "))))
+    items = re.split(r"""['"],\s*['"]?|,\s*['"]""", truth.strip("[]'\" "))
+    return max(map(meets, filter(None, items)), default=0.0)
 
 
 MMVU_SUBJECTS = {  # discipline -> its subjects

@@ -87,9 +87,9 @@ MARKS = regex.compile(r"(\p{M}{30})\p{M}+")
 INVISIBLE = regex.compile(r"\p{Cf}")  # byte order mark, zero-width space, soft hyphen ...
 CHARACTERS = (
     {code: code - 0xFEE0 for code in range(0xFF01, 0xFF5F)}  # full-width "Ｂ", "５", "（"
-    | dict.fromkeys(map(ord, "−–﹣－‐‑"), "-") | dict.fromkeys(map(ord, "‘’"), "'")
+    | dict.fromkeys(map(ord, "−–﹣－‐‑‒˗"), "-") | dict.fromkeys(map(ord, "‘’"), "'")
     | dict.fromkeys(map(ord, "\u00a0\u2007\u2009\u202f\u3000"), " ")  # spaces that group digits
-    | str.maketrans({"：": ": ", "。": ". ", "٬": ",", "٫": ".", "⁄": "/", "\t": "\n"}))
+    | str.maketrans({"：": ": ", "。": ". ", "٬": ",", "٫": ".", "⁄": "/", "∕": "/", "\t": "\n"}))
 MATH = re.compile(r"\$([^$]*)\$")
 LATEX = re.compile(  # what only sets the font, or a space
     r"\\(?:boxed|fbox|mbox|emph|underline|boldsymbol|bm|bf|rm|text[a-z]*|math[a-z]*)\b"
@@ -125,24 +125,24 @@ def bare(text):
 
 OPTION = re.compile(r"\s*\(?([A-Za-z])[.):\]、]\s*(.*)", re.DOTALL)  # "A. text", as in the records
 LEAD_IN = (  # "Therefore, the answer is: (", "I choose option ", "答案是"
-    r"(?:(?:(?:therefore|thus|hence|so|the|my|final|correct|right|best|answer|option|choice|letter"
-    r"|is|it is|it's|i (?:choose|chose|pick|select))\b"
-    r"|[因故]此|所以|故|我|本题|应该?|正确|最终|的|答案?|选[项择]?|为|是)[\s:,=]*|[(\[<【「$]\s?)*")
+    r"(?:(?:(?:therefore|thus|hence|so|the|my|final|correct|right|best|ans(?:wer)?|option|choice"
+    r"|letter|is|it|(?:it|that)'s|would be|i(?:'d|'ll| would)? (?:choose|chose|pick|select))\b"
+    r"|[因故]此|所以|故|我|本题|应该?|正确|最终|的|答案?|选[项择]?|为|是)[\s:,=.】]*|[(\[<【「$]\s?)*")
 END = r"[\s.,;:!)\]>】」$…-]*"
 CHOICE = re.compile(
     LEAD_IN + r"(?P<letter>[a-z])(?:"
-    rf"(?:[\s.,;]+(?P=letter))*{END}(?:选项|项)?{END}"  # nothing else, or the letter again; or ...
+    rf"(?:[\s.,;]+(?P=letter))*{END}(?:选?项{END})?"  # nothing else, or the letter again; or ...
     r"|(?: ?[)\]>】」]| ?[.:](?=[^!-~])| [-—](?= )|[.,;:!]?\n)(?P<rest>.*))",  # "B) x", not "B.5"
     re.IGNORECASE | re.DOTALL | re.ASCII)  # ASCII: "ı" is no "I"
 # what may stand around an option's text: "B. ", "B (" or "The answer is: "; ")" or " (B)"
-BEFORE = re.compile(LEAD_IN + r"(?:(?P<letter>[a-z])[ .,;:=)(\[\]>】」、]+(?:[-—] )?)?", re.ASCII)
+BEFORE = re.compile(LEAD_IN + r"(?:(?P<letter>[a-z])[ .,;:=)(\[\]>】」、|→]+(?:[-—]>? )?)?", re.ASCII)
 AFTER = re.compile(rf"{END}(?:[(\[]{LEAD_IN}(?P<letter>[a-z])[)\]]{END})?", re.ASCII)
 SECOND = re.compile(r"""(?<![\w'-])([A-Za-z])(?:
     (?=[^\w '-]|$|\ (?:is|was|or|and)\b)       # "c) text", "or c", "A is right"
     |(?<=[B-HJ-Z])(?![\w'-]))                  # any capital, but "A" and "I" are words
     """, re.VERBOSE | re.ASCII)
 VERDICT = re.compile(  # "B) is wrong", "B. Not sure", "B. No.", but "B. No doubt"
-    r"\W*(?:(?:is|was|seems|looks|can|could|does|would|should)(?: |(?=n't)))?"
+    r"\W*(?:that |which )?(?:(?:is|was|seems|looks|can|could|does|would|should)(?: |(?=n't)))?"
     r"(?:not|no(?! [a-z])|nor|or|wrong|incorrect|false|unlikely|maybe|perhaps|n't|cannot|错|不)"
     r"(?![a-z])", re.IGNORECASE)
 
@@ -184,8 +184,8 @@ def choice_letter(text, options=()):
     Any case, and brackets, markdown, LaTeX or quotes around the letter; a lead-in ("Option B",
     "The correct answer is: B"); an option's exact text, with its letter or without; another text
     or a second line after the letter ("B) a puppy"), unless it holds a second letter or begins
-    with a verdict ("B) is wrong"). Nothing else: sentences are not guessed at. A letter wins over
-    an option whose text is that letter; a letter without an option is none.
+    with a verdict ("B) is wrong") or is a question. Nothing else: sentences are not guessed at. A
+    letter wins over an option whose text is that letter; a letter without an option is none.
 
     >>> options = ["A. cat", "B. a dog"]
     >>> [choice_letter(t, options) for t in ("(b)", "A dog", "A bird", "A. a dog", "A or B", "C")]
@@ -210,7 +210,7 @@ def choice_letter(text, options=()):
     second = {found.upper() for found in SECOND.findall(rest)} - {letter}
     if bodies:
         second &= bodies.keys()  # "B. 5 m" is not a second letter
-    return "" if second or VERDICT.match(rest) else letter
+    return "" if second or VERDICT.match(rest) or rest.endswith("?") else letter
 
 
 def multiple_choice(predicted, truth, options=()):
@@ -228,11 +228,11 @@ def multiple_choice(predicted, truth, options=()):
 SUPERSCRIPTS = "⁰¹²³⁴⁵⁶⁷⁸⁹⁺⁻"
 SUPERSCRIPT_RUN = re.compile(f"[{SUPERSCRIPTS}]+")
 SUPERSCRIPT = str.maketrans(SUPERSCRIPTS, "0123456789+-")
-ARGUMENT = r" ?(?:\{(?:\\text\{)? ?([-+]?[\d.,]+) ?\}{1,2}|(\d))"  # of \frac: "{12}", or "1"
+ARGUMENT = r" ?(?:\{(?:\\(?:text|mathrm)\{)? ?([-+]?[\d.,]+) ?\}{1,2}|(\d))"  # "{12}", or "1"
 SPELLINGS = [(re.compile(pattern, re.IGNORECASE), spelling) for pattern, spelling in (
     (r"<sup>", "^"), (r"</?su[bp]>", ""), (r"<([^<>]*)>", r" \1 "), (r"\{,\}", ","),  # "10{,}000"
     (rf"\\[a-z]*frac{ARGUMENT}{ARGUMENT}", r" \1\2/\3\4 "),           # "\frac{1}{2}", "\frac12"
-    (r"(?<=\d)\*\*(?=\d)", "^"), (r"\\times|\\cdot|[·⋅]", "×"),       # "5*10**3", "5\times10^3"
+    (r"(?<=\d)\*\*(?=\d)", "^"), (r"\\times|\\cdot|[·⋅∙]", "×"),       # "5*10**3", "5\times10^3"
     # the exponent or index of a unit or a name: "cm$^2$", "m**2", "\text{s}^{-1}", "H_2"
     (r"(?<=[a-z°])(?:\}?[ $]{0,3}\^|\*\*|\$?_)[ {(]{0,3}[-+]?\d+", " "))]
 NUMBERS = ("zero one two three four five six seven eight nine ten eleven twelve thirteen fourteen "
@@ -248,21 +248,21 @@ COMPOUND = re.compile(  # "thirty two", "five hundred", "two thirds", "two or on
 MINUS = re.compile(r"\b(?:minus|negative) (?=[\d.])|[负負] ?(?=\d)|(?<![—―])[—―](?=[\d.])", re.I)
 
 NOT_THE_NUMBER = re.compile(rf"""
-    \d[ ](?:and|or|to)[ ](?:an?|one|{NOT_ONE})\b | \bhalf[ ](?:of|an?)\b
+    \d[ ](?:and|or|to)[ ](?:an?|one|{NOT_ONE})\b | \b(?:half|one)[ ](?:of|an?)\b | \band[ ]a[ ]half
   | \b(?:one|{NOT_ONE})[ ](?:or|to)[ ]\d         # "2 and a half", "3 or four"
   |""" + r"""
-    [√π∞±] | (?<![a-z])(?:sqrt|pi)(?![a-z]) | frac | \+/?-              # "2π" is not 2
+    [√π∞±] | (?<![a-z])(?:sqrt|pi|log|ln|sin|cos|tan)(?![a-z]) | frac | \+/?-    # "2π"
   | (?<![\w.])\d[\d.]*(?!e[-+]?\d|x\d)[a-z]+(?:[04-9]|\d[\da-z])        # "2m30s", but "20m2"
   | (?:\b(?:not|never|none|neither|nor|cannot)|n't)\b[^\d.,;:!?\n]{0,40}\d   # "not equal to 5"
   | \d%?(?:[ ]?[a-z]+)?[ ](?:(?:is|was|are)[ ](?:not|wrong|incorrect)|(?:is|was|are)n't)\b
-  | \b(?:than|over|under|above|below|beyond|within|exceed\w*|nearly|almost|up[ ]to)
+  | \b(?:than|over|under|above|below|beyond|within|exceed\w*|nearly|almost|up[ ]to|m\w+imum[ ]of)
     (?:[ ](?:or|equal|to|an?|the|about|around|approximately|roughly|exactly))*[ ]?[-+]?[\d.]
-  | \bat[ ](?:least|most)\b | \d%?[ -]?plus\b(?![ ]?\d) | \d%?[ ]?\+(?![ ]?[\d(.])     # "5+"
+  | \bat[ ](?:the[ ]very[ ])?(?:least|most|minimum)\b | \d%?(?:[ -]?plus\b|[ ]?\+)(?![ ]?[\d(.])
   | \d[^\d.,;:!?\n]{0,20}[ ](?:or|and)[ ](?:more|less|above|below|up    # "5 cm or more"
     |(?:few|great|high|low|larg|small|long|short|old|young|ov|und)er)\b
   | (?<![-=])[<>][ ]?=?[ ]?[-+]?[\d.] | \d[ ]?[<>] | [≤≥≠≮≯⩽⩾] | != | =<    # "> 5", but "=> 5"
   | \\(?:[lg](?:t|eq{0,2})|neq?)(?:slant)?(?![a-z])
-  | (?:不|超过|至少|至多|最少|最多|[大小多少高低]于)[^\W\d]{0,3}[ ]?\d | \d[^\W\d]{0,3}以[上下]
+  | (?:不|超过|至少|至多|最少|最多|[大小多少高低]于)[^\W\d]{0,3}[ ]?\d | \d[^\W\d]{0,3}(?:以[上下]|多)
     """, re.VERBOSE | re.IGNORECASE)
 TERM = r"[\d.][\d.,]* ?[a-z%°]*[) ]*"
 SUM = re.compile(  # what may stand before "= 5": "2 + 3", "Area: 2 cm × 3 cm", "x = (2 + 3) / 1"
@@ -308,7 +308,7 @@ def in_digits(text):
     text = SUPERSCRIPT_RUN.sub(lambda run: "^" + run[0].translate(SUPERSCRIPT), clean(text))
     for pattern, spelling in SPELLINGS:
         text = pattern.sub(spelling, text)
-    text = re.sub(" ?[$€£¥₹₩] ?", " ", bare(text))
+    text = re.sub(r" ?\\?[$€£¥₹₩] ?", " ", bare(text))
     if not re.search(r"\d", text) and not COMPOUND.search(text):  # beside digits, words are words
         text = NUMBER_WORD.sub(lambda word: str(NUMBERS.index(word[0].lower())), text)
         text = ONE.sub(r"\g<1>1", text)
