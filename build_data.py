@@ -1431,13 +1431,13 @@ OPTION_LETTER = re.compile(rf"{LETTER}(?:{MARK}|\s+[-–—]\s)\s*", re.IGNORECA
 LINE_MARK = re.compile(rf"^[ \t*•-]*{LETTER}{MARK}[*]*\s*", re.MULTILINE | re.IGNORECASE)
 OPTION_MARK = re.compile(rf"(?<![^\s:：;；,，?？。]){LETTER}{MARK}\s*")
 # What stands between options in one line: "A: a cat, B: a dog or C: a hat"
-SEPARATOR = re.compile(r"\s*[,，;；、](?:\s*(?:and|or))?$|\s(?:and|or)$")
+SEPARATOR = re.compile(r"[,，;；、](?:\s*(?:and|or))?$|\s(?:and|or)$")
 # What stands around a question
-AROUND = re.compile(r"(?i)^question:\s*|\s*(?:options|choices|选项)\s*[:：]\s*$")
+AROUND = re.compile(r"(?i)^question:|(?:options|choices|选项)\s*[:：]$")
 # How to answer, which our own prompt says: as a whole line or the last sentence of one
 HINT = re.compile(
     r"(?im)(?:^|(?<=[.?!]))[ \t]*(?:(?:hint|reference ocr token):.*|answer:[ \t]*"
-    r"|(?:please )?(?:answer|respond|provide|select|choose|give)\b[^\n]*\b"
+    r"|(?:please )?(?:answer|respond|provide|select|choose|give)\b[^\n]{0,200}\b"
     r"(?:letter|options?|choices|single word or phrase|short|directly|multiple-choice)\b[^\n]*)$")
 
 
@@ -1496,12 +1496,12 @@ def options_at(pattern, text):
     """A question and its options, none or at least two, by the marks that a pattern finds."""
     run = longest_run(list(pattern.finditer(text)))
     if len(run) < 2:
-        return AROUND.sub("", text.strip()), []
+        return AROUND.sub("", text.strip()).strip(), []
     ends = [mark.start() for mark in run[1:]] + [len(text)]
     options = [text[mark.end():end].strip() for mark, end in zip(run, ends)]
     if all(map(SEPARATOR.search, options[:-1])) and not SEPARATOR.search(options[-1]):
-        options = [SEPARATOR.sub("", option) for option in options]
-    return AROUND.sub("", text[:run[0].start()].strip()), options
+        options = [SEPARATOR.sub("", option).strip() for option in options]
+    return AROUND.sub("", text[:run[0].start()].strip()).strip(), options
 
 
 def longest_run(marks):

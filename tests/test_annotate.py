@@ -460,6 +460,7 @@ LOOK = " The picture shows a street, two cars and a shop; first he is at the lef
     "I, as an AI, cannot know.", "I am a text-based model.", "Sorry, there is nothing to go by.",
     "My apologies, there is no clip.", "I apologize, but there is nothing.",
     "抱歉，我无法查看视频。", "很抱歉，没有视频。", "由于无法看到视频，我只能猜测。", "我是一个语言模型。",
+    "I wasn't able to view the video.", "I cannot see the frames.", "No frames were provided.",
     "作为一个人工智能，我没有眼睛。", "视频没有提供，所以我猜右边。"])
 def test_who_cannot_see_or_help_refuses_in_whatever_words(said):
     assert judge(thought(said + LOOK)) == "refusal"
@@ -468,6 +469,8 @@ def test_who_cannot_see_or_help_refuses_in_whatever_words(said):
 @pytest.mark.parametrize("said", [
     "The man says \"I'm sorry\" to the shopkeeper and goes.", "The man says “I’m sorry” and goes.",
     "The man says 'I'm sorry' and goes.", "The man says ‘I’m sorry’ and goes.",
+    "He says “I’m sorry, I can’t see the video” and goes.", "It says „Pst, I'm sorry“ in red.",
+    "He says 'I'm sorry, I can't see the video' and goes.",
     "The man says I'm sorry to the shopkeeper.", "\"I can't see the video,\" says the woman.",
     "The label 5\" wide is red; the man says \"I'm sorry\" and goes.",
     "A T-shirt with «I am sorry» is at the right.", "The subtitle reads: I cannot see the video.",

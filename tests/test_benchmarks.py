@@ -224,6 +224,7 @@ MATH_15 = "['24/7', '3.429', '3.43]"  # as released: no well-formed list
     ("['7', 'seven']", {"7": 1, "seven": 1, "Seven.": 1, "17": 0, "six": 0}),
     (["MgS", "Mg"], {"MgS": 1, "Mg": 1, "S": 0}),
     ('["Newton\'s law", "inertia"]', {"Newton's law": 1, "by inertia": 1, "law": 0, "s": 0}),
+    ("['up', '']", {"up": 1, "down": 0}),  # nothing is in every answer
     ("[0, 5]", {"[0, 5]": 1, "0": 0, "5": 0}),  # an interval
 ])
 def test_videommmu_grades_an_open_answer_by_number_letter_text_or_any_item(truth, answers):

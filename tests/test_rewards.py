@@ -98,7 +98,8 @@ def test_any_other_format_has_no_reward(response):
     "It is B", "It's B.", "It’s (B)", "B!", "B,", "B; ", "B...", "B, B", "B. B", "B\nB",
     "B\nThe animal barks twice.", "(B)\n\nIt is not a cat.", "Answer: B\nIt barks.",
     "Ｂ", "（ｂ）", "Ｂ．", "【B】", "答案：B", "答案是B", "正确答案为B。", "选B", "我选 B", "故选：B",
-    "选项 (B)", "B选项", "\ufeffB", "B\u200b", "\u200eB\u00ad",
+    "选项 (B)", "B选项", "【答案】B", "B项。", "Ans: B", "Ans. B", "I would choose B", "I'd pick (B)",
+    "It would be B", "That's B", "\ufeffB", "B\u200b", "\u200eB\u00ad",
 ])
 def test_a_letter_may_be_spelt_in_many_ways(text, options):
     assert rewards.multiple_choice(text, "B", options) == 1.0
@@ -111,7 +112,8 @@ def test_a_letter_may_be_spelt_in_many_ways(text, options):
     "B because it barks", "B is correct", "A bird", "A-frame", "B-52", "Bird", "dog", "ı",
     "D.5", "None", "A.M.", "E", "(F)", "E. text", "B. cat", "(A) a dog", "A. Vitamin C", "cat dog",
     "1", "🐶", "\x00", "\ud800",
-    "B?", "not B", "It is not B", "I would not choose B", "either B or C", "B, C", "B; C", "B\nC",
+    "B?", "(B)?", "B. a puppy?", "B. That is wrong", "B, which is wrong", "B) which is false",
+    "not B", "It is not B", "I would not choose B", "either B or C", "B, C", "B; C", "B\nC",
     "B, not C", "B, B, C", "I choose B or C", "The answer is B, C", "B (C)", "<A><B>", "<a><b>",
     "B is wrong", "B) is wrong", "B. is not right", "(B) isn't it", "B: wrong", "B. No, C",
     "A) is wrong, B is right", "A - or B maybe", "A. No. It is B instead", "A\nWait, B",
@@ -136,6 +138,7 @@ def test_two_letters_or_a_letter_in_a_word_or_a_wrong_text_mean_nothing(text):
     ("B、a dog", "B"), ("B：a dog", "B"), ("**B.** a dog", "B"), ("B. \"a dog\"", "B"),
     ("\\boxed{B. a dog}", "B"), ("\\boxed{\\text{a dog}}", "B"), ("Option B (a dog).", "B"),
     ("The answer is: a dog", "B"), ("It is a dog.", "B"), ("**Answer:** a dog", "B"),
+    ("B -> a dog", "B"), ("B → a dog", "B"), ("B | a dog", "B"),
     ("B. a dog because it barks", "B"), ("C. Vitamin C, as he says", "C"),
 ])
 def test_an_options_exact_text_is_its_letter_with_or_without_it(text, letter):
@@ -247,6 +250,8 @@ def test_a_truth_that_means_nothing_is_never_matched():
     ("12 cm$^2$", 12), ("12 m/s$^2$", 12), ("12 cm<sup>2</sup>", 12), ("12 m**2", 12),
     ("12 $\\text{cm}^{2}$", 12), ("12 m s$^{-2}$", 12), ("H$_2$O: 5", 5), ("x_1 = 5", 5),
     ("minus 5", -5), ("negative 1/2", -0.5), ("负5", -5), ("負 5", -5), ("—5", -5), ("‑5", -5),
+    ("‒5", -5), ("˗5", -5), ("-\\$5", -5), ("\\$5", 5), ("1∕2", 0.5), ("1∙10^4", 10000),
+    ("\\frac{\\mathrm{1}}{\\mathrm{2}}", 0.5),
     ("_5_", 5), ("__5 cm__", 5), ("*5*", 5), ("“5”", 5), ("<5>", 5), ("<b>5</b>", 5), ("\\(5\\)",
     5),
     ("5\\times10^{ 3 }", 5000), ("5*10**3", 5000), ("5 × 10<sup>3</sup>", 5000), ("1e10", 1e10),
@@ -279,6 +284,8 @@ def test_a_number_is_read_by_its_value(text, value):
     "greater than or equal to 5",
     "at least 5", "5 at most", "up to 5", "over 5", "under 5", "nearly 5", "almost five",
     ">5", "> 5", "< 5", ">= 5", "＞5", "≥ 5", "≤5", "≠ 5", "x > 5", "$\\geq 5$", "\\neq 5",
+    "a minimum of 5", "maximum of 5", "at minimum 5", "at the very least 5", "2 hours and a half",
+    "one of 5", "log 5", "\\ln 5", "sin 5", "5多", "5个多",
     "5+", "5%+", "5 or more", "5 cm or fewer", "5 and above", "5-plus", "不是5", "至少5", "5个以上",
     "2m30s", "5ft10in", "1h30m", "2 and a half", "two and a half", "2 and one half", "half of 5",
     "3 or four", "three to 4", "one or two", "two or one", "one or 2", "two to three", "3—4",
@@ -456,7 +463,7 @@ UNITS = [
 ]
 WRAPS = ["{}", "{}!", "5{}x", "-{}5", "B. {}", "<think>{}</think>{}<answer>5</answer>{}",
          "<think></think><answer>{}</answer>{}!",
-         "2 + 3{} = 5"]
+         "B. {}x", "2 + 3{} = 5"]
 
 
 def seconds(function, *arguments):
