@@ -29,6 +29,7 @@ import socket
 import subprocess
 import sys
 import threading
+import time
 import traceback
 import unicodedata
 import warnings
@@ -737,6 +738,10 @@ def forbidden_tokens(model, tokenizer):
 
 # --------------------------------------------------------------------- flags and start-up
 
+FIRST_RANK_SPEAKS = 10  # seconds that other ranks wait before they tell a fault
+IN_PIXELS = "128 visual tokens are 128 * 28 * 28 pixels (Qwen3-VL: 128 * 32 * 32)"
+
+
 class Help(argparse.ArgumentDefaultsHelpFormatter):
     """Shows the defaults that are values; where there is none, the words of a flag say enough."""
 
@@ -761,8 +766,7 @@ class FlagParser(argparse.ArgumentParser):
         for low, high in (("min_frames", "max_frames"), ("min_pixels", "max_pixels"),
                           ("image_min_pixels", "image_max_pixels")):
             if getattr(args, low, 0) > getattr(args, high, math.inf):
-                unit = "; pixels: 128 visual tokens are 128 * 28 * 28 " \
-                       "(Qwen3-VL: 128 * 32 * 32)" if "pixels" in low else ""
+                unit = f"; {IN_PIXELS}" if "pixels" in low else ""
                 self.error(f"--{low} {getattr(args, low)} is above --{high} {getattr(args, high)}"
                            + unit)
         return args
@@ -771,6 +775,7 @@ class FlagParser(argparse.ArgumentParser):
         unknown = re.match("unrecognized arguments: ([^ =]+)", message)
         near = get_close_matches(unknown[1], self._option_string_actions, 1) if unknown else ()
         hint = f"did you mean {near[0]}?" if near else "--help lists the flags"
+        let_first_rank_speak()
         self.exit(2, f"{self.prog}: {message} ({hint})\n")
 
 
@@ -797,6 +802,9 @@ def number(kind, fits, words):
     return read
 
 
+most_pixels = number(int, lambda value: value >= PATCH**2, f"at least {PATCH**2}: {IN_PIXELS}")
+
+
 def add_media_flags(add, max_frames=16, max_pixels=128 * 28 * 28):
     """Which frames and pixels a model sees; `add` is a parser's add_argument."""
     if max_frames:  # evaluate.py has a list of them
@@ -806,11 +814,11 @@ def add_media_flags(add, max_frames=16, max_pixels=128 * 28 * 28):
         help="frames a second of video, within those bounds")
     add("--min_pixels", type=above(0, int), default=4 * 28 * 28,
         help="fewest pixels of a video frame")
-    add("--max_pixels", type=at_least(PATCH**2, int), default=max_pixels,
+    add("--max_pixels", type=most_pixels, default=max_pixels,
         help="most pixels of a video frame (a visual token is 28 x 28, in Qwen3-VL 32 x 32)")
     add("--image_min_pixels", type=above(0, int), default=4 * 28 * 28,
         help="fewest pixels of an image")
-    add("--image_max_pixels", type=at_least(PATCH**2, int), default=512 * 28 * 28,
+    add("--image_max_pixels", type=most_pixels, default=512 * 28 * 28,
         help="most pixels of an image")
     add("--media_root", help="folder that the records' paths are relative to; default: the data's")
     add("--num_workers", type=at_least(0, int), default=2,
@@ -920,15 +928,23 @@ def load_model(args, config):
     return model
 
 
+def let_first_rank_speak():
+    """A pause, on a machine's other ranks, before they tell a fault: where its first rank has it
+    too, as nearly always, the launcher ends them meanwhile, and it is told once."""
+    if os.environ.get("LOCAL_RANK", "0") != "0":
+        signal.signal(signal.SIGTERM, signal.SIG_DFL)  # a training run has its own
+        time.sleep(FIRST_RANK_SPEAKS)
+
+
 def run_script(main, parse_args):
     """Runs a script from its flags to its end. After a fault the end is immediate: the exit hooks
     would wait for data workers, which ignore a SIGTERM, and the launcher ends the other ranks when
     this one is gone."""
-    name = Path(sys.argv[0]).name
+    name, fault = Path(sys.argv[0]).name, None
     try:
         return main(parse_args())
     except InputError as error:
-        print(f"{name}: {error}", file=sys.stderr)
+        fault = error
     except KeyboardInterrupt:
         print(f"{name}: interrupted", file=sys.stderr)
     except Exception as error:
@@ -940,6 +956,9 @@ def run_script(main, parse_args):
     signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # torch's handler raises at a worker's end
     for worker in multiprocessing.active_children():
         worker.kill()  # it would hold our output open, for whoever reads that to its end
+    if fault is not None:
+        let_first_rank_speak()
+        print(f"{name}: {fault}", file=sys.stderr)
     try:
         sys.stdout.flush()
     finally:  # also where nobody reads the output any more
@@ -1358,6 +1377,7 @@ def toy_args_files(out, side):
 
 def build_toy(args):
     """Writes the toy below args.out: media/, cot.json, train.json, test.json, model/, *.args."""
+    from transformers.utils.logging import disable_progress_bar
     out = Path(args.out)
     if out.exists() and any(out.iterdir()):
         raise InputError(f"{out} is not empty: name another folder, or remove it first")
@@ -1380,9 +1400,12 @@ def build_toy(args):
     tokenizer.add_tokens([TEMPLATE.removeprefix("{question}\n"), *ANSWER_SUFFIX.values(),
                           "You are a helpful assistant."])
     model = toy_model(tokenizer, args.seed, family=args.model)
+    disable_progress_bar()
     model.save_pretrained(out / "model")
     processor = toy_processor(tokenizer, args.model)
     processor.save_pretrained(out / "model")
+    for path in (out / "model").iterdir():  # safetensors' are the owner's alone
+        path.chmod((out / "train.json").stat().st_mode)
     for name, text in toy_args_files(out, token_side(processor)).items():
         (out / name).write_text(text, encoding="utf-8")
     parameters = sum(p.numel() for p in model.parameters())

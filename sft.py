@@ -205,7 +205,8 @@ def main(args):
         if close_step(run, step, drawn, metrics, finite):
             return
     save_model(run, processor)
-    say_end(run, "optim/loss", f"tgrpo.py --model {args.output}")
+    say_end(run, "optim/loss",
+            f"python tgrpo.py --model {args.output} --data RECORDS --output FOLDER")
 
 
 # ========================================================================================
@@ -770,15 +771,15 @@ def say_start(run, records, work, first):
         f"{kinds['image']:,} images",
         f"{args.model}: {size:,} parameters, {precision}, ZeRO stage {run.identity['zero_stage']} "
         f"on {run.world} x {run.device.type}",
-        f"a step: {work}, on each of the {run.world}; {args.max_steps:,} steps are {epochs:.3g} "
-        "epochs"]
+        f"a step on each rank ({run.world} in all): {work}; {args.max_steps:,} steps are "
+        f"{epochs:.3g} epochs"]
     for example in first:
         inputs = example.get("inputs", example.get("ordered"))
         grid = inputs.get("video_grid_thw", inputs.get("image_grid_thw"))[0].tolist()
         visual, length = int((inputs["mm_token_type_ids"] > 0).sum()), inputs["input_ids"].shape[1]
         lines.append(f"first {example['record']['data_type']}: {grid[0]} x {grid[1]} x {grid[2]} "
                      "patches (time x height x width), "
-                     f"{visual} of its {length} tokens are visual")
+                     f"{visual} of its {length} tokens visual")
     if run.held_out:
         lines.append(f"{args.val_data}: the first {len(run.held_out)} records are answered now, "
                      f"every {args.val_steps} steps and at the end")

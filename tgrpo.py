@@ -642,8 +642,12 @@ def tell(group, step):
 
 
 def brief(text, most=300):
-    """A text on one line: of a long one, beginning and end."""
-    text = " ".join(text.split())
+    """A text on one line, without what would steer a terminal: of a long one, beginning and end.
+
+    >>> brief("up\\n\\x1b[2J down"), brief("abcdef", most=4)
+    ('up ?[2J down', 'ab ... ef')
+    """
+    text = "".join(c if c.isprintable() else "?" for c in " ".join(text.split()))
     return text if len(text) <= most else f"{text[:most // 2]} ... {text[-most // 2:]}"
 
 
@@ -693,7 +697,8 @@ def main(args):
         if groups and run.rank == 0 and args.show_steps and step % args.show_steps == 0:
             tell(groups[0], step)
     save_model(run, processor)
-    say_end(run, "reward/accuracy", f"evaluate.py --model {args.output}")
+    say_end(run, "reward/accuracy",
+            f"python evaluate.py --model {args.output} --benchmark NAME=FILE --output FOLDER")
 
 
 if __name__ == "__main__":

@@ -593,10 +593,11 @@ def curves_to_draw(args) -> dict:
     lines = defaultdict(list)
     for folder in map(Path, args.runs):
         try:
-            steps = read_lines(folder / "metrics.jsonl")[1:]
+            rows = read_lines(folder / "metrics.jsonl")[1:]
         except OSError as error:
             raise InputError(f"{error.filename}: {error.strerror}; RUN_DIR is an --output of "
                              "tgrpo.py") from None
+        steps = [row for row in rows if row["step"]]  # 0: held-out answers before the first
         if not steps:
             raise InputError(f"{folder}/metrics.jsonl has no step yet")
         lines[folder.resolve().name].append(curves_of(steps))

@@ -169,6 +169,18 @@ def test_curves_are_means_over_bins_and_absent_where_nothing_was_measured():
     assert ablate.thin(steps[:5] + [{"step": 6, "a": 1 / 3}], "a") == [3.0, 0.3333]
 
 
+def test_held_out_answers_before_the_first_step_are_no_point_of_a_curve(tmp_path):
+    rows = [{"arguments": {}}, {"step": 0, "val/accuracy": 0.5}, {"step": 1, "group/p": 0.25}]
+    for count in (2, 3):
+        write = "".join(json.dumps(row) + "\n" for row in rows[:count])
+        (tmp_path / "metrics.jsonl").write_text(write)
+        args = SimpleNamespace(runs=[tmp_path])
+        if count == 2:
+            with pytest.raises(InputError, match="no step yet"):
+                ablate.curves_to_draw(args)
+    assert ablate.curves_to_draw(args) == {tmp_path.name: [{"group/p": [0.25]}]}
+
+
 def test_a_band_is_the_standard_error_over_seeds():
     seeds = [{"a": [1.0, None]}, {"a": [3.0, 1.0]}, {}]
     assert ablate.band_of(seeds, "a") == [(2.5, 2.0, 1.0)]  # the bin of steps 1 to 5

@@ -329,6 +329,11 @@ def test_the_toy_holds_every_problem_type_and_both_media(toy):
     assert "toy/direction_conflict" not in sources  # the shortcut always works in the cold start
 
 
+def test_whoever_may_read_the_toy_may_read_its_model(toy):
+    assert len({(toy / name).stat().st_mode for name in (
+        "train.json", "model/config.json", "model/model.safetensors")}) == 1
+
+
 def test_the_toy_is_never_written_over(toy):
     result = run("build_data.py", "toy", "--out", toy, check=False)
     assert result.returncode == 1 and "Traceback" not in result.stderr
@@ -400,6 +405,7 @@ def test_flags_come_from_a_file_with_comments_too_and_later_ones_win(tmp_path):
     (["--share", "1"], "argument --share: 1 must be at least 0 and below 1"),
     (["--share", "nan"], "argument --share: nan must be at least 0 and below 1"),
     (["--min_frames", "32"], "--min_frames 32 is above --max_frames 16"),
+    (["--max_pixels", "128"], "128 must be at least 784: 128 visual tokens are 128 * 28 * 28 pix"),
     (["--max_pixels", "784"], "--min_pixels 3136 is above --max_pixels 784"),
     (["--image_max_pixels", "784"], "--image_min_pixels 3136 is above --image_max_pixels 784"),
     (["--unknown"], "unrecognized arguments: --unknown"),

@@ -303,7 +303,7 @@ def test_a_mixture_of_experts_is_saved_as_it_was_loaded(folder_of, tmp_path):
                      for path in (folder / "model", tmp_path / "run"))
     assert before.keys() == after.keys()
     assert all(torch.equal(before[name], after[name]) for name in before)
-    assert re.search("first video: 4 x 2 x 2 patches .*, 4 of its .* tokens are visual",
+    assert re.search("first video: 4 x 2 x 2 patches .*, 4 of its .* tokens visual",
                      said.stdout)
 
 

@@ -458,8 +458,8 @@ UNITS = [
     "yyyyy ", "ational", "running ", "ab cd ef ", "小", "İ", "ß", "ﷺ", "🐶",
     "\u0301\u0316", "a\u0301", "\u200b", "Ｂ", "选", "—", "负5", "five ", "two, one", "minus ", "n't ",
     "than or ", "at least ", "5 or ", "5+", "5 + ", "2+3=", "=(", "<", "<5>", "<sup>2</sup>",
-    "m$^2$", "5 or one", "five or ", "m}", "{,}", "\\text{", "\\frac1", "\\frac{1}", "**", "'s", "((", "B; B",
-    "B\n", "a dog (B)", "the answer is ", "i choose ", "2m30s", "5 is ", "以上",
+    "m$^2$", "5 or one", "five or ", "m}", "{,}", "\\text{", "\\frac1", "\\frac{1}", "**", "'s",
+    "((", "B; B", "B\n", "a dog (B)", "the answer is ", "i choose ", "2m30s", "5 is ", "以上",
     ", x", "- ", "', '", "ans. ", "?", "-\\$",
 ]
 WRAPS = ["{}", "{}!", "5{}x", "-{}5", "B. {}", "<think>{}</think>{}<answer>5</answer>{}",
@@ -475,10 +475,12 @@ def seconds(function, *arguments):
     return time.process_time() - start
 
 
-@pytest.mark.parametrize("wrap", WRAPS)
-def test_100000_characters_of_anything_cost_less_than_a_second(wrap):
+@pytest.mark.parametrize("wrap, every", [
+    *((wrap, len(WRAPS)) for wrap in WRAPS),  # each unit in one of them
+    *(pytest.param(wrap, 1, marks=pytest.mark.slow) for wrap in WRAPS)])
+def test_100000_characters_of_anything_cost_less_than_a_second(wrap, every):
     words = " ".join(random.Random(2).choices("abcdefgh", k=LONG // 2))
-    for unit in UNITS:
+    for unit in UNITS[WRAPS.index(wrap) % every::every]:
         share = LONG // wrap.count("{}")
         text = wrap.replace("{}", (unit * share)[:share])
         calls = [(rewards.extract_answer, text), (rewards.format_reward, text),
@@ -521,14 +523,14 @@ FRAGMENTS = [
     "**", "`", "\\boxed{", "\\frac{", "}{", "}", "{", "(", ")", "[", ":", "'", '"', "_", "’", "and",
     "running", "yyy", "é", "ß", "İ", "ı", "ſ", "小", "狗", "🐶", "\ud800", "\udfff", "\u200d", "ﷺ",
 ]
-FUZZ_STRINGS = 200_000
 FUZZ_TEXT_EVERY = 8  # the two text grades cost most, so they see one string in eight
 
 
-def test_no_string_raises_or_leaves_the_unit_interval():
+@pytest.mark.parametrize("strings", [20_000, pytest.param(200_000, marks=pytest.mark.slow)])
+def test_no_string_raises_or_leaves_the_unit_interval(strings):
     rng = random.Random(3)
     before, seen = "1", dict(answers=0, formats=0, numbers=0, letters=0, partial=0)
-    for count in range(FUZZ_STRINGS):
+    for count in range(strings):
         text = "".join(rng.choices(FRAGMENTS, k=rng.randrange(9)))
         if count % 4 == 0:  # otherwise hardly any string would have both blocks
             text = f"<think>{before}</think><answer>{text}</answer>"
@@ -552,4 +554,4 @@ def test_no_string_raises_or_leaves_the_unit_interval():
         seen["letters"] += letter != ""
         seen["partial"] += any(0.0 < grade < 1.0 for grade in grades)
         before = text
-    assert min(seen.values()) > 1000, seen  # the strings reach the interesting branches
+    assert min(seen.values()) > strings / 200, seen  # they reach the interesting branches

@@ -157,6 +157,14 @@ def test_bad_input_is_one_line(toy, tmp_path, change, status):
     assert change[1] in result.stderr and not result.stdout
 
 
+def test_a_fault_of_every_rank_is_told_once(toy, tmp_path):
+    for change in (["--data", "absent.json"], ["--zzz"]):
+        result = run(*tgrpo(toy, tmp_path / "out"), *change, ranks=2, check=False)
+        said = [line for line in (result.stdout + result.stderr).splitlines()
+                if line.startswith("tgrpo.py: ")]
+        assert result.returncode and len(said) == 1 and change[-1] in said[0]
+
+
 @pytest.mark.parametrize("model, words", [
     ("toyy/sft", "no such folder, and the hub does not give"),
     ("toyy", "no such folder"), ("./toyy", "no such folder"), ("/toyy/sft/x", "no such folder"),
@@ -216,10 +224,10 @@ def test_a_run_says_what_it_is_what_it_does_and_what_it_made(toy, tmp_path):
                                                result.stdout))
     assert re.fullmatch(r"\S+/train.json: 32 records, \d+ videos and \d+ images", begin[0])
     assert re.fullmatch(r"\S+/model: [\d,]+ parameters, fp32, ZeRO stage 3 on 1 x cpu", begin[1])
-    assert begin[2] == ("a step: 2 questions x (4 + 2) responses, 2 of them in a chunk of the "
-                        "update, on each of the 1; 2 steps are 0.125 epochs")
+    assert begin[2] == ("a step on each rank (1 in all): 2 questions x (4 + 2) responses, 2 of "
+                        "them in a chunk of the update; 2 steps are 0.125 epochs")
     assert re.fullmatch(r"first \w+: \d x \d x \d patches \(time x height x width\), "
-                        r"\d+ of its \d+ tokens are visual", begin[3])
+                        r"\d+ of its \d+ tokens visual", begin[3])
     assert begin[4].endswith("run: logs, the model at the end; checkpoints: every 100 steps (the "
                              "newest 2 stay)") and len(begin) == 5
     assert re.match(r"step 1 of 2: reward [\d.]+, accuracy [\d.]+, p [\d.]+, .*kl ", line)
@@ -228,7 +236,8 @@ def test_a_run_says_what_it_is_what_it_does_and_what_it_made(toy, tmp_path):
                   r"^step 2 of 2: "):
         assert len(re.findall(words, result.stdout, re.MULTILINE)) == 1, words
     assert re.search(r"run: the model after 2 steps, 0 min \d+ s; reward/accuracy .* -> ", end[0])
-    assert end[1:] == [f"next: evaluate.py --model {tmp_path / 'run'}"]
+    assert end[1:] == [f"next: python evaluate.py --model {tmp_path / 'run'} --benchmark NAME=FILE "
+                       "--output FOLDER"]
 
 
 def test_sft_stops_after_max_steps(toy, tmp_path):

@@ -1,4 +1,5 @@
 """The algorithm against hand-computed numbers, the fast forms against the naive ones."""
+import doctest
 import math
 from functools import partial
 from types import SimpleNamespace
@@ -20,6 +21,10 @@ WRONG = "<think>so</think><answer>A</answer>"
 
 
 # ------------------------------------------------------------------ shuffling, Eq. 1 to 5
+
+def test_the_examples_in_docstrings_hold():
+    assert doctest.testmod(tgrpo).failed == doctest.testmod(sft).failed == 0
+
 
 def test_shuffling_permutes_whole_frames_and_is_never_the_identity():
     frames = torch.arange(3 * 2 * 2 * 2).view(3, 2, 2, 2)
