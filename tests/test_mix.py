@@ -343,7 +343,8 @@ def test_released_video_r1_records_come_through_unchanged(tmp_path):
     (["A", "B"], ["A", "B"]), (["A-frame", "B-movie"], ["A-frame", "B-movie"]),
     ([1, 2.5], ["1", "2.5"]),
     ({"A": "x", "B": "y"}, ["x", "y"]), ({"B": "y", "A": "x"}, ["x", "y"]),
-    ({"A": "A. x", "B": "B. y"}, ["x", "y"]), ({"A": "x", "B": "y", "C": None}, ["x", "y"]), ({"A": 1, "B": 0}, ["1", "0"]),
+    ({"A": "A. x", "B": "B. y"}, ["x", "y"]), ({"A": "x", "B": "y", "C": None}, ["x", "y"]),
+    ({"A": 1, "B": 0}, ["1", "0"]),
     ({}, []), ([], [])])
 def test_letters_are_taken_off_options_where_all_have_theirs(options, texts):
     assert option_texts(options) == texts
