@@ -257,7 +257,7 @@ NOT_THE_NUMBER = re.compile(rf"""
   | \d%?(?:[ ]?[a-z]+)?[ ](?:(?:is|was|are)[ ](?:not|wrong|incorrect)|(?:is|was|are)n't)\b
   | \b(?:than|over|under|above|below|beyond|within|exceed\w*|nearly|almost|up[ ]to|m\w+imum[ ]of)
     (?:[ ](?:or|equal|to|an?|the|about|around|approximately|roughly|exactly))*[ ]?[-+]?[\d.]
-  | \bat[ ](?:the[ ]very[ ])?(?:least|most|minimum)\b | \d%?(?:[ -]?plus\b|[ ]?\+)(?![ ]?[\d(.])
+  | \bat[ ](?:the[ ]very[ ])?(?:least|most|minimum)\b | \d%?(?:[ -]?plus\b|[ ]?\+)(?![ ]?\.?[\d(])
   | \d[^\d.,;:!?\n]{0,20}[ ](?:or|and)[ ](?:more|less|above|below|up    # "5 cm or more"
     |(?:few|great|high|low|larg|small|long|short|old|young|ov|und)er)\b
   | (?<![-=])[<>][ ]?=?[ ]?[-+]?[\d.] | \d[ ]?[<>] | [≤≥≠≮≯⩽⩾] | != | =<    # "> 5", but "=> 5"

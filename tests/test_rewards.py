@@ -286,7 +286,7 @@ def test_a_number_is_read_by_its_value(text, value):
     ">5", "> 5", "< 5", ">= 5", "＞5", "≥ 5", "≤5", "≠ 5", "x > 5", "$\\geq 5$", "\\neq 5",
     "a minimum of 5", "maximum of 5", "at minimum 5", "at the very least 5", "2 hours and a half",
     "one of 5", "log 5", "\\ln 5", "sin 5", "5多", "5个多",
-    "5+", "5%+", "5 or more", "5 cm or fewer", "5 and above", "5-plus", "不是5", "至少5", "5个以上",
+    "5+", "5+.", "5%+", "5 or more", "5 cm or fewer", "5 and above", "5-plus", "不是5", "至少5", "5个以上",
     "2m30s", "5ft10in", "1h30m", "2 and a half", "two and a half", "2 and one half", "half of 5",
     "3 or four", "three to 4", "one or two", "two or one", "one or 2", "two to three", "3—4",
     "twenty-one", "twenty one", "thirty two", "five hundred", "one hundred and five", "two thirds",
