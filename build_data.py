@@ -153,8 +153,10 @@ def unmatchable(record) -> bool:
 
 def tell_unmatchable(path, records):
     """Says on how many records nothing can be earned: a reward of 0 teaches nothing."""
+    if os.environ.get("RANK", "0") != "0":  # one rank of a run looks for all
+        return
     found = [record for record in records if unmatchable(record)]
-    if found and os.environ.get("RANK", "0") == "0":  # one rank of a run says it for all
+    if found:
         print(f"{path}: no answer can match the solution of {len(found):,} of {len(records):,} "
               f"records (build_data.py check drops them); the first is problem_id "
               f"{found[0]['problem_id']}, {found[0]['problem_type']}: "
