@@ -41,7 +41,6 @@ import re
 import threading
 import time
 import unicodedata
-import zlib
 from collections import Counter
 from concurrent.futures import FIRST_COMPLETED, ThreadPoolExecutor, wait
 from datetime import timedelta
@@ -64,7 +63,7 @@ from build_data import (ANSWER_SUFFIX, TEMPLATE, UNUSABLE, FlagParser, InputErro
                         build_messages, encode, encode_blank, forbidden_tokens, image_as_video,
                         json_list, load_model, load_processor, load_records, load_vision_of,
                         make_folder_of, markdown, pad_batch, part_of, read_file, row_writer,
-                        run_script, seeded_generator, setup_distributed, skip_row, stop_tokens,
+                        record_seed, run_script, setup_distributed, skip_row, stop_tokens,
                         to_device, whole_rows, write_whole)
 from rewards import (WORD, accuracy_reward, choice_letter, extract_answer, format_reward,
                      parse_number)
@@ -429,12 +428,6 @@ def usable(samples, write):
             write([sample])
         else:
             yield sample
-
-
-def record_seed(seed, record) -> int:
-    """A seed of the record's own: its draws depend on no batch, no rank and no restart."""
-    key = zlib.crc32(str(record["problem_id"]).encode())
-    return seeded_generator(seed, key).initial_seed() % 2**31  # servers take 31 bits
 
 
 def refuse_repeated_ids(path, records):

@@ -62,12 +62,12 @@ import torch.distributed as dist
 from PIL import Image
 
 from annotate import (Asker, add_asking_flags, api_messages, ask_all, configuration_of, read_rows,
-                      record_seed, refuse_repeated_ids)
+                      refuse_repeated_ids)
 from build_data import (MALFORMED, FlagParser, InputError, MediaError, above, add_machine_flags,
                         add_media_flags, as_in_file, encode, letter, lettered, load_records,
                         load_vision_of, make_folder_of, markdown, provenance, read_file,
-                        refuse_absent_media, row_writer, run_script, seeded_generator,
-                        shuffle_frames, skip_row, write_whole)
+                        record_seed, refuse_absent_media, row_writer, run_script,
+                        seeded_generator, shuffle_frames, skip_row, write_whole)
 from rewards import (accuracy_reward, extract_answer, format_reward, multiple_choice, numerical,
                      parse_number)
 

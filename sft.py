@@ -26,7 +26,6 @@ import shutil
 import signal
 import sys
 import time
-import zlib
 from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -45,9 +44,10 @@ from transformers import GenerationConfig
 from build_data import (FULL_DISK, FlagParser, InputError, MediaError, above, add_machine_flags,
                         add_media_flags, as_in_file, at_least, encode, encode_blank,
                         forbidden_tokens, image_as_video, load_model, load_processor, load_records,
-                        load_vision_of, pad_batch, provenance, read_file, refuse_absent_media,
-                        rope_positions, run_script, seeded_generator, setup_distributed,
-                        shuffle_frames, skip_row, stop_tokens, to_device, whole_rows, write_whole)
+                        load_vision_of, pad_batch, provenance, read_file, record_seed,
+                        refuse_absent_media, rope_positions, run_script, seeded_generator,
+                        setup_distributed, shuffle_frames, skip_row, stop_tokens, to_device,
+                        whole_rows, write_whole)
 from rewards import accuracy_reward
 
 import deepspeed  # after build_data, which quiets its first words
@@ -214,8 +214,7 @@ def main(args):
 # ends in close_step, which writes what the step was and, where one is due, a checkpoint.
 # ========================================================================================
 
-# First keys of the generators of the data order and of held-out frames; a stage's own are 1 to 8
-ORDER_STREAM, HELD_OUT_STREAM = 0, 9
+ORDER_STREAM = 0  # first key of the data order's generators; a stage's own streams begin at 1
 VAL_BATCH = 8  # held-out questions that a rank answers together, videos in both orders
 # What a resumed run may change: it paces the run or says where things are.
 FREE_ARGUMENTS = {"data", "media_root", "output", "deepspeed_config", "num_workers",
@@ -558,11 +557,11 @@ def load_held_out(args) -> list[dict]:
 
 def held_out_example(args, processor, record, vision, position):
     """What a worker makes of a held-out record: its prompts, to the ordered frames and, of a
-    video, to the shuffled ones, which are always in the same order."""
+    video, to the shuffled ones, in the order that evaluate.py's --order shuffled gives
+    with the same seed."""
     seen = [vision]
     if vision.frames is not None:
-        key = zlib.crc32(str(record["problem_id"]).encode())
-        generator = seeded_generator(HELD_OUT_STREAM, args.seed, key)
+        generator = seeded_generator(record_seed(args.seed, record))
         seen.append(vision._replace(frames=shuffle_frames(vision.frames, generator)))
     return {"record": record, "prompts": [image_as_video(processor, encode(processor, record, part))
                                           for part in seen]}
