@@ -33,7 +33,6 @@ import statistics
 import subprocess
 import sys
 import threading
-from collections import defaultdict
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from itertools import product
 from pathlib import Path
@@ -90,20 +89,10 @@ seeds, not corrected for the number of comparisons)."""
 # Student's t that leaves 2.5 % on either side, for 1, 2, ... degrees of freedom.
 T_95 = (12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262, 2.228, 2.201, 2.179, 2.160,
         2.145, 2.131)
-CURVES = ("reward/accuracy", "reward/temporal", "group/temporal_rate", "group/p", "group/p_tilde",
-          "policy/kl", "response/tokens", "group/zero_std_rate")
-# A panel: its title, and (metric, line style or None: the configuration's).
-PANELS = {"accuracy reward": [("reward/accuracy", None)],
-          "temporal reward (videos)": [("reward/temporal", None)],
-          "response length, tokens": [("response/tokens", None)],
-          "p; dotted: p_tilde (shuffled)": [("group/p", None), ("group/p_tilde", ":")],
-          "KL to the cold start": [("policy/kl", None)],
-          "share of zero-variance groups": [("group/zero_std_rate", None)]}
 # Okabe and Ito's colours, which most colour-blind people can tell apart, and dashes for the rest.
 STYLES = [("#0072B2", "-"), ("#D55E00", "--"), ("#009E73", "-."), ("#CC79A7", (0, (5, 1, 1, 1))),
-          ("#000000", (0, (3, 2))), ("#E69F00", "-")]
+          ("#000000", (0, (3, 2)))]
 PALETTE = 128  # colours of a picture's file
-BIN = 5  # steps whose mean is a point of a curve
 SAVE_STEPS = 25  # steps between checkpoints: what a kill costs at most
 TAIL = 15  # lines of a failed run's log that are shown
 
@@ -128,13 +117,9 @@ def parse_args(argv=None):
     run.set_defaults(function=run_all)
     table = commands.add_parser("table", help="the results as Markdown")
     table.set_defaults(function=write_table)
-    plot = commands.add_parser("plot", help="differences or runs as PNG; needs matplotlib")
-    plot.add_argument("runs", nargs="*", metavar="RUN_DIR",
-                      help="outputs of tgrpo.py to draw; folders of the same name are seeds of one "
-                           "line. Default: the differences in the results")
-    plot.add_argument("--folder", help="where curves.png or, without RUN_DIR, differences.png and "
-                                       "advantages.png are written; default: the first RUN_DIR, or "
-                                       "assets")
+    plot = commands.add_parser("plot", help="the differences as a picture; needs matplotlib")
+    plot.add_argument("--folder", default=str(ROOT / "assets"),
+                      help="where differences.png and advantages.png are written")
     plot.set_defaults(function=plot_all)
     for command in (table, plot):
         command.add_argument("--json", default=str(ROOT / "tests" / "ablations.json"),
@@ -161,23 +146,6 @@ def mean(values):
     """The mean of those that are there, or None."""
     values = [value for value in values if value is not None]
     return sum(values) / len(values) if values else None
-
-
-def thin(steps, name) -> list:
-    """A metric as means over bins of BIN steps; None where no step of a bin has it.
-
-    >>> thin([{"step": s, "a": s} for s in range(1, 11)], "a")
-    [3.0, 8.0]
-    """
-    bins = [[] for _ in range(0, steps[-1]["step"], BIN)]
-    for row in steps:
-        bins[(row["step"] - 1) // BIN].append(row.get(name))
-    return [short(mean(values)) for values in bins]
-
-
-def curves_of(steps) -> dict:
-    """{metric: a value a bin} of those of CURVES that a run has."""
-    return {name: thin(steps, name) for name in CURVES if any(name in row for row in steps)}
 
 
 def scores_of(results) -> dict:
@@ -588,52 +556,6 @@ def import_pyplot():
     return pyplot
 
 
-def curves_to_draw(args) -> dict:
-    """{label: curves of each seed} of run folders."""
-    lines = defaultdict(list)
-    for folder in map(Path, args.runs):
-        try:
-            rows = read_lines(folder / "metrics.jsonl")[1:]
-        except OSError as error:
-            raise InputError(f"{error.filename}: {error.strerror}; RUN_DIR is an --output of "
-                             "tgrpo.py") from None
-        steps = [row for row in rows if row["step"]]  # 0: held-out answers before the first
-        if not steps:
-            raise InputError(f"{folder}/metrics.jsonl has no step yet")
-        lines[folder.resolve().name].append(curves_of(steps))
-    if len(lines) > len(STYLES):
-        raise InputError(f"{len(lines)} different names of folders, and {len(STYLES)} styles of "
-                         "lines that can be told apart: plot fewer")
-    return lines
-
-
-def band_of(seeds, metric) -> list[tuple]:
-    """(step in the middle of a bin, mean, standard error or 0) of a metric over seeds, for the
-    bins where all have it."""
-    columns = zip(*(curves[metric] for curves in seeds if metric in curves))
-    return [((i + 0.5) * BIN, middle, error or 0.0) for i, values in enumerate(columns)
-            if None not in values for middle, error in [mean_and_error(values)]]
-
-
-def plot_curves(pyplot, lines, path):
-    """The paper's Figure 5 and what explains it: a panel a metric, a line a configuration."""
-    figure, axes = pyplot.subplots(2, 3, figsize=(13, 7), sharex=True)
-    for axis, (title, metrics) in zip(axes.flat, PANELS.items()):
-        axis.set_title(title, fontsize=13)
-        for (label, seeds), (colour, style) in zip(lines.items(), STYLES):
-            label = f"{label} ({len(seeds)} seed{'s' * (len(seeds) > 1)})"
-            for metric, own_style in metrics:
-                # (3, bins), also where there is no bin
-                step, middle, error = torch.tensor(band_of(seeds, metric)).reshape(-1, 3).T
-                axis.plot(step, middle, color=colour, linestyle=own_style or style, label=label)
-                axis.fill_between(step, middle - error, middle + error, color=colour, alpha=0.2,
-                                  linewidth=0)
-    axes[0, 0].legend(fontsize=11, frameon=False)
-    for axis in axes[1]:
-        axis.set_xlabel("step")
-    save(pyplot, figure, path)
-
-
 def plot_differences(pyplot, compared, path):
     """Every comparison with BASE: a row of panels a setting, a panel a measure."""
     names = [name for name in CONFIGS if name != BASE][::-1]  # the first on top
@@ -711,11 +633,7 @@ def plot_advantages(pyplot, path):
 
 
 def plot_all(args):
-    pyplot = import_pyplot()
-    folder = Path(args.folder or (args.runs[0] if args.runs else ROOT / "assets"))
-    if args.runs:
-        plot_curves(pyplot, curves_to_draw(args), folder / "curves.png")
-        return
+    pyplot, folder = import_pyplot(), Path(args.folder)
     plot_advantages(pyplot, folder / "advantages.png")  # of no run, but of the algorithm
     compared = comparisons(read_results(args.json)["runs"])
     if not compared:

@@ -163,29 +163,6 @@ def test_the_number_of_comparisons_is_told_and_every_interval_without_zero():
             "shortcut, `joint`, gap -10.0 [-12.5, -7.5].") in text
 
 
-def test_curves_are_means_over_bins_and_absent_where_nothing_was_measured():
-    steps = [{"step": s, "a": s} if s != 6 else {"step": 6} for s in range(1, 7)]
-    assert ablate.thin(steps, "a") == [3.0, None]
-    assert ablate.thin(steps[:5] + [{"step": 6, "a": 1 / 3}], "a") == [3.0, 0.3333]
-
-
-def test_held_out_answers_before_the_first_step_are_no_point_of_a_curve(tmp_path):
-    rows = [{"arguments": {}}, {"step": 0, "val/accuracy": 0.5}, {"step": 1, "group/p": 0.25}]
-    for count in (2, 3):
-        write = "".join(json.dumps(row) + "\n" for row in rows[:count])
-        (tmp_path / "metrics.jsonl").write_text(write)
-        args = SimpleNamespace(runs=[tmp_path])
-        if count == 2:
-            with pytest.raises(InputError, match="no step yet"):
-                ablate.curves_to_draw(args)
-    assert ablate.curves_to_draw(args) == {tmp_path.name: [{"group/p": [0.25]}]}
-
-
-def test_a_band_is_the_standard_error_over_seeds():
-    seeds = [{"a": [1.0, None]}, {"a": [3.0, 1.0]}, {}]
-    assert ablate.band_of(seeds, "a") == [(2.5, 2.0, 1.0)]  # the bin of steps 1 to 5
-
-
 # ------------------------------------------------------------------------------- running
 
 def test_runs_follow_their_cold_start_and_are_measured_by_group_of_questions(lab):
@@ -631,18 +608,12 @@ def test_plot_without_matplotlib_says_how_to_get_it(monkeypatch):
         main("plot")
 
 
-def test_pictures_of_runs_and_of_results(tmp_path, lab):
+def test_pictures_of_the_algorithm_and_of_the_results(tmp_path, lab):
     pytest.importorskip("matplotlib")
     lab("--seeds", "2", "--only", "tgrpo", "grpo")
     main("plot", "--json", "toy/ablations.json", "--folder", "a")
-    folders = [str(path) for path in sorted(Path("toy/ablations").glob("seed*/plain/*grpo"))
-               if path.name in ("tgrpo", "grpo")]
-    main("plot", *folders)
-    for path in ("a/differences.png", "a/advantages.png", f"{folders[0]}/curves.png"):
+    for path in ("a/differences.png", "a/advantages.png"):
         assert 10_000 < (tmp_path / path).stat().st_size < 150_000
-    assert not Path(folders[0], "advantages.png").exists()  # it is of no run
-    with pytest.raises(InputError, match="RUN_DIR is an --output"):
-        main("plot", "toy")
     lab("--seeds", "1", "--only", "grpo", "--out", "elsewhere/ablations")
     with pytest.raises(InputError, match="no two seeds of grpo and another"):
         main("plot", "--json", "elsewhere/ablations.json", "--folder", "c")
