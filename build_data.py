@@ -1341,18 +1341,18 @@ sft.args
 # the cold start: python sft.py @{out}/sft.args
 --model={out}/model --data={out}/cot.json --output={out}/sft {common}
 # one process has nothing to shard; on two, add --deepspeed_config ds_zero3.json
---deepspeed_config={out}/ds_zero0.json --num_train_epochs=3 --max_frames={frames}
+--deepspeed_config={out}/ds_zero0.json --num_train_epochs=4 --max_frames={frames}
 --per_rank_batch_size=16 --gradient_accumulation_steps=1 --learning_rate=1e-3
 --lr_schedule=linear --warmup_steps=100 --adam_beta2=0.98 --max_grad_norm=1
---val_data={out}/test.json --val_steps=175 --val_limit=64 --val_max_new_tokens=40
+--val_data={out}/test.json --val_steps=200 --val_limit=64 --val_max_new_tokens=40
 
 tgrpo.args
 # T-GRPO: python tgrpo.py @{out}/tgrpo.args
 --model={out}/sft --data={out}/train.json --output={out}/tgrpo {common} --max_frames={frames}
 # one process has nothing to shard; on two, add --deepspeed_config ds_zero3.json
---deepspeed_config={out}/ds_zero0.json --prompts_per_rank=12 --max_steps=120
+--deepspeed_config={out}/ds_zero0.json --prompts_per_rank=12 --max_steps=100
 --learning_rate=2e-4 --lr_schedule=linear --warmup_steps=20 --adam_beta2=0.99 --max_grad_norm=1
---max_new_tokens=40 --chunk_size=8 --val_data={out}/test.json --val_steps=30 --val_limit=64
+--max_new_tokens=40 --chunk_size=8 --val_data={out}/test.json --val_steps=25 --val_limit=64
 # responses are about 20 tokens long, so the window of the length reward is too
 --l_min=16 --l_max=24 --save_steps=50
 # every response is kept, for tests/report.py
