@@ -25,13 +25,15 @@ Scores:
     reflections  phrases of second thoughts in a response ("wait", "let me check"): only counted
     drop       score with ordered frames minus this score, over records answered in both
 
-Each has a 95 % interval: bootstrap over media, since questions share videos. A medium that cannot
-be read is skipped and named, never replaced; every score stands beside answered/records.
+Each has a 95 % interval: bootstrap over media, since questions share videos (Vinoground's scores:
+over pairs). A medium that cannot be read is skipped and named, never replaced; every score stands
+beside answered/records.
 
 --order tells what a score needs. shuffled, reversed: the order of frames; single_frame (the middle
 one, in every place): motion; blind (grey in every place): sight. The prompt's text, length and
-timing stay. --judge asks a large model which questions need temporal reasoning and which responses
-use it (Figure 6).
+timing stay. (Reversing one of Vinoground's video questions also swaps the two clips that it joins,
+so its answer may stay right: look at shuffled there.) --judge asks a large model which questions
+need temporal reasoning and which responses use it (Figure 6).
 
 Every rank answers a share, with the whole model or through --api_base: a server gets pictures
 without timing, so its scores are not those of the same model here. --output (one folder for all
@@ -92,7 +94,7 @@ def parse_args(argv=None):
     add("--model", help="Hugging Face directory or name of the model to evaluate, or to judge with")
     add("--output", help="folder for rows and results; completed if it has some")
     add("--limit", type=above(0, int), metavar="N", help="only the first N questions of each "
-        "benchmark; without it the same command goes on with the others")
+        "benchmark, file by file; without it the same command goes on with the others")
     # what the model sees, and how it answers
     add("--frames", type=above(0, int), nargs="+", default=[16, 32, 64],
         help="most frames of a video; one result for each number")
@@ -339,10 +341,11 @@ TVBENCH_TASKS = (*TVBENCH_CLIPS, "action_antonym", "action_count", "egocentric_s
 def tvbench(content, path):
     """json/action_sequence.json [{"video": "12.mp4", "question": "What first?", "candidates":
     ["up", "down"], "answer": "up", "start": 3.2, "end": 11.0}] -> video/action_sequence/12.mp4,
-    answer A. action_antonym's videos are NTU RGB+D's and not in the release."""
+    answer A. Its zips are unpacked where they lie; action_antonym's videos are NTU RGB+D's and not
+    in the release."""
     task = named_part(path, TVBENCH_TASKS)
     for i, row in enumerate(content):
-        options = [*map(str, row["candidates"])]
+        options = [*map(str, [] + row["candidates"])]  # of a list: a text would come apart
         answer = letter(options.index(str(row["answer"])))  # a number is a text, not a place
         record = as_record(f"{task}/{i}", row["question"], options, answer,
                            f"video/{task}/{row['video']}", task=task)
@@ -400,7 +403,7 @@ class Overall(NamedTuple):
 class Benchmark(NamedTuple):
     """A benchmark: the first six are the columns of the paper's Table 1."""
     title: str
-    size: int                     # questions that the paper counts; 0: releases differ
+    size: int                     # its number of questions; 0: any
     files: tuple[str, ...]        # where its release keeps them: patterns below its folder
     convert: Callable
     overalls: dict[str, Overall]  # the first that the records' groups allow is the headline
@@ -420,7 +423,7 @@ BENCHMARKS = {
                              PLAIN),
     "videomme": Benchmark("VideoMME (wo sub)", 2700, ("*.json", "*.jsonl", "videomme/*.parquet"),
                           videomme, PLAIN),
-    "tvbench": Benchmark("TVBench", 0, ("json/*.json",), tvbench, BY_TASK),
+    "tvbench": Benchmark("TVBench", 2525, ("json/*.json",), tvbench, BY_TASK),
     "tomato": Benchmark("TOMATO", 1484, ("data/*.json", "*.json"), tomato, PLAIN),
     "vinoground": Benchmark("Vinoground", 2000, (
         "vinoground_*score.json", "*/vinoground_*score.json"), vinoground, {
@@ -809,7 +812,8 @@ def read_benchmark(name, path, args):
             else:
                 records += benchmark.convert(content, file)
         except MALFORMED as error:
-            raise InputError(f"{file} is not as {benchmark.title} is released: {error!r}") from None
+            raise InputError(f"{file} is not as {benchmark.title} is released: {error!r}, after "
+                             f"{len(records)} questions") from None
     whole = Path(args.output) / f"{name}.records.json"
     write_whole({whole: [json.dumps(records, indent=1)]})  # by every rank
     try:
@@ -950,7 +954,7 @@ def write_result(args, name, records, configuration, rows):
     write_whole({f"{args.output}/{stem}.json": [json.dumps(result, indent=1)]})
     print("\n".join(table(f"{stem}: {args.model}", scores, name)))
     if benchmark.size not in (0, len(records)):
-        print(f"{name}: {len(records)} of the {benchmark.size} questions that the paper counts")
+        print(f"{name}: {len(records)} questions; {benchmark.title} has {benchmark.size}")
     if skipped:
         print(f"skipped {len(skipped)}, named in {args.output}/skipped.jsonl; the first: "
               f"{skipped[0]['reason']}")

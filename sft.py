@@ -595,12 +595,12 @@ def validate(run, processor, answer, step, metrics):
 
 def note_grades(metrics, record, texts):
     """Metrics of a held-out question, from its answers to ordered and, of a video, shuffled frames.
-    An image's one answer counts in both accuracies, as in evaluate.py --order shuffled."""
+    An image's one answer counts in both accuracies, as in evaluate.py --order shuffled: gap 0."""
     grades = [accuracy_reward(text, record) for text in texts]
     note(metrics, "val/accuracy", grades[:1])
     note(metrics, f"val/accuracy/{record['problem_type']}", grades[:1])
     note(metrics, "val/accuracy_shuffled", grades[-1:])
-    note(metrics, "val/gap", [grades[0] - shuffled for shuffled in grades[1:]])
+    note(metrics, "val/gap", [grades[0] - grades[-1]])
 
 
 def write_first(run):
@@ -780,7 +780,8 @@ def say_start(run, records, work, first):
                      "patches (time x height x width), "
                      f"{visual} of its {length} tokens visual")
     if run.held_out:
-        lines.append(f"{args.val_data}: the first {len(run.held_out)} records are answered now, "
+        now = "" if run.first_step else "now, "
+        lines.append(f"{args.val_data}: the first {len(run.held_out)} records are answered {now}"
                      f"every {args.val_steps} steps and at the end")
     lines.append(f"{args.output}: logs, the model at the end; checkpoints: {saves}")
     tqdm.write("\n".join(lines))

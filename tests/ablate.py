@@ -32,6 +32,7 @@ import signal
 import statistics
 import subprocess
 import sys
+import tempfile
 import threading
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from itertools import product
@@ -138,14 +139,8 @@ def read_lines(path) -> list[dict]:
 
 
 def short(number):
-    """A number to 4 digits, for a small file; None stays."""
-    return None if number is None else float(f"{number:.4g}")
-
-
-def mean(values):
-    """The mean of those that are there, or None."""
-    values = [value for value in values if value is not None]
-    return sum(values) / len(values) if values else None
+    """A number to 4 digits, for a small file."""
+    return float(f"{number:.4g}")
 
 
 def scores_of(results) -> dict:
@@ -155,7 +150,7 @@ def scores_of(results) -> dict:
     kinds = sorted({kind for kind, _ in rows["ordered"]})
 
     def score(order, kinds=kinds):
-        return mean([accuracy for kind, accuracy in rows[order] if kind in kinds])
+        return statistics.fmean(accuracy for kind, accuracy in rows[order] if kind in kinds)
 
     ordered, shuffled = score("ordered"), score("shuffled")
     scores = {"ordered": ordered, "shuffled": shuffled, "gap": ordered - shuffled,
@@ -177,7 +172,7 @@ def read_run(out, seed, run) -> dict | None:
     header, *steps = read_lines(model.parent / "metrics.jsonl")
     setting, _, name = run.rpartition("/")  # the cold start has no setting: "sft"
     return {"setting": setting, "config": name, "seed": seed, **scores_of(results),
-            "tokens": short(mean([row["tokens"] for row in results["ordered"]["rows"]])),
+            "tokens": short(statistics.fmean(row["tokens"] for row in results["ordered"]["rows"])),
             "seconds": short(sum(row["time/step"] for row in steps)),
             "skipped": sum(row["data/skipped"] for row in steps)
             + sum(len(result["skipped"]) for result in results.values()), "header": header}
@@ -240,17 +235,25 @@ def variant_of(out, name) -> Path:
 
 
 def make_variant(out, name):
-    """Copies tgrpo.py and applies a variant's diff to the copy."""
-    script = variant_of(out, name)
+    """Copies tgrpo.py and applies a variant's diff to the copy. InputError where there are runs of
+    another copy, whose results are not this one's."""
+    script, diff = variant_of(out, name), VARIANTS[name].resolve()
+    # Not in the repository: there git would look for a diff's tgrpo.py at the top.
+    with tempfile.TemporaryDirectory() as folder:
+        copy = Path(shutil.copy(ROOT / "tgrpo.py", folder))
+        try:
+            subprocess.run(["git", "apply", diff], cwd=folder, check=True, capture_output=True,
+                           text=True)
+        except FileNotFoundError:
+            raise InputError("variants are applied by git, which is not installed") from None
+        except subprocess.CalledProcessError as error:
+            raise InputError(f"{diff} does not apply to tgrpo.py: {error.stderr}") from None
+        text = copy.read_text(encoding="utf-8")
+    if any(Path(out).glob(f"seed*/*/{name}")) and script.read_text(encoding="utf-8") != text:
+        raise InputError(f"{out} has runs of another {name}, by an earlier diff or tgrpo.py: "
+                         f"remove seed*/*/{name} and seed*/*/eval_{name}, or name another --out")
     script.parent.mkdir(parents=True, exist_ok=True)
-    shutil.copy(ROOT / "tgrpo.py", script)
-    try:
-        subprocess.run(["git", "apply", str(VARIANTS[name])], cwd=script.parent, check=True,
-                       capture_output=True, text=True)
-    except FileNotFoundError:
-        raise InputError("variants are applied by git, which is not installed") from None
-    except subprocess.CalledProcessError as error:
-        raise InputError(f"{VARIANTS[name]} does not apply to tgrpo.py: {error.stderr}") from None
+    write_whole({script: [text]})
 
 
 def tail_of(log) -> str:
@@ -285,8 +288,10 @@ class Runner:
         results = result_files(self.args.out, seed, run)
         folder = results[0].parent
         folder.parent.mkdir(parents=True, exist_ok=True)
+        again = False  # what follows a command that was run is of an earlier model
         for result, command in zip(results, commands_of(self.args, seed, run)):
-            if not result.exists():
+            if again or not result.exists():
+                again = True
                 self.call(command, folder.with_name(f"{folder.name}.log"), result)
         for checkpoint in folder.glob("checkpoint-*"):
             shutil.rmtree(checkpoint)
@@ -394,7 +399,7 @@ def mean_and_error(values) -> tuple:
     (2.0, 0.5773502691896258)
     """
     n = len(values)
-    return mean(values), statistics.stdev(values) / math.sqrt(n) if n > 1 else None
+    return statistics.fmean(values), statistics.stdev(values) / math.sqrt(n) if n > 1 else None
 
 
 def interval(values) -> tuple | None:
@@ -481,7 +486,8 @@ def notes_of(results, compared) -> list[str]:
              f"{len(compared) / 20:.1f} of their 95 % intervals would be expected to exclude zero. "
              f"Those that do: {'; '.join(apart) or 'none'}."]
     versions = ", ".join(f"{name} {found}" for name, found in results["versions"].items())
-    notes.append(f"{results['steps']} steps; {versions}; one thread a run.")
+    notes.append(f"{results['steps']} steps; commit {', '.join(results['git_commits'])}; "
+                 f"{versions}; one thread a run.")
     absent = [f"{setting}/{name}" for setting, name in product(SETTINGS, CONFIGS)
               if not by_seed(results["runs"], setting, name)]
     if absent:

@@ -4,6 +4,7 @@ import importlib.util
 import json
 import re
 import shutil
+import subprocess
 import sys
 import time
 from concurrent.futures import ThreadPoolExecutor
@@ -126,7 +127,8 @@ def test_differences_are_paired_by_seed_and_setting_and_need_both():
 
 def table_of(runs):
     """[rows of each table, cells by the first] and the notes of a results file."""
-    text = ablate.tables_of({"runs": runs, "versions": {"torch": "2"}, "steps": 9})
+    text = ablate.tables_of({"runs": runs, "versions": {"torch": "2"}, "steps": 9,
+                             "git_commits": ["c0ffee"]})
     tables = [[[cell.strip() for cell in row.split("|")[1:-1]] for row in part.splitlines()]
               for part in text.split("\n\n") if part.startswith("|")]
     return [{first: rest for first, *rest in table} for table in tables], text
@@ -147,7 +149,7 @@ def test_the_tables_have_means_differences_and_every_setting():
     assert joint == ["-"] * 4 + ["1"]
     assert "`grpo`" not in differences and set(means) & set(shortcut) > {"`sft`"}  # of both
     assert len(empty) == 2  # heading and ruler
-    assert "9 steps; torch 2; one thread a run." in text
+    assert "9 steps; commit c0ffee; torch 2; one thread a run." in text
     assert "plain/strict, " in text.split("Not run: ")[1] and "shortcut/grpo" in text
 
 
@@ -193,6 +195,12 @@ def test_only_what_is_missing_is_run_again(lab):
     assert status == 0 and set(calls) == {
         "shuffled seed0/plain/eval_tgrpo", "train seed0/plain/grpo",
         "ordered seed0/plain/eval_grpo", "shuffled seed0/plain/eval_grpo"}
+
+
+def test_a_model_trained_again_is_evaluated_again(lab):
+    lab("--seeds", "1", "--only", "tgrpo")
+    shutil.rmtree("toy/ablations/seed0/plain/tgrpo")
+    assert len(lab("--seeds", "1", "--only", "tgrpo")[1]) == 3
 
 
 def test_other_seeds_repeat_a_result_in_another_folder(lab):
@@ -436,6 +444,32 @@ def test_a_diff_that_does_not_fit_is_named(lab, monkeypatch, tmp_path):
     monkeypatch.setenv("PATH", "")
     with pytest.raises(InputError, match="git, which is not installed"):
         lab("--seeds", "1", "--only", "margin")
+
+
+def test_ones_own_git_diff_is_applied_within_a_repository_too(lab, monkeypatch, tmp_path):
+    subprocess.run(["git", "init", "-q", str(tmp_path)], check=True)
+    path = tmp_path / "mine.diff"
+    path.write_text("# an idea\ndiff --git a/tgrpo.py b/tgrpo.py\n--- a/tgrpo.py\n+++ b/tgrpo.py\n"
+                    "@@ -1,2 +1,3 @@\n \n+# mine\n import json, pathlib, sys\n")
+    monkeypatch.setitem(ablate.VARIANTS, "margin", path)
+    lab("--seeds", "1", "--only", "margin")
+    assert "# mine" in Path("toy/ablations/variants/margin/tgrpo.py").read_text()
+
+
+def test_results_of_an_earlier_diff_are_not_taken_for_those_of_the_edited_one(lab, monkeypatch,
+                                                                             tmp_path):
+    path = tmp_path / "mine.diff"
+    diff = "--- a/tgrpo.py\n+++ b/tgrpo.py\n@@ -1,2 +1,3 @@\n \n+# {}\n import json, pathlib, sys\n"
+    monkeypatch.setitem(ablate.VARIANTS, "margin", path)
+    path.write_text(diff.format("mine"))
+    lab("--seeds", "1", "--only", "margin")
+    path.write_text(diff.format("edited"))
+    for _ in range(2):
+        with pytest.raises(InputError, match="has runs of another margin.* remove seed"):
+            lab("--seeds", "1", "--only", "margin")
+    for name in ("margin", "eval_margin"):
+        shutil.rmtree(f"toy/ablations/seed0/plain/{name}")
+    assert len(lab("--seeds", "1", "--only", "margin")[1]) == 3
 
 
 def test_a_variant_runs_as_its_copy_that_imports_from_here(lab, monkeypatch, tmp_path):

@@ -1,4 +1,4 @@
-"""Claims about the six benchmarks: releases read, scores by hand, servers, judge, comparison."""
+"""Claims about the benchmarks: releases read, scores by hand, servers, judge, comparison."""
 import base64
 import io
 import json
@@ -410,6 +410,9 @@ def test_a_folder_without_frames_or_rate_costs_its_record(tmp_path):
                                           "candidates": ["a", "b"]}], "KeyError.'start'"),
     ("tvbench", "object_count.json", [{"video": "1.mp4", "question": "?", "answer": "0",
                                        "candidates": ["2", "1"]}], "'0' is not in list"),
+    ("tvbench", "object_count.json", [{"video": "1.mp4", "question": "?", "answer": "1",
+                                       "candidates": "['2', '1']"}],
+     "TypeError.*after 0 questions"),
     ("tvbench", "episodic_reasoning.json", [{}], "none of action_localization, "),
     ("tomato", "count.json", {"0": tomato_row(7, "1", "human", "count")},
      "the answer 'H' is none"),
@@ -583,13 +586,14 @@ def test_tvbench_s_headline_is_the_mean_of_its_tasks_with_their_coverage():
 
 
 def test_order_benchmarks_follow_table_1_s_columns_where_there_are_results():
-    result = {"benchmark": "tvbench", "frames": 16, "order": "ordered", "answered": 6, "records": 8,
+    result = {"benchmark": "tvbench", "frames": 16, "order": "ordered", "answered": 6, "records": 6,
               "overall": "all", "scores": {"all": {"score": {"mean": 0.5, "low": 0.25, "high": 1}}},
               "arguments": {"model": "m"}}
     head, _, row, *paper = evaluate.summary([result], "paper")
     assert [text.strip() for text in head.strip("|").split("|")][-2:] == [
         "VideoMME (wo sub)", "TVBench"]
-    assert row.startswith("| m (ordered) ") and "| 50.0 [25.0, 100.0] 6/8 |" in row
+    # the whole of its file, but not of the benchmark
+    assert row.startswith("| m (ordered) ") and "| 50.0 [25.0, 100.0] 6/2525 |" in row
     assert len({line.count("|") for line in (head, row, *paper)}) == 1
     assert "TVBench" not in evaluate.summary([], "paper")[0]
 
@@ -654,7 +658,7 @@ def test_a_release_is_answered_and_stands_in_the_paper_s_table(toy, mmvu, tmp_pa
     assert row["reward"] == row["accuracy"] + row["format"] and row["size"] == [8, 28, 28]
     assert row["prompt_tokens"] > 0 and len(result["configuration_sha256"]) == 64
     printed = capsys.readouterr().out
-    assert "mmvu: 6 of the 625 questions that the paper counts" in printed
+    assert "mmvu: 6 questions; MMVU (mc) has 625" in printed
     lines = printed.splitlines()
     head = next(line for line in lines if line.startswith("| Models"))
     columns = [text.strip() for text in head.strip("|").split("|")]
@@ -873,7 +877,7 @@ def test_vinoground_is_asked_scored_by_pairs_and_compared_with_reversed_frames(
             assert result["scores"][name]["records"] == 2
             assert result["scores"][name].get("drop", {}).get("mean") == drop
     printed = capsys.readouterr().out
-    assert "vinoground: 8 of the 2000 questions" in printed
+    assert "vinoground: 8 questions; Vinoground has 2000" in printed
     assert "| Vinoground" in printed
     assert "50.0 [0.0, 100.0] 8/2000, drop 0.0 [-100.0, 100.0]" in printed
 
