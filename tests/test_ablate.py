@@ -627,11 +627,11 @@ def test_the_worked_example_is_what_the_code_computes():
                sample["A"], grade(0)["A"]]
     for i, values in enumerate(zip(*(column.tolist() for column in columns))):
         assert list(ordered[i][1:]) == pytest.approx(values, abs=0.0051), i
-    assert (parts["p"], parts["p_tilde"], parts["r_t"]) == (0.5, 0.25, 0.3)
-    assert all(words in EXAMPLE for words in ("4/8", "1/4", "$r_t = 0.3$"))
+    assert (parts["p"], parts["p_tilde"], parts["r_t"]) == (0.625, 0.5, 0.3)
+    assert all(words in EXAMPLE for words in ("5/8", "2/4", "$r_t = 0.3$"))
     mean, spread = sample["R"].mean().item(), sample["R"].std().item()
     assert f"{mean:.3f}" in EXAMPLE and f"{spread:.3f}" in EXAMPLE
-    assert [row[1] for row in shuffled] == pytest.approx([0.43, 0, 0.14, 0.71])
+    assert [row[1] for row in shuffled] == pytest.approx([0.43, 0.71, 0.71, 0.43])
 
 
 # -------------------------------------------------------------------------------- plots
