@@ -60,11 +60,11 @@ from urllib3.util import Retry
 
 from build_data import (ANSWER_SUFFIX, TEMPLATE, UNUSABLE, FlagParser, InputError, MediaError,
                         Vision, above, add_machine_flags, add_media_flags, as_in_file, at_least,
-                        build_messages, encode, encode_blank, forbidden_tokens, image_as_video,
-                        json_list, load_model, load_processor, load_records, load_vision_of,
-                        make_folder_of, markdown, pad_batch, part_of, read_file, row_writer,
+                        build_messages, encode, encode_blank, forbidden_tokens, generate,
+                        image_as_video, json_list, load_model, load_processor, load_records,
+                        load_vision_of, make_folder_of, markdown, part_of, read_file, row_writer,
                         record_seed, run_script, setup_distributed, skip_row, stop_tokens,
-                        to_device, whole_rows, write_whole)
+                        whole_rows, write_whole)
 from rewards import (WORD, accuracy_reward, choice_letter, extract_answer, format_reward,
                      parse_number)
 
@@ -696,14 +696,9 @@ def respond(model, tokenizer, samples, seed):
     """The answers, as ask_api's, to each of B encoded samples: as many as the model's
     generation_config says."""
     config = model.generation_config
-    pad_values = {"input_ids": config.pad_token_id, "attention_mask": 0, "mm_token_type_ids": 0}
-    batch = pad_batch([sample["inputs"] for sample in samples], pad_values, "left")
-    batch = to_device(batch, model.device)  # ids (B, L)
     # generate draws from torch's own generator: seeded for each batch, by its first record
     torch.manual_seed(record_seed(seed, samples[0]["record"]))
-    sharded = hasattr(next(model.parameters()), "ds_id")  # by ZeRO-3: ranks must keep step
-    ids = model.generate(**batch, synced_gpus=sharded)
-    ids = ids[:, batch["input_ids"].shape[1]:]  # (B n, response's L)
+    ids = generate(model, [sample["inputs"] for sample in samples])  # (B n, L)
     responses = [cut_at_end(row, config.eos_token_id) for row in ids.tolist()]
     answers = [(tokenizer.decode(ids, skip_special_tokens=True), len(ids), cut)
                for ids, cut in responses]

@@ -713,6 +713,17 @@ def to_device(inputs, device) -> dict[str, torch.Tensor]:
     return {key: value.to(device, non_blocking=True) for key, value in inputs.items()}
 
 
+def generate(model, prompts) -> torch.Tensor:
+    """The responses (B n, L) of transformers' generate to B encoded prompts: n to each, as the
+    model's generation_config says. Collective where the ranks hold the model in parts (ZeRO-3)."""
+    pad = model.generation_config.pad_token_id
+    pad_values = {"input_ids": pad, "attention_mask": 0, "mm_token_type_ids": 0}
+    batch = to_device(pad_batch(prompts, pad_values, "left"), model.device)  # ids (B, prompt's L)
+    sharded = hasattr(next(model.parameters()), "ds_id")  # ranks must keep step
+    ids = model.generate(**batch, synced_gpus=sharded)  # (B n, prompt's L + L)
+    return ids[:, batch["input_ids"].shape[1]:]
+
+
 def seeded_generator(*key, device="cpu") -> torch.Generator:
     """A random generator that depends on every number of `key`, as in (seed, step, rank)."""
     state = np.random.SeedSequence(key).generate_state(1, np.uint64)[0]

@@ -43,8 +43,8 @@ from transformers import GenerationConfig
 
 from build_data import (FULL_DISK, FlagParser, InputError, MediaError, above, add_machine_flags,
                         add_media_flags, as_in_file, at_least, encode, encode_blank,
-                        forbidden_tokens, image_as_video, load_model, load_processor, load_records,
-                        load_vision_of, pad_batch, provenance, read_file, record_seed,
+                        forbidden_tokens, generate, image_as_video, load_model, load_processor,
+                        load_records, load_vision_of, pad_batch, provenance, read_file, record_seed,
                         refuse_absent_media, rope_positions, run_script, seeded_generator,
                         setup_distributed, shuffle_frames, skip_row, stop_tokens, to_device,
                         whole_rows, write_whole)
@@ -152,18 +152,14 @@ def greedy_texts(run, processor, prompts):
     """validate's answers, by transformers' generate, which keeps ranks in step where they hold the
     model in parts; for a batch that only other ranks have, a blank question stands in."""
     model, tokenizer = run.engine.module, processor.tokenizer
-    pad_values = {"input_ids": tokenizer.pad_token_id, "attention_mask": 0, "mm_token_type_ids": 0}
-    rows = prompts or [image_as_video(processor, encode_blank(processor))]
-    batch = to_device(pad_batch(rows, pad_values, "left"), run.device)  # ids (B, L)
     # the model's own defaults, in Qwen2.5-VL's release a repetition penalty, are put aside
     own, model.generation_config = model.generation_config, GenerationConfig(
         do_sample=False, max_new_tokens=run.args.val_max_new_tokens,
         eos_token_id=stop_tokens(model, tokenizer), pad_token_id=tokenizer.pad_token_id,
         suppress_tokens=forbidden_tokens(model, tokenizer))
-    ids = model.generate(**batch, synced_gpus=run.engine.zero_optimization_partition_weights())
+    ids = generate(model, prompts or [image_as_video(processor, encode_blank(processor))])
     model.generation_config = own
-    responses = ids[:len(prompts), batch["input_ids"].shape[1]:]  # (B, response's L)
-    return tokenizer.batch_decode(responses, skip_special_tokens=True)
+    return tokenizer.batch_decode(ids[:len(prompts)], skip_special_tokens=True)  # of (B, L)
 
 
 # ---------------------------------------------------------------------------------- main
