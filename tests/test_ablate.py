@@ -20,7 +20,6 @@ import build_data
 from build_data import InputError
 from conftest import ROOT, cells, run
 
-RESULTS = ROOT / "tests" / "ablations.json"
 README = (ROOT / "README.md").read_text(encoding="utf-8")
 RIGHT, WRONG = (f"<think>so</think><answer>{letter}</answer>" for letter in "AB")
 CHOICE = {"problem_id": 0, "problem_type": "multiple choice", "solution": "<answer>A</answer>"}
@@ -582,19 +581,27 @@ def test_the_pass_rate_by_enumeration():
 
 # ---------------------------------------------- the README's figures and worked example
 
-def test_the_committed_tables_are_what_the_results_give(tmp_path):
-    shutil.copy(RESULTS, tmp_path)
-    main("table", "--json", str(tmp_path / "ablations.json"))
-    assert (tmp_path / "ablations.md").read_text() == \
-        (ROOT / "tests" / "ablations.md").read_text(), "python tests/ablate.py table"
+@pytest.mark.parametrize("name", ["ablations", "ablations_repeat"])
+def test_the_committed_tables_are_what_the_results_give(tmp_path, name):
+    shutil.copy(ROOT / "tests" / f"{name}.json", tmp_path)
+    main("table", "--json", str(tmp_path / f"{name}.json"))
+    assert (tmp_path / f"{name}.md").read_text() == \
+        (ROOT / "tests" / f"{name}.md").read_text(), "python tests/ablate.py table"
 
 
 def test_the_readmes_figures_of_the_ablations_stand_in_the_tables():
     section = README.split("### What was measured")[1].split("\n## ")[0]
     number = r"[+-]\d+\.\d"
-    figures = re.findall(rf"\d+\.\d ± \d+\.\d|{number} \[{number}, {number}\]", section)
-    tables = (ROOT / "tests" / "ablations.md").read_text()
-    assert len(figures) == 4 + 2 * 9 and [each for each in figures if each not in tables] == []
+    figure = rf"\d+\.\d ± \d+\.\d|{number} \[{number}, {number}\]"
+    tables, repeated = ((ROOT / "tests" / f"{name}.md").read_text()
+                        for name in ("ablations", "ablations_repeat"))
+    seeds, new_seeds = (re.findall(figure, part) for part in section.split("On eight new seeds"))
+    assert len(seeds) == 4 + 2 * 9 + 2 and [each for each in seeds if each not in tables] == []
+    assert len(new_seeds) == 2 and [each for each in new_seeds if each not in repeated] == []
+    # what excludes zero is told, and was repeated
+    apart = re.findall(rf"`\w+`, \w+ ({figure})", tables.split("Those that do:")[1])
+    assert apart == seeds[-2:] and "Those that do: none." in repeated
+
 
 EXAMPLE = README.split("### One group of one step")[1].split("\n## ")[0]
 
