@@ -32,12 +32,14 @@ Shapes: B records of a batch, L tokens.
 """
 import argparse
 import base64
+import ctypes
 import hashlib
 import io
 import json
 import mimetypes
 import os
 import re
+import signal
 import threading
 import time
 import unicodedata
@@ -69,6 +71,7 @@ from rewards import (WORD, accuracy_reward, choice_letter, extract_answer, forma
                      parse_number)
 
 REASONS_SHOWN = 20  # for which records got no response, in the report
+PR_SET_PDEATHSIG = 1  # of Linux's sys/prctl.h
 RUN = 6  # words: a shorter run is shared with the prompt, or repeated, by chance
 
 # what a text quotes, in any marks, or reports ("he says I'm sorry, but ...") is not its own word
@@ -409,7 +412,8 @@ def ask_all(asker, output, stem, records, configuration, prompt_of, row_of):
         # the next window is decoded while this one is answered
         ahead = -(-WINDOW * args.batch_size // args.num_workers) if args.num_workers else None
         samples = DataLoader(share, batch_size=None, collate_fn=prompt_of,
-                             num_workers=args.num_workers, prefetch_factor=ahead)
+                             num_workers=args.num_workers, prefetch_factor=ahead,
+                             worker_init_fn=end_with_main)
         path = output / f"{stem}.rank{asker.rank}.jsonl"
         with row_writer(path, len(share), configuration, asker.rank != 0) as write:
             if args.api_base:
@@ -419,6 +423,12 @@ def ask_all(asker, output, stem, records, configuration, prompt_of, row_of):
                 ask_here(asker, usable(samples, write), most, row_of, write)
     dist.barrier(asker.ranks)
     return read_rows(output, stem, configuration)
+
+
+def end_with_main(_):
+    """For data workers: the kernel ends them with the main process, however that ends. PyTorch's
+    own watch would have them wait until somebody has read the pictures that a pipe cannot hold."""
+    ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
 
 
 def usable(samples, write):

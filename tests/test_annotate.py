@@ -14,6 +14,7 @@ import time
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
 import numpy as np
+import psutil
 import pytest
 import requests
 
@@ -748,7 +749,8 @@ def test_a_full_disk_keeps_the_answers_that_had_come_and_is_one_clear_sentence(
 
 
 def test_killed_in_the_middle_it_loses_no_answer_that_had_come(toy, right, tmp_path):
-    """A server that answers 6 requests and then is silent; the process is killed and repeated."""
+    """A server that answers 6 requests and then is silent; the process is killed and repeated. Its
+    workers, whose pictures fill a pipe by then, and their decoders end with it."""
     out, command = tmp_path / "cot.json", [
         sys.executable, "annotate.py", "--model", "m", "--data", toy / "train.json", "--out",
         tmp_path / "cot.json", *SMALL, "--concurrency", "3"]
@@ -765,8 +767,10 @@ def test_killed_in_the_middle_it_loses_no_answer_that_had_come(toy, right, tmp_p
         deadline = time.monotonic() + 60
         while time.monotonic() < deadline and len(server.requests) < 9:
             time.sleep(0.05)
+        children = psutil.Process(process.pid).children(recursive=True)
         process.send_signal(signal.SIGKILL)
         process.wait()
+        assert len(children) == 4 and psutil.wait_procs(children, timeout=20)[1] == []
         assert len(server.requests) == 9 and not out.exists()
     assert len(rows.read_text().splitlines()) == 1 + 6  # and the configuration
     with open(rows, "a") as file:
