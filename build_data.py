@@ -88,6 +88,247 @@ class MediaError(ValueError):
 
 
 # ============================================== the ground floor: imported by every stage
+# --------------------------------------------------------------------- flags and start-up
+
+FIRST_RANK_SPEAKS = 10  # seconds that other ranks wait before they tell a fault
+IN_PIXELS = "128 visual tokens are 128 * 28 * 28 pixels (Qwen3-VL: 128 * 32 * 32)"
+
+
+class Help(argparse.ArgumentDefaultsHelpFormatter):
+    """Shows the defaults that are values; where there is none, the words of a flag say enough."""
+
+    def _get_help_string(self, action):
+        none = str(action.default) in ("None", "False", "[]", "")
+        return action.help if none else super()._get_help_string(action)
+
+
+class FlagParser(argparse.ArgumentParser):
+    """Shows defaults, says an error in one line, and reads flags from @files too: one
+    `--flag=value` a line, blank lines and # comments allowed."""
+
+    def __init__(self, **options):
+        super().__init__(fromfile_prefix_chars="@", formatter_class=Help, **options)
+
+    def convert_arg_line_to_args(self, line):
+        line = line.strip()
+        return [] if not line or line.startswith("#") else [line]
+
+    def parse_args(self, argv=None, namespace=None):
+        args = super().parse_args(argv, namespace)
+        for low, high in (("min_frames", "max_frames"), ("min_pixels", "max_pixels"),
+                          ("image_min_pixels", "image_max_pixels")):
+            if getattr(args, low, 0) > getattr(args, high, math.inf):
+                unit = f"; {IN_PIXELS}" if "pixels" in low else ""
+                self.error(f"--{low} {getattr(args, low)} is above --{high} {getattr(args, high)}"
+                           + unit)
+        return args
+
+    def error(self, message):
+        unknown = re.match("unrecognized arguments: ([^ =]+)", message)
+        near = get_close_matches(unknown[1], self._option_string_actions, 1) if unknown else ()
+        hint = f"did you mean {near[0]}?" if near else "--help lists the flags"
+        let_first_rank_speak()
+        self.exit(2, f"{self.prog}: {message} ({hint})\n")
+
+
+def above(low, kind, most=math.inf):
+    """A flag's type: numbers of a kind, above `low` and at most `most`; NaN is neither."""
+    limit = f" and at most {most}" if most < math.inf else ""
+    return number(kind, lambda value: low < value <= most, f"above {low}{limit}")
+
+
+def at_least(low, kind, below=math.inf):
+    """A flag's type: numbers of a kind from `low` on, below `below`."""
+    limit = f" and below {below}" if below < math.inf else ""
+    return number(kind, lambda value: low <= value < below, f"at least {low}{limit}")
+
+
+def number(kind, fits, words):
+    """A flag's type: numbers of a kind that fit; `words` say what does."""
+    def read(text):
+        value = kind(text)
+        if not fits(value):
+            raise argparse.ArgumentTypeError(f"{text} must be {words}")
+        return value
+    read.__name__ = kind.__name__  # argparse names it where the text is no number
+    return read
+
+
+most_pixels = number(int, lambda value: value >= PATCH**2, f"at least {PATCH**2}: {IN_PIXELS}")
+
+
+def add_media_flags(add, max_frames=16, max_pixels=128 * 28 * 28):
+    """Which frames and pixels a model sees; `add` is a parser's add_argument."""
+    if max_frames:  # evaluate.py has a list of them
+        add("--max_frames", type=above(0, int), default=max_frames, help="most frames of a video")
+    add("--min_frames", type=above(0, int), default=4, help="fewest frames of a video")
+    add("--fps", type=above(0, float), default=2.0,
+        help="frames a second of video, within those bounds")
+    add("--min_pixels", type=above(0, int), default=4 * 28 * 28,
+        help="fewest pixels of a video frame")
+    add("--max_pixels", type=most_pixels, default=max_pixels,
+        help="most pixels of a video frame (a visual token is 28 x 28, in Qwen3-VL 32 x 32)")
+    add("--image_min_pixels", type=above(0, int), default=4 * 28 * 28,
+        help="fewest pixels of an image")
+    add("--image_max_pixels", type=most_pixels, default=512 * 28 * 28,
+        help="most pixels of an image")
+    add("--media_root", help="folder that the records' paths are relative to; default: the data's")
+    add("--num_workers", type=at_least(0, int), default=2,
+        help="processes that decode media ahead of need")
+    add("--decode_timeout", type=above(0, float), default=120,
+        help="seconds until a medium is given up")
+
+
+def add_machine_flags(add):
+    """Model, ranks and seed; `add` is a parser's add_argument."""
+    add("--attn_implementation", default="sdpa", help="sdpa, eager or flash_attention_2")
+    add("--seed", type=at_least(0, int), default=0, help="seed of every random draw")
+    add("--timeout_minutes", type=above(0, float), default=30,
+        help="longest wait for another rank")
+    add("--local_rank", type=int, default=-1, help="set by the deepspeed launcher; not used")
+
+
+def setup_distributed(args):
+    """Joins the process group, under the deepspeed launcher or alone. Returns (rank, device).
+
+    A rank that waits longer than --timeout_minutes for another ends with an error.
+    """
+    import deepspeed
+    from deepspeed.accelerator import get_accelerator
+    if "RANK" not in os.environ:  # started as `python SCRIPT`: a group of one
+        with socket.socket() as probe:
+            probe.bind(("127.0.0.1", 0))
+            port = str(probe.getsockname()[1])
+        os.environ.update(RANK="0", LOCAL_RANK="0", WORLD_SIZE="1", MASTER_ADDR="127.0.0.1",
+                          MASTER_PORT=port)
+    deepspeed.utils.logger.setLevel("WARNING")
+    # every tensor that a worker hands over is an open file, and 1024 is a common soft limit
+    _, most = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (most, most))
+    # DeepSpeed calls functions that torch has renamed: one warning a step and rank otherwise
+    warnings.filterwarnings("ignore", category=FutureWarning, module="torch.distributed")
+    local_rank = int(os.environ["LOCAL_RANK"])
+    get_accelerator().set_device(local_rank)
+    if os.environ["WORLD_SIZE"] == "1":  # nobody to share memory with: nothing to compile for it
+        deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+    elif get_accelerator().device_name() == "cpu" and os.environ["RANK"] == "0":
+        print("DeepSpeed builds its shared-memory operation if this machine does not have it yet: "
+              "about 30 seconds, once", flush=True)
+    with redirect_stdout(io.StringIO()):  # the name of what it has built
+        deepspeed.init_distributed(get_accelerator().communication_backend_name(), verbose=False,
+                                   timeout=timedelta(minutes=args.timeout_minutes))
+    rank = torch.distributed.get_rank()
+    return rank, torch.device(get_accelerator().device_name(local_rank))
+
+
+def find_model(name):
+    """InputError, at once, where --model is neither a model's folder nor a name on the hub."""
+    folder = Path(name)
+    if folder.is_dir():
+        if not (folder / "config.json").exists() and any(folder.glob("**/*_states.pt")):
+            raise InputError(f"--model {name} holds a run's checkpoint, not yet a model: end the "
+                             "run with --resume, or take the checkpoint's weights as the README "
+                             "shows ('When something breaks')")
+        return
+    if name.count("/") != 1 or folder.parent.is_dir():  # no organisation/model
+        raise InputError(f"--model {name}: there is no such folder (a training run writes its "
+                         "model at its end)")
+    from huggingface_hub import HfApi, constants, try_to_load_from_cache
+    if not try_to_load_from_cache(name, "config.json"):
+        try:
+            HfApi().model_info(name, timeout=constants.HF_HUB_ETAG_TIMEOUT)  # seconds
+        except Exception as error:  # also what its HTTP client raises
+            reason = str(error).strip().splitlines() or [type(error).__name__]
+            raise InputError(f"--model {name}: there is no such folder, and the hub does not give "
+                             f"a model of that name: {reason[0]}") from None
+
+
+def load_processor(args):
+    """The model's processor; InputError where the directory has none."""
+    find_model(args.model)
+    from transformers import AutoProcessor
+    from transformers.utils.logging import disable_progress_bar
+    disable_progress_bar()  # of weights and shards: the scripts have one bar, their own
+    try:
+        processor = AutoProcessor.from_pretrained(args.model)
+        if not processor.chat_template:
+            raise ValueError("no chat template")
+        token_side(processor)
+        return processor
+    except (OSError, ValueError, TypeError, AttributeError) as error:
+        raise InputError(f"--model {args.model} has no usable processor (tokenizer, "
+                         f"preprocessor and chat template): {error}") from None
+
+
+def load_model(args, config):
+    """The model's weights, from safetensors only, in the precision of the DeepSpeed config; under
+    ZeRO-3 this rank's part of them. Files of that precision are mapped, not read, and split
+    parameter by parameter: with an accelerator no process holds a whole copy."""
+    import deepspeed
+    from transformers import AutoModelForImageTextToText
+    dtype = torch.bfloat16 if config.get("bf16", {}).get("enabled") else torch.float32
+    try:
+        model = AutoModelForImageTextToText.from_pretrained(
+            args.model, dtype=dtype, attn_implementation=args.attn_implementation,
+            use_safetensors=True)
+    except (OSError, ValueError, ImportError) as error:
+        raise InputError(f"cannot load --model {args.model}: {error}") from None
+    if config.get("zero_optimization", {}).get("stage", 0) == 3:
+        deepspeed.zero.Init(module=model, config_dict_or_path=config)
+        device = deepspeed.accelerator.get_accelerator().current_device_name()
+        model.to(device)  # the buffers: the rest is there
+    return model
+
+
+def let_first_rank_speak():
+    """A pause, on a machine's other ranks, before they tell a fault: where its first rank has it
+    too, as nearly always, the launcher ends them meanwhile, and it is told once."""
+    if os.environ.get("LOCAL_RANK", "0") != "0":
+        signal.signal(signal.SIGTERM, signal.SIG_DFL)  # a training run has its own
+        time.sleep(FIRST_RANK_SPEAKS)
+
+
+def run_script(main, parse_args):
+    """Runs a script from its flags to its end. After a fault the end is immediate: the exit hooks
+    would wait for data workers, which ignore a SIGTERM, and the launcher ends the other ranks when
+    this one is gone."""
+    name, fault = Path(sys.argv[0]).name, None
+    try:
+        return main(parse_args())
+    except InputError as error:
+        fault = error
+    except KeyboardInterrupt:
+        print(f"{name}: interrupted", file=sys.stderr)
+    except Exception as error:
+        if getattr(error, "errno", None) in FULL_DISK:
+            print(f"{name}: {error}: make room and repeat the command (training: with --resume)",
+                  file=sys.stderr)
+        else:
+            traceback.print_exc()
+    signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # torch's handler raises at a worker's end
+    for worker in multiprocessing.active_children():
+        worker.kill()  # it would hold our output open, for whoever reads that to its end
+    if fault is not None:
+        let_first_rank_speak()
+        print(f"{name}: {fault}", file=sys.stderr)
+    try:
+        sys.stdout.flush()
+    finally:  # also where nobody reads the output any more
+        os._exit(1)
+
+
+def provenance() -> dict:
+    """What a result owes to its software: package versions and this repository's commit."""
+    packages = ("torch", "transformers", "deepspeed", "qwen-vl-utils", "av")
+    try:
+        commit = subprocess.run(["git", "rev-parse", "HEAD"], cwd=Path(__file__).parent,
+                                capture_output=True, text=True).stdout.strip()
+    except FileNotFoundError:  # no git on this machine
+        commit = ""
+    return {"versions": {package: version(package) for package in packages},
+            "git_commit": commit or None}
+
+
 # -------------------------------------------------------------------------------- records
 
 # What a tokenizer takes for a medium or the end of a turn: "<|video_pad|>", "<|im_end|>"
@@ -754,247 +995,6 @@ def forbidden_tokens(model, tokenizer):
     ids = {*tokenizer.convert_tokens_to_ids(list(FORBIDDEN_TOKENS)), *tokenizer.all_special_ids}
     beyond = range(len(tokenizer), model.config.get_text_config().vocab_size)
     return sorted((ids | set(beyond)) - {None, *stop_tokens(model, tokenizer)})
-
-
-# --------------------------------------------------------------------- flags and start-up
-
-FIRST_RANK_SPEAKS = 10  # seconds that other ranks wait before they tell a fault
-IN_PIXELS = "128 visual tokens are 128 * 28 * 28 pixels (Qwen3-VL: 128 * 32 * 32)"
-
-
-class Help(argparse.ArgumentDefaultsHelpFormatter):
-    """Shows the defaults that are values; where there is none, the words of a flag say enough."""
-
-    def _get_help_string(self, action):
-        none = str(action.default) in ("None", "False", "[]", "")
-        return action.help if none else super()._get_help_string(action)
-
-
-class FlagParser(argparse.ArgumentParser):
-    """Shows defaults, says an error in one line, and reads flags from @files too: one
-    `--flag=value` a line, blank lines and # comments allowed."""
-
-    def __init__(self, **options):
-        super().__init__(fromfile_prefix_chars="@", formatter_class=Help, **options)
-
-    def convert_arg_line_to_args(self, line):
-        line = line.strip()
-        return [] if not line or line.startswith("#") else [line]
-
-    def parse_args(self, argv=None, namespace=None):
-        args = super().parse_args(argv, namespace)
-        for low, high in (("min_frames", "max_frames"), ("min_pixels", "max_pixels"),
-                          ("image_min_pixels", "image_max_pixels")):
-            if getattr(args, low, 0) > getattr(args, high, math.inf):
-                unit = f"; {IN_PIXELS}" if "pixels" in low else ""
-                self.error(f"--{low} {getattr(args, low)} is above --{high} {getattr(args, high)}"
-                           + unit)
-        return args
-
-    def error(self, message):
-        unknown = re.match("unrecognized arguments: ([^ =]+)", message)
-        near = get_close_matches(unknown[1], self._option_string_actions, 1) if unknown else ()
-        hint = f"did you mean {near[0]}?" if near else "--help lists the flags"
-        let_first_rank_speak()
-        self.exit(2, f"{self.prog}: {message} ({hint})\n")
-
-
-def above(low, kind, most=math.inf):
-    """A flag's type: numbers of a kind, above `low` and at most `most`; NaN is neither."""
-    limit = f" and at most {most}" if most < math.inf else ""
-    return number(kind, lambda value: low < value <= most, f"above {low}{limit}")
-
-
-def at_least(low, kind, below=math.inf):
-    """A flag's type: numbers of a kind from `low` on, below `below`."""
-    limit = f" and below {below}" if below < math.inf else ""
-    return number(kind, lambda value: low <= value < below, f"at least {low}{limit}")
-
-
-def number(kind, fits, words):
-    """A flag's type: numbers of a kind that fit; `words` say what does."""
-    def read(text):
-        value = kind(text)
-        if not fits(value):
-            raise argparse.ArgumentTypeError(f"{text} must be {words}")
-        return value
-    read.__name__ = kind.__name__  # argparse names it where the text is no number
-    return read
-
-
-most_pixels = number(int, lambda value: value >= PATCH**2, f"at least {PATCH**2}: {IN_PIXELS}")
-
-
-def add_media_flags(add, max_frames=16, max_pixels=128 * 28 * 28):
-    """Which frames and pixels a model sees; `add` is a parser's add_argument."""
-    if max_frames:  # evaluate.py has a list of them
-        add("--max_frames", type=above(0, int), default=max_frames, help="most frames of a video")
-    add("--min_frames", type=above(0, int), default=4, help="fewest frames of a video")
-    add("--fps", type=above(0, float), default=2.0,
-        help="frames a second of video, within those bounds")
-    add("--min_pixels", type=above(0, int), default=4 * 28 * 28,
-        help="fewest pixels of a video frame")
-    add("--max_pixels", type=most_pixels, default=max_pixels,
-        help="most pixels of a video frame (a visual token is 28 x 28, in Qwen3-VL 32 x 32)")
-    add("--image_min_pixels", type=above(0, int), default=4 * 28 * 28,
-        help="fewest pixels of an image")
-    add("--image_max_pixels", type=most_pixels, default=512 * 28 * 28,
-        help="most pixels of an image")
-    add("--media_root", help="folder that the records' paths are relative to; default: the data's")
-    add("--num_workers", type=at_least(0, int), default=2,
-        help="processes that decode media ahead of need")
-    add("--decode_timeout", type=above(0, float), default=120,
-        help="seconds until a medium is given up")
-
-
-def add_machine_flags(add):
-    """Model, ranks and seed; `add` is a parser's add_argument."""
-    add("--attn_implementation", default="sdpa", help="sdpa, eager or flash_attention_2")
-    add("--seed", type=at_least(0, int), default=0, help="seed of every random draw")
-    add("--timeout_minutes", type=above(0, float), default=30,
-        help="longest wait for another rank")
-    add("--local_rank", type=int, default=-1, help="set by the deepspeed launcher; not used")
-
-
-def setup_distributed(args):
-    """Joins the process group, under the deepspeed launcher or alone. Returns (rank, device).
-
-    A rank that waits longer than --timeout_minutes for another ends with an error.
-    """
-    import deepspeed
-    from deepspeed.accelerator import get_accelerator
-    if "RANK" not in os.environ:  # started as `python SCRIPT`: a group of one
-        with socket.socket() as probe:
-            probe.bind(("127.0.0.1", 0))
-            port = str(probe.getsockname()[1])
-        os.environ.update(RANK="0", LOCAL_RANK="0", WORLD_SIZE="1", MASTER_ADDR="127.0.0.1",
-                          MASTER_PORT=port)
-    deepspeed.utils.logger.setLevel("WARNING")
-    # every tensor that a worker hands over is an open file, and 1024 is a common soft limit
-    _, most = resource.getrlimit(resource.RLIMIT_NOFILE)
-    resource.setrlimit(resource.RLIMIT_NOFILE, (most, most))
-    # DeepSpeed calls functions that torch has renamed: one warning a step and rank otherwise
-    warnings.filterwarnings("ignore", category=FutureWarning, module="torch.distributed")
-    local_rank = int(os.environ["LOCAL_RANK"])
-    get_accelerator().set_device(local_rank)
-    if os.environ["WORLD_SIZE"] == "1":  # nobody to share memory with: nothing to compile for it
-        deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
-    elif get_accelerator().device_name() == "cpu" and os.environ["RANK"] == "0":
-        print("DeepSpeed builds its shared-memory operation if this machine does not have it yet: "
-              "about 30 seconds, once", flush=True)
-    with redirect_stdout(io.StringIO()):  # the name of what it has built
-        deepspeed.init_distributed(get_accelerator().communication_backend_name(), verbose=False,
-                                   timeout=timedelta(minutes=args.timeout_minutes))
-    rank = torch.distributed.get_rank()
-    return rank, torch.device(get_accelerator().device_name(local_rank))
-
-
-def find_model(name):
-    """InputError, at once, where --model is neither a model's folder nor a name on the hub."""
-    folder = Path(name)
-    if folder.is_dir():
-        if not (folder / "config.json").exists() and any(folder.glob("**/*_states.pt")):
-            raise InputError(f"--model {name} holds a run's checkpoint, not yet a model: end the "
-                             "run with --resume, or take the checkpoint's weights as the README "
-                             "shows ('When something breaks')")
-        return
-    if name.count("/") != 1 or folder.parent.is_dir():  # no organisation/model
-        raise InputError(f"--model {name}: there is no such folder (a training run writes its "
-                         "model at its end)")
-    from huggingface_hub import HfApi, constants, try_to_load_from_cache
-    if not try_to_load_from_cache(name, "config.json"):
-        try:
-            HfApi().model_info(name, timeout=constants.HF_HUB_ETAG_TIMEOUT)  # seconds
-        except Exception as error:  # also what its HTTP client raises
-            reason = str(error).strip().splitlines() or [type(error).__name__]
-            raise InputError(f"--model {name}: there is no such folder, and the hub does not give "
-                             f"a model of that name: {reason[0]}") from None
-
-
-def load_processor(args):
-    """The model's processor; InputError where the directory has none."""
-    find_model(args.model)
-    from transformers import AutoProcessor
-    from transformers.utils.logging import disable_progress_bar
-    disable_progress_bar()  # of weights and shards: the scripts have one bar, their own
-    try:
-        processor = AutoProcessor.from_pretrained(args.model)
-        if not processor.chat_template:
-            raise ValueError("no chat template")
-        token_side(processor)
-        return processor
-    except (OSError, ValueError, TypeError, AttributeError) as error:
-        raise InputError(f"--model {args.model} has no usable processor (tokenizer, "
-                         f"preprocessor and chat template): {error}") from None
-
-
-def load_model(args, config):
-    """The model's weights, from safetensors only, in the precision of the DeepSpeed config; under
-    ZeRO-3 this rank's part of them. Files of that precision are mapped, not read, and split
-    parameter by parameter: with an accelerator no process holds a whole copy."""
-    import deepspeed
-    from transformers import AutoModelForImageTextToText
-    dtype = torch.bfloat16 if config.get("bf16", {}).get("enabled") else torch.float32
-    try:
-        model = AutoModelForImageTextToText.from_pretrained(
-            args.model, dtype=dtype, attn_implementation=args.attn_implementation,
-            use_safetensors=True)
-    except (OSError, ValueError, ImportError) as error:
-        raise InputError(f"cannot load --model {args.model}: {error}") from None
-    if config.get("zero_optimization", {}).get("stage", 0) == 3:
-        deepspeed.zero.Init(module=model, config_dict_or_path=config)
-        device = deepspeed.accelerator.get_accelerator().current_device_name()
-        model.to(device)  # the buffers: the rest is there
-    return model
-
-
-def let_first_rank_speak():
-    """A pause, on a machine's other ranks, before they tell a fault: where its first rank has it
-    too, as nearly always, the launcher ends them meanwhile, and it is told once."""
-    if os.environ.get("LOCAL_RANK", "0") != "0":
-        signal.signal(signal.SIGTERM, signal.SIG_DFL)  # a training run has its own
-        time.sleep(FIRST_RANK_SPEAKS)
-
-
-def run_script(main, parse_args):
-    """Runs a script from its flags to its end. After a fault the end is immediate: the exit hooks
-    would wait for data workers, which ignore a SIGTERM, and the launcher ends the other ranks when
-    this one is gone."""
-    name, fault = Path(sys.argv[0]).name, None
-    try:
-        return main(parse_args())
-    except InputError as error:
-        fault = error
-    except KeyboardInterrupt:
-        print(f"{name}: interrupted", file=sys.stderr)
-    except Exception as error:
-        if getattr(error, "errno", None) in FULL_DISK:
-            print(f"{name}: {error}: make room and repeat the command (training: with --resume)",
-                  file=sys.stderr)
-        else:
-            traceback.print_exc()
-    signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # torch's handler raises at a worker's end
-    for worker in multiprocessing.active_children():
-        worker.kill()  # it would hold our output open, for whoever reads that to its end
-    if fault is not None:
-        let_first_rank_speak()
-        print(f"{name}: {fault}", file=sys.stderr)
-    try:
-        sys.stdout.flush()
-    finally:  # also where nobody reads the output any more
-        os._exit(1)
-
-
-def provenance() -> dict:
-    """What a result owes to its software: package versions and this repository's commit."""
-    packages = ("torch", "transformers", "deepspeed", "qwen-vl-utils", "av")
-    try:
-        commit = subprocess.run(["git", "rev-parse", "HEAD"], cwd=Path(__file__).parent,
-                                capture_output=True, text=True).stdout.strip()
-    except FileNotFoundError:  # no git on this machine
-        commit = ""
-    return {"versions": {package: version(package) for package in packages},
-            "git_commit": commit or None}
 
 
 # ---------------------------------------------------------------------------------- files
