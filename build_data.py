@@ -24,6 +24,7 @@ import multiprocessing
 import os
 import re
 import resource
+import shlex
 import signal
 import socket
 import subprocess
@@ -1346,57 +1347,21 @@ def toy_model(tokenizer, seed, hidden=96, layers=3, heads=4, kv_heads=2, mlp=256
     return model
 
 
-# The stages' configurations: what departs from the paper's, because the toy is small.
-TOY_ARGS = """\
-sft.args
-# the cold start: python sft.py @{out}/sft.args
---model={out}/model --data={out}/cot.json --output={out}/sft {common}
-# one process has nothing to shard; on two, add --deepspeed_config ds_zero3.json
---deepspeed_config={out}/ds_zero0.json --num_train_epochs=4 --max_frames={frames}
---per_rank_batch_size=16 --gradient_accumulation_steps=1 --learning_rate=1e-3
---lr_schedule=linear --warmup_steps=100 --adam_beta2=0.98 --max_grad_norm=1
---val_data={out}/test.json --val_steps=200 --val_limit=64 --val_max_new_tokens=40
-
-tgrpo.args
-# T-GRPO: python tgrpo.py @{out}/tgrpo.args
---model={out}/sft --data={out}/train.json --output={out}/tgrpo {common} --max_frames={frames}
-# one process has nothing to shard; on two, add --deepspeed_config ds_zero3.json
---deepspeed_config={out}/ds_zero0.json --prompts_per_rank=12 --max_steps=100
---learning_rate=2e-4 --lr_schedule=linear --warmup_steps=20 --adam_beta2=0.99 --max_grad_norm=1
---max_new_tokens=40 --chunk_size=8 --val_data={out}/test.json --val_steps=25 --val_limit=64
-# responses are about 20 tokens long, so the window of the length reward is too
---l_min=16 --l_max=24 --save_steps=50
-# every response is kept, for tests/report.py
---rollout_steps=1
-
-annotate.args
-# its own chains of thought: python annotate.py @{out}/annotate.args; then train on them:
-# python sft.py @{out}/sft.args --model {out}/sft --data {out}/cot_own.json --output {out}/sft_own
---model={out}/sft --data={out}/train.json --out={out}/cot_own.json {common} --max_frames={frames}
---max_new_tokens=40 --samples=2 --batch_size=64
-# thoughts are about 40 characters long; the paper's filter is for essays
---min_think=10
-
-evaluate.args
-# before: python evaluate.py @{out}/evaluate.args --model {out}/sft --output {out}/eval_sft
---benchmark=toy={out}/test.json --frames={frames} {common} --max_new_tokens=40 --batch_size=64"""
+# Each stage's flags where they depart from the paper's, because the toy is small; the main job
+TOY_FILES = Path(__file__).parent / "assets" / "toy"
 
 
-def toy_args_files(out, side):
-    """{name: text} of the configurations, one flag a line."""
-    pixels = ("min_pixels", "max_pixels", "image_min_pixels", "image_max_pixels")
-    common = "\n".join([f"--media_root={out}", *(f"--{name}={side**2}" for name in pixels)])
-    files = {"ds_zero0.json":
-             '{"zero_optimization": {"stage": 0}, "bf16": {"enabled": "auto"}}\n'}
-    for part in TOY_ARGS.split("\n\n"):
-        name, *lines = part.splitlines()
-        lines = [line if line.startswith("#") else "\n".join(line.split()) for line in lines]
-        files[name] = "\n".join(lines).format(out=out, frames=TOY_FRAMES, common=common) + "\n"
-    return files
+def copy_toy_files(out, side):
+    """Copies assets/toy to the toy's folder, with that folder's name and its pixels a frame."""
+    for path in TOY_FILES.iterdir():
+        folder = shlex.quote(str(out)) if path.suffix == ".sh" else str(out)
+        text = path.read_text(encoding="utf-8").replace("{out}", folder)
+        (out / path.name).write_text(text.replace("{pixels}", str(side**2)), encoding="utf-8")
 
 
 def build_toy(args):
-    """Writes the toy below args.out: media/, cot.json, train.json, test.json, model/, *.args."""
+    """Writes the toy to args.out: media/, cot.json, train.json, test.json, model/, the stages'
+    *.args and run.sh, the main job."""
     from transformers.utils.logging import disable_progress_bar
     out = Path(args.out)
     if out.exists() and any(out.iterdir()):
@@ -1426,8 +1391,7 @@ def build_toy(args):
     processor.save_pretrained(out / "model")
     for path in (out / "model").iterdir():  # safetensors' are the owner's alone
         path.chmod((out / "train.json").stat().st_mode)
-    for name, text in toy_args_files(out, token_side(processor)).items():
-        (out / name).write_text(text, encoding="utf-8")
+    copy_toy_files(out, token_side(processor))
     parameters = sum(p.numel() for p in model.parameters())
     print(f"{out}/model: {parameters:,} parameters, {len(tokenizer)} tokens")
 
