@@ -14,14 +14,16 @@ import resource
 import signal
 import sys
 import time
+from pathlib import Path
 from types import SimpleNamespace
 
 import deepspeed
 
-import conftest  # noqa: F401  puts the scripts on the path
-import build_data
-import sft
-import tgrpo
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+import build_data  # noqa: E402
+import sft  # noqa: E402
+import tgrpo  # noqa: E402
 
 # DeepSpeed's launcher puts its own flag first
 SCRIPT, FAULT, *ARGV = (word for word in sys.argv[1:] if not word.startswith("--local_rank"))

@@ -50,16 +50,24 @@ def same_run(a, b):
 
 @pytest.fixture(scope="module")
 def whole_run(toy, tmp_path_factory):
-    """Makes uninterrupted runs, one for each script, number of ranks and ZeRO stage."""
+    """Makes uninterrupted runs, one for each script, number of ranks and ZeRO stage, in new
+    processes: what is compared with them are forks."""
     kept = {}
 
     def make(script, ranks, stage):
         if (script, ranks, stage) not in kept:
             output = tmp_path_factory.mktemp("whole") / "run"
-            run(*command(toy, script, output, stage, ranks=ranks), ranks=ranks)
+            run(*command(toy, script, output, stage, ranks=ranks), ranks=ranks, fresh=True)
             kept[script, ranks, stage] = output
         return kept[script, ranks, stage]
     return make
+
+
+@pytest.mark.parametrize("script, ranks, stage", [("sft", 0, 0), ("tgrpo", 0, 0), ("tgrpo", 2, 3)])
+def test_a_forked_run_computes_what_a_new_process_does(toy, tmp_path, whole_run, script, ranks,
+                                                       stage):
+    run(*command(toy, script, tmp_path / "run", stage, ranks=ranks), ranks=ranks)
+    same_run(whole_run(script, ranks, stage), tmp_path / "run")
 
 
 # A step of tgrpo: 2 updates on 2 questions of 2 chunks, so 8 calls of "update". On one rank the
@@ -86,7 +94,7 @@ def test_a_run_killed_at_any_moment_resumes_as_if_nothing_had_happened(
     whole, cut = together(
         lambda: whole_run(script, ranks, stage),
         lambda: run(*command(toy, script, output, stage, *more, fault=fault, ranks=ranks),
-                    ranks=ranks, check=False))
+                    ranks=ranks, check=False, fresh=one_of_two))
     assert cut.returncode != 0 and not (output / "model.safetensors").exists()
     if one_of_two:
         assert time.perf_counter() - start < 150
@@ -162,7 +170,7 @@ def test_an_exception_that_nobody_expects_ends_a_run_with_its_traceback(
     the rest). DeepSpeed's launcher gives the other rank 30 of them."""
     start = time.perf_counter()
     result = run(*command(toy, "tgrpo", tmp_path / "run", 0, fault=fault, ranks=ranks),
-                 ranks=ranks, check=False, timeout=limit)
+                 ranks=ranks, check=False, timeout=limit, fresh=ranks > 0)
     assert time.perf_counter() - start < limit
     assert result.returncode != 0
     assert "KeyError: 'a fault that nobody expects'" in result.stderr

@@ -159,7 +159,7 @@ def test_bad_input_is_one_line(toy, tmp_path, change, status):
 
 def test_a_fault_of_every_rank_is_told_once(toy, tmp_path):
     for change in (["--data", "absent.json"], ["--zzz"]):
-        result = run(*tgrpo(toy, tmp_path / "out"), *change, ranks=2, check=False)
+        result = run(*tgrpo(toy, tmp_path / "out"), *change, ranks=2, check=False, fresh=True)
         said = [line for line in (result.stdout + result.stderr).splitlines()
                 if line.startswith("tgrpo.py: ")]
         assert result.returncode and len(said) == 1 and change[-1] in said[0]
@@ -217,7 +217,7 @@ def test_a_run_says_what_it_is_what_it_does_and_what_it_made(toy, tmp_path):
     """In a file: one line a step, no line of a library's, every tenth step a question as a person
     would tell it."""
     result = run(*tgrpo(toy, tmp_path / "run", "--max_steps", 2, "--show_steps", 2,
-                        "--prompts_per_rank", 2))
+                        "--prompts_per_rank", 2), fresh=True)
     assert not result.stderr
     begin, (line, told, *_), end = (
         part.splitlines() for part in re.split("(?ms)^(?=step 1 of.*)|^(?=[^\\n]*the model after)",

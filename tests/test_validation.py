@@ -216,10 +216,11 @@ def test_the_run_is_the_same_with_and_without_also_resumed_with_other_flags(toy,
 def test_the_run_is_the_same_with_and_without_on_two_ranks_under_zero_3(toy, tmp_path, broken,
                                                                         script, limit):
     """Also where one rank has more to answer than the other, or nothing (the only medium of rank
-    0 is broken, rank 1 has none)."""
+    0 is broken, rank 1 has none). One of the runs is forked, the other under the launcher."""
     ask = ["--val_data", broken, "--val_limit", limit, "--val_steps", 1]
     together(lambda: run(*command(toy, script, tmp_path / "without", "--max_steps", 2), ranks=2),
-             lambda: run(*command(toy, script, tmp_path / "with", "--max_steps", 2, *ask), ranks=2))
+             lambda: run(*command(toy, script, tmp_path / "with", "--max_steps", 2, *ask), ranks=2,
+                         fresh=True))
     assert equal_weights(tmp_path / "with", tmp_path / "without")
     assert rows(tmp_path / "with", held_out=False) == rows(tmp_path / "without", held_out=False)
     found = rows(tmp_path / "with", held_out=True)

@@ -1,21 +1,23 @@
-"""Run by test_ranks.py under DeepSpeed's launcher: saves the gradients of prefix-shared updates.
+"""Run by test_ranks.py on two ranks: saves the gradients of prefix-shared updates.
 
 With one group a rank, rank 0 holds a video and rank 1 an image; with two, rank 0 runs the video
 first and rank 1 the image.
 """
 import argparse
 import json
+import sys
 from pathlib import Path
 
 import torch
 import torch.distributed as dist
 from deepspeed.utils import safe_get_full_grad
 
-import conftest  # noqa: F401  puts the scripts on the path
-import sft
-import tgrpo
-from build_data import (encode, encode_blank, load_model, load_processor, load_records,
-                        load_vision, setup_distributed, token_side)
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+import sft  # noqa: E402
+import tgrpo  # noqa: E402
+from build_data import (encode, encode_blank, load_model, load_processor,  # noqa: E402
+                        load_records, load_vision, setup_distributed, token_side)
 
 # (ZeRO stage, chunk size of five responses, groups a rank)
 SETTINGS = [(3, 2, 1), (3, 5, 1), (3, 5, 2), (2, 5, 1), (2, 2, 2), (1, 5, 2), (0, 5, 1)]
