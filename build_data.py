@@ -261,18 +261,27 @@ def load_processor(args):
 
 
 def load_model(args, config):
-    """The model's weights, from safetensors only, in the precision of the DeepSpeed config; under
-    ZeRO-3 this rank's part of them. Files of that precision are mapped, not read, and split
-    parameter by parameter: with an accelerator no process holds a whole copy."""
+    """Returns the model in the precision of the DeepSpeed config; under ZeRO-3, this rank's part.
+
+    Only safetensors are read. Files of that precision are mapped, not read, and split parameter by
+    parameter: with an accelerator no process holds a whole copy. InputError if a file is damaged,
+    or lacks a weight, which transformers would replace by random numbers.
+    """
     import deepspeed
+    from safetensors import SafetensorError
     from transformers import AutoModelForImageTextToText
     dtype = torch.bfloat16 if config.get("bf16", {}).get("enabled") else torch.float32
     try:
-        model = AutoModelForImageTextToText.from_pretrained(
+        model, found = AutoModelForImageTextToText.from_pretrained(
             args.model, dtype=dtype, attn_implementation=args.attn_implementation,
-            use_safetensors=True)
-    except (OSError, ValueError, ImportError) as error:
+            use_safetensors=True, output_loading_info=True, ignore_mismatched_sizes=True)
+    except (OSError, ValueError, ImportError, RuntimeError, SafetensorError) as error:
         raise InputError(f"cannot load --model {args.model}: {error}") from None
+    absent = sorted(found["missing_keys"] | {name for name, *_ in found["mismatched_keys"]})
+    if absent:
+        raise InputError(f"cannot load --model {args.model}: weights of the config's names and "
+                         f"shapes are not in its files, {len(absent)} in all: "
+                         f"{', '.join(absent[:3])}")
     if config.get("zero_optimization", {}).get("stage", 0) == 3:
         deepspeed.zero.Init(module=model, config_dict_or_path=config)
         device = deepspeed.accelerator.get_accelerator().current_device_name()
