@@ -52,6 +52,7 @@ from rewards import accuracy_reward
 
 import deepspeed  # after build_data, which quiets its first words
 from deepspeed.accelerator import get_accelerator
+from deepspeed.runtime.config import DeepSpeedConfigError
 
 IGNORED = -100  # label of a token without loss, as in torch's cross entropy
 
@@ -318,22 +319,32 @@ def open_run(args, records, parse_args, per_step) -> Run:
 
 
 def read_deepspeed_config(args):
-    """The user's DeepSpeed file, completed with what this script's flags decide."""
+    """Returns the user's DeepSpeed file, completed with what this script's flags decide."""
+    name = f"--deepspeed_config {args.deepspeed_config}"
     config = read_file(args.deepspeed_config)
     if not isinstance(config, dict):
-        raise InputError(f"--deepspeed_config {args.deepspeed_config} is not a JSON object")
+        raise InputError(f"{name} is not a JSON object")
+    for section in ("zero_optimization", "bf16", "fp16"):
+        if not isinstance(config.setdefault(section, {}), dict):
+            raise InputError(f"{name}: {section} must be an object, not {config[section]!r}")
     ours = {"train_micro_batch_size_per_gpu": 1, "gradient_accumulation_steps": 1,
             "gradient_clipping": args.max_grad_norm}
     for key in (*ours, "train_batch_size", "optimizer", "scheduler"):
         if config.get(key, "auto") != "auto":
             raise InputError(f"remove {key!r} from {args.deepspeed_config}: "
                              "this script's own flags decide it")
-    if config.pop("fp16", {}).get("enabled", False) not in (False, "auto"):
-        raise InputError(f"{args.deepspeed_config} enables fp16: use bf16, or neither for fp32")
-    if config.get("bf16", {}).get("enabled") == "auto":  # bf16 where there is an accelerator
+    if config.pop("fp16").get("enabled", False) not in (False, "auto"):
+        raise InputError(f"{name} enables fp16: use bf16, or neither for fp32")
+    if config["bf16"].get("enabled") == "auto":  # bf16 where there is an accelerator
         config["bf16"]["enabled"] = get_accelerator().device_name() != "cpu"
     config.setdefault("zero_force_ds_cpu_optimizer", False)  # torch's AdamW, also offloaded
-    return {key: value for key, value in config.items() if value != "auto"} | ours
+    config = {key: value for key, value in config.items() if value != "auto"} | ours
+    try:
+        deepspeed.DeepSpeedConfig(config)
+    except (ValueError, AssertionError, DeepSpeedConfigError) as error:
+        reason = re.sub(r"For further information visit \S+", "", str(error))  # pydantic's
+        raise InputError(f"{name}: {' '.join(reason.split())}") from None
+    return config
 
 
 def open_output(run) -> int:

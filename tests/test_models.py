@@ -1,5 +1,5 @@
-"""Which models load_model and DeepSpeed files load_config refuse: weights that are absent, of
-another shape or damaged would else be random numbers in a run that succeeds."""
+"""Which models and DeepSpeed files are refused. Weights that are absent, of another shape or
+damaged would otherwise be random numbers in a run that succeeds."""
 import json
 import shutil
 from types import SimpleNamespace
@@ -9,6 +9,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForImageTextToText
 
+import sft
 from build_data import InputError, load_model
 from conftest import run
 
@@ -121,3 +122,41 @@ def test_a_model_without_a_layer_is_refused_before_the_run_s_folder_is_written(t
     assert result.returncode == 1 and "Traceback" not in result.stderr
     assert f"sft.py: cannot load --model {copy}: weights" in result.stderr.splitlines()[-1]
     assert not (tmp_path / "out" / "metrics.jsonl").exists()
+
+
+FP16_KEYS = {"loss_scale": 0, "loss_scale_window": 1000, "initial_scale_power": 16,
+             "hysteresis": 2, "min_loss_scale": 1}
+
+
+@pytest.mark.parametrize("config, words", [
+    ({"bf16": {"enabled": "auto"} | FP16_KEYS}, "DeepSpeedBF16Config loss_scale Extra inputs"),
+    ({"bf16": True}, "bf16 must be an object, not True"),
+    ({"fp16": False}, "fp16 must be an object, not False"),
+    ({"zero_optimization": True}, "zero_optimization must be an object, not True"),
+    ({"zero_optimization": {"stage": 4}}, "stage Input should be 0, 1, 2, 3"),
+    ({"zero_optimization": {"stage": 3, "stage3_prefetch_bucket_size": 3774873.6}},
+     "stage3_prefetch_bucket_size Input should be a valid integer"),
+    ({"zero_optimization": {"stage": 2, "offload_optimizer": "cpu"}}, "offload_optimizer Input"),
+    ({"tensorboard": {"enabled": "maybe"}}, "tensorboard.enabled Input should be a valid boolean"),
+    ([], "is not a JSON object"),
+])
+def test_a_deepspeed_file_that_deepspeed_cannot_use_is_one_sentence(tmp_path, config, words):
+    path = tmp_path / "ds.json"
+    path.write_text(json.dumps(config))
+    args = sft.parse_args(["--model=m", "--data=d", "--output=o", f"--deepspeed_config={path}"])
+    with pytest.raises(InputError, match=f"--deepspeed_config {path}.* {words}") as error:
+        sft.read_deepspeed_config(args)
+    assert "\n" not in str(error.value) and "http" not in str(error.value)
+
+
+def test_a_deepspeed_file_full_of_auto_is_completed(tmp_path):
+    path = tmp_path / "ds.json"
+    path.write_text(json.dumps({
+        "zero_optimization": {"stage": 2, "reduce_bucket_size": "auto"}, "bf16": {"enabled": "auto"},
+        "fp16": {"enabled": "auto"} | FP16_KEYS, "train_batch_size": "auto",
+        "gradient_clipping": "auto", "optimizer": "auto"}))
+    args = sft.parse_args(["--model=m", "--data=d", "--output=o", f"--deepspeed_config={path}"])
+    assert sft.read_deepspeed_config(args) == {
+        "zero_optimization": {"stage": 2, "reduce_bucket_size": "auto"},
+        "bf16": {"enabled": False}, "zero_force_ds_cpu_optimizer": False, "gradient_clipping": 5.0,
+        "train_micro_batch_size_per_gpu": 1, "gradient_accumulation_steps": 1}
