@@ -48,7 +48,7 @@ from build_data import (FULL_DISK, FlagParser, InputError, MediaError, above, ad
                         refuse_absent_media, rope_positions, run_script, seeded_generator,
                         setup_distributed, shuffle_frames, skip_row, stop_tokens, to_device,
                         whole_rows, write_whole)
-from rewards import accuracy_reward
+from rewards import accuracy_reward, format_reward
 
 import deepspeed  # after build_data, which quiets its first words
 from deepspeed.accelerator import get_accelerator
@@ -75,6 +75,22 @@ def parse_args(argv=None):
 
 
 # -------------------------------------------------------------------------- pure functions
+
+def target_text(record) -> str:
+    """Returns what the model learns to answer."""
+    return f"{record.get('process') or ''}\n{record['solution']}"
+
+
+def is_well_formed(target) -> bool:
+    """Whether a target earns the format reward and its thought is not empty.
+
+    >>> is_well_formed("<think>left</think>\\n<answer>B</answer>")
+    True
+    >>> is_well_formed("<think> </think>\\n<answer>B</answer>")
+    False
+    """
+    return format_reward(target) == 1 and target.split("</think>")[0].strip() != "<think>"
+
 
 def sft_labels(prompt_ids, response_ids):
     """Input ids and labels of one example: loss on the response only, its end token included.
@@ -110,8 +126,7 @@ def sft_example(processor, record, vision, position):
     """What a worker makes of a record: "inputs", those of encode() lengthened by the target, with
     `labels` (1, L)."""
     inputs = image_as_video(processor, encode(processor, record, vision))
-    target = f"{record['process']}\n{record['solution']}"
-    response = processor.tokenizer(target, add_special_tokens=False).input_ids
+    response = processor.tokenizer(target_text(record), add_special_tokens=False).input_ids
     response.append(processor.tokenizer.eos_token_id)
     inputs["input_ids"], inputs["labels"] = sft_labels(
         inputs["input_ids"], torch.tensor([response]))  # (1, L) each
@@ -168,10 +183,13 @@ def greedy_texts(run, processor, prompts):
 def main(args):
     # ------------------------------------------------------------- records, model, engine
     records = load_records(args.data, args.media_root)
-    without = [record["problem_id"] for record in records if not record.get("process")]
-    if without:
-        raise InputError(f"{args.data}: record with problem_id {without[0]}: field process is "
-                         f"missing ({len(without)} records); annotate.py makes it")
+    unusable = [record for record in records if not is_well_formed(target_text(record))]
+    if unusable:
+        first = unusable[0]
+        raise InputError(
+            f"{args.data}: {len(unusable)} of {len(records)} records lack a process of the form "
+            f"<think>a thought</think>, alone; the first is problem_id {first['problem_id']}, with "
+            f"the target {target_text(first)[:99]!r}. Remove them, or annotate them by annotate.py")
     refuse_absent_media(args.data, records)
     processor = load_processor(args)
     per_step = args.per_rank_batch_size * args.gradient_accumulation_steps  # a rank, a step
