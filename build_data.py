@@ -73,7 +73,7 @@ DECODE_MEMORY = 16 * 2**30
 FULL_DISK = (errno.ENOSPC, errno.EDQUOT)
 
 
-# What they say as soon as they are imported where there is no GPU, as if that were a fault
+# Harmless messages that they print at import without a GPU
 NO_GPU = re.compile("Setting accelerator to CPU|No CUDA runtime")
 for _logger in ("DeepSpeed", "torch.utils.cpp_extension"):
     logging.getLogger(_logger).addFilter(lambda line: not NO_GPU.match(line.getMessage()))
@@ -91,7 +91,7 @@ class MediaError(ValueError):
 # ============================================== the ground floor: imported by every stage
 # --------------------------------------------------------------------- flags and start-up
 
-FIRST_RANK_SPEAKS = 10  # seconds that other ranks wait before they tell a fault
+RANK0_ERROR_WAIT = 10  # seconds that other ranks wait before they print an error
 IN_PIXELS = "128 visual tokens are 128 * 28 * 28 pixels (Qwen3-VL: 128 * 32 * 32)"
 
 
@@ -128,7 +128,7 @@ class FlagParser(argparse.ArgumentParser):
         unknown = re.match("unrecognized arguments: ([^ =]+)", message)
         near = get_close_matches(unknown[1], self._option_string_actions, 1) if unknown else ()
         hint = f"did you mean {near[0]}?" if near else "--help lists the flags"
-        let_first_rank_speak()
+        wait_for_rank0_error()
         self.exit(2, f"{self.prog}: {message} ({hint})\n")
 
 
@@ -189,10 +189,11 @@ def add_machine_flags(add):
     add("--local_rank", type=int, default=-1, help="set by the deepspeed launcher; not used")
 
 
-def setup_distributed(args):
+def setup_distributed(args, error=None):
     """Joins the process group, under the deepspeed launcher or alone. Returns (rank, device).
 
-    A rank that waits longer than --timeout_minutes for another ends with an error.
+    A rank that waits longer than --timeout_minutes for another ends with an error. `error` is why
+    this rank cannot go on; the others then raise InputError with it, before they load a model.
     """
     import deepspeed
     from deepspeed.accelerator import get_accelerator
@@ -215,10 +216,18 @@ def setup_distributed(args):
     elif get_accelerator().device_name() == "cpu" and os.environ["RANK"] == "0":
         print("DeepSpeed builds its shared-memory operation if this machine does not have it yet: "
               "about 30 seconds, once", flush=True)
+    timeout = timedelta(minutes=args.timeout_minutes)
     with redirect_stdout(io.StringIO()):  # the name of what it has built
         deepspeed.init_distributed(get_accelerator().communication_backend_name(), verbose=False,
-                                   timeout=timedelta(minutes=args.timeout_minutes))
+                                   timeout=timeout)
+    # ZeRO communicates in a copy of the group, which DeepSpeed makes without the timeout
+    torch.distributed.set_timeout(timeout, deepspeed.utils.groups._get_data_parallel_group())
     rank = torch.distributed.get_rank()
+    errors = [None] * torch.distributed.get_world_size()
+    torch.distributed.all_gather_object(errors, error)
+    found = [f"rank {other}: {text}" for other, text in enumerate(errors) if text]
+    if found and error is None:
+        raise InputError(found[0])
     return rank, torch.device(get_accelerator().device_name(local_rank))
 
 
@@ -262,18 +271,27 @@ def load_processor(args):
 
 
 def load_model(args, config):
-    """The model's weights, from safetensors only, in the precision of the DeepSpeed config; under
-    ZeRO-3 this rank's part of them. Files of that precision are mapped, not read, and split
-    parameter by parameter: with an accelerator no process holds a whole copy."""
+    """Returns the model in the precision of the DeepSpeed config; under ZeRO-3, this rank's part.
+
+    Only safetensors are read. Files of that precision are mapped, not read, and split parameter by
+    parameter: with an accelerator no process holds a whole copy. InputError if a file is damaged,
+    or lacks a weight, which transformers would replace by random numbers.
+    """
     import deepspeed
+    from safetensors import SafetensorError
     from transformers import AutoModelForImageTextToText
     dtype = torch.bfloat16 if config.get("bf16", {}).get("enabled") else torch.float32
     try:
-        model = AutoModelForImageTextToText.from_pretrained(
+        model, found = AutoModelForImageTextToText.from_pretrained(
             args.model, dtype=dtype, attn_implementation=args.attn_implementation,
-            use_safetensors=True)
-    except (OSError, ValueError, ImportError) as error:
+            use_safetensors=True, output_loading_info=True, ignore_mismatched_sizes=True)
+    except (OSError, ValueError, ImportError, RuntimeError, SafetensorError) as error:
         raise InputError(f"cannot load --model {args.model}: {error}") from None
+    absent = sorted(found["missing_keys"] | {name for name, *_ in found["mismatched_keys"]})
+    if absent:
+        raise InputError(f"cannot load --model {args.model}: weights of the config's names and "
+                         f"shapes are not in its files, {len(absent)} in all: "
+                         f"{', '.join(absent[:3])}")
     if config.get("zero_optimization", {}).get("stage", 0) == 3:
         deepspeed.zero.Init(module=model, config_dict_or_path=config)
         device = deepspeed.accelerator.get_accelerator().current_device_name()
@@ -281,12 +299,44 @@ def load_model(args, config):
     return model
 
 
-def let_first_rank_speak():
-    """A pause, on a machine's other ranks, before they tell a fault: where its first rank has it
-    too, as nearly always, the launcher ends them meanwhile, and it is told once."""
+def wait_for_rank0_error():
+    """Waits, on a machine's other ranks, before they print an error. The launcher ends them
+    meanwhile if the machine's first rank has the same error, so that it is printed once."""
     if os.environ.get("LOCAL_RANK", "0") != "0":
         signal.signal(signal.SIGTERM, signal.SIG_DFL)  # a training run has its own
-        time.sleep(FIRST_RANK_SPEAKS)
+        time.sleep(RANK0_ERROR_WAIT)
+
+
+def share_error(args, error):
+    """Ends the ranks of other machines with an error that was met before the ranks have met. On
+    one machine the launcher ends them."""
+    machines = int(os.environ.get("WORLD_SIZE", 1)) > int(os.environ.get("LOCAL_SIZE", 1))
+    if machines and not torch.distributed.is_initialized():
+        setup_distributed(args, str(error))
+
+
+class LastingOutput(io.FileIO):
+    """A standard stream that becomes /dev/null when a write fails, as when its reader is gone: a
+    lost terminal must not end a run. What C libraries write goes there too."""
+
+    def write(self, data):
+        try:
+            return super().write(data)
+        except OSError:
+            null = os.open(os.devnull, os.O_WRONLY)
+            os.dup2(null, self.fileno())
+            os.close(null)
+            return len(data)
+
+
+def make_output_last():
+    """Replaces sys.stdout and sys.stderr by streams that outlive their readers."""
+    for name in ("stdout", "stderr"):
+        stream = getattr(sys, name)
+        if stream is not None:  # closed before the start
+            lasting = io.BufferedWriter(LastingOutput(stream.fileno(), "w", closefd=False))
+            setattr(sys, name, io.TextIOWrapper(lasting, encoding=stream.encoding,
+                                                errors=stream.errors, line_buffering=True))
 
 
 def run_script(main, parse_args):
@@ -294,8 +344,10 @@ def run_script(main, parse_args):
     would wait for data workers, which ignore a SIGTERM, and the launcher ends the other ranks when
     this one is gone."""
     name, fault = Path(sys.argv[0]).name, None
+    make_output_last()
     try:
-        return main(parse_args())
+        args = parse_args()
+        return main(args)
     except InputError as error:
         fault = error
     except KeyboardInterrupt:
@@ -310,12 +362,10 @@ def run_script(main, parse_args):
     for worker in multiprocessing.active_children():
         worker.kill()  # it would hold our output open, for whoever reads that to its end
     if fault is not None:
-        let_first_rank_speak()
+        share_error(args, fault)
+        wait_for_rank0_error()
         print(f"{name}: {fault}", file=sys.stderr)
-    try:
-        sys.stdout.flush()
-    finally:  # also where nobody reads the output any more
-        os._exit(1)
+    os._exit(1)
 
 
 def provenance() -> dict:

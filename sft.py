@@ -28,6 +28,7 @@ import sys
 import time
 from collections import Counter
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import dataclass
 from functools import lru_cache, partial
 from itertools import islice
@@ -48,10 +49,11 @@ from build_data import (FULL_DISK, FlagParser, InputError, MediaError, above, ad
                         refuse_absent_media, rope_positions, run_script, seeded_generator,
                         setup_distributed, shuffle_frames, skip_row, stop_tokens, to_device,
                         whole_rows, write_whole)
-from rewards import accuracy_reward
+from rewards import accuracy_reward, format_reward
 
 import deepspeed  # after build_data, which quiets its first words
 from deepspeed.accelerator import get_accelerator
+from deepspeed.runtime.config import DeepSpeedConfigError
 
 IGNORED = -100  # label of a token without loss, as in torch's cross entropy
 
@@ -74,6 +76,22 @@ def parse_args(argv=None):
 
 
 # -------------------------------------------------------------------------- pure functions
+
+def target_text(record) -> str:
+    """Returns what the model learns to answer."""
+    return f"{record.get('process') or ''}\n{record['solution']}"
+
+
+def is_well_formed(target) -> bool:
+    """Whether a target earns the format reward and its thought is not empty.
+
+    >>> is_well_formed("<think>left</think>\\n<answer>B</answer>")
+    True
+    >>> is_well_formed("<think> </think>\\n<answer>B</answer>")
+    False
+    """
+    return format_reward(target) == 1 and target.split("</think>")[0].strip() != "<think>"
+
 
 def sft_labels(prompt_ids, response_ids):
     """Input ids and labels of one example: loss on the response only, its end token included.
@@ -109,8 +127,7 @@ def sft_example(processor, record, vision, position):
     """What a worker makes of a record: "inputs", those of encode() lengthened by the target, with
     `labels` (1, L)."""
     inputs = image_as_video(processor, encode(processor, record, vision))
-    target = f"{record['process']}\n{record['solution']}"
-    response = processor.tokenizer(target, add_special_tokens=False).input_ids
+    response = processor.tokenizer(target_text(record), add_special_tokens=False).input_ids
     response.append(processor.tokenizer.eos_token_id)
     inputs["input_ids"], inputs["labels"] = sft_labels(
         inputs["input_ids"], torch.tensor([response]))  # (1, L) each
@@ -167,14 +184,18 @@ def greedy_texts(run, processor, prompts):
 def main(args):
     # ------------------------------------------------------------- records, model, engine
     records = load_records(args.data, args.media_root)
-    without = [record["problem_id"] for record in records if not record.get("process")]
-    if without:
-        raise InputError(f"{args.data}: record with problem_id {without[0]}: field process is "
-                         f"missing ({len(without)} records); annotate.py makes it")
+    unusable = [record for record in records if not is_well_formed(target_text(record))]
+    if unusable:
+        first = unusable[0]
+        raise InputError(
+            f"{args.data}: {len(unusable)} of {len(records)} records lack a process of the form "
+            f"<think>a thought</think>, alone; the first is problem_id {first['problem_id']}, with "
+            f"the target {target_text(first)[:99]!r}. Remove them, or annotate them by annotate.py")
     refuse_absent_media(args.data, records)
     processor = load_processor(args)
     per_step = args.per_rank_batch_size * args.gradient_accumulation_steps  # a rank, a step
     run = open_run(args, records, parse_args, per_step)
+    questions = start_questions(run, processor, records, sft_example)
     model = load_model(args, run.config)
     if args.gradient_checkpointing:
         model.activation_checkpointing_enable({"use_reentrant": False})
@@ -187,7 +208,7 @@ def main(args):
 
     # ------------------------------------------------------------------------------- loop
     work = f"{args.gradient_accumulation_steps} x {args.per_rank_batch_size} records"
-    for step, drawn, metrics in steps(run, processor, records, sft_example, work):
+    for step, drawn, metrics in steps(run, records, questions, work):
         micro_batches = []
         for i in range(0, per_step, args.per_rank_batch_size):
             good = [sample["inputs"] for sample in drawn[i:i + args.per_rank_batch_size]
@@ -201,8 +222,8 @@ def main(args):
         if close_step(run, step, drawn, metrics, finite):
             return
     save_model(run, processor)
-    say_end(run, "optim/loss",
-            f"python tgrpo.py --model {args.output} --data RECORDS --output FOLDER")
+    print_end(run, "optim/loss",
+              f"python tgrpo.py --model {args.output} --data RECORDS --output FOLDER")
 
 
 # ========================================================================================
@@ -212,7 +233,7 @@ def main(args):
 
 ORDER_STREAM = 0  # first key of the data order's generators; a stage's own streams begin at 1
 VAL_BATCH = 8  # held-out questions that a rank answers together, videos in both orders
-# What a resumed run may change: it paces the run or says where things are.
+# A resumed run may change these: they affect speed or paths only
 FREE_ARGUMENTS = {"data", "media_root", "output", "deepspeed_config", "num_workers",
                   "decode_timeout", "save_steps", "keep_checkpoints", "max_skipped", "resume",
                   "timeout_minutes", "local_rank", "rollout_steps", "show_steps", "chunk_size",
@@ -224,6 +245,7 @@ SHOWN = {"reward/total": "reward", "reward/accuracy": "accuracy", "group/p": "p"
          "group/p_tilde": "p_tilde", "policy/kl": "kl", "optim/loss": "loss",
          "val/accuracy": "held-out accuracy", "val/accuracy_shuffled": "shuffled",
          "val/gap": "gap"}  # while it runs
+FULL_BELOW = 2**24  # bytes: with less, a failed write is taken for a full disk
 LOGS = ("metrics", "rollouts", "skipped")  # <name>.jsonl in --output
 
 
@@ -290,7 +312,7 @@ def open_run(args, records, parse_args, per_step) -> Run:
     """Everything before a model is loaded: DeepSpeed's file, ranks, --output, what to resume; the
     end of the process where --output is finished. parse_args is the script's own: a flag that an
     older run does not have counts as its default of today."""
-    config = read_deepspeed_config(args)
+    config, held_out = read_deepspeed_config(args), load_held_out(args)
     rank, device = setup_distributed(args)
     args.max_steps = args.max_steps or math.ceil(
         len(records) * args.num_train_epochs / (per_step * dist.get_world_size()))
@@ -300,7 +322,8 @@ def open_run(args, records, parse_args, per_step) -> Run:
                 "world_size": dist.get_world_size(),
                 "zero_stage": config.get("zero_optimization", {}).get("stage", 0), **provenance()}
     run = Run(args, config, identity, rank, dist.get_world_size(), device, catch_signals(rank),
-              per_step, load_held_out(args))
+              per_step, held_out)
+    require_equal_ranks(run)
     run.first_step = run.saved = open_output(run)
     model = (Path(args.output) / "config.json").exists()
     if run.first_step or model:
@@ -318,22 +341,48 @@ def open_run(args, records, parse_args, per_step) -> Run:
 
 
 def read_deepspeed_config(args):
-    """The user's DeepSpeed file, completed with what this script's flags decide."""
+    """Returns the user's DeepSpeed file, completed with what this script's flags decide."""
+    name = f"--deepspeed_config {args.deepspeed_config}"
     config = read_file(args.deepspeed_config)
     if not isinstance(config, dict):
-        raise InputError(f"--deepspeed_config {args.deepspeed_config} is not a JSON object")
+        raise InputError(f"{name} is not a JSON object")
+    for section in ("zero_optimization", "bf16", "fp16"):
+        if not isinstance(config.setdefault(section, {}), dict):
+            raise InputError(f"{name}: {section} must be an object, not {config[section]!r}")
     ours = {"train_micro_batch_size_per_gpu": 1, "gradient_accumulation_steps": 1,
             "gradient_clipping": args.max_grad_norm}
     for key in (*ours, "train_batch_size", "optimizer", "scheduler"):
         if config.get(key, "auto") != "auto":
             raise InputError(f"remove {key!r} from {args.deepspeed_config}: "
                              "this script's own flags decide it")
-    if config.pop("fp16", {}).get("enabled", False) not in (False, "auto"):
-        raise InputError(f"{args.deepspeed_config} enables fp16: use bf16, or neither for fp32")
-    if config.get("bf16", {}).get("enabled") == "auto":  # bf16 where there is an accelerator
+    if config.pop("fp16").get("enabled", False) not in (False, "auto"):
+        raise InputError(f"{name} enables fp16: use bf16, or neither for fp32")
+    if config["bf16"].get("enabled") == "auto":  # bf16 where there is an accelerator
         config["bf16"]["enabled"] = get_accelerator().device_name() != "cpu"
     config.setdefault("zero_force_ds_cpu_optimizer", False)  # torch's AdamW, also offloaded
-    return {key: value for key, value in config.items() if value != "auto"} | ours
+    config = {key: value for key, value in config.items() if value != "auto"} | ours
+    try:
+        deepspeed.DeepSpeedConfig(config)
+    except (ValueError, AssertionError, DeepSpeedConfigError) as error:
+        reason = re.sub(r"For further information visit \S+", "", str(error))  # pydantic's
+        raise InputError(f"{name}: {' '.join(reason.split())}") from None
+    return config
+
+
+def require_equal_ranks(run):
+    """InputError that names what differs between the ranks: on several machines, records,
+    software and flags can. Collective."""
+    def described(rank):
+        flags = {f"--{name}": value for name, value in rank["arguments"].items()}
+        return {"records of --data": rank["records"], "git commit": rank["git_commit"],
+                **rank["versions"], **flags, "--local_rank": None}
+    ranks = [described(identity) for identity in gather_objects(run.identity)]
+    differs = [f"{name} is {ranks[0][name]} on rank 0, {other[name]} on rank {rank}"
+               for name in ranks[0] for rank, other in enumerate(ranks)
+               if other[name] != ranks[0][name]]
+    if differs:
+        raise InputError(f"ranks differ: {'; '.join(differs[:9])}. Install the same software and "
+                         "put the same files on all machines")
 
 
 def open_output(run) -> int:
@@ -461,8 +510,9 @@ def catch_signals(rank) -> list:
         if number == signal.SIGINT and number in received:
             os._exit(128 + number)  # the shells' convention
         received.append(number)
-        if rank == 0:  # print may be in the middle of a line of its own
-            os.write(2, b"\nending after this step (a second Ctrl-C: at once)\n")
+        if rank == 0:
+            with suppress(OSError):  # not by print, which may be in the middle of a line
+                os.write(2, b"\nending after this step (a second Ctrl-C: at once)\n")
     signal.signal(signal.SIGTERM, handle)
     signal.signal(signal.SIGINT, handle)
     return received
@@ -520,21 +570,27 @@ def load_questions(run, processor, records, example, positions, together):
         generator=torch.Generator()))  # else it draws from that of the model's dropout
 
 
-def steps(run, processor, records, example, work):
-    """Yields (step, this rank's per_step samples, an empty dict for the step's metrics). An
-    example has the key "record", the line of a skipped question does not. Says before the first
-    step what the run is; `work` is what a rank does in one."""
-    args, per_step = run.args, run.per_step
-    positions = [(step * run.world + run.rank) * per_step + i
-                 for step in range(run.first_step, args.max_steps) for i in range(per_step)]
-    loader = load_questions(run, processor, records, example, positions, per_step)
-    for step in range(run.first_step, args.max_steps):
+def start_questions(run, processor, records, example):
+    """Starts the workers that prepare this rank's questions of all steps, and returns an iterator.
+    They are forked before model and optimizer are loaded: a write to shared memory copies it."""
+    positions = [(step * run.world + run.rank) * run.per_step + i
+                 for step in range(run.first_step, run.args.max_steps) for i in range(run.per_step)]
+    return load_questions(run, processor, records, example, positions, run.per_step)
+
+
+def steps(run, records, questions, work):
+    """Yields (step, this rank's per_step samples, an empty dict for the step's metrics).
+
+    An example has the key "record", the line of a skipped question does not. Before the first step
+    the run is described; `work` is what a rank does in a step.
+    """
+    for step in range(run.first_step, run.args.max_steps):
         metrics = {}
         run.lapped = time.perf_counter()
-        drawn = [next(loader) for _ in range(per_step)]
+        drawn = [next(questions) for _ in range(run.per_step)]
         lap(run, metrics, "data")
         if step == run.first_step and run.rank == 0:
-            say_start(run, records, work, [sample for sample in drawn if "record" in sample][:1])
+            print_start(run, records, work, [sample for sample in drawn if "record" in sample][:1])
         if step == 0 and run.held_out:
             write_first(run)
         yield step, drawn, metrics
@@ -750,9 +806,9 @@ def check_skipped(run, drawn, skipped):
                          f"skipped.jsonl, the last are:{reasons}")
 
 
-# ------------------------------------------------------------------- what a person is told
+# -------------------------------------------------------------------------- console output
 
-def say_start(run, records, work, first):
+def print_start(run, records, work, first):
     """Prints what the run is, and the true size of `first`, its first usable example, if any:
     wrong flags of frames and pixels, and limits that act elsewhere, are found here."""
     args, kinds = run.args, Counter(record["data_type"] for record in records)
@@ -783,7 +839,7 @@ def say_start(run, records, work, first):
     tqdm.write("\n".join(lines))
 
 
-def say_end(run, metric, following):
+def print_end(run, metric, following):
     """Prints where the model is, what the run took and gained, and the command that follows."""
     if run.rank == 0:
         rows = whole_rows(Path(run.args.output) / "metrics.jsonl")[1:]
@@ -820,12 +876,14 @@ def save_checkpoint(run, step):
 
 
 def cannot_write(folder, error) -> InputError:
-    """Removes what a checkpoint or model has become so far; says a full disk in plain words, which
-    torch and safetensors have words of their own for."""
-    full = getattr(error, "errno", None) in FULL_DISK or shutil.disk_usage(folder).free < 2**24
+    """Removes what a checkpoint or model has become so far. Returns the error to raise, which names
+    a full disk in plain words: torch and safetensors have words of their own."""
+    free = shutil.disk_usage(folder.parent).free
+    full = getattr(error, "errno", None) in FULL_DISK or free < FULL_BELOW
     shutil.rmtree(folder, ignore_errors=True)
-    return InputError(f"cannot write {folder}: {os.strerror(errno.ENOSPC) if full else error}. "
-                      "Checkpoints before it are whole: make room and continue with --resume")
+    reason = f"{os.strerror(errno.ENOSPC)}: make room" if full else error
+    return InputError(f"cannot write {folder}: {reason}. Checkpoints before it are whole: continue "
+                      "with --resume")
 
 
 def checkpoints(output) -> dict[int, Path]:

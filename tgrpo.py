@@ -36,7 +36,7 @@ from build_data import (FlagParser, InputError, above, at_least, encode, encode_
                         shuffle_frames, stop_tokens, to_device)
 from rewards import accuracy_reward, format_reward, length_reward
 from sft import (add_run_flags, close_step, gather_objects, lap, note, open_run, optimizer_step,
-                 save_model, say_end, start_engine, steps, validate)
+                 print_end, save_model, start_engine, start_questions, steps, validate)
 
 import deepspeed  # after build_data, which quiets its first words
 
@@ -658,6 +658,7 @@ def main(args):
     processor = load_processor(args)
     refuse_unshared(args)
     run = open_run(args, records, parse_args, args.prompts_per_rank)
+    questions = start_questions(run, processor, records, partial(example, args))
     model = load_model(args, run.config)
     model.model.visual.requires_grad_(not args.freeze_vision)
     if args.gradient_checkpointing:  # not in the language model: its keys and values are kept
@@ -674,7 +675,7 @@ def main(args):
     # ------------------------------------------------------------------------------- loop
     work = (f"{args.prompts_per_rank} questions x ({args.G} + {args.G_tilde if args.alpha else 0}) "
             f"responses, {min(args.chunk_size, args.G)} of them in a chunk of the update")
-    for step, drawn, metrics in steps(run, processor, records, partial(example, args), work):
+    for step, drawn, metrics in steps(run, records, questions, work):
         # 1. questions, decoded and encoded ahead of need by the workers
         groups = [group for group in drawn if "record" in group]
         # 2. responses to ordered and shuffled frames
@@ -697,8 +698,8 @@ def main(args):
         if groups and run.rank == 0 and args.show_steps and step % args.show_steps == 0:
             tell(groups[0], step)
     save_model(run, processor)
-    say_end(run, "reward/accuracy",
-            f"python evaluate.py --model {args.output} --benchmark NAME=FILE --output FOLDER")
+    print_end(run, "reward/accuracy",
+              f"python evaluate.py --model {args.output} --benchmark NAME=FILE --output FOLDER")
 
 
 if __name__ == "__main__":

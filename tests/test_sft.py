@@ -8,7 +8,7 @@ import torch.nn.functional as F
 
 import sft
 from bench import PlainEngine
-from build_data import load_records, load_vision, pad_batch
+from build_data import InputError, load_records, load_vision, pad_batch
 from conftest import break_media, equal_weights, run, together
 from test_build_data import LIMITS
 
@@ -135,11 +135,34 @@ def test_the_final_folder_is_a_hugging_face_model(toy, on_two_ranks):
                                start["lm_head.weight"].flatten(), dim=0) > 0.9
 
 
-def test_records_without_process_are_refused(toy, tmp_path):
-    result = run("sft.py", "--model", toy / "model", "--data", toy / "train.json", "--output",
-                 tmp_path, check=False)
-    assert result.returncode == 1 and "Traceback" not in result.stderr
-    assert "process" in result.stderr.splitlines()[-1]
+GOOD = "<think>It goes right.</think>"
+
+
+@pytest.mark.parametrize("process", [
+    None, "", "It goes right.", "<think>It goes right.", "It goes right.</think>",
+    f"{GOOD}\n<answer>A</answer>", f"{GOOD}\n<answer>B</answer>", GOOD + GOOD, f"So: {GOOD}",
+    f"{GOOD} So", "<think></think>", "<think> \n</think>", "<think>a<think>b</think></think>",
+    "<think>It is <answer>B</answer></think>", "<Think>It goes right.</Think>"])
+def test_a_process_that_is_not_one_thought_is_refused_by_number_and_problem_id(
+        toy, tmp_path, process):
+    """Also if only some records have it; no model is needed to find out."""
+    records = json.loads((toy / "cot.json").read_text())
+    for i in (3, 5):
+        records[i]["process"] = process
+    data = tmp_path / "cot.json"
+    data.write_text(json.dumps(records))
+    args = sft.parse_args(["--model=absent", f"--data={data}", f"--media_root={toy}",
+                           f"--output={tmp_path / 'run'}"])
+    with pytest.raises(InputError, match=f"{data}: 2 of 48 records lack a process .*; the first is "
+                                         f"problem_id {records[3]['problem_id']}, with"):
+        sft.main(args)
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_thought_may_hold_other_brackets_and_lines():
+    for process in (GOOD, f" {GOOD}\n", "<think>\n1 < 2, <b>so</b>\n\nB\n</think>"):
+        assert sft.is_well_formed(sft.target_text(
+            {"process": process, "solution": "<answer>B</answer>"})), process
 
 
 def test_steps_without_a_usable_record_leave_the_weights_alone(toy, tmp_path):
