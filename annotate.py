@@ -472,7 +472,8 @@ def configuration_of(asker, *more):
     """What answers depend on, with these flags more: rows made with another one are refused."""
     args = asker.args
     flags = ("min_frames", "fps", "min_pixels", "max_pixels", "image_min_pixels",
-             "image_max_pixels", "temperature", "top_p", "max_new_tokens", "seed", *more)
+             "image_max_pixels", "video_reader", "temperature", "top_p", "max_new_tokens", "seed",
+             *more)
     engine = {"engine": "api", "model": args.model} if args.api_base else {
         "engine": "transformers", "model_sha256": model_hash(args.model),
         "dtype": str(precision()), "attn_implementation": args.attn_implementation,

@@ -43,6 +43,7 @@ from datetime import timedelta
 from difflib import get_close_matches
 from functools import lru_cache, partial
 from importlib.metadata import version
+from importlib.util import find_spec
 from itertools import chain
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -59,7 +60,13 @@ REQUIRED_FIELDS = ("problem_id", "problem", "data_type", "problem_type", "soluti
 CLIP_FIELDS = ("video_start", "video_end", "video_fps")
 FRAME_SUFFIXES = (".jpg", ".jpeg", ".png")  # in such a folder
 ANIMATION_SUFFIXES = (".gif", ".webp", ".png", ".apng")
-GIF_FPS = 10.0  # of an animation that does not say how long it shows its frames, as in browsers
+# Browsers show a frame of an animation at 10 a second if its delay is at most these milliseconds.
+GIF_FPS, SHORTEST_DELAY = 10.0, 10
+DAMAGED = "not a readable video: a part of it is damaged or missing"
+MOST_MISSING = 0.1  # of a video's length by its header: more is a file that was cut off
+# FFmpeg's names of the formats that hold all of their pictures: no playlists or scripts.
+FORMATS = ("mov,matroska,avi,mpegts,mpeg,flv,asf,ogg,nut,mxf,rm,dv,ivf,gif,h264,hevc,obu,"
+           "mpegvideo,m4v,yuv4mpegpipe")
 RAW_FPS = 25.0  # of a video file that has neither times nor a rate, as FFmpeg's
 # Half of a character beyond 16 bits, which no tokenizer takes, and zero, which no file name has
 UNUSABLE = re.compile(r"[\ud800-\udfff\0]")
@@ -67,7 +74,7 @@ PATCH = 28  # pixels: side of a visual token where no processor says it, see tok
 
 # What the readers of images and videos raise on a file that they cannot use.
 MEDIA_FAULTS = (OSError, ValueError, AssertionError, RuntimeError, SyntaxError, EOFError,
-                Image.DecompressionBombError)
+                ImportError, Image.DecompressionBombError)
 # Bytes that decoding one medium may take; 64 frames of 3840 x 2160 pixels, as floats, fit.
 DECODE_MEMORY = 16 * 2**30
 FULL_DISK = (errno.ENOSPC, errno.EDQUOT)
@@ -173,6 +180,8 @@ def add_media_flags(add, max_frames=16, max_pixels=128 * 28 * 28):
         help="fewest pixels of an image")
     add("--image_max_pixels", type=most_pixels, default=512 * 28 * 28,
         help="most pixels of an image")
+    add("--video_reader", type=installed_reader, choices=("av", "decord"), default="av",
+        help="av: the frames that a player shows; decord: those that the released code read")
     add("--media_root", help="folder that the records' paths are relative to; default: the data's")
     add("--num_workers", type=at_least(0, int), default=2,
         help="processes that decode media ahead of need")
@@ -569,7 +578,7 @@ class Vision(NamedTuple):
 
 
 def load_vision(record, *, max_frames, min_frames, fps, min_pixels, max_pixels,
-                factor=PATCH) -> Vision:
+                factor=PATCH, video_reader="av") -> Vision:
     """Decodes a record's medium, once; shuffling works on what this returns.
 
     A video gives fps frames a second, at least min_frames and at most max_frames (an even
@@ -578,15 +587,16 @@ def load_vision(record, *, max_frames, min_frames, fps, min_pixels, max_pixels,
     """
     path, root = record["media_path"], os.path.realpath(record["media_root"])
     try:
-        if not os.path.realpath(path).startswith(os.path.join(root, "")):
+        files = [path, *(Path(path).iterdir() if os.path.isdir(path) else ())]
+        if not all(os.path.realpath(file).startswith(os.path.join(root, "")) for file in files):
             raise ValueError("a link that leaves media_root")
         if not os.path.isdir(path) and os.path.getsize(path) == 0:
             raise ValueError("the file is empty (0 bytes)")
         if record["data_type"] == "image":
             return Vision(None, {}, read_image(path, min_pixels, max_pixels, factor))
-        return read_video(path, fps=fps, min_frames=min_frames, max_frames=max_frames,
-                          min_pixels=min_pixels, max_pixels=max_pixels, factor=factor,
-                          **part_of(record))
+        return read_video(path, video_reader, fps=fps, min_frames=min_frames,
+                          max_frames=max_frames, min_pixels=min_pixels, max_pixels=max_pixels,
+                          factor=factor, **part_of(record))
     except MEDIA_FAULTS as error:
         reason = str(error).strip().splitlines()
         raise MediaError(f"{path}: {reason[0] if reason else type(error).__name__}") from error
@@ -596,24 +606,29 @@ DECODERS = {}  # the decoder of this process, (id, pipe), under this process's i
 
 
 def load_vision_isolated(record, timeout, **limits) -> Vision:
-    """load_vision in another process: a decoder that crashes, hangs for `timeout` seconds or
-    asks for more than DECODE_MEMORY costs this one record, as a MediaError."""
-    path, me = record["media_path"], os.getpid()
-    if me not in DECODERS:  # the first record, one after a fault, or a worker that was just forked
-        DECODERS.clear()  # of its parent's, which is not for two
-        DECODERS[me] = start_decoder()
-    decoder, pipe = DECODERS[me]
-    try:
-        pipe.send((record, timeout, limits))
-        if not pipe.poll(timeout):
-            os.kill(decoder, signal.SIGKILL)  # not waited for: it may hang in the kernel
+    """Returns load_vision's result from another process. Raises MediaError if that decoder
+    crashes, needs more than DECODE_MEMORY, or hangs for `timeout` seconds."""
+    path, me, tries = record["media_path"], os.getpid(), 0
+    while True:
+        if me not in DECODERS:  # the first record, one after a fault, or a newly forked worker
+            DECODERS.clear()  # of its parent's, which is not for two
+            DECODERS[me] = start_decoder()
+        (decoder, pipe), taken = DECODERS[me], False
+        try:
+            pipe.send((record, timeout, limits))
+            for taken in (False, True):  # two replies: the receipt, then the result
+                if not pipe.poll(timeout):
+                    os.kill(decoder, signal.SIGKILL)  # not waited for: it may hang in the kernel
+                    del DECODERS[me]
+                    raise MediaError(f"{path}: decoding took more than {timeout:g} seconds")
+                answer = pipe.recv()
+            break
+        except (EOFError, OSError):
             del DECODERS[me]
-            raise MediaError(f"{path}: decoding took more than {timeout:g} seconds")
-        answer = pipe.recv()
-    except (EOFError, OSError):  # it died: before this record, at it, or while it was answering
-        del DECODERS[me]
-        status = os.waitstatus_to_exitcode(os.waitpid(decoder, 0)[1])
-        raise MediaError(f"{path}: its decoder died (exit status {status})") from None
+            status = os.waitstatus_to_exitcode(os.waitpid(decoder, 0)[1])
+            tries += 1
+            if taken or tries == 2:  # if it died while idle, this record gets another decoder
+                raise MediaError(f"{path}: its decoder died (exit status {status})") from None
     if isinstance(answer, str):
         raise MediaError(answer)
     frames, metadata, image = answer
@@ -628,7 +643,7 @@ def load_vision_of(record, args, processor=None) -> Vision:
         record, args.decode_timeout, max_frames=args.max_frames, min_frames=args.min_frames,
         fps=args.fps, min_pixels=args.image_min_pixels if image else args.min_pixels,
         max_pixels=args.image_max_pixels if image else args.max_pixels,
-        factor=token_side(processor) if processor else PATCH)
+        factor=token_side(processor) if processor else PATCH, video_reader=args.video_reader)
 
 
 def start_decoder():
@@ -650,18 +665,21 @@ def start_decoder():
 
 
 def decode_records(pipe):
-    """The decoder's life: a record in, a Vision's parts or a MediaError's text out, until the
-    pipe closes."""
+    """Runs the decoder: a record in; a receipt, then a Vision's parts or a MediaError's text out,
+    until the pipe closes."""
     torch.set_num_threads(1)  # the parent's threads did not come along
     signal.signal(signal.SIGTERM, signal.SIG_IGN)  # the parent decides when to stop
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     # it warns of every clip that has fewer frames a second than are asked for
     logging.getLogger("qwen_vl_utils.vision_process").setLevel(logging.ERROR)
     mapped = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
-    resource.setrlimit(resource.RLIMIT_AS, (mapped + DECODE_MEMORY, resource.RLIM_INFINITY))
+    soft, hard = resource.getrlimit(resource.RLIMIT_AS)
+    most = mapped + DECODE_MEMORY if soft < 0 else min(soft, mapped + DECODE_MEMORY)  # -1: no limit
+    resource.setrlimit(resource.RLIMIT_AS, (most, hard))
     while True:
         try:
             record, timeout, limits = pipe.recv()
+            pipe.send("taken")
         except (EOFError, OSError):  # the parent has ended
             os._exit(0)
         signal.alarm(math.ceil(timeout) + 1)  # if the parent is no longer there to stop it
@@ -671,7 +689,7 @@ def decode_records(pipe):
         except MediaError as error:
             answer = str(error)
         except MemoryError:
-            answer = f"{record['media_path']}: decoding takes more than {DECODE_MEMORY} bytes"
+            answer = f"{record['media_path']}: decoding takes more than {most - mapped} bytes"
         signal.alarm(0)
         pipe.send(answer)
 
@@ -715,34 +733,61 @@ def resized(height, width, min_pixels, max_pixels, factor) -> tuple[int, int]:
     return height, width
 
 
-class Film(NamedTuple):
+class VideoIndex(NamedTuple):
     """A video's N frames in the order in which a player shows them, before they are decoded."""
-    seconds: list[float]          # (N,) when each is shown, ascending from 0
+    seconds: list[float]          # (N,) when each is shown, ascending, from the file's beginning
     rate: float                   # frames a second, as the file says
     pictures: Callable[[list[int]], Iterator[np.ndarray]]  # ascending indices to (H, W, 3) uint8
 
 
-def read_video(path, *, video_fps=None, **sampling) -> Vision:
+def read_video(path, video_reader, *, video_fps=None, **sampling) -> Vision:
     """The frames of a folder, an animation or a video file, as a player shows them."""
     if os.path.isdir(path):
-        return sample_frames(film_of_folder(path, video_fps), **sampling)
+        return sample_frames(index_of_folder(path, video_fps), **sampling)
     if path.lower().endswith(ANIMATION_SUFFIXES):
-        return sample_frames(film_of_animation(path), **sampling)
+        return sample_frames(index_of_animation(path), **sampling)
+    if video_reader == "decord":
+        return read_by_decord(path, **sampling)
     try:
-        return sample_frames(film_by_packets(path), **sampling)
-    except Misled:
-        return sample_frames(film_by_decoding(path), **sampling)
+        return sample_frames(index_by_packets(path), **sampling)
+    except WrongPacketTimes:
+        return sample_frames(index_by_decoding(path), **sampling)
 
 
-def sample_frames(film, *, fps, min_frames, max_frames, min_pixels, max_pixels, factor,
+def installed_reader(name):
+    """The type of --video_reader. decord is optional: it has no builds for every machine."""
+    if name == "decord" and not find_spec("decord"):
+        raise argparse.ArgumentTypeError("decord is not installed: pip install decord (x86_64)")
+    return name
+
+
+def read_by_decord(path, *, min_pixels, max_pixels, factor, **sampling) -> Vision:
+    """Returns what the released code read: decord's frames, by qwen-vl-utils. They are not always
+    those of a player (H.264 in AVI, transport streams, cut clips), and damage is not noticed."""
+    from qwen_vl_utils import vision_process
+    with opened(path):  # refuses what FORMATS refuses
+        pass
+    read = vision_process.VIDEO_READER_BACKENDS["decord"]
+    frames, metadata, _ = read({"video": path, **sampling})
+    size = resized(*frames.shape[2:], min_pixels, max_pixels, factor)
+    del metadata["video_backend"]
+    return Vision(resize_frames(frames, size), metadata, None)
+
+
+def resize_frames(frames, size):
+    """(..., C, H, W) uint8 frames, resized to (height, width) as by qwen-vl-utils."""
+    from torchvision.transforms import InterpolationMode, functional
+    return functional.resize(frames, size, InterpolationMode.BICUBIC, antialias=True)
+
+
+def sample_frames(index, *, fps, min_frames, max_frames, min_pixels, max_pixels, factor,
                   video_start=None, video_end=None) -> Vision:
     """The frames from video_start to video_end (seconds), sampled and resized by qwen-vl-utils'
     rules: evenly by number."""
     from qwen_vl_utils import vision_process
-    from torchvision.transforms import InterpolationMode, functional
-    start = bisect_left(film.seconds, video_start or 0)
-    end = len(film.seconds) if video_end is None else bisect_right(film.seconds, video_end)
-    seconds, rate = film.seconds[start:end], film.rate
+    start = bisect_left(index.seconds, video_start or 0)
+    end = len(index.seconds) if video_end is None else bisect_right(index.seconds, video_end)
+    seconds, rate = index.seconds[start:end], index.rate
     if len(seconds) < 2:
         part = "" if video_start is video_end is None else f" from {video_start} to {video_end} s"
         raise ValueError(f"the clip has fewer than 2 frames{part}")
@@ -753,15 +798,14 @@ def sample_frames(film, *, fps, min_frames, max_frames, min_pixels, max_pixels, 
         {"fps": fps, "min_frames": min_frames, "max_frames": max_frames}, len(seconds), rate)
     indices = torch.linspace(start, start + len(seconds) - 1, count).round().long().tolist()
     frames, size = [], None
-    for picture in film.pictures(indices):
+    for picture in index.pictures(indices):
         size = size or resized(*picture.shape[:2], min_pixels, max_pixels, factor)
-        frames.append(functional.resize(torch.from_numpy(picture).permute(2, 0, 1), size,
-                                        InterpolationMode.BICUBIC, antialias=True))
+        frames.append(resize_frames(torch.from_numpy(picture).permute(2, 0, 1), size))
     metadata = {"fps": rate, "frames_indices": indices, "total_num_frames": len(seconds)}
     return Vision(torch.stack(frames), metadata, None)
 
 
-def film_of_folder(path, rate) -> Film:
+def index_of_folder(path, rate) -> VideoIndex:
     """A folder of frames, by the numbers in their names: 2.jpg before 10.jpg. A name with a dot
     in front is not a frame: macOS leaves ._1.jpg beside 1.jpg."""
     def order(file):
@@ -776,10 +820,10 @@ def film_of_folder(path, rate) -> Film:
         for i in indices:
             with Image.open(files[i]) as image:
                 yield np.array(to_rgb(image))
-    return Film([i / rate for i in range(len(files))], rate, pictures)
+    return VideoIndex([i / rate for i in range(len(files))], rate, pictures)
 
 
-def film_of_animation(path) -> Film:
+def index_of_animation(path) -> VideoIndex:
     """A GIF, WebP or PNG that moves."""
     def shown(image):  # a PNG may begin with a picture for those who cannot show it moving
         return range(int(image.info.get("default_image", False)), getattr(image, "n_frames", 1))
@@ -794,12 +838,13 @@ def film_of_animation(path) -> Film:
         for i in shown(image):
             image.seek(i)
             image.load()  # only then a WebP says how long
-            ends.append(ends[-1] + (image.info.get("duration") or 1000 / GIF_FPS) / 1000)
-    return Film(ends[:-1], (len(ends) - 1) / ends[-1], pictures)
+            delay = image.info.get("duration", 0)  # milliseconds
+            ends.append(ends[-1] + (delay / 1000 if delay > SHORTEST_DELAY else 1 / GIF_FPS))
+    return VideoIndex(ends[:-1], (len(ends) - 1) / ends[-1], pictures)
 
 
-class Misled(Exception):
-    """The frames that come out of a file's packets are not those that the packets promise."""
+class WrongPacketTimes(Exception):
+    """The times of a file's packets are not those of the frames that come out of them."""
 
 
 @contextmanager
@@ -807,52 +852,86 @@ def opened(path):
     """(container, stream) of a video file: what it holds, and its pictures."""
     import av
     try:
-        with av.open(path, metadata_errors="ignore") as container:
+        with av.open(path, metadata_errors="ignore",
+                     options={"format_whitelist": FORMATS}) as container:
             stream = container.streams.best("video")
             if stream is None:
                 raise ValueError("it has no pictures")
             stream.codec_context.thread_type = "AUTO"
             yield container, stream
+    except av.ArgumentError as error:
+        raise ValueError(f"not a readable video, or its format is not one of {FORMATS}") from error
     except av.FFmpegError as error:
         raise ValueError(f"not a readable video: {error.strerror}") from error
 
 
-def film_by_packets(path) -> Film:
+def index_by_packets(path) -> VideoIndex:
     """A video file by its packets' times, which are read without decoding: then only what leads
     from a key frame to a wanted frame needs to be decoded.
 
-    Raises Misled, here or when its pictures are asked for, where these are not the times of the
-    frames: H.264 in AVI, a bare stream, a file that begins between key frames.
+    Raises WrongPacketTimes, here or when its pictures are asked for, where these are not the times
+    of the frames: H.264 in AVI, a bare stream, a file that begins between key frames. Raises
+    ValueError if a packet is damaged or the file ends before its header says.
     """
-    times, keys, torn = [], [], False
+    times, keys, position, ends = [], [], 0, Counter()
     with opened(path) as (container, stream):
-        for position, packet in enumerate(container.demux(stream)):
+        for packet in container.demux():
+            if packet.pts is not None:
+                ends[packet.stream.index] = max(ends[packet.stream.index],
+                                                packet.pts + (packet.duration or 0))
+            if packet.stream is not stream:
+                continue
+            if packet.is_corrupt:
+                raise ValueError(DAMAGED)
             if packet.size and not packet.is_discard:  # an edit list leaves those out
                 times.append(packet.pts)
-                torn = packet.is_corrupt
                 if packet.is_keyframe:
                     keys.append((packet.pts, position))
-        base, rate = stream.time_base, float(stream.average_rate or 0)
-    if torn:
-        raise ValueError("not a readable video: the file ends within a frame")
-    if None in times or len(set(times)) < len(times):
-        raise Misled
-    times.sort()
+            position += 1
+        length = (container.duration or 0) / 10**6  # seconds, as the header says
+        end = max((float(container.streams[i].time_base * ends[i]) for i in ends), default=0)
+        if length - end > MOST_MISSING * length:
+            raise ValueError(f"cut off: {length:g} s by its header, but it ends at {end:g} s")
+        if None in times or len(set(times)) < len(times):
+            raise WrongPacketTimes
+        times.sort()
+        seconds, rate = seconds_of(times, container, stream), float(stream.average_rate or 0)
     entries = sorted({(0, 0), *((bisect_left(times, pts), position) for pts, position in keys)})
-    return Film([float((pts - times[0]) * base) for pts in times], rate,
-                partial(decode_frames, path, times, entries))
+    return VideoIndex(seconds, rate, partial(decode_frames, path, times, entries))
 
 
-def film_by_decoding(path) -> Film:
+def seconds_of(times, container, stream) -> list[float]:
+    """The seconds from a file's beginning, where its sound may be earlier than its pictures."""
+    starts = [other.start_time * other.time_base for other in container.streams
+              if other.type in ("audio", "video") and other.start_time is not None]
+    first = times[0] * stream.time_base
+    beginning = min(first, max(0, min(starts, default=first)))
+    return [float(time * stream.time_base - beginning) for time in times]
+
+
+def index_by_decoding(path) -> VideoIndex:
     """A video file by decoding all of it: slow, and right whatever its packets say."""
     with opened(path) as (container, stream):
-        times = [frame.pts for frame in container.decode(stream)]
-        base, rate = stream.time_base, float(stream.guessed_rate or RAW_FPS)
-    if None in times or times != sorted(set(times)):  # no times, or not those of the frames
-        seconds = [i / rate for i in range(len(times))]
-    else:
-        seconds = [float((pts - times[0]) * base) for pts in times]
-    return Film(seconds, rate, partial(decode_frames, path, times, [(0, 0)]))
+        frames = [(frame.pts, frame.dts, frame.is_corrupt) for frame in container.decode(stream)]
+        times, rate = [pts for pts, _, _ in frames], float(stream.guessed_rate or RAW_FPS)
+        # AVI says when a packet is decoded, and its frame comes out `delay` frames later
+        decoded = [dts for _, dts, _ in frames if dts is not None]
+        delay = len(frames) - len(decoded)
+        if any(is_corrupt for _, _, is_corrupt in frames):
+            raise ValueError(DAMAGED)
+        if ascending(times):
+            seconds = seconds_of(times, container, stream)
+        elif delay < len(frames) and ascending(decoded):
+            seconds = [float(dts * stream.time_base) - delay / rate for dts in decoded]
+            seconds += [seconds[-1] + (i + 1) / rate for i in range(delay)]
+        else:
+            seconds = [i / rate for i in range(len(frames))]
+    return VideoIndex(seconds, rate, partial(decode_frames, path, times, [(0, 0)]))
+
+
+def ascending(times) -> bool:
+    """Whether every time is known and later than the one before."""
+    return None not in times and times == sorted(set(times))
 
 
 def decode_frames(path, times, entries, indices):
@@ -860,7 +939,7 @@ def decode_frames(path, times, entries, indices):
 
     times: every frame's, in the order in which they are shown. entries: (frame, packet), in
     order, where decoding may begin: at the last one before each wanted frame. Packets in between
-    are passed by. Raises Misled where other frames come out than `times` says.
+    are passed by. Raises WrongPacketTimes where other frames come out than `times` says.
     """
     wanted = list(indices)
     with opened(path) as (container, stream):
@@ -875,19 +954,24 @@ def decode_frames(path, times, entries, indices):
                 if times[number:number + 1] != [frame.pts]:
                     if number == first > 0:  # frames before a key frame may follow it in the file
                         continue
-                    raise Misled
+                    raise WrongPacketTimes
+                if frame.is_corrupt:  # the frames after it build on it
+                    raise ValueError(DAMAGED)
                 if number == wanted[0]:
-                    yield upright(frame)
+                    yield upright(frame, stream.sample_aspect_ratio or 1)
                     wanted.pop(0)
                     if not wanted:
                         return
                 number += 1
-    raise Misled
+    raise WrongPacketTimes
 
 
-def upright(frame) -> np.ndarray:
-    """A decoded frame's (H, W, 3) pixels, turned and mirrored as the file tells a player to."""
-    pixels = frame.to_ndarray(format="rgb24", threads=1)  # more would take longer to start
+def upright(frame, aspect) -> np.ndarray:
+    """A decoded frame's (H, W, 3) pixels as a player shows them: stretched from pixels whose width
+    is `aspect` of their height, turned and mirrored."""
+    width, height = round(frame.width * max(aspect, 1)), round(frame.height / min(aspect, 1))
+    pixels = frame.to_ndarray(format="rgb24", width=width, height=height,
+                              threads=1)  # more would take longer to start
     matrix = frame.side_data.get("DISPLAYMATRIX")
     if matrix is not None:
         a, b, _, c, d = np.frombuffer(matrix, np.int32)[:5]  # x' = a x + c y, y' = b x + d y
@@ -2067,7 +2151,7 @@ def state_of(record, args):
     except OSError:
         return None
     limits = ("max_frames", "min_frames", "fps", "min_pixels", "max_pixels", "image_min_pixels",
-              "image_max_pixels")
+              "image_max_pixels", "video_reader")
     return [status.st_size, status.st_mtime_ns, *(getattr(args, name) for name in limits)]
 
 

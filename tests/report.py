@@ -162,6 +162,7 @@ def pick_questions(rollouts, records):
 def pictures(record, orders, flags):
     """A medium's frames, or its image, as the run saw them, made smaller: data: URLs.
     MediaError where `orders`, the run's, name frames that it does not have."""
+    flags = {"video_reader": "av"} | flags  # of a run before that flag
     vision = load_vision_of(record, argparse.Namespace(**flags))
     images, side = [vision.image], IMAGE_SIDE
     if vision.frames is not None:
