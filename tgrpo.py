@@ -221,6 +221,15 @@ def run_prompt(model, inputs):
     return output, (positions[0, :, -1:], next_position)
 
 
+def forbid_tokens(model, ids, device):
+    """Sets these tokens' logits to minus infinity in every forward of a model that is not in an
+    engine yet. Sampler, policy and reference then are distributions over the same tokens."""
+    head = model.get_output_embeddings()
+    barrier = torch.zeros(head.out_features, dtype=model.dtype, device=device)  # (V,)
+    barrier[ids] = -torch.inf
+    head.register_forward_hook(lambda head, inputs, logits: logits.add_(barrier))
+
+
 def sample_tokens(logits, temperature, top_p, generator):
     """One token a row, (n,), from the (n, V) logits at a temperature, within the nucleus; at
     temperature 0 the likeliest one."""
@@ -271,8 +280,7 @@ def decode(model, tokens, position, mask, cache):
                  attention_mask=mask, past_key_values=cache, use_cache=True).logits[:, -1]
 
 
-def rollout(model, prompts, counts, *, max_new_tokens, temperature, top_p, eos_ids, forbidden_ids,
-            generator):
+def rollout(model, prompts, counts, *, max_new_tokens, temperature, top_p, eos_ids, generator):
     """Samples counts[i][b] responses to row b of prompts[i], all of them in one decode batch.
 
     prompts: encoded inputs of B rows each (a video's two orders side by side: B = 2).
@@ -288,7 +296,6 @@ def rollout(model, prompts, counts, *, max_new_tokens, temperature, top_p, eos_i
         cache, mask, logits, position = prefill(model, prompts, of_rows, max_new_tokens)
         P = mask.shape[1] - max_new_tokens
         for t in range(max_new_tokens):
-            logits[:, forbidden_ids] = -torch.inf  # (n, V)
             tokens = sample_tokens(logits, temperature, top_p, generator)  # (n,)
             ids[rows, t] = tokens
             alive = (~torch.isin(tokens, eos)).nonzero()[:, 0]  # of the n rows
@@ -373,7 +380,7 @@ def begin_backward(engine, blank):
     """
     engine.set_gradient_accumulation_boundary(False)
     output, _ = run_prompt(engine, blank)
-    engine.backward(0.0 * output.logits.sum())
+    engine.backward(0.0 * output.logits.max())  # not their sum: those of forbidden tokens are -inf
 
 
 def backward_group(engine, inputs, responses, lengths, chunk_loss, chunk_size, temperature,
@@ -398,12 +405,12 @@ def backward_group(engine, inputs, responses, lengths, chunk_loss, chunk_size, t
     engine.set_gradient_accumulation_boundary(last)
     # (d); the zero term lets every parameter take part in the last backward, as DeepSpeed expects
     engine.backward(sum((kv * leaf.grad).sum() for kv, leaf in zip(attached, leaves))
-                    + 0.0 * output.logits.sum())
+                    + 0.0 * output.logits.max())
 
 
 # ------------------------------------------------------------ the models beside the policy
 
-def start_sampler(run):
+def start_sampler(run, forbidden_ids):
     """What rollouts sample from: the policy itself or, where its weights are sharded (ZeRO-3), a
     whole model on the device, which gather_weights fills."""
     module = run.engine.module
@@ -414,6 +421,7 @@ def start_sampler(run):
             module.config, dtype=module.dtype, attn_implementation=run.args.attn_implementation)
     sampler = sampler.to_empty(device=run.device).eval().requires_grad_(False)
     sampler.tie_weights()
+    forbid_tokens(sampler, forbidden_ids, run.device)
     for source, target in zip(module.buffers(), sampler.buffers(), strict=True):
         target.copy_(source)
     return sampler
@@ -427,9 +435,10 @@ def gather_weights(engine, sampler):
                 target.data.copy_(source.data)
 
 
-def start_reference(run):
+def start_reference(run, forbidden_ids):
     """The frozen reference model; sharded like the policy where that is (ZeRO-3)."""
     model = load_model(run.args, run.config).eval().requires_grad_(False)
+    forbid_tokens(model, forbidden_ids, run.device)
     if not run.engine.zero_optimization_partition_weights():
         return model.to(run.device)
     keys = ("zero_optimization", "bf16", "train_micro_batch_size_per_gpu")
@@ -472,7 +481,7 @@ def blank_group(processor, G, end_id, device):
             "mask": torch.ones(G, 1, device=device), "lengths": torch.ones(G, dtype=torch.int64)}
 
 
-def sample_responses(model, groups, args, generator, eos_ids, forbidden_ids):
+def sample_responses(model, groups, args, generator, eos_ids):
     """Step 2 for a rank's questions: adds responses and, where frames were shuffled,
     responses_shuffled."""
     prompts, counts = [], []
@@ -485,14 +494,14 @@ def sample_responses(model, groups, args, generator, eos_ids, forbidden_ids):
         return
     responses = iter(rollout(model, prompts, counts, max_new_tokens=args.max_new_tokens,
                              temperature=args.temperature, top_p=args.top_p, eos_ids=eos_ids,
-                             forbidden_ids=forbidden_ids, generator=generator))
+                             generator=generator))
     for group in groups:
         group["responses"] = next(responses)
         if "shuffled" in group:
             group["responses_shuffled"] = next(responses)
 
 
-def greedy_texts(run, sampler, tokenizer, eos_ids, forbidden_ids, prompts):
+def greedy_texts(run, sampler, tokenizer, eos_ids, prompts):
     """The answers to held-out questions that validate asks for, through the rollout."""
     gather_weights(run.engine, sampler)
     if not prompts:  # of this rank
@@ -500,7 +509,7 @@ def greedy_texts(run, sampler, tokenizer, eos_ids, forbidden_ids, prompts):
     responses = rollout(
         sampler, [to_device(prompt, run.device) for prompt in prompts], [[1]] * len(prompts),
         max_new_tokens=run.args.max_new_tokens, temperature=0, top_p=1, eos_ids=eos_ids,
-        forbidden_ids=forbidden_ids, generator=None)  # (1, L) each
+        generator=None)  # (1, L) each
     return tokenizer.batch_decode(torch.cat(responses), skip_special_tokens=True)
 
 
@@ -663,14 +672,15 @@ def main(args):
     model.model.visual.requires_grad_(not args.freeze_vision)
     if args.gradient_checkpointing:  # not in the language model: its keys and values are kept
         model.model.visual.activation_checkpointing_enable({"use_reentrant": False})
-    start_engine(run, model)
-    sampler = start_sampler(run)
-    reference = start_reference(run) if args.beta else None
     eos_ids = stop_tokens(model, processor.tokenizer)
     forbidden_ids = forbidden_tokens(model, processor.tokenizer)
+    forbid_tokens(model, forbidden_ids, run.device)
+    start_engine(run, model)
+    sampler = start_sampler(run, forbidden_ids)
+    reference = start_reference(run, forbidden_ids) if args.beta else None
     blank = blank_group(processor, args.G, eos_ids[0], run.device)
     run.validate = partial(validate, run, processor, partial(
-        greedy_texts, run, sampler, processor.tokenizer, eos_ids, forbidden_ids))
+        greedy_texts, run, sampler, processor.tokenizer, eos_ids))
 
     # ------------------------------------------------------------------------------- loop
     work = (f"{args.prompts_per_rank} questions x ({args.G} + {args.G_tilde if args.alpha else 0}) "
@@ -681,7 +691,7 @@ def main(args):
         # 2. responses to ordered and shuffled frames
         gather_weights(run.engine, sampler)
         generator = seeded_generator(ROLLOUT_STREAM, args.seed, step, run.rank, device=run.device)
-        sample_responses(sampler, groups, args, generator, eos_ids, forbidden_ids)
+        sample_responses(sampler, groups, args, generator, eos_ids)
         # 3. to 5. rewards and advantages
         for group in groups:
             grade_group(group, processor.tokenizer, eos_ids, args)

@@ -140,8 +140,7 @@ def our_rollout(model, prompts, args, generator):
     """The same tokens for several prompts in one decode."""
     both = [pad_batch(prompt, {}, "left") for prompt in prompts]
     tgrpo.rollout(model, both, [[args.G, args.G_tilde]] * len(both), temperature=1.0, top_p=1.0,
-                  max_new_tokens=args.max_new_tokens, eos_ids=[UNUSED], forbidden_ids=[],
-                  generator=generator)
+                  max_new_tokens=args.max_new_tokens, eos_ids=[UNUSED], generator=generator)
 
 
 def our_backward(model, inputs, responses, A, ref, chunk_size):
@@ -171,7 +170,7 @@ def separate_rollouts(model, prompts, args, generator):
     for prompt in prompts:
         for inputs, count in zip(prompt, (args.G, args.G_tilde)):
             tgrpo.rollout(model, [inputs], [[count]], temperature=1.0, top_p=1.0,
-                          max_new_tokens=args.max_new_tokens, eos_ids=[UNUSED], forbidden_ids=[],
+                          max_new_tokens=args.max_new_tokens, eos_ids=[UNUSED],
                           generator=generator)
 
 

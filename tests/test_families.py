@@ -19,7 +19,7 @@ from build_data import (InputError, encode_blank, image_as_video, load_processor
 from conftest import ROOT, equal_weights, run, together
 from test_faults import command, same_run
 from test_runs import tgrpo as command_line
-from test_tgrpo import sampling
+from test_tgrpo import forbid, sampling
 from two_ranks import cases
 
 SIDES = {"qwen2_vl": 28, "qwen2_5_vl": 28, "qwen3_vl": 32, "qwen3_vl_moe": 32}
@@ -150,14 +150,14 @@ def test_greedy_rollouts_equal_generate_and_stand_at_its_positions(family):
     def look(module, args, kwargs):  # positions by time, height and width, of every call
         stood[form].append(kwargs["position_ids"][-3:])
     model.model.language_model.register_forward_pre_hook(look, with_kwargs=True)
-    form = "rollout"
+    form, forbidden_ids = "rollout", forbid(family.processor, model)
     stood[form] = []
     rows = tgrpo.rollout(model, [both, prompts[2]], [[1, 1], [1]], **options)
     for i, (inputs, ids) in enumerate(zip(prompts, rows)):
         form = i
         stood[form] = []
         expected = model.generate(**inputs, max_new_tokens=12, do_sample=False,
-                                  suppress_tokens=options["forbidden_ids"])
+                                  suppress_tokens=forbidden_ids)
         P = inputs["input_ids"].shape[1]
         assert ids[0].tolist() == expected[0, P:].tolist()
         positions, following = tgrpo.rope_positions(model, inputs)
@@ -170,13 +170,14 @@ def test_greedy_rollouts_equal_generate_and_stand_at_its_positions(family):
 def test_visual_and_special_tokens_are_never_sampled(family):
     model = family.model
     options = sampling(family.processor, model, max_new_tokens=20)
+    forbidden_ids = forbid(family.processor, model)
     assert {model.config.image_token_id, model.config.video_token_id,
-            model.config.vision_start_token_id} <= {*options["forbidden_ids"]}
+            model.config.vision_start_token_id} <= {*forbidden_ids}
     with torch.no_grad():  # a policy that would emit them nearly always
         vectors = model.get_output_embeddings().weight
-        vectors[options["forbidden_ids"]] = 4 * vectors.abs().max()
+        vectors[forbidden_ids] = 4 * vectors.abs().max()
     ids, = tgrpo.rollout(model, [family.video["ordered"]], [[8]], **options)
-    assert not torch.isin(ids, torch.tensor(options["forbidden_ids"])).any()
+    assert not torch.isin(ids, torch.tensor(forbidden_ids)).any()
 
 
 def test_answers_in_a_batch_of_images_and_videos_equal_those_one_at_a_time(family):

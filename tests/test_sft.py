@@ -27,6 +27,17 @@ def examples(toy, processor):
     return list(found.values())
 
 
+@pytest.mark.parametrize("values, bad", [
+    ([1.0, -1e30], 0), ([1.0, math.nan], 1), ([-math.inf, 1.0], 1), ([math.inf, -math.inf], 1)])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_the_watch_counts_gradients_that_are_not_finite(values, bad, dtype):
+    layer = torch.nn.Linear(2, 1, bias=False, dtype=dtype)
+    count = sft.watch_gradients(layer, "cpu")
+    layer.weight.backward(torch.tensor([values], dtype=dtype))
+    layer.weight.backward(torch.ones(1, 2, dtype=dtype))
+    assert count.item() == bad
+
+
 def test_labels_decode_to_the_assistant_s_text_and_its_end_token(examples, processor):
     for record, example in examples:
         labelled = example["labels"][example["labels"] != sft.IGNORED]

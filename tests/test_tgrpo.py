@@ -193,8 +193,14 @@ def test_the_mask_ends_with_the_first_end_token_of_either_kind():
 def sampling(processor, model, seed=0, **changes):
     return {"max_new_tokens": 12, "temperature": 1.0, "top_p": 1.0,
             "eos_ids": tgrpo.stop_tokens(model, processor.tokenizer),
-            "forbidden_ids": tgrpo.forbidden_tokens(model, processor.tokenizer),
             "generator": seeded_generator(seed), **changes}
+
+
+def forbid(processor, model):
+    """The model as a run has it: its forbidden tokens, after their logits are set to -inf."""
+    ids = tgrpo.forbidden_tokens(model, processor.tokenizer)
+    tgrpo.forbid_tokens(model, ids, model.device)
+    return ids
 
 
 @pytest.fixture
@@ -213,10 +219,10 @@ def test_logits_along_the_cache_equal_a_full_forward(model, processor, samples, 
     """Recorded while decoding prompts of different length side by side, rows leaving early."""
     prompts = [samples["video"][1], samples["image"][1]]
     model.generation_config.eos_token_id = list(range(0, 488, 5))  # rows end often
+    forbid(processor, model)
     options = sampling(processor, model)
     groups = tgrpo.rollout(model, prompts, [[3], [2]], **options)
     full = torch.cat([naive_logits(model, *pair) for pair in zip(prompts, groups)])
-    full[:, :, options["forbidden_ids"]] = -torch.inf
     mask = torch.cat([tgrpo.response_mask(g, options["eos_ids"]) for g in groups]).bool()
     assert len({int(n) for n in mask.sum(1)}) > 1, "no row left early: the test tests nothing"
     for t, logits in enumerate(recorded):
@@ -245,9 +251,10 @@ def test_no_row_attends_to_a_place_that_is_still_empty(model, processor, samples
 
 def test_greedy_rollout_equals_generate(model, processor, samples):
     options = sampling(processor, model, top_p=1e-6)  # a nucleus of one token
+    forbidden_ids = forbid(processor, model)
     ids, = tgrpo.rollout(model, [samples["video"][1]], [[1]], **options)
     expected = model.generate(**samples["video"][1], max_new_tokens=12, do_sample=False,
-                              suppress_tokens=options["forbidden_ids"])
+                              suppress_tokens=forbidden_ids)
     expected = expected[:, samples["video"][1]["input_ids"].shape[1]:]
     assert ids[0, :expected.shape[1]].tolist() == expected[0].tolist()
 
@@ -272,12 +279,12 @@ def test_the_nucleus_is_the_smallest_set_that_reaches_top_p():
 
 
 def test_vision_tokens_are_never_sampled_and_nothing_follows_the_end(model, processor, samples):
-    options = sampling(processor, model, max_new_tokens=40)
+    options, forbidden_ids = sampling(processor, model, max_new_tokens=40), forbid(processor, model)
     with torch.no_grad():  # a policy that would emit visual placeholders nearly always
         vectors = model.get_output_embeddings().weight
-        vectors[options["forbidden_ids"]] = 4 * vectors.abs().max()
+        vectors[forbidden_ids] = 4 * vectors.abs().max()
     groups = tgrpo.rollout(model, [samples["video"][1]], [[16]], **options)
-    assert not torch.isin(groups[0], torch.tensor(options["forbidden_ids"])).any()
+    assert not torch.isin(groups[0], torch.tensor(forbidden_ids)).any()
     mask = tgrpo.response_mask(groups[0], options["eos_ids"])
     after = groups[0][mask == 0]
     assert (after == options["eos_ids"][0]).all()
@@ -347,6 +354,7 @@ def group(model, processor, samples, request):
     """A group of five sampled responses, of different length, to the named medium."""
     inputs = samples[request.param][1]
     model.generation_config.eos_token_id = list(range(0, 488, 9))
+    forbid(processor, model)
     options = sampling(processor, model, seed=3)
     responses, = tgrpo.rollout(model, [inputs], [[5]], **options)
     mask = tgrpo.response_mask(responses, options["eos_ids"])
@@ -368,12 +376,30 @@ def test_prefix_shared_logps_equal_naive_ones(model, group, chunk_size):
     assert torch.allclose(shared * mask, naive * mask, atol=1e-5)
 
 
+@pytest.mark.parametrize("dtype, bound", [(torch.float32, 1e-5), (torch.bfloat16, 1e-2)])
+def test_sampler_and_update_are_distributions_over_the_same_tokens(
+        model, processor, samples, recorded, dtype, bound):
+    """Their log-probs agree, and no entropy is left for forbidden tokens. If only the sampler
+    excluded them, its log-probs would all lie above the update's, here by up to 2e-2."""
+    forbidden_ids, inputs = forbid(processor, model.to(dtype)), samples["video"][1]
+    options = sampling(processor, model) | {"eos_ids": [-1]}  # no row ends early
+    ids, = tgrpo.rollout(model, [inputs], [[4]], **options)
+    sampled = torch.stack(recorded, 1).float().log_softmax(-1)  # (4, L, V)
+    assert (sampled[:, :, forbidden_ids] == -torch.inf).all()
+    sampled = sampled.gather(-1, ids[..., None])[..., 0]  # (4, L)
+    logps = tgrpo.group_logps(model, inputs, ids, torch.full((4,), ids.shape[1]), 2)
+    assert (logps - sampled).abs().max() < bound
+    assert abs((logps - sampled).mean()) < bound / 10  # to neither side
+    logits = torch.zeros(1, 1, 8).index_fill(-1, torch.tensor([2, 3, 5, 6]), -torch.inf)
+    assert tgrpo.token_entropy(logits, 1.0).item() == pytest.approx(math.log(4))
+
+
 def test_a_long_video_s_responses_stand_where_they_were_sampled(
         model, processor, samples, recorded):
     """Time steps of 20 s: the video's largest position exceeds that of the text after it. The
     sampler's log-probs, from its own logits, equal the update's."""
     inputs = samples["video"][1] | {"second_per_grid_ts": torch.tensor([20.0])}
-    options = sampling(processor, model) | {"forbidden_ids": []}
+    options = sampling(processor, model)
     ids, = tgrpo.rollout(model, [inputs], [[1]], **options)
     _, (last, following) = tgrpo.run_prompt(model, inputs)
     assert following - last > 1, "the video is too short: the test tests nothing"

@@ -138,8 +138,8 @@ def test_both_stages_give_the_same_answers_and_a_record_is_always_shuffled_alike
     """By generate and by the rollout, in a batch of images and videos."""
     model.generation_config.repetition_penalty = 7.0
     seen = {}
-    rest = (model, processor.tokenizer, stop_tokens(model, processor.tokenizer),
-            forbidden_tokens(model, processor.tokenizer))
+    tgrpo.forbid_tokens(model, forbidden_tokens(model, processor.tokenizer), "cpu")
+    rest = model, processor.tokenizer, stop_tokens(model, processor.tokenizer)
     for script, answer in ((sft, lambda one, prompts: sft.greedy_texts(one, processor, prompts)),
                            (tgrpo, lambda one, prompts: tgrpo.greedy_texts(one, *rest, prompts))):
         def listen(one, prompts):

@@ -52,7 +52,7 @@ def gradients(toy, out, groups, blank, stage, chunk_size, count):
     sft.start_engine(run, load_model(args, run.config))
     engine = run.engine
     if stage == 3:  # what rollouts sample from
-        sampler = tgrpo.start_sampler(run)
+        sampler = tgrpo.start_sampler(run, [])
         tgrpo.gather_weights(engine, sampler)
         torch.save(sampler(**groups[0][0]).logits, out / "sampler.pt")
     for step in range(2):
