@@ -138,7 +138,7 @@ def parse_args(argv=None):
         "model over the ranks; without it every rank holds the whole model")
     # responses; the released annotation had top_p 0.95 and 512 new tokens
     add("--samples", type=above(0, int), default=1, help="responses to a record; the best is kept")
-    add_asking_flags(add, temperature=1.0, top_p=0.95, max_new_tokens=768)
+    add_generation_flags(add, temperature=1.0, top_p=0.95, max_new_tokens=768)
     add("--video_url", default="", help="how videos reach the server: '' as sampled frames; 'data' "
                                         "as files; else a URL prefix that the server can read")
     # the filter
@@ -341,12 +341,12 @@ def main(args):
     records = records[:args.limit]
     out = Path(args.out)
     make_folder_of(out)
-    asker = Asker(args)
+    asker = Generator(args)
     configuration = configuration_of(asker, "max_frames", "samples", "video_url") | {
         "records_sha256": hashlib.sha256(Path(args.data).read_bytes()).hexdigest()}
 
     # ----------------------------------------------- responses, row by row, then the filter
-    rows = ask_all(asker, out.parent, out.stem, records, configuration,
+    rows = collect_responses(asker, out.parent, out.stem, records, configuration,
                    partial(prompt_of, asker.processor, args), row_of)
     if asker.rank == 0:
         print(write_result(records, rows, args))
@@ -354,7 +354,7 @@ def main(args):
 
 # ================ how a model is asked, here or behind a server; evaluate.py asks so too
 
-def add_asking_flags(add, temperature, top_p, max_new_tokens):
+def add_generation_flags(add, temperature, top_p, max_new_tokens):
     """How a model answers, here or behind a server; `add` is a parser's add_argument."""
     add("--temperature", type=at_least(0, float), default=temperature,
         help="sampling temperature; 0: greedy")
@@ -385,7 +385,7 @@ def http_url(text):
 LONGEST_WAIT = timedelta(days=7)  # of the first rank to finish for the last one
 
 
-class Asker:
+class Generator:
     """Who answers a rank's questions: a server, or a model on this machine."""
 
     def __init__(self, args):
@@ -399,7 +399,7 @@ class Asker:
         return load_answering_model(self.args, self.processor.tokenizer, self.device)
 
 
-def ask_all(asker, output, stem, records, configuration, prompt_of, row_of):
+def collect_responses(asker, output, stem, records, configuration, prompt_of, row_of):
     """{problem_id as text: row} of all ranks and runs, after each rank has asked a share of what
     was missing. prompt_of(record) is a sample, {"record", "inputs" here or "messages" to a server},
     or a row with the "reason" why there is none; row_of(sample, its answers, seconds) is its row.

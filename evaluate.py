@@ -63,8 +63,8 @@ import torch
 import torch.distributed as dist
 from PIL import Image
 
-from annotate import (Asker, add_asking_flags, api_messages, ask_all, configuration_of, read_rows,
-                      refuse_repeated_ids)
+from annotate import (Generator, add_generation_flags, api_messages, collect_responses,
+                      configuration_of, read_rows, refuse_repeated_ids)
 from build_data import (MALFORMED, FlagParser, InputError, MediaError, above, add_machine_flags,
                         add_media_flags, as_in_file, encode, letter, lettered, load_records,
                         load_vision_of, make_folder_of, markdown, provenance, read_file,
@@ -102,7 +102,7 @@ def parse_args(argv=None):
     add("--correct_threshold", type=float, default=0.5,
         help="accuracy reward from which a response is correct")
     add_media_flags(add, max_frames=None, max_pixels=256 * 28 * 28)
-    add_asking_flags(add, temperature=0.01, top_p=0.001, max_new_tokens=1024)
+    add_generation_flags(add, temperature=0.01, top_p=0.001, max_new_tokens=1024)
     add_machine_flags(add)
     parser.set_defaults(samples=1, deepspeed_config=None)  # one answer, of a whole model
     args = parser.parse_args(argv)
@@ -887,9 +887,9 @@ def row_of(sample, answers, seconds):
 
 
 def answers(asker, stem, records, configuration, prompt_of):
-    """annotate.ask_all in --output, where skipped.jsonl then names the unanswered records."""
+    """collect_responses in --output, where skipped.jsonl then names the unanswered records."""
     output = Path(asker.args.output)
-    rows = ask_all(asker, output, stem, records, configuration, prompt_of, row_of)
+    rows = collect_responses(asker, output, stem, records, configuration, prompt_of, row_of)
     skipped = [{"result": stem, **row} for row in rows.values() if "reason" in row]
     if skipped and asker.rank == 0:
         with row_writer(output / "skipped.jsonl", len(skipped), quiet=True) as write:
@@ -1061,7 +1061,7 @@ def main(args):
     benchmarks = {} if args.judge else read_benchmarks(args)
     for path in args.judge or ():
         read_result(path)
-    asker = Asker(args)
+    asker = Generator(args)
     shared = configuration_of(asker)
     tasks = plan(args, benchmarks, shared)
 
