@@ -104,7 +104,7 @@ def parse_args(argv=None):
     add_media_flags(add, max_frames=None, max_pixels=256 * 28 * 28)
     add_generation_flags(add, temperature=0.01, top_p=0.001, max_new_tokens=1024)
     add_machine_flags(add)
-    parser.set_defaults(samples=1, deepspeed_config=None)  # one answer, of a whole model
+    parser.set_defaults(samples=1)
     args = parser.parse_args(argv)
     if not (args.diff or args.model and args.output):
         parser.error("--model and --output are needed (only --diff does without)")
@@ -910,21 +910,9 @@ def plan(args, benchmarks, shared):
         asked = hash_of([as_in_file(record) for record in records])
         configuration = shared | {"frames": frames, "records_sha256": asked}
         for order in ORDERS:  # they are compared
-            stem = f"{name}_{frames}_{order}"
-            refuse_other_model(Path(args.output) / f"{stem}.json", args, configuration)
-            read_rows(args.output, stem, configuration)
+            read_rows(args.output, f"{name}_{frames}_{order}", configuration)
         tasks.append((name, records[:args.limit], configuration))
     return tasks
-
-
-def refuse_other_model(path, args, configuration):
-    """InputError that names the other model which a result is of: read_rows knows its hash only."""
-    there = read_result(path) if path.exists() else {"configuration": configuration}
-    for key in ("model", "model_sha256"):  # behind a server; on this machine
-        if there["configuration"].get(key) != configuration.get(key) and (
-                there["arguments"]["model"] != args.model):
-            raise InputError(f"{path} is a result of {there['arguments']['model']}, not of "
-                             f"{args.model}: give another --output")
 
 
 def write_result(args, name, records, configuration, rows):
