@@ -4,17 +4,16 @@
         --api_base http://localhost:8000/v1
     deepspeed annotate.py --data train.json --out cot.json --model Qwen/Qwen2.5-VL-7B-Instruct
 
-The model gets the prompt of every stage (build_data.build_messages) and generates --samples
-responses. Two engines: any server that speaks OpenAI's protocol (--api_base), or transformers on
-this machine, where each rank holds the whole model. A larger model is run behind a server. A
-response is kept if, in this order,
+The model gets the prompt of every stage and generates --samples responses: behind any server that
+speaks OpenAI's protocol (--api_base), or with transformers on this machine, where each rank holds
+the whole model. A larger model is run behind a server. A response is kept if, in this order,
 
     truncated     it ended by itself, within --max_new_tokens
     format        it is one <think> block, then one <answer> block, and nothing else
     answer        the answer has its type's form: one option, one number, some text
     accuracy      its accuracy reward is above --min_accuracy
     length        its thought has --min_think to --max_think characters
-    refusal       its thought has no phrase of refusal: "I'm sorry", "unable to view the video"
+    refusal       its thought has no phrase of refusal, as "I'm sorry" or "unable to view the video"
     leak          it does not recite the prompt's instructions
     language      its words are mostly of the question's script (Latin, Han, Arabic, ...)
     repetition    it does not go round in circles
@@ -23,9 +22,8 @@ and a record gets the best response that passes. Not tested: whether the thought
 
 --out is a file of records with `process`, ready for sft.py. Beside cot.json: `cot.rank<r>.jsonl`,
 each response as it came; `cot.rejected.jsonl`, responses of the records that were left out, with
-the reason; `cot.report.md`, the counts. The same command resumes by problem_id, on any number of
-ranks, and requests what is missing or failed. Other thresholds filter the same responses again. If
-20 requests in a row fail, the run ends; single requests that a server refuses do not end it.
+the reason; `cot.report.md`, the counts. The same command resumes, on any number of ranks, and
+requests what is missing or failed; other thresholds filter the same responses again.
 
 Shapes: B records of a batch, L tokens.
 """
@@ -70,17 +68,17 @@ from rewards import (WORD, accuracy_reward, choice_letter, extract_answer, forma
 
 REASONS_SHOWN = 20  # for which records got no response, in the report
 PR_SET_PDEATHSIG = 1  # of Linux's sys/prctl.h
+EAST_ASIAN = {"HIRAGANA", "KATAKANA", "HANGUL"}  # and CJK, in names of Unicode
 RUN = 6  # words: a shorter run is shared with the prompt, or repeated, by chance
 
-# what a text quotes is not its own word; lone marks and apostrophes quote nothing
-SPEECH = re.compile(r"\"[^\"\n]*\"|(?<!\w)'(?=\w).{1,200}?'(?!\w)")
+SPEECH = re.compile(r"\"[^\"\n]*\"|(?<!\w)'(?=\w).{1,200}?'(?!\w)")  # in quotation marks
 VIDEO = r"(?:(?:the|this|any|your) )?(?:video|image|clip|picture|frame)s?\b"
-VIEW = "(?:see|view|watch|access|open|process)"
+VIEW = rf"(?:see|view|watch|access|open|process) {VIDEO}"
 REFUSAL = re.compile("|".join([
-    r"\bi(?:'m| am) sorry\b", r"\bi apologi[sz]e\b", r"\bmy apologies\b",
-    r"\bas an ai,", r"\b(?:language|text-based) model\b", r"\bi (?:can't|cannot) assist\b",
-    rf"\bi (?:can't|cannot|could not|couldn't) (?:\w+ )?{VIEW} {VIDEO}",
-    rf"(?:\bunable|\bnot able|n't able|\bno way|\bthe ability) to {VIEW} {VIDEO}",
+    r"\bi(?:'m| am) sorry", r"\bi apologi[sz]e\b", r"\bmy apologies", r"\bas an ai,",
+    r"\b(?:language|text-based) model\b", r"\bi (?:can't|cannot) assist\b",
+    rf"\bi (?:can't|cannot|couldn't|could not) {VIEW}",
+    rf"(?:\bunable|\bnot able|n't able|\bno way|\bthe ability) to {VIEW}",
     rf"\b(?:i (?:don't|do not) (?:\w+ )?have|without) access to {VIDEO}",
     rf"\b(?:no|any) {VIDEO} (?:is |was |were )?(?:provided|attached)\b",
     rf"\b{VIDEO} (?:is|was|were)(?: not|n't) (?:provided|attached|available)\b",
@@ -167,22 +165,16 @@ def scripts_of(text):
     a word; Han, kana and Hangul are one script.
 
     >>> scripts_of("求 sin(AB): 小狗 'or' dog")
-    Counter({'EAST ASIAN': 3, 'LATIN': 3})
+    Counter({'CJK': 3, 'LATIN': 3})
     """
-    scripts = Counter()
-    for first, count in Counter(word[0] for word in WORD.findall(own_words(text))).items():
-        if first.isalpha():
-            script = unicodedata.name(first, "UNKNOWN").split()[0].split("-")[0]
-            asian = script in ("CJK", "HIRAGANA", "KATAKANA", "HANGUL")
-            scripts["EAST ASIAN" if asian else script] += count
-    return scripts
+    firsts = [word[0] for word in WORD.findall(own_words(text)) if word[0].isalpha()]
+    scripts = [unicodedata.name(first, "UNKNOWN").split()[0] for first in firsts]
+    return Counter("CJK" if script in EAST_ASIAN else script for script in scripts)
 
 
 def in_language(think, problem):
-    """Returns the share of a thought's words that are of the problem's script.
-
-    Latin and Greek letters also stand in formulas and names of other languages. The problem's
-    script is therefore its most frequent other one, if it has any. French passes for English.
+    """Returns the share of a thought's words that are of the problem's script: its most frequent
+    one except for Latin and Greek, which also stand in formulas, or else the one of these.
 
     >>> in_language("这是 my dog", "What is it?"), in_language("两只狗", "求 sin x")
     (0.5, 1.0)
@@ -327,15 +319,14 @@ def http_url(text):
 
 
 def request_keys(text):
-    """Reads a flag: a JSON object of keys that a request may have."""
+    """Reads a flag: a JSON object without the keys that a run decides."""
     try:
         keys = json.loads(text)
-        json.dumps(keys, allow_nan=False)
-    except (ValueError, RecursionError) as error:
-        raise argparse.ArgumentTypeError(f"{text} is not JSON: {error}") from None
-    if not isinstance(keys, dict):
-        raise argparse.ArgumentTypeError(f"{text} is not a JSON object, as in {{\"seed\": null}}")
-    if fixed := keys.keys() & {"messages", "model", "stream"}:
+        json.dumps(keys, allow_nan=False)  # a server cannot read NaN
+        fixed = keys.keys() & {"messages", "model", "stream"}
+    except (ValueError, AttributeError, RecursionError) as error:
+        raise argparse.ArgumentTypeError(f"{text} is not a JSON object: {error}") from None
+    if fixed:
         raise argparse.ArgumentTypeError(f"{text} must not have {' or '.join(sorted(fixed))}")
     return keys
 
@@ -415,8 +406,7 @@ def refuse_repeated_ids(path, records):
 def read_rows(output, stem, configuration):
     """Returns the rows of all ranks and runs by problem_id as text; a response wins over a skip.
 
-    Raises InputError if they were made with another configuration. The folder of a model on this
-    machine may be another one, as its weights are compared.
+    Raises InputError if they are of another configuration. A model's folder may have moved.
     """
     free, rows = {"model"} if "model_sha256" in configuration else (), {}
     for path in sorted(Path(output).glob(f"{escape(stem)}.rank*.jsonl")):
@@ -496,13 +486,13 @@ CONNECT_TIMEOUT = 10.0  # seconds
 FIRST_PAUSE = 1.0  # seconds before the second retry, doubled for each; the first is at once
 LONGEST_PAUSE = 600  # seconds; a server that asks for more ends the run
 LARGEST_REPLY, REPLY_PART = 2**24, 2**16  # bytes
-LONGEST_TEXT = 400_000  # characters of a response; the filters take seconds for so many
+LONGEST_TEXT = 200_000  # characters of a response; to grade so many takes seconds
 FATAL_STATUS = {*range(300, 400), 401, 402, 403, 404}  # HTTP: no request of this run can succeed
 NO_RETRY_STATUS = {*range(400, 500)} - FATAL_STATUS - {408, 409, 425, 429}
 ERROR_SHOWN = 300  # characters of a server's error message
 MOST_FAILURES = 20  # failed requests in a row that end the run
 MALFORMED_REPLY = (LookupError, AttributeError, TypeError, ValueError, ArithmeticError,
-                   RecursionError)
+                   RecursionError)  # when it is read
 ERROR_MESSAGE = re.compile(r'"message": *"((?:[^"\\]|\\.)+)"')  # in the JSON of an error
 # finish_reason: OpenAI's own first, then what TGI, Together, Mistral and Bedrock call it
 ENDED = {"stop", "eos_token", "eos", "stop_sequence", "end_turn"}
@@ -581,7 +571,7 @@ def request_responses(session, args, messages, seed):
 def read_text(reply, deadline):
     """Returns the text of a streamed reply. Raises Timeout after the deadline (time.monotonic),
     which a slow stream would outlive, and ValueError if the reply is too large."""
-    data = b""
+    data = bytearray()
     while part := reply.raw.read1(REPLY_PART, decode_content=True):  # what has come so far
         data += part
         if len(data) > LARGEST_REPLY:
@@ -594,22 +584,22 @@ def read_text(reply, deadline):
 def retry_after(retries, headers, reason):
     """Returns the seconds that a server's Retry-After asks for, 0 if it names none, and prints why
     the request waits. Raises InputError if they are more than LONGEST_PAUSE."""
-    asked = headers.get("Retry-After", "")
+    text = headers.get("Retry-After", "")
     try:
-        pause = retries.parse_retry_after(asked)
+        pause = retries.parse_retry_after(text)
     except (InvalidHeader, ValueError, OverflowError):  # neither whole seconds nor a date
         return 0
+    reason += f". It asks to wait (Retry-After: {text})"
     if pause > LONGEST_PAUSE:
-        raise InputError(f"{reason}. It asks to wait (Retry-After: {asked}): repeat the command "
-                         "then, it goes on")
+        raise InputError(f"{reason}: repeat the command then, it resumes")
     if pause:
-        print_wait(f"{reason}. It asks to wait (Retry-After: {asked})", time.monotonic() // 60)
+        print_once(reason, time.monotonic() // 60)
     return pause
 
 
 @lru_cache(maxsize=100)
-def print_wait(text, minute):
-    """Prints a text, the same one once in a minute."""
+def print_once(text, minute):
+    """Prints a text once a minute, however many requests have it."""
     tqdm.write(text, file=sys.stderr)
 
 
@@ -630,18 +620,17 @@ def read_choices(reply):
     tokens = (reply.get("usage") or {}).get("completion_tokens")
     for choice in choices:
         message, finish = choice["message"], str(choice.get("finish_reason") or "").lower()
-        text = message.get("content")
+        text, cut = message.get("content"), finish in CUT_OFF
         thought = message.get("reasoning_content") or message.get("reasoning")
         if thought and "<think>" not in (text or ""):
             text = "<think>" + thought + ("</think>\n" + text if text else "")  # or cut off in it
         ended = finish in ENDED and text is not None if finish else text
-        if not ended and finish not in CUT_OFF:
+        if not ended and not cut:
             raise Refused(f"finish_reason {finish!r} is no answer")
-        if UNUSABLE.search(text or ""):  # TypeError for what is no text
-            raise ValueError("the reply has half of a character")
-        if len(text or "") > LONGEST_TEXT:
-            raise ValueError(f"a response has more than {LONGEST_TEXT} characters")
-        responses.append((text or "", tokens and round(tokens / len(choices)), finish in CUT_OFF))
+        text = text or ""
+        if len(text) > LONGEST_TEXT or UNUSABLE.search(text):  # TypeError for what is no text
+            raise ValueError(f"a response has more than {LONGEST_TEXT} characters, or half of one")
+        responses.append((text, tokens and round(tokens / len(choices)), cut))
     return responses
 
 
@@ -690,10 +679,8 @@ def cut_at_end(ids, end_ids):
     >>> cut_at_end([5, 6, 2, 0, 0], {2, 0}), cut_at_end([5, 6], {2, 0})
     (([5, 6, 2], False), ([5, 6], True))
     """
-    for i, token in enumerate(ids):
-        if token in end_ids:
-            return ids[:i + 1], False
-    return ids, True
+    end = next((i + 1 for i, token in enumerate(ids) if token in end_ids), None)
+    return ids[:end], end is None
 
 
 @torch.inference_mode()

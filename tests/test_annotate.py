@@ -327,8 +327,8 @@ def test_a_key_with_characters_that_no_key_has_is_refused_and_never_told(monkeyp
     ("--api_retries", "-1", "-1 must be at least 0"),
     ("--limit", "0", "0 must be above 0"),
     ("--concurrency", "0", "0 must be above 0"),
-    ("--api_body", "seed", "seed is not JSON: Expecting value"),
-    ("--api_body", '{"top_p": NaN}', "is not JSON: Out of range"),
+    ("--api_body", "seed", "seed is not a JSON object: Expecting value"),
+    ("--api_body", '{"top_p": NaN}', "is not a JSON object: Out of range"),
     ("--api_body", "[1]", "[1] is not a JSON object"),
     ("--api_body", '{"stream": true}', "must not have stream"),
     ("--api_body", '{"model": "x", "messages": []}', "must not have messages or model")])
