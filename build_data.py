@@ -1176,6 +1176,15 @@ def whole_rows(path):
         raise InputError(f"{path} is damaged, remove it: {error}") from None
 
 
+def require_same(path, was, now, advice, free=()):
+    """Raises InputError if what made a file or folder is not what this run has. It names each key
+    of `now` that differs, with both values; those in `free` may differ."""
+    changed = [f"{key} was {str(was.get(key))[:60]}, is {str(value)[:60]}"
+               for key, value in now.items() if key not in free and was.get(key) != value]
+    if changed:
+        raise InputError(f"{path} was made by another run: {'; '.join(changed)}. {advice}")
+
+
 @contextmanager
 def row_writer(path, total, configuration=None, quiet=False):
     """write(rows), for any thread, at the end of a file that begins with the configuration."""

@@ -63,8 +63,8 @@ import torch
 import torch.distributed as dist
 from PIL import Image
 
-from annotate import (Asker, add_asking_flags, api_messages, ask_all, configuration_of, read_rows,
-                      refuse_repeated_ids)
+from annotate import (Generator, add_generation_flags, api_messages, collect_responses,
+                      configuration_of, read_rows, refuse_repeated_ids)
 from build_data import (MALFORMED, FlagParser, InputError, MediaError, above, add_machine_flags,
                         add_media_flags, as_in_file, encode, letter, lettered, load_records,
                         load_vision_of, make_folder_of, markdown, provenance, read_file,
@@ -102,9 +102,9 @@ def parse_args(argv=None):
     add("--correct_threshold", type=float, default=0.5,
         help="accuracy reward from which a response is correct")
     add_media_flags(add, max_frames=None, max_pixels=256 * 28 * 28)
-    add_asking_flags(add, temperature=0.01, top_p=0.001, max_new_tokens=1024)
+    add_generation_flags(add, temperature=0.01, top_p=0.001, max_new_tokens=1024)
     add_machine_flags(add)
-    parser.set_defaults(samples=1, deepspeed_config=None)  # one answer, of a whole model
+    parser.set_defaults(samples=1)
     args = parser.parse_args(argv)
     if not (args.diff or args.model and args.output):
         parser.error("--model and --output are needed (only --diff does without)")
@@ -887,9 +887,9 @@ def row_of(sample, answers, seconds):
 
 
 def answers(asker, stem, records, configuration, prompt_of):
-    """annotate.ask_all in --output, where skipped.jsonl then names the unanswered records."""
+    """collect_responses in --output, where skipped.jsonl then names the unanswered records."""
     output = Path(asker.args.output)
-    rows = ask_all(asker, output, stem, records, configuration, prompt_of, row_of)
+    rows = collect_responses(asker, output, stem, records, configuration, prompt_of, row_of)
     skipped = [{"result": stem, **row} for row in rows.values() if "reason" in row]
     if skipped and asker.rank == 0:
         with row_writer(output / "skipped.jsonl", len(skipped), quiet=True) as write:
@@ -910,21 +910,9 @@ def plan(args, benchmarks, shared):
         asked = hash_of([as_in_file(record) for record in records])
         configuration = shared | {"frames": frames, "records_sha256": asked}
         for order in ORDERS:  # they are compared
-            stem = f"{name}_{frames}_{order}"
-            refuse_other_model(Path(args.output) / f"{stem}.json", args, configuration)
-            read_rows(args.output, stem, configuration)
+            read_rows(args.output, f"{name}_{frames}_{order}", configuration)
         tasks.append((name, records[:args.limit], configuration))
     return tasks
-
-
-def refuse_other_model(path, args, configuration):
-    """InputError that names the other model which a result is of: read_rows knows its hash only."""
-    there = read_result(path) if path.exists() else {"configuration": configuration}
-    for key in ("model", "model_sha256"):  # behind a server; on this machine
-        if there["configuration"].get(key) != configuration.get(key) and (
-                there["arguments"]["model"] != args.model):
-            raise InputError(f"{path} is a result of {there['arguments']['model']}, not of "
-                             f"{args.model}: give another --output")
 
 
 def write_result(args, name, records, configuration, rows):
@@ -1061,7 +1049,7 @@ def main(args):
     benchmarks = {} if args.judge else read_benchmarks(args)
     for path in args.judge or ():
         read_result(path)
-    asker = Asker(args)
+    asker = Generator(args)
     shared = configuration_of(asker)
     tasks = plan(args, benchmarks, shared)
 

@@ -46,9 +46,9 @@ from build_data import (FULL_DISK, FlagParser, InputError, MediaError, above, ad
                         add_media_flags, as_in_file, at_least, encode, encode_blank,
                         forbidden_tokens, generate, image_as_video, load_model, load_processor,
                         load_records, load_vision_of, pad_batch, provenance, read_file, record_seed,
-                        refuse_absent_media, rope_positions, run_script, seeded_generator,
-                        setup_distributed, shuffle_frames, skip_row, stop_tokens, to_device,
-                        whole_rows, write_whole)
+                        refuse_absent_media, require_same, rope_positions, run_script,
+                        seeded_generator, setup_distributed, shuffle_frames, skip_row, stop_tokens,
+                        to_device, whole_rows, write_whole)
 from rewards import accuracy_reward, format_reward
 
 import deepspeed  # after build_data, which quiets its first words
@@ -425,25 +425,23 @@ def open_output(run) -> int:
 
 
 def check_identity(run, defaults):
-    """InputError that names what differs between the run in --output and this one."""
-    path, now = Path(run.args.output) / "metrics.jsonl", run.identity
+    """Raises InputError that names what differs between the run in --output and this one."""
+    output = Path(run.args.output)
+
+    def flat(line):
+        return {f"--{name}": value for name, value in (defaults | line["arguments"]).items()} | {
+            "records of --data": line["records"], "number of processes": line["world_size"],
+            "ZeRO stage": line["zero_stage"]}
     try:
-        with path.open(encoding="utf-8") as file:
-            was = json.loads(file.readline())
-        before, after = defaults | was["arguments"], now["arguments"]
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise InputError(f"the first line of {path} must say what run this is: {error!r}") from None
+        was = flat(whole_rows(output / "metrics.jsonl")[0])
+    except (OSError, LookupError, TypeError) as error:
+        raise InputError(f"the first line of {output / 'metrics.jsonl'} must say what run this is: "
+                         f"{error!r}") from None
     constant = run.args.lr_schedule == "constant"
     free = FREE_ARGUMENTS | (LENGTH_ARGUMENTS if constant else set())
-    changed = [f"--{name} was {before.get(name)}, is {after[name]}"
-               for name in sorted(after.keys() - free) if before.get(name) != after[name]]
-    changed += [f"{what} was {was.get(key)}, is {now[key]}" for key, what in (
-        ("records", "records of --data"), ("world_size", "number of processes"),
-        ("zero_stage", "ZeRO stage")) if was.get(key) != now[key]]
-    if changed:
-        raise InputError(
-            f"--resume: {run.args.output} holds another run: {'; '.join(changed)}. Give what it "
-            "had, or start another --output from its weights (README, 'When something breaks')")
+    require_same(f"--resume: {output}", was, flat(run.identity), "Give what it had, or start "
+                 "another --output from its weights (README, 'When something breaks')",
+                 {f"--{name}" for name in free})
 
 
 def start_engine(run, model):

@@ -702,7 +702,7 @@ def result_file(path, outputs, seed=0):
 
 
 def test_two_results_are_compared_by_question_without_a_model(tmp_path, capsys, monkeypatch):
-    monkeypatch.setattr(evaluate, "Asker", None)
+    monkeypatch.setattr(evaluate, "Generator", None)
     files = [result_file(tmp_path / "a.json", "ABB "), result_file(tmp_path / "b.json", "BAAA")]
     main("--diff", *files)
     lines = capsys.readouterr().out.splitlines()

@@ -188,7 +188,7 @@ def test_answers_in_a_batch_of_images_and_videos_equal_those_one_at_a_time(famil
                for group in (family.video, family.image)]
     alone = [annotate.respond(model, tokenizer, [sample], 0)[0] for sample in samples]
     assert annotate.respond(model, tokenizer, samples, 0) == alone
-    for sample in samples:  # as annotate.py has them
+    for sample in samples:  # as held-out answers have them
         sample["inputs"] = image_as_video(family.processor, sample["inputs"])
     assert annotate.respond(model, tokenizer, samples, 0) == alone
 
