@@ -5,6 +5,8 @@ inputs; the flags and the start that the stages share; files that outlive a kill
 because an experiment is spoilt silently when two copies drift. The commands:
 
     python build_data.py toy --out toy      clips, images, records, a tiny model, args files
+    python build_data.py convert mvbench MVBench --out MVBench/records.json
+                                            records from a benchmark's own release
     python build_data.py mix --recipe assets/recipe.json --out data/train.json
                                             records from public releases, here as in Figure 2
     python build_data.py check --data data/train.json       decodes every medium, keeps the usable
@@ -396,14 +398,20 @@ SPECIAL_TOKEN = re.compile(r"<\|(\w+)\|>")
 # One block and nothing else: with several, nobody can say which text is the answer
 SOLUTION = re.compile(r"\s*<answer>(?:(?!</?answer>).)*</answer>\s*", re.DOTALL)
 SURELY_TEXT = 100  # characters of a free-form solution, which then has a word in it
+# An option's letter, "A", "(A" or "Option A", and what sets it apart from the text: ".", ")", "、"
+LETTER = r"(?:(?:option|choice|选项)[ _]?)?[(（\[【]?([A-ZＡ-Ｚ])"
+AFTER_LETTER = r"[.):\]．）：】、]+"
+OPTION_MARK = re.compile(  # of an option that stands alone; or a number: "1. "
+    rf"\s*(?:{LETTER}(?:{AFTER_LETTER}|\s+[-–—]\s)|[(（]?(\d+)[.):）、]+\s)\s*", re.IGNORECASE)
+FRAMES_FPS = 3  # of MVBench's task that is released as folders of frames
 
 
 def load_records(path, media_root=None) -> list[dict]:
     """Reads a .json list or .jsonl file of Video-R1 records and checks every one of them.
 
-    Each record gains `media_path`, its path below media_root (default: the file's own folder), and
-    its texts are plain ones (see `plain_texts`). Raises InputError naming file, problem_id and
-    field; media are not opened here. Records on which nothing can be earned are told, once.
+    Each record gains `media_path`, its path below media_root (default: the file's own folder).
+    Its texts are plain ones (see `plain_texts`), its options have letters (`with_letters`). Raises
+    InputError naming file, problem_id and field; media are not opened here.
     """
     records = read_file(path)
     if not isinstance(records, list) or not records:
@@ -412,8 +420,12 @@ def load_records(path, media_root=None) -> list[dict]:
     if not os.path.isdir(root):
         raise InputError(f"media_root {root} is not a folder")
     for i, record in enumerate(records):
+        if isinstance(record, dict) and record.get("data_type") == "frame":
+            record |= frames_as_video(record)
         problem = record_problem(record)
         if problem is None:
+            if record["problem_type"] == "multiple choice":
+                record["options"] = with_letters(record["options"])
             record |= plain_texts(record)
             record["media_path"] = os.path.normpath(os.path.join(root, record["path"]))
             record["media_root"] = root
@@ -423,8 +435,20 @@ def load_records(path, media_root=None) -> list[dict]:
         if problem is not None:
             name = record.get("problem_id", "absent") if isinstance(record, dict) else "absent"
             raise InputError(f"{path}: record {i} (problem_id {name}): {problem}")
-    tell_unmatchable(path, records)
+    warn_unmatchable(path, records)
     return records
+
+
+def frames_as_video(row) -> dict:
+    """The fields of MVBench's released rows of data_type "frame", which are folders of frames.
+    Other released rows' start and end are not used, as in the paper's code."""
+    return {"data_type": "video", "video_fps": row.get("fps") or FRAMES_FPS} | seconds_of(row)
+
+
+def seconds_of(row) -> dict:
+    """The clip's fields of a record, if its release has "start" and "end" in seconds."""
+    return {f"video_{end}": float(row[end]) for end in ("start", "end")
+            if row.get(end) is not None}
 
 
 def plain_texts(record) -> dict:
@@ -453,8 +477,8 @@ def unmatchable(record) -> bool:
     return accuracy_reward(record["solution"], record) == 0
 
 
-def tell_unmatchable(path, records):
-    """Says on how many records nothing can be earned: a reward of 0 teaches nothing."""
+def warn_unmatchable(path, records):
+    """Warns once about solutions that no answer can match: a reward of 0 teaches nothing."""
     if os.environ.get("RANK", "0") != "0":  # one rank of a run looks for all
         return
     found = [record for record in records if unmatchable(record)]
@@ -501,8 +525,13 @@ def record_problem(record) -> str | None:
     if not isinstance(options, list) or not all(
             isinstance(option, str) and not UNUSABLE.search(option) for option in options):
         return f"field options is not a list of strings: {options!r}"
-    if record["problem_type"] == "multiple choice" and not options:
-        return "field options is empty for a multiple-choice question"
+    if record["problem_type"] == "multiple choice":
+        if not options:
+            return "field options is empty for a multiple-choice question"
+        try:
+            with_letters(options)
+        except ValueError as error:
+            return f"field options: {error}: {options!r}"
     groups = record.get("groups", {})  # that evaluate.py scores the question in
     if not isinstance(groups, dict) or not all(isinstance(name, str) for name in groups.values()):
         return f"field groups is {groups!r}, not an object of strings as {{'motion': 'left'}}"
@@ -529,6 +558,47 @@ def letter(index) -> str:
 def lettered(options) -> list[str]:
     """Options with their letters: ["A. red", "B. green", ...]."""
     return [f"{letter(i)}. {option}" for i, option in enumerate(options)]
+
+
+def plain_mark(text) -> str:
+    """An option's letter or number as a plain one: A for "a" and "Ａ"."""
+    return unicodedata.normalize("NFKC", text).upper()
+
+
+def option_texts(options) -> list[str]:
+    """The options' texts without letters: A, B, C, ... in order are letters, and no others.
+
+    Raises ValueError if an option is empty, or if several begin with other letters or numbers in
+    rising order, which are letters gone wrong. "E. coli" before "C. elegans" is a text.
+
+    >>> option_texts(["(A) a cat", "(B) a dog"]), option_texts(["E. coli", "C. elegans"])
+    (['a cat', 'a dog'], ['E. coli', 'C. elegans'])
+    """
+    marks = [OPTION_MARK.match(option) for option in options]
+    found = [plain_mark(mark[1] or mark[2]) for mark in marks if mark]
+    texts = [option.strip() for option in options]
+    if found == list(map(letter, range(len(options)))):
+        texts = [option[mark.end():].strip() for option, mark in zip(options, marks)]
+    elif len(found) > 1 and found == sorted(found):
+        raise ValueError(f"options begin with {', '.join(found)}, not with A, B, C, ... in order")
+    if not all(texts):
+        raise ValueError("an option is empty")
+    return texts
+
+
+def with_letters(options) -> list[str]:
+    """Options as a prompt shows them: unchanged if they have the letters A, B, C, ... in order,
+    else with these letters in front. Raises ValueError as option_texts, or if two are equal.
+
+    >>> with_letters(["(A) left", "(B) right"]), with_letters(["left", "right"])
+    (['(A) left', '(B) right'], ['A. left', 'B. right'])
+    """
+    texts = option_texts(options)
+    if texts != [option.strip() for option in options]:
+        return options
+    if len(set(texts)) < len(texts):
+        raise ValueError("two options are equal")
+    return lettered(texts)
 
 
 # --------------------------------------------------------------------------------- prompt
@@ -1260,7 +1330,7 @@ def markdown(rows) -> str:
     return "".join("| " + " | ".join(map(str.ljust, row, widths)) + " |\n" for row in rows)
 
 
-# =================================================== the commands: toy, mix, check, stats
+# ========================================== the commands: toy, convert, mix, check, stats
 # ------------------------------------------------------------------------------------ toy
 
 TOY_SIDE, TOY_FRAMES, TOY_FPS = 28, 8, 2  # pixels, frames a clip, frames a second
@@ -1539,110 +1609,80 @@ def build_toy(args):
     print(f"{out}/model: {parameters:,} parameters, {len(tokenizer)} tokens")
 
 
-# --------------------------------------------- the sources: one converter for each format
-# A converter takes a row of a release, and the folder its file is in, and yields drafts. To add
-# a source, write one and name it in CONVERTERS. What it raises on a malformed row costs that row.
+# ------------------- the sources and benchmarks: one converter for each release's format
+# A converter takes a row of a release and the path of its file, and yields drafts. To add a source
+# or a benchmark, write one and name it in CONVERTERS. If it raises one of MALFORMED, `mix` drops
+# the row and counts it, and `convert` refuses the file.
 
-def draft(medium, problem, answer, options=(), **more):
-    """A question as its source has it: medium below the media folder, options without letters,
-    answer as a letter or a text; make_record makes a record of it, or says why not."""
-    return {"medium": os.path.normpath(medium), "problem": problem.strip(),
-            "answer": str(answer).strip(), "options": option_texts(options), **more}
-
-
-# An option's letter, "A", "(A" or "Option A", and what sets it apart from the text: ".", ")", "、"
-LETTER = r"(?:(?i:option|choice|选项)[ _]?)?[(（\[【]?([A-ZＡ-Ｚ])"
-MARK = r"[.):\]．）：】、]+"
-# At the start of an option that stands alone; at the start of a line; anywhere in a text
-OPTION_LETTER = re.compile(rf"{LETTER}(?:{MARK}|\s+[-–—]\s)\s*", re.IGNORECASE)
-LINE_MARK = re.compile(rf"^[ \t*•-]*{LETTER}{MARK}[*]*\s*", re.MULTILINE | re.IGNORECASE)
-OPTION_MARK = re.compile(rf"(?<![^\s:：;；,，?？。]){LETTER}{MARK}\s*")
-# What stands between options in one line: "A: a cat, B: a dog or C: a hat"
-SEPARATOR = re.compile(r"[,，;；、](?:\s*(?:and|or))?$|\s(?:and|or)$")
-# What stands around a question
-AROUND = re.compile(r"(?i)^question:|(?:options|choices|选项)\s*[:：]$")
-# How to answer, which our own prompt says: as a whole line or the last sentence of one
+MALFORMED = (KeyError, TypeError, IndexError, AttributeError, OverflowError, ValueError)
+ASSETS = Path(__file__).parent / "assets"
+# How to answer, which our own prompt says: a line after the question, or the last sentence of one
 HINT = re.compile(
-    r"(?im)(?:^|(?<=[.?!]))[ \t]*(?:(?:hint|reference ocr token):.*|answer:[ \t]*"
+    r"(?im)^[ \t]*(?:hint|reference ocr token):.*$|(?<=[.?!\n])[ \t]*(?:answer:[ \t]*"
     r"|(?:please )?(?:answer|respond|provide|select|choose|give)\b[^\n]{0,200}\b"
     r"(?:letter|options?|choices|single word or phrase|short|directly|multiple-choice)\b[^\n]*)$")
+# Options begin at such marks, all at the start of a line or all within one
+LINE_MARK = re.compile(rf"^[ \t*•-]*{LETTER}{AFTER_LETTER}[*]*\s*", re.MULTILINE | re.IGNORECASE)
+INLINE_MARK = re.compile(rf"(?<![^\s:：;；,，?？。]){LETTER}{AFTER_LETTER}\s*", re.IGNORECASE)
+# What stands between options in one line: "A: a cat, B: a dog or C: a hat"
+SEPARATOR = re.compile(r"[,，;；、](?:\s*(?:and|or))?$|\s(?:and|or)$")
+AROUND = re.compile(r"(?i)^question:|(?:options|choices|选项)\s*[:：]$")  # around a question
 
 
-def place_of(mark) -> int:
-    """The place that an option's mark stands for: 0 for "A.", "(a)" and "Ａ、"."""
-    return ord(unicodedata.normalize("NFKC", mark[1]).upper()) - ord("A")
+def draft(medium, problem, answer, options=(), **fields):
+    """A question as its source has it: medium below the media folder, answer as a letter or a text,
+    options without letters; fields of the record if the source has them. make_record checks it."""
+    if isinstance(options, str) or not all(isinstance(text, (str, int, float)) for text in options):
+        raise ValueError(f"the options are not texts: {options!r}")
+    return {"medium": os.path.normpath(medium), "problem": problem.strip(),
+            "answer": str(answer).strip(), "options": [str(text).strip() for text in options],
+            **fields}
 
 
-def option_texts(options) -> list[str]:
-    """Options without their letters: a list, or an object of texts by letter.
+def texts_by_letter(options) -> list[str]:
+    """Options that are an object of texts by letter; those that a question lacks are empty.
 
-    Letters are those of all options, in order: "E. coli" beside "C. elegans" is a text.
-
-    >>> option_texts(["(A) a cat", "(B) a dog"]), option_texts({"A": "a cat", "B": "a dog"})
-    (['a cat', 'a dog'], ['a cat', 'a dog'])
-    >>> option_texts(["E. coli", "C. elegans"])
-    ['E. coli', 'C. elegans']
+    >>> texts_by_letter({"B": "a dog", "A": "a cat", "C": ""})
+    ['a cat', 'a dog']
     """
-    by_letter = isinstance(options, dict)
-    if by_letter:  # one that a question does not have is empty
-        options = {key: text for key, text in options.items() if text not in (None, "")}
-    values = options.values() if by_letter else options
-    if isinstance(options, str) or not all(isinstance(text, (str, int, float)) for text in values):
-        raise ValueError("the options are not texts")
-    texts = [f"{key}. {options[key]}" for key in sorted(options)] if by_letter else [
-        str(text).strip() for text in values]
-    marks = list(map(OPTION_LETTER.match, texts))
-    if all(mark and place_of(mark) == i for i, mark in enumerate(marks)):
-        bare = [text[mark.end():].strip() for text, mark in zip(texts, marks)]
-        return option_texts(bare) if by_letter else bare  # they may say their letters again
-    if by_letter:
-        raise ValueError("the options' letters are not A, B, C, ...")
-    return texts
+    texts = option_texts([f"{key}. " + options[key] for key in sorted(options) if options[key]])
+    return option_texts(texts)  # they may say their letters again
 
 
 def split_options(text):
-    """A question and its options, found as a run of marks A, B, C, ... at its end.
+    """A question and its options: a run of marks A, B, C, ..., by lines or within one, whichever
+    gives more options. An empty one shows that a mark was none, as in "B. C. elegans".
 
     >>> split_options("What moves?\\nA. a cat\\nB. a dog\\nAnswer with the option's letter.")
     ('What moves?', ['a cat', 'a dog'])
     >>> split_options("Question: What is x? Choices: (A) 3 (B) 4")
     ('What is x?', ['3', '4'])
     """
-    problem, options = marked_options(HINT.sub("", text).strip())
-    return (problem, options) if problem else marked_options(text.strip())  # it was no hint
-
-
-def marked_options(text):
-    """split_options, without a look for hints: by the marks at the starts of lines or by all marks,
-    whichever gives more options. An empty one shows that a mark was none, as in "B. C. elegans"."""
-    found = [options_at(pattern, text) for pattern in (LINE_MARK, OPTION_MARK)]
-    return max(found, key=lambda each: (all(each[1]) and each[1] != [], len(each[1])))
-
-
-def options_at(pattern, text):
-    """A question and its options, none or at least two, by the marks that a pattern finds."""
-    run = longest_run(list(pattern.finditer(text)))
-    if len(run) < 2:
-        return AROUND.sub("", text.strip()).strip(), []
-    ends = [mark.start() for mark in run[1:]] + [len(text)]
-    options = [text[mark.end():end].strip() for mark, end in zip(run, ends)]
-    if all(map(SEPARATOR.search, options[:-1])) and not SEPARATOR.search(options[-1]):
-        options = [SEPARATOR.sub("", option).strip() for option in options]
-    return AROUND.sub("", text[:run[0].start()].strip()).strip(), options
+    text = HINT.sub("", text.strip()).strip()
+    found = text, []
+    for pattern in (LINE_MARK, INLINE_MARK):
+        run = longest_run(pattern.finditer(text))
+        ends = [mark.start() for mark in run[1:]] + [len(text)]
+        options = [text[mark.end():end].strip() for mark, end in zip(run, ends)]
+        if all(map(SEPARATOR.search, options[:-1])) and not SEPARATOR.search(*options[-1:] or " "):
+            options = [SEPARATOR.sub("", option).strip() for option in options]
+        if all(options) and len(options) > max(len(found[1]), 1):
+            found = text[:run[0].start()].strip(), options
+    return AROUND.sub("", found[0]).strip(), found[1]
 
 
 def longest_run(marks):
-    """The longest run of marks A, B, C, ... (the last of them), as other letters belong to the
-    options' texts."""
-    longest, after = [], {}  # place -> the run that the next mark of this place begins
-    for mark in reversed(marks):
-        place = place_of(mark)
-        after[place] = [mark, *after.get(place + 1, [])]
-        longest = max(longest, after.get(0, []), key=len)
+    """The longest run of marks A, B, C, ..., the last of them; others are part of a text."""
+    run, longest = [], []
+    for mark in marks:
+        place = ord(plain_mark(mark[1])) - ord("A")
+        if place in (0, len(run)):
+            run = [*run[:place], mark]
+        longest = max(run, longest, key=len)
     return longest
 
 
-def from_video_r1(row, folder):
+def from_video_r1(row, path):
     """Records in this project's own form, as in the released Video-R1-260k.json.
 
     >>> row = {"problem": "What moves?", "problem_type": "multiple choice", "options": ["A. a cat",
@@ -1651,59 +1691,58 @@ def from_video_r1(row, folder):
     ['a cat', 'a dog']
     """
     answer = re.fullmatch(r"\s*<answer>(.*)</answer>\s*", row["solution"], re.DOTALL)[1]
-    thought = {"process": row["process"]} if row.get("process") else {}
-    yield draft(row["path"], row["problem"], answer, row.get("options") or (),
-                kind=row["problem_type"], source=row.get("data_source"),
-                data_type=row.get("data_type"), **thought, **part_of(row))
+    options = row.get("options") or []
+    texts = texts_by_letter(options) if isinstance(options, dict) else option_texts(options)
+    yield draft(row["path"], row["problem"], answer, texts, **{
+        field: row.get(field) for field in
+        ("problem_type", "data_source", "data_type", "process", *CLIP_FIELDS)})
 
 
 CSV_OPTION = re.compile("option.*|[a-z]")  # the column of an option: option_a, or A
 
 
-def from_csv(row, folder):
+def from_csv(row, path):
     """A table of one's own: columns video (or image), question, answer, and for a choice its
     options, option_a, option_b, ... or A, B, ...; problem_type, video_start and video_end may be
     there too. Without a problem_type options make a choice, a number is numerical, else free-form.
 
     >>> row = {"video": "1.mp4", "question": "What moves?", "answer": "B", "A": "a cat",
     ...        "B": "a dog", "C": ""}
-    >>> next(from_csv(row, None))  # doctest: +NORMALIZE_WHITESPACE
-    {'medium': '1.mp4', 'problem': 'What moves?', 'answer': 'B', 'options': ['a cat', 'a dog'],
-     'data_type': 'video', 'kind': 'multiple choice'}
+    >>> next(from_csv(row, None))["options"]
+    ['a cat', 'a dog']
     """
     row = {(name or "").strip().lower(): cell for name, cell in row.items()}
     if not {"question", "answer"} <= row.keys() or row.keys().isdisjoint(("video", "image")):
-        raise InputError(f"the .csv in {folder} needs the columns video or image, question and "
-                         f"answer, separated by commas; it has {', '.join(row)}")
+        raise InputError(f"{path} needs the columns video or image, question and answer, "
+                         f"separated by commas; it has {', '.join(row)}")
     # cells beyond the heading are a list, which has no strip: a comma without quotes costs its row
     row = {name: (cell or "").strip() for name, cell in row.items()}
-    found = draft(row.get("video") or row.get("image"), row["question"], row["answer"],
-                  {name: cell for name, cell in row.items() if CSV_OPTION.fullmatch(name)},
-                  data_type="video" if row.get("video") else "image",
-                  **{field: float(row[field]) for field in CLIP_FIELDS if row.get(field)})
-    yield found | {"kind": row.get("problem_type") or wanted_type(
-        found["answer"], found["options"], ("multiple choice", "numerical", "free-form"))}
+    options = texts_by_letter({name: row[name] for name in row if CSV_OPTION.fullmatch(name)})
+    types = ("multiple choice", "numerical", "free-form")
+    yield draft(row.get("video") or row.get("image"), row["question"], row["answer"], options,
+                data_type="video" if row.get("video") else "image",
+                problem_type=row.get("problem_type") or wanted_type(row["answer"], options, types),
+                **{field: float(row[field]) for field in CLIP_FIELDS if row.get(field)})
 
 
-def from_llava(row, folder):
+def from_llava(row, path):
     """Conversations, as LLaVA-Video-178K and most image sources have them: a draft a turn.
 
     >>> row = {"image": "1.png", "conversations": [
     ...     {"from": "human", "value": "<image>\\nWhat moves?\\nA. a cat\\nB. a dog"},
     ...     {"from": "gpt", "value": "B. a dog"}]}
-    >>> next(from_llava(row, None))  # doctest: +NORMALIZE_WHITESPACE
-    {'medium': '1.png', 'problem': 'What moves?', 'answer': 'B. a dog',
-     'options': ['a cat', 'a dog'], 'part': None, 'data_type': None}
+    >>> next(from_llava(row, None))["options"]
+    ['a cat', 'a dog']
     """
     medium = row.get("video") or row["image"]
     if isinstance(medium, list):
         medium, = medium  # several pictures in one question are no record
     turns = row["conversations"]
-    for asked, said in zip(turns[::2], turns[1::2], strict=True):
-        if (asked["from"], said["from"]) != ("human", "gpt"):
+    for question, answer in zip(turns[::2], turns[1::2], strict=True):
+        if (question["from"], answer["from"]) != ("human", "gpt"):
             raise ValueError("the turns are not human, gpt, human, gpt, ...")
-        problem, options = split_options(re.sub(r"<(?:image|video)>", "", asked["value"]))
-        yield draft(medium, problem, said["value"], options, part=row.get("data_source"),
+        problem, options = split_options(re.sub(r"<(?:image|video)>", "", question["value"]))
+        yield draft(medium, problem, answer["value"], options, part=row.get("data_source"),
                     data_type="video" if row.get("video") else None)
 
 
@@ -1713,25 +1752,19 @@ def nextqa_paths(folder):
     return read_file(folder / "map_vid_vidorID.json")
 
 
-def from_nextqa(row, folder):
+def from_nextqa(row, path):
     """NExT-QA's CSV: {video: 2909445186, question: what moves, answer: 1, a0: cat, a1: dog, ...}
-    gives "what moves?" on 0101/2909445186.mp4, options cat, dog, ..., answer B.
-    """
+    gives "what moves?" on 0101/2909445186.mp4, options cat, dog, ..., answer B."""
     question = row["question"].strip().removesuffix("?").rstrip() + "?"
-    yield draft(f"{nextqa_paths(folder)[row['video']]}.mp4", question, letter(row["answer"]),
+    yield draft(f"{nextqa_paths(path.parent)[row['video']]}.mp4", question, letter(row["answer"]),
                 [row[f"a{i}"] for i in range(5)])
 
 
-def from_perception_test(row, folder):
-    """PerceptionTest's multiple choice, by video.
-
-    >>> row = {"key": "video_7", "mc_question": [
-    ...     {"question": "What moves?", "options": ["cat", "dog", "hat"], "answer_id": 1}]}
-    >>> next(from_perception_test(row, None))["answer"]
-    'B'
-    """
+def from_perception_test(row, path):
+    """PerceptionTest's multiple choice: {"video_7": {"mc_question": [{"question": "What moves?",
+    "options": ["cat", "dog", "hat"], "answer_id": 1}]}} asks about video_7.mp4; the answer is B."""
     for question in row["mc_question"]:
-        yield draft(f"{row['key']}.mp4", question["question"], letter(question["answer_id"]),
+        yield draft(f"{row['row_key']}.mp4", question["question"], letter(question["answer_id"]),
                     question["options"])
 
 
@@ -1739,15 +1772,15 @@ CLEVRER_WORDS = (("gray", "red", "blue", "green", "brown", "cyan", "purple", "ye
                  ("metal", "rubber"), ("cube", "sphere", "cylinder"), ("yes", "no"))
 
 
-def from_clevrer(row, folder):
+def from_clevrer(row, path):
     """CLEVRER's questions, by video. Of those with choices the ones with one correct choice; a
     word (descriptive) becomes a choice among CLEVRER's colours, materials, shapes or yes and no.
 
     >>> row = {"scene_index": 1007, "video_filename": "video_01007.mp4", "questions": [
     ...     {"question": "What is the shape of the red object?", "answer": "cube"}]}
-    >>> next(from_clevrer(row, None))  # doctest: +NORMALIZE_WHITESPACE
-    {'medium': 'video_01000-02000/video_01007.mp4', 'problem': 'What is the shape of the red
-     object?', 'answer': 'cube', 'options': ['cube', 'sphere', 'cylinder']}
+    >>> found = next(from_clevrer(row, None))
+    >>> found["medium"], found["options"]
+    ('video_01000-02000/video_01007.mp4', ['cube', 'sphere', 'cylinder'])
     """
     start = row["scene_index"] // 1000 * 1000  # the release has a folder for each 1000 videos
     medium = f"video_{start:05d}-{start + 1000:05d}/{row['video_filename']}"
@@ -1764,124 +1797,372 @@ def from_clevrer(row, folder):
             yield draft(medium, question["question"], answer, words)
 
 
-def from_star(row, folder):
-    """STAR: a question about a part of a Charades video.
-
-    >>> row = {"video_id": "6H78U", "start": 11.1, "end": 19.6, "question": "What moves?",
-    ...        "answer": "The dog.", "choices": [{"choice_id": 1, "choice": "The dog."},
-    ...                                          {"choice_id": 0, "choice": "The cat."}]}
-    >>> next(from_star(row, None))  # doctest: +NORMALIZE_WHITESPACE
-    {'medium': '6H78U.mp4', 'problem': 'What moves?', 'answer': 'B',
-     'options': ['The cat.', 'The dog.'], 'video_start': 11.1, 'video_end': 19.6}
-    """
+def from_star(row, path):
+    """STAR: {"video_id": "6H78U", "start": 11.1, "end": 19.6, "question": "What moves?", "answer":
+    "The dog.", "choices": [{"choice_id": 1, "choice": "The dog."}, {"choice_id": 0, "choice":
+    "The cat."}]} asks about these seconds of 6H78U.mp4; the answer is B."""
     choices = sorted(row["choices"], key=lambda choice: choice["choice_id"])
     options = [choice["choice"] for choice in choices]
     yield draft(f"{row['video_id']}.mp4", row["question"], letter(options.index(row["answer"])),
-                options, video_start=float(row["start"]), video_end=float(row["end"]))
+                options, **seconds_of(row))
 
 
-def from_scienceqa(row, folder):
-    """ScienceQA's training questions that have a picture.
-
-    >>> row = {"key": "7", "question": "Which is it?", "choices": ["cat", "dog"], "answer": 1,
-    ...        "hint": "Look.", "image": "image.png", "split": "train"}
-    >>> next(from_scienceqa(row, None))  # doctest: +NORMALIZE_WHITESPACE
-    {'medium': '7/image.png', 'problem': 'Look.\\nWhich is it?', 'answer': 'B',
-     'options': ['cat', 'dog']}
-    """
+def from_scienceqa(row, path):
+    """ScienceQA's training questions that have a picture: {"7": {"question": "Which is it?",
+    "choices": ["cat", "dog"], "answer": 1, "hint": "Look.", "image": "image.png", "split":
+    "train"}} asks "Look.\\nWhich is it?" about 7/image.png; the answer is B."""
     if row["image"] and row["split"] == "train":
-        problem = f"{row.get('hint') or ''}\n{row['question']}".strip()
-        yield draft(f"{row['key']}/{row['image']}", problem, letter(row["answer"]), row["choices"])
+        problem = f"{row.get('hint') or ''}\n{row['question']}"
+        yield draft(f"{row['row_key']}/{row['image']}", problem, letter(row["answer"]),
+                    row["choices"])
 
 
-def from_a_okvqa(row, folder):
+def from_a_okvqa(row, path):
     """A-OKVQA: {image_id: 299207, question: What moves?, choices: [cat, dog, hat, car],
-    correct_choice_idx: 1} asks about COCO's 000000299207.jpg; the answer is B.
-    """
+    correct_choice_idx: 1} asks about COCO's 000000299207.jpg; the answer is B."""
     yield draft(f"{row['image_id']:012d}.jpg", row["question"],
                 letter(row["correct_choice_idx"]), row["choices"])
 
 
-def from_tabmwp(row, folder):
-    """TabMWP's problems about a picture of a table: a choice, or text that may be a number.
-
-    >>> row = {"key": "7", "question": "How much?", "choices": None, "answer": "3.5", "unit": "$"}
-    >>> next(from_tabmwp(row, None))["problem"]
-    'How much? (Unit: $)'
-    """
+def from_tabmwp(row, path):
+    """TabMWP's problems about a picture of a table: {"7": {"question": "How much?", "choices":
+    None, "answer": "3.5", "unit": "$"}} asks "How much? (Unit: $)" about 7.png."""
     unit = f" (Unit: {row['unit']})" if row.get("unit") else ""
-    yield draft(f"{row['key']}.png", row["question"] + unit, row["answer"], row["choices"] or ())
+    yield draft(f"{row['row_key']}.png", row["question"] + unit, row["answer"],
+                row["choices"] or ())
 
 
-def from_geometry3k(row, folder):
+def from_geometry3k(row, path):
     """Geometry3K: {problem_text: Find x., choices: [1, 2, 3, 4], answer: B}, a file for each
-    problem, asks about the img_diagram.png beside it.
-    """
+    problem, asks about the img_diagram.png beside it."""
     yield draft("img_diagram.png", row["problem_text"], row["answer"], row["choices"])
 
 
-def from_arxivqa(row, folder):
+def from_arxivqa(row, path):
     """ArxivQA: {image: images/1.jpg, question: What grows?, options: ["A) x", "B) y"],
-    label: "B)"}. Its labels come in many spellings; those that mean no option are dropped.
-    """
-    yield draft(row["image"], row["question"], row["label"], row["options"])
+    label: "B)"}. Its labels come in many spellings; those that mean no option are dropped."""
+    yield draft(row["image"], row["question"], row["label"], option_texts(row["options"]))
 
 
-def from_chartqa(row, folder):
+def from_chartqa(row, path):
     """ChartQA: {imgname: 1.png, query: How many percent?, label: 12%} asks for 12."""
     yield draft(row["imgname"], row["query"], row["label"].strip().removesuffix("%"))
+
+
+@lru_cache(maxsize=1)
+def benchmark_facts():
+    """assets/benchmarks.json: each benchmark's title and size, where its release keeps questions
+    (patterns below its folder; the first that finds files counts), tasks, subjects and folders."""
+    return read_file(ASSETS / "benchmarks.json")
+
+
+def task_of(path, tasks):
+    """Which of the `tasks` a release's file is about: its own name or its folder's says so."""
+    for text in (path.stem.lower().removesuffix("_video"), path.parent.name.lower()):
+        if text in tasks:
+            return text
+    raise ValueError(f"its name, or its folder's, is none of {', '.join(tasks)}")
+
+
+def subject_groups(path, subjects):
+    """{"subject"} of Science/dev_Biology_3.mp4 or videos/Biology/3.mp4, and its "discipline" if
+    `subjects`, {discipline: its subjects}, has it."""
+    named = re.fullmatch(r"[a-z]+_(\w+)_\d+", Path(path).stem)
+    subject = named[1] if named else Path(path).parent.name
+    return {"subject": subject} | {"discipline": discipline for discipline, names
+                                   in subjects.items() if subject in names}
+
+
+def from_vsibench(row, path):
+    """{"id": 0, "dataset": "scannet", "scene_name": "scene0568_00", "question_type":
+    "object_counting", "question": "How many chairs?", "ground_truth": "4", "options": null}
+    -> regression over scannet/scene0568_00.mp4; with options, multiple choice."""
+    options = option_texts(row["options"] or [])
+    yield draft(f"{row['dataset']}/{row['scene_name']}.mp4", row["question"], row["ground_truth"],
+                options, problem_id=str(row["id"]),
+                problem_type="multiple choice" if options else "regression",
+                groups={"task": row["question_type"], "dataset": row["dataset"]})
+
+
+VIDEOMMMU_BEFORE = (  # the benchmark's own words; the quiz is an image, the video's last frame
+    "You should watch and learn the video content. Then apply what you learned to answer the "
+    "following {kind} question. The image for this question is at the end of the video.\n")
+VIDEOMMMU_AFTER = "\nPlease ignore the Quiz question in last frame of the video."
+
+
+def from_videommmu(row, path):
+    """adaptation.json {"0": {"id": "dev_Biology_3", "question": "Which?", "options": ["up",
+    "down"], "answer": "B", ...}} -> Science/dev_Biology_3.mp4 with the track's instruction. Its
+    own repository's adaptation_video.json has the same in {"Adaptation": {...}}."""
+    facts = benchmark_facts()["videommmu"]
+    track = task_of(path, facts["tasks"])
+    for row in [row] if "question" in row else [row[key] for key in row if key != "row_key"]:
+        options = row["options"] or []
+        if not any(map(str.strip, options)):  # one of the open questions has four empty ones
+            options = []
+        before = VIDEOMMMU_BEFORE.format(kind="multi-choice" if options else "open-ended")
+        problem = (before + row["question"] if track == "adaptation"
+                   else row["question"] + VIDEOMMMU_AFTER)
+        groups = subject_groups(f"{row['id']}.mp4", facts["subjects"])
+        if "discipline" not in groups:  # the folder of its video
+            raise ValueError(f"the id {row['id']!r} names no subject of VideoMMMU")
+        number = parse_number(str(row["answer"])) is not None
+        yield draft(f"{groups['discipline']}/{row['id']}.mp4", problem, row["answer"], options,
+                    problem_type="multiple choice" if options else
+                    "numerical" if number else "free-form",
+                    part=track, groups={"track": track, **groups})
+
+
+def from_mmvu(row, path):
+    """{"id": "validation_1", "video": "https://.../videos/Chemistry/0.mp4", "question_type":
+    "multiple-choice", "question": "How many?", "choices": {"A": "10.0", ...}, "answer": "A"}
+    -> videos/Chemistry/0.mp4. Open-ended questions are left out, as in the paper."""
+    if row["question_type"] == "multiple-choice":
+        video = "videos/" + row["video"].split("/videos/")[1]
+        yield draft(video, row["question"], row["answer"], texts_by_letter(row["choices"]),
+                    problem_id=row["id"],
+                    groups=subject_groups(video, benchmark_facts()["mmvu"]["subjects"]))
+
+
+def from_mvbench(row, path):
+    """json/action_sequence.json [{"video": "ZS9XR.mp4", "question": "What first?", "candidates":
+    ["up", "down"], "answer": "down", "start": 11.1, "end": 19.6}]
+    -> video/star/Charades_v1_480/ZS9XR.mp4, video_start 11.1, video_end 19.6, answer B."""
+    folders = benchmark_facts()["mvbench"]["folders"]
+    task = task_of(path, folders)
+    rate = {"video_fps": FRAMES_FPS} if task == "episodic_reasoning" else {}
+    yield draft(f"video/{folders[task]}/{row['video']}", row["question"],
+                letter(row["candidates"].index(row["answer"])), row["candidates"],
+                data_type="video", part=task, groups={"task": task}, **rate, **seconds_of(row))
+
+
+TEMPCOMPASS_OPTION = re.compile(  # "A. up", "Option 2: it moves", "Information A: {...}"
+    r"(?:(?:Caption|Option|Sentence|Information) )?([A-Z]|\d)[.:]\s*(.+)")
+
+
+def from_tempcompass(row, path):
+    """questions/caption_matching.json {"12": {"order": [{"question": "Which?\\nOption 1: up\\n
+    Option 2: down", "answer": "Option 2: down"}]}} -> videos/12.mp4, options up and down, answer
+    B. All four tasks are multiple choice, as in the paper: yes_no of "yes" and "no", captioning
+    of the pieces of information that it offers. Rows with video_id and dim are read too."""
+    task = task_of(path, benchmark_facts()["tempcompass"]["tasks"])
+    video = row.pop("row_key", None)
+    for row in [row] if "question" in row else [
+            {"video_id": video, "dim": dim, **each} for dim in row for each in row[dim]]:
+        question, answer = row["question"], row["answer"].strip()
+        if task == "yes_no":
+            question += "\nA. yes\nB. no"
+            answer = {"yes": "A. yes", "no": "B. no"}[answer.lower()]
+        lines = [line.strip() for line in question.split("\n")]
+        marks = [TEMPCOMPASS_OPTION.fullmatch(line) for line in lines]
+        texts = {mark[1]: mark[2] for mark in marks if mark}  # label -> text
+        label = TEMPCOMPASS_OPTION.fullmatch(answer)[1]
+        yield draft(f"videos/{row['video_id']}.mp4", lines[0], letter([*texts].index(label)),
+                    texts.values(), part=task, groups={"task": task, "dimension": row["dim"]})
+
+
+VIDEOMME_GROUPS = ("duration", "domain", "sub_category", "task_type")
+YOUTUBE_ID = re.compile(r"(?:v=|/)([\w-]{11})(?:[?&].*)?$")
+
+
+def from_videomme(row, path):
+    """{"video_id": "001", "videoID": "fFjv93ACGo8", "duration": "short", "domain": "Knowledge",
+    "sub_category": "Astronomy", "question_id": "001-1", "task_type": "Counting", "question":
+    "How many?", "options": ["A. 1", "B. 2"], "answer": "B"} -> data/fFjv93ACGo8.mp4. The questions
+    may also be nested: [{"video_id": ..., "questions": [{"question_id": ...}, ...]}, ...]."""
+    for question in row.get("questions", [row]):
+        question = row | question
+        name = question.get("videoID") or YOUTUBE_ID.search(question["url"])[1]
+        yield draft(f"data/{name}.mp4", question["question"], question["answer"],
+                    option_texts(question["options"]), problem_id=question["question_id"],
+                    groups={key: question[key] for key in VIDEOMME_GROUPS})
+
+
+TVBENCH_CLIPS = ("action_localization", "action_sequence")  # about a part of their videos
+
+
+def from_tvbench(row, path):
+    """json/action_sequence.json [{"video": "12.mp4", "question": "What first?", "candidates":
+    ["up", "down"], "answer": "up", "start": 3.2, "end": 11.0}] -> video/action_sequence/12.mp4,
+    answer A. Its zips are unpacked where they lie; action_antonym's videos are NTU RGB+D's and not
+    in the release."""
+    task = task_of(path, benchmark_facts()["tvbench"]["tasks"])
+    options = [*map(str, [] + row["candidates"])]  # of a list: a text would come apart
+    clip = seconds_of({"start": row["start"], "end": row["end"]}) if task in TVBENCH_CLIPS else {}
+    yield draft(f"video/{task}/{row['video']}", row["question"],
+                letter(options.index(str(row["answer"]))),  # a number is a text, not a place
+                options, part=task, groups={"task": task}, **clip)
+
+
+def from_tomato(row, path):
+    """data/direction.json {"4": {"question": "Which way?", "options": ["up", "down"], "answer": 1,
+    "key": "0999-01", "demonstration_type": "human", ...}} -> videos/human/0999-01.mp4, answer B.
+    Numbers of questions repeat over the six files."""
+    kind = task_of(path, benchmark_facts()["tomato"]["tasks"])
+    folder = row["demonstration_type"]
+    yield draft(f"videos/{folder}/{row['key']}.mp4", row["question"], letter(row["answer"]),
+                row["options"], problem_id=f"{kind}/{row['row_key']}",
+                groups={"type": kind, "demonstration": folder})
+
+
+VINOGROUND_FILES = {"vinoground_textscore": "text", "vinoground_videoscore": "video"}
+VINOGROUND_QUESTION = re.compile(  # then a line that asks for the letter
+    r"(.+?)\s*\n\s*A\. (.+?)\s*\n\s*B\. ([^\n]+).*", re.DOTALL)
+
+
+def from_vinoground(row, path):
+    """vinoground_textscore.json [{"idx": "12_pos", "video_name": "vinoground_videos/12_pos.mp4",
+    "question": "Which caption fits?\\nA. x, y\\nB. y, x\\nAnswer with ...", "GT": "B"}] -> a text
+    question of pair 12. vinoground_videoscore.json has the video questions, of both its clips."""
+    task = VINOGROUND_FILES[task_of(path, VINOGROUND_FILES)]
+    pair = re.fullmatch(r"(\d+)_(?:pos|neg)", row["idx"])
+    question = VINOGROUND_QUESTION.fullmatch(row["question"].strip())
+    if not (pair and question):
+        raise ValueError(f"question {row['idx']} is not <pair>_pos or <pair>_neg with options "
+                         f"A. and B.: {row['question']!r}")
+    yield draft(row["video_name"], question[1], row["GT"], [question[2], question[3]],
+                problem_id=f"{task}/{row['idx']}", groups={"task": task}, pair=pair[1])
 
 
 CONVERTERS = {"video_r1": from_video_r1, "csv": from_csv, "llava": from_llava,
               "nextqa": from_nextqa, "perception_test": from_perception_test,
               "clevrer": from_clevrer, "star": from_star, "scienceqa": from_scienceqa,
               "a_okvqa": from_a_okvqa, "tabmwp": from_tabmwp, "geometry3k": from_geometry3k,
-              "arxivqa": from_arxivqa, "chartqa": from_chartqa}
+              "arxivqa": from_arxivqa, "chartqa": from_chartqa,
+              # the benchmarks of evaluate.py
+              "vsibench": from_vsibench, "videommmu": from_videommmu, "mmvu": from_mmvu,
+              "mvbench": from_mvbench, "tempcompass": from_tempcompass, "videomme": from_videomme,
+              "tvbench": from_tvbench, "tomato": from_tomato, "vinoground": from_vinoground}
 
 
 def release_rows(path) -> list:
-    """The rows of a release's file: a list, an object of rows by key (each row gets it as "key"),
-    or one row alone."""
+    """The rows of a release's file: a list, an object of rows by key (each row gets it as
+    "row_key"), or one row alone."""
     rows = read_file(path)
     if isinstance(rows, dict):
         keyed = all(isinstance(row, dict) for row in rows.values())
-        rows = [{**row, "key": key} for key, row in rows.items()] if keyed else [rows]
+        rows = [{**row, "row_key": key} for key, row in rows.items()] if keyed else [rows]
     if not isinstance(rows, list):
         raise InputError(f"cannot read {path}: it holds a {type(rows).__name__}, no rows")
     return rows
 
 
-# ------------------------------------------------- mix: from sources to a file of records
+# ------------------------------------- from a draft to a record; the command convert
 
-FIGURE_2 = Path(__file__).parent / "assets" / "recipe.json"  # what the paper took of each source
-ENTRY = {"source": str, "category": str, "format": str, "annotation": str, "media": str,
-         "problem_type": list, "count": int}  # what a recipe says of a source
-# What a converter raises on a row that is not as its format has it
-MALFORMED = (KeyError, TypeError, IndexError, AttributeError, OverflowError, ValueError)
 MOST_OPTIONS = 26  # letters
 SHORT_ANSWER = 3  # words: "3.5 square meters" is a number, a sentence with a number is text
 MEASURE = re.compile(r"(?<![\w.])(\d+(?:\.\d+)?) ?(m|cm|mm|km|ft|meters?|metres?|centimeters?|"
                      r"centimetres?|millimeters?|kilometers?|feet|foot|inch(?:es)?)\b")
 VIDEO_SUFFIXES = {".mp4", ".webm", ".avi", ".mkv", ".mov", ".m4v"}
-# An option that means something only where it stands, or beside the others
-POSITIONED = re.compile(
-    r"\b(?:all|none|both|neither|either|any|one|two) of (?:(?:the )?(?:other )?(?:above|options"
-    r"|choices|answers|others|listed|mentioned|given|previous)|these|those|them)\b"
-    r"|\b(?:all|none|both|any) (?:the )?(?:above|options|choices|answers|others)\b"
-    r"|\b(?:listed|mentioned|shown|given|as) (?:above|below)\b"
-    r"|\b(?:all|none|both|neither|either) (?:are|is) (?:correct|right|true|false|wrong|possible)\b"
-    r"|\bthe (?:former|latter)\b|\b(?:option|choice|answer)s? \(?[A-Z0-9]\b"
-    r"|(?-i:\b[A-Z]\)?(?:,|,? and|,? or| nor| &) \(?[A-Z]\b)|^\(?[A-Z]\)?\.?$"
-    r"|\([A-Z]\)(?:,|,? and|,? or| nor| &) \([A-Z]\)"  # "(a) and (b)"
-    r"|^\(?[A-Z]\)?(?:\s*(?:[,&/+、，]|and|or)\s*\(?[A-Z]\)?)+[.\s]*$"  # "a and b", "A/B"
-    r"|\b(?:only|same as) (?-i:\(?[A-Z]\b)|^(?-i:\(?[A-Z]\)?) only\b"
-    r"|^(?:all|none|both|neither|either)\W*$"
-    # "A and B", "the above", "the former", "both", "options", "none is", "all are right", "none"
-    r"|(?-i:[A-Z][、和或与及][A-Z])|以上|上述|前者|后者|[两二]者|选项|[都均皆全](?:[不没无非是对错选]|正确|有?可能)"
-    r"|^(?:全部|全都|都有|没有|无)$|[没无]有?正确", re.IGNORECASE)
-# Words, and openings, without which a question asks the same
-FILLER = frozenset("a an the is are was were be do does did this please".split())
-OPENING = re.compile(r"(?:in|from|based on|according to) (?:this|the) (?:video|image|picture|clip)")
+KEPT_FIELDS = ("process", *CLIP_FIELDS, "groups", "pair")  # of a draft, by its record
+# The types of `convert`, in the order in which a text without options is one of them
+CONVERTED_TYPES = ("multiple choice", "numerical", "free-form", "regression", "OCR")
+
+
+class Dropped(Exception):
+    """A question that is left out, for the reason given."""
+
+
+def wanted_type(answer, options, wanted):
+    """The problem type of a question, among those that an entry wants; None: none of them.
+
+    >>> wanted_type("3", [], ["multiple choice", "numerical"]), wanted_type("3", [], ["OCR"])
+    ('numerical', 'OCR')
+    """
+    if options:
+        return "multiple choice" if "multiple choice" in wanted else None
+    numbers = ("numerical", "regression")
+    numeric = next((kind for kind in numbers if kind in wanted), None)
+    text = next((kind for kind in wanted if kind not in ("multiple choice", *numbers)), None)
+    short = text is None or len(answer.split()) <= SHORT_ANSWER
+    return numeric if numeric and short and parse_number(answer) is not None else text
+
+
+def make_record(found, entry, folder="") -> dict:
+    """The record, without its number, of a converter's draft by an entry of a recipe; raises
+    Dropped if the question cannot be graded, or is of a type that the entry does not want."""
+    problem, answer, wanted = found["problem"], found["answer"], entry["problem_type"]
+    media = entry["media"].replace("{folder}", folder)
+    path = os.path.normpath(os.path.join(media, found["medium"]))
+    options = lettered(found["options"])
+    kind = found.get("problem_type") or wanted_type(answer, options, wanted)
+    measure = MEASURE.findall(answer)
+    if not (options or "problem_type" in found) and "regression" in wanted and len(measure) == 1:
+        (answer, unit), = measure  # the answer is a sentence; the model must know the unit
+        problem, kind = f"{problem} (Unit: {unit})", "regression"
+    if kind == "multiple choice":
+        answer = choice_letter(answer, options) if answer else ""
+    for reason, applies in (
+            ("no medium", found["medium"] == "."),
+            ("path leaves the media folder", path.startswith("..") or os.path.isabs(path)),
+            ("not of the wanted problem type", kind not in wanted),
+            ("no question", not problem),
+            ("no answer", not found["answer"]),
+            ("not 2 to 26 options", kind == "multiple choice"
+             and not 2 <= len(options) <= MOST_OPTIONS),
+            ("answer is not one of the options", not answer),
+            ("answer is not one number", kind in ("numerical", "regression")
+             and parse_number(answer) is None)):
+        if applies:
+            raise Dropped(reason)
+    video = os.path.splitext(path)[1].lower() in VIDEO_SUFFIXES
+    record = {"problem": problem, "data_type": found.get("data_type") or ("image", "video")[video],
+              "problem_type": kind, "options": options if kind == "multiple choice" else [],
+              "solution": f"<answer>{answer}</answer>", "path": f"./{path}",
+              "data_source": found.get("data_source") or
+              "/".join(filter(None, (entry["source"], found.get("part"))))}
+    record |= {field: found[field] for field in KEPT_FIELDS if found.get(field) not in (None, "")}
+    if record_problem({"problem_id": 0} | record):  # no stage would read it
+        raise Dropped("malformed row")
+    return record
+
+
+def convert(args):
+    """Writes the questions of a benchmark's own release as records: all of them, or none."""
+    path, facts = Path(args.path), benchmark_facts().get(args.name, {})
+    title, release = facts.get("title", args.name), path if path.is_dir() else path.parent
+    files, records = [path], []
+    if path.is_dir():
+        patterns = facts.get("files", ())
+        files = next(filter(None, (sorted(path.glob(pattern)) for pattern in patterns)), [])
+        if not files:
+            raise InputError(f"{path} has no {' or '.join(patterns) or 'known file'} of {title}: "
+                             "give the file of its questions")
+    entry = {"source": title, "problem_type": CONVERTED_TYPES,
+             "media": os.path.relpath(release, args.media_root or release)}
+    make_folder_of(args.out)
+    for file in files:
+        before = len(records)
+        try:
+            for found in chain.from_iterable(CONVERTERS[args.name](row, file)
+                                             for row in release_rows(file)):
+                name = found.get("problem_id", f"{found.get('part')}/{len(records) - before}")
+                question = f"question {name} (answer {found['answer']!r}): "
+                records.append({"problem_id": name} | make_record(found, entry))
+        except InputError:
+            raise
+        except Dropped as reason:
+            raise InputError(f"{file} is not as {title} is released: {question}{reason}") from None
+        except MALFORMED as error:
+            raise InputError(f"{file} is not as {title} is released: {error!r}, after "
+                             f"{len(records)} questions") from None
+    write_whole({args.out: json_list(map(json.dumps, records))})
+    print(f"{args.out}: {len(records):,} records; their paths are relative to "
+          f"{args.media_root or release}, --media_root of evaluate.py unless the file lies there")
+
+
+# ------------------------------------------------- mix: from sources to a file of records
+
+FIGURE_2 = ASSETS / "recipe.json"  # what the paper took of each source
+ENTRY = {"source": str, "category": str, "format": str, "annotation": str, "media": str,
+         "problem_type": list, "count": int}  # what a recipe says of a source
+# A letter alone, but not the words "A" and "I", nor a unit: "B", "(a) and (b)", "option C"
+NAMED_LETTER = re.compile(r"(?<![\w'’])(?<!\d )(?:[b-hj-zB-HJ-Z]|[AI](?! [a-z]))(?![\w'’])")
+# Words that refer to other options. Too many here is safe: an order is kept, and stays right
+OTHERS = re.compile(
+    r"\b(?:all|none|both|neither|either|any|above|below|former|latter|other|others|these|those"
+    r"|same|only|listed|mentioned|given|options?|choices?|answers?|(?:one|two) of)\b"
+    r"|[以上前后两二都均皆全选没无有和或与及]", re.IGNORECASE)
 
 
 def read_recipe(path) -> list[dict]:
@@ -1913,96 +2194,23 @@ def entry_problem(entry) -> str | None:
     return None
 
 
-def wanted_type(answer, options, wanted):
-    """The problem type of a question, among those that an entry wants; None: none of them.
-
-    >>> wanted_type("3", [], ["multiple choice", "numerical"]), wanted_type("3", [], ["OCR"])
-    ('numerical', 'OCR')
-    """
-    if options:
-        return "multiple choice" if "multiple choice" in wanted else None
-    numbers = ("numerical", "regression")
-    numeric = next((kind for kind in numbers if kind in wanted), None)
-    text = next((kind for kind in wanted if kind not in ("multiple choice", *numbers)), None)
-    short = text is None or len(answer.split()) <= SHORT_ANSWER
-    return numeric if numeric and short and parse_number(answer) is not None else text
-
-
-class Dropped(Exception):
-    """A question that is left out, for the reason given."""
-
-
-def make_record(found, entry, folder) -> dict:
-    """The record, without its number, of a converter's draft; Dropped where there can be none."""
-    problem, answer, wanted = found["problem"], found["answer"], entry["problem_type"]
-    media = entry["media"].replace("{folder}", folder)
-    path = os.path.normpath(os.path.join(media, found["medium"]))
-    options = lettered(found["options"])
-    measure = MEASURE.findall(answer) if "regression" in wanted and not options else []
-    if "kind" in found:  # the source says so itself
-        kind = found["kind"] if found["kind"] in wanted else None
-    elif len(measure) == 1:  # the answer is a sentence; the model must know the unit
-        (answer, unit), = measure
-        problem, kind = f"{problem} (Unit: {unit})", "regression"
-    else:
-        kind = wanted_type(answer, options, wanted)
-    if found["medium"] == ".":
-        raise Dropped("no medium")
-    if path.startswith("..") or os.path.isabs(path):
-        raise Dropped("path leaves the media folder")
-    if kind is None:
-        raise Dropped("not of the wanted problem type")
-    source = found.get("source") or "/".join(filter(None, (entry["source"], found.get("part"))))
-    video = os.path.splitext(path)[1].lower() in VIDEO_SUFFIXES
-    thought = {"process": found["process"]} if "process" in found else {}
-    record = {"problem": problem, "data_type": found.get("data_type") or ("image", "video")[video],
-              "problem_type": kind, "options": options if kind == "multiple choice" else [],
-              "solution": f"<answer>{graded_answer(problem, answer, options, kind)}</answer>",
-              "path": f"./{path}", "data_source": source, **thought, **part_of(found)}
-    if record_problem({"problem_id": 0} | record):  # no stage would read it
-        raise Dropped("malformed row")
-    return record
-
-
-def graded_answer(problem, answer, options, kind) -> str:
-    """The answer, a choice's as its letter; Dropped where the question cannot be graded."""
-    if not problem:
-        raise Dropped("no question")
-    if not answer:
-        raise Dropped("no answer")
-    if kind == "multiple choice":
-        texts = [option.partition(" ")[2].casefold() for option in options]
-        if not 2 <= len(options) <= MOST_OPTIONS:
-            raise Dropped("not 2 to 26 options")
-        if "" in texts or len(set(texts)) < len(texts):
-            raise Dropped("options are empty or equal")
-        answer = choice_letter(answer, options)
-        if not answer:
-            raise Dropped("answer is not one of the options")
-    if kind in ("numerical", "regression") and parse_number(answer) is None:
-        raise Dropped("answer is not one number")
-    return answer
-
-
 def clip_of(record):
     """What identifies a decoded medium: its path, and the part of it."""
     return record["path"], *(record.get(field) for field in CLIP_FIELDS)
 
 
 def question_key(record) -> tuple:
-    """Equal for questions on one medium that differ in case, marks, filler words, or the order of
-    their options only.
+    """Equal for questions on one medium that differ in case, marks, or the order of options only.
 
     >>> a = {"path": "1.mp4", "problem": "Is the car left of the tree?", "options": []}
-    >>> question_key(a) == question_key(a | {"problem": "In this video, is the CAR left of a tree"})
+    >>> question_key(a) == question_key(a | {"problem": "is the CAR left of the tree"})
     True
     >>> question_key(a) == question_key(a | {"problem": "Is the tree left of the car?"})
     False
     """
-    problem = OPENING.sub("", record["problem"].lower())
-    words = [word for word in re.findall(r"\w+", problem) if word not in FILLER]
+    words = " ".join(re.findall(r"\w+", record["problem"].lower())) or record["problem"]
     options = sorted(option.partition(" ")[2].casefold() for option in record["options"])
-    return clip_of(record), " ".join(words) or record["problem"], *options
+    return clip_of(record), words, *options
 
 
 def tail(path) -> str:
@@ -2046,7 +2254,7 @@ def candidates_of(entry, root, is_excluded, seen, counts):
         for row in tqdm(release_rows(path), desc=entry["source"], unit=" rows", leave=False):
             counts["rows"] += 1
             try:
-                drafts = list(convert(row, path.parent))
+                drafts = list(convert(row, path))
             except InputError:  # a ValueError too, but not of this row alone
                 raise
             except MALFORMED:
@@ -2056,6 +2264,9 @@ def candidates_of(entry, root, is_excluded, seen, counts):
                 try:
                     record = make_record(found, entry, path.parent.name)
                     key = question_key(record)
+                    if len({option.casefold() for option in found["options"]}) < len(
+                            found["options"]):
+                        raise Dropped("options are equal")
                     if is_excluded(record["path"]):
                         raise Dropped("medium of a benchmark")
                     if key in seen:
@@ -2081,12 +2292,12 @@ def spread(records, count, per_medium, rng, taken=()):
 
 
 def shuffle_options(record, rng) -> dict:
-    """The record with its options in a random order, lettered A, B, C, ...; as it is where an
-    option refers to others, or where the question or a thought may name a letter.
+    """The record with its options in a random order, lettered A, B, C, ...; as it is if an option
+    may refer to others, or if the question or a thought may name a letter.
     """
     texts = [option.partition(" ")[2] for option in record["options"]]
-    if not texts or "process" in record or any(
-            map(POSITIONED.search, [record["problem"], *texts])):
+    names_letter = any(map(NAMED_LETTER.search, [record["problem"], *texts]))
+    if not texts or "process" in record or names_letter or any(map(OTHERS.search, texts)):
         return record
     order = rng.permutation(len(texts)).tolist()
     answer = order.index(ord(record["solution"][len("<answer>")]) - ord("A"))
@@ -2289,6 +2500,14 @@ def parse_args(argv=None):
     add("--shortcut", action="store_true", help="in T-GRPO's questions a telling colour always "
         "names the right direction, so accuracy cannot tell it from the motion; not in the test")
     add("--seed", type=at_least(0, int), default=0, help="seed of every random draw")
+    add = command(convert, "convert", "a benchmark's own release as records for evaluate.py")
+    add("name", choices=CONVERTERS, metavar="NAME", help=", ".join(CONVERTERS))
+    add("path", metavar="PATH", help="the release's folder, or the file of its questions (parquet "
+        "needs pyarrow); where its media go: the function from_NAME")
+    add("--out", required=True, help="file of records to write")
+    add("--media_root", help="folder above the release that the records' paths are relative to; "
+        "default: the release's own, so evaluate.py finds the media if --out is there too, else "
+        "by its --media_root")
     add = command(mix, "mix", "records from the releases that a recipe names")
     add("--recipe", required=True, help="list of entries; assets/recipe.json is the paper's, "
         "assets/csv.json for a table of your own beside --out")

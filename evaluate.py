@@ -56,7 +56,7 @@ from fractions import Fraction
 from functools import partial
 from itertools import product
 from pathlib import Path
-from typing import Callable, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -65,11 +65,11 @@ from PIL import Image
 
 from annotate import (Generator, add_generation_flags, api_messages, collect_responses,
                       configuration_of, read_rows, refuse_repeated_ids)
-from build_data import (MALFORMED, FlagParser, InputError, MediaError, above, add_machine_flags,
-                        add_media_flags, as_in_file, encode, letter, lettered, load_records,
-                        load_vision_of, make_folder_of, markdown, provenance, read_file,
-                        record_seed, refuse_absent_media, row_writer, run_script,
-                        seeded_generator, shuffle_frames, skip_row, write_whole)
+from build_data import (ASSETS, VIDEOMME_GROUPS, FlagParser, InputError, MediaError, above,
+                        add_machine_flags, add_media_flags, as_in_file, benchmark_facts, encode,
+                        load_records, load_vision_of, make_folder_of, markdown, provenance,
+                        read_file, record_seed, refuse_absent_media, row_writer, run_script,
+                        seeded_generator, shuffle_frames, skip_row, subject_groups, write_whole)
 from rewards import (accuracy_reward, extract_answer, format_reward, multiple_choice, numerical,
                      parse_number)
 
@@ -121,274 +121,7 @@ def named_file(text):
     return text
 
 
-# ---------------------------------------------- the benchmarks: releases to records
-
-def as_record(problem_id, problem, options, answer, path, **groups):
-    """A question as a Video-R1 record; `answer` is a letter or, without options, a text.
-
-    >>> record = as_record("7", "Which?", ["up", "down"], "B", "a.mp4", task="moving_direction")
-    >>> record["options"], record["solution"], record["groups"]
-    (['A. up', 'B. down'], '<answer>B</answer>', {'task': 'moving_direction'})
-    """
-    if not all(option.startswith(f"{letter(i)}.") for i, option in enumerate(options)):
-        options = lettered(options)
-    if options and answer not in map(letter, range(len(options))):
-        raise ValueError(f"question {problem_id}: the answer {answer!r} is none of {options}")
-    kind = "free-form" if parse_number(str(answer)) is None else "numerical"
-    return {"problem_id": str(problem_id), "problem": problem, "data_type": "video",
-            "problem_type": "multiple choice" if options else kind, "options": options,
-            "solution": f"<answer>{answer}</answer>", "path": path, "groups": groups}
-
-
-def named_part(path, names):
-    """Which of `names` a release's file is about: its own name or its folder's says so."""
-    for text in (path.stem.lower().removesuffix("_video"), path.parent.name.lower()):
-        if text in names:
-            return text
-    raise ValueError(f"its name, or its folder's, is none of {', '.join(names)}")
-
-
-def clip_of(row):
-    """The fields of a record whose release has "start" and "end" of the clip, in seconds."""
-    return {f"video_{key}": float(row[key]) for key in ("start", "end")
-            if row.get(key) is not None}
-
-
-def vsibench(content, path):
-    """{"id": 0, "dataset": "scannet", "scene_name": "scene0568_00", "question_type":
-    "object_counting", "question": "How many chairs?", "ground_truth": "4", "options": null}
-    -> regression over scannet/scene0568_00.mp4; with options, multiple choice."""
-    for row in content:
-        record = as_record(row["id"], row["question"], row["options"] or [], row["ground_truth"],
-                           f"{row['dataset']}/{row['scene_name']}.mp4",
-                           task=row["question_type"], dataset=row["dataset"])
-        if not row["options"]:
-            record["problem_type"] = "regression"
-        yield record
-
-
-VIDEOMMMU_TRACKS = ("adaptation", "comprehension", "perception")  # as the released file has them
-VIDEOMMMU_SUBJECTS = {  # discipline, which is a media folder's name -> its subjects
-    "Art": "Art Art_Theory Design Music",
-    "Business": "Accounting Economics Finance Manage Marketing",
-    "Engineering": "Agriculture Architecture_and_Engineering Computer_Science Electronics "
-                   "Energy_and_Power Materials Mechanical_Engineering",
-    "Humanities": "History Literature Psychology Sociology",
-    "Medicine": "Basic_Medical_Science Clinical_Medicine Diagnostics_and_Laboratory_Medicine "
-                "Pharmacy Public_Health",
-    "Science": "Biology Chemistry Geography Math Physics",
-}
-VIDEOMMMU_BEFORE = (  # the benchmark's own words; the quiz is an image, the video's last frame
-    "You should watch and learn the video content. Then apply what you learned to answer the "
-    "following {kind} question. The image for this question is at the end of the video.\n")
-VIDEOMMMU_AFTER = "\nPlease ignore the Quiz question in last frame of the video."
-
-
-def subject_groups(path, disciplines):
-    """{"subject"} of Science/dev_Biology_3.mp4 or videos/Biology/3.mp4, and its "discipline"
-    where `disciplines` has the subject."""
-    named = re.fullmatch(r"[a-z]+_(\w+)_\d+", Path(path).stem)
-    subject = named[1] if named else Path(path).parent.name
-    return {"subject": subject} | {"discipline": key for key, names in disciplines.items()
-                                   if subject in names.split()}
-
-
-def videommmu(content, path):
-    """adaptation.json {"0": {"id": "dev_Biology_3", "question": "Which?", "options": ["up",
-    "down"], "answer": "B", ...}} -> Science/dev_Biology_3.mp4 with the track's instruction. Its
-    own repository's adaptation_video.json has the same in {"Adaptation": {...}}."""
-    track = named_part(path, VIDEOMMMU_TRACKS)
-    rows = content.get(track.capitalize(), content) if isinstance(content, dict) else content
-    for i, row in enumerate(rows.values() if isinstance(rows, dict) else rows):
-        options = row["options"] or []
-        if not any(map(str.strip, options)):  # one of the open questions has four empty ones
-            options = []
-        before = VIDEOMMMU_BEFORE.format(kind="multi-choice" if options else "open-ended")
-        problem = (before + row["question"] if track == "adaptation"
-                   else row["question"] + VIDEOMMMU_AFTER)
-        groups = subject_groups(f"{row['id']}.mp4", VIDEOMMMU_SUBJECTS)
-        if "discipline" not in groups:  # the folder of its video
-            raise ValueError(f"question {i}: the id {row['id']!r} names no subject of VideoMMMU")
-        yield as_record(f"{track}/{i}", problem, options, row["answer"],
-                        f"{groups['discipline']}/{row['id']}.mp4", track=track, **groups)
-
-
-def open_answer(predicted, truth) -> float:
-    """How VideoMMMU grades an open question: a number by its value to two decimals, one letter by
-    the letter, other text where the answer contains it; by any item of a truth that is a list.
-
-    >>> [open_answer(*pair) for pair in (("24/7", "['24/7', '3.429', '3.43]"), ("17", "['7']"),
-    ...                                  ("Net income.", "net income"), ("I cannot say", "A"))]
-    [1.0, 0.0, 1.0, 0.0]
-    """
-    def meets(item):
-        if re.fullmatch("[A-Za-z]", item):
-            return multiple_choice(predicted, item)
-        if parse_number(item) is not None:
-            return numerical(predicted, item)
-        return float(item.lower() in predicted.lower())
-    if not re.match(r"""\[.*['"]""", truth):
-        return meets(truth)
-    # its quotes are not always in pairs
-    items = re.split(r"""['"],\s*['"]?|,\s*['"]""", truth.strip("[]'\" "))
-    return max(map(meets, filter(None, items)), default=0.0)
-
-
-MMVU_SUBJECTS = {  # discipline -> its subjects
-    "Engineering": "Biomedical_Engineering Civil_Engineering Computer_Science "
-                   "Electrical_Engineering Electronics_and_Communication "
-                   "Mechanical_Engineering",
-    "Healthcare": "Basic_Medicine Clinical_Medicine Dentistry Pharmacy Preventive_Medicine",
-    "Humanities and Social Science": "Art Economics History Law Literature Management",
-    "Science": "Astronomy Biology Chemistry Electromagnetism Geography Materials_Science Mechanics "
-               "Modern_Physics Neurobiology Thermodynamics",
-}
-
-
-def mmvu(content, path):
-    """{"id": "validation_1", "video": "https://.../videos/Chemistry/0.mp4", "question_type":
-    "multiple-choice", "question": "How many?", "choices": {"A": "10.0", ...}, "answer": "A"}
-    -> videos/Chemistry/0.mp4. Open-ended questions are left out, as in the paper."""
-    for row in content:
-        if row["question_type"] == "multiple-choice":
-            video = "videos/" + row["video"].split("/videos/")[1]
-            options = [f"{key}. {text}" for key, text in sorted(row["choices"].items()) if text]
-            yield as_record(row["id"], row["question"], options, row["answer"], video,
-                            **subject_groups(video, MMVU_SUBJECTS))
-
-
-MVBENCH_FPS = 3  # of the task that is released as folders of frames
-MVBENCH_FOLDERS = {  # task -> media folder
-    "action_antonym": "ssv2_video", "action_count": "perception/videos",
-    "action_localization": "sta/sta_video", "action_prediction": "star/Charades_v1_480",
-    "action_sequence": "star/Charades_v1_480", "character_order": "perception/videos",
-    "counterfactual_inference": "clevrer/video_validation", "egocentric_navigation": "vlnqa",
-    "episodic_reasoning": "tvqa/frames_fps3_hq", "fine_grained_pose": "nturgbd",
-    "fine_grained_action": "Moments_in_Time_Raw/videos",
-    "moving_attribute": "clevrer/video_validation", "moving_count": "clevrer/video_validation",
-    "moving_direction": "clevrer/video_validation", "object_existence": "clevrer/video_validation",
-    "object_interaction": "star/Charades_v1_480", "object_shuffle": "perception/videos",
-    "scene_transition": "scene_qa/video", "state_change": "perception/videos",
-    "unexpected_action": "FunQA_test/test",
-}
-
-
-def mvbench(content, path):
-    """json/action_sequence.json [{"video": "ZS9XR.mp4", "question": "What first?", "candidates":
-    ["up", "down"], "answer": "down", "start": 11.1, "end": 19.6}]
-    -> video/star/Charades_v1_480/ZS9XR.mp4, video_start 11.1, video_end 19.6, answer B."""
-    task = named_part(path, MVBENCH_FOLDERS)
-    for i, row in enumerate(content):
-        answer = letter(row["candidates"].index(row["answer"]))
-        record = as_record(f"{task}/{i}", row["question"], row["candidates"], answer,
-                           f"video/{MVBENCH_FOLDERS[task]}/{row['video']}", task=task)
-        if task == "episodic_reasoning":
-            record["video_fps"] = MVBENCH_FPS
-        yield record | clip_of(row)
-
-
-TEMPCOMPASS_TASKS = ("multi-choice", "yes_no", "caption_matching", "captioning")
-TEMPCOMPASS_OPTION = re.compile(  # "A. up", "Option 2: it moves", "Information A: {...}"
-    r"(?:(?:Caption|Option|Sentence|Information) )?([A-Z]|\d)[.:]\s*(.+)")
-
-
-def tempcompass(content, path):
-    """questions/caption_matching.json {"12": {"order": [{"question": "Which?\\nOption 1: up\\n
-    Option 2: down", "answer": "Option 2: down"}]}} -> videos/12.mp4, options up and down, answer
-    B. All four tasks are multiple choice, as in the paper: yes_no of "yes" and "no", captioning
-    of the pieces of information that it offers. Rows with video_id and dim are read too."""
-    task = named_part(path, TEMPCOMPASS_TASKS)
-    rows = content if isinstance(content, list) else [
-        {"video_id": video, "dim": dim, **row} for video, dims in content.items()
-        for dim, questions in dims.items() for row in questions]
-    for i, row in enumerate(rows):
-        question, answer = row["question"], row["answer"].strip()
-        if task == "yes_no":
-            question += "\nA. yes\nB. no"
-            answer = {"yes": "A. yes", "no": "B. no"}[answer.lower()]
-        lines = [line.strip() for line in question.split("\n")]
-        marks = [TEMPCOMPASS_OPTION.fullmatch(line) for line in lines]
-        texts = {mark[1]: mark[2] for mark in marks if mark}  # label -> text
-        label = TEMPCOMPASS_OPTION.fullmatch(answer)[1]
-        yield as_record(f"{task}/{i}", lines[0], list(texts.values()),
-                        letter(list(texts).index(label)), f"videos/{row['video_id']}.mp4",
-                        task=task, dimension=row["dim"])
-
-
-VIDEOMME_GROUPS = ("duration", "domain", "sub_category", "task_type")
-YOUTUBE_ID = re.compile(r"(?:v=|/)([\w-]{11})(?:[?&].*)?$")
-
-
-def videomme(content, path):
-    """{"video_id": "001", "videoID": "fFjv93ACGo8", "duration": "short", "domain": "Knowledge",
-    "sub_category": "Astronomy", "question_id": "001-1", "task_type": "Counting", "question":
-    "How many?", "options": ["A. 1", "B. 2"], "answer": "B"} -> data/fFjv93ACGo8.mp4. The questions
-    may also be nested: [{"video_id": ..., "questions": [{"question_id": ...}, ...]}, ...]."""
-    for video in content:
-        for row in ({**video, **question} for question in video.get("questions", [video])):
-            name = row.get("videoID") or YOUTUBE_ID.search(row["url"])[1]
-            yield as_record(row["question_id"], row["question"], row["options"], row["answer"],
-                            f"data/{name}.mp4",
-                            **{key: row[key] for key in VIDEOMME_GROUPS})
-
-
-TVBENCH_CLIPS = ("action_localization", "action_sequence")  # about a part of their videos
-TVBENCH_TASKS = (*TVBENCH_CLIPS, "action_antonym", "action_count", "egocentric_sequence",
-                 "moving_direction", "object_count", "object_shuffle", "scene_transition",
-                 "unexpected_action")
-
-
-def tvbench(content, path):
-    """json/action_sequence.json [{"video": "12.mp4", "question": "What first?", "candidates":
-    ["up", "down"], "answer": "up", "start": 3.2, "end": 11.0}] -> video/action_sequence/12.mp4,
-    answer A. Its zips are unpacked where they lie; action_antonym's videos are NTU RGB+D's and not
-    in the release."""
-    task = named_part(path, TVBENCH_TASKS)
-    for i, row in enumerate(content):
-        options = [*map(str, [] + row["candidates"])]  # of a list: a text would come apart
-        answer = letter(options.index(str(row["answer"])))  # a number is a text, not a place
-        record = as_record(f"{task}/{i}", row["question"], options, answer,
-                           f"video/{task}/{row['video']}", task=task)
-        if task in TVBENCH_CLIPS:
-            record |= {"video_start": float(row["start"]), "video_end": float(row["end"])}
-        yield record
-
-
-TOMATO = ("count", "direction", "rotation", "shape&trend", "velocity&frequency", "visual_cues")
-
-
-def tomato(content, path):
-    """data/direction.json {"4": {"question": "Which way?", "options": ["up", "down"], "answer": 1,
-    "key": "0999-01", "demonstration_type": "human", ...}} -> videos/human/0999-01.mp4, answer B.
-    Numbers of questions repeat over the six files."""
-    kind = named_part(path, TOMATO)
-    for number, row in content.items():
-        folder = row["demonstration_type"]
-        yield as_record(f"{kind}/{number}", row["question"], row["options"], letter(row["answer"]),
-                        f"videos/{folder}/{row['key']}.mp4", type=kind, demonstration=folder)
-
-
-VINOGROUND_FILES = {"vinoground_textscore": "text", "vinoground_videoscore": "video"}
-VINOGROUND_QUESTION = re.compile(  # then a line that asks for the letter
-    r"(.+?)\s*\n\s*A\. (.+?)\s*\n\s*B\. ([^\n]+).*", re.DOTALL)
-
-
-def vinoground(content, path):
-    """vinoground_textscore.json [{"idx": "12_pos", "video_name": "vinoground_videos/12_pos.mp4",
-    "question": "Which caption fits?\\nA. x, y\\nB. y, x\\nAnswer with ...", "GT": "B"}] -> a text
-    question of pair 12. vinoground_videoscore.json has the video questions, of both its clips."""
-    task = VINOGROUND_FILES[named_part(path, VINOGROUND_FILES)]
-    for row in content:
-        pair = re.fullmatch(r"(\d+)_(?:pos|neg)", row["idx"])
-        question = VINOGROUND_QUESTION.fullmatch(row["question"].strip())
-        if not (pair and question):
-            raise ValueError(f"question {row['idx']} is not <pair>_pos or <pair>_neg with options "
-                             f"A. and B.: {row['question']!r}")
-        yield as_record(f"{task}/{row['idx']}", question[1], [question[2], question[3]],
-                        row["GT"], row["video_name"], task=task) | {"pair": pair[1]}
-
-
-# -------------------------------------------------------- the benchmarks: scores and table
+# ------------------------------------------------------------- how benchmarks are scored
 
 class Overall(NamedTuple):
     """One number for a benchmark: a mean over rows, in groups `by` first where that is named."""
@@ -404,93 +137,56 @@ class Benchmark(NamedTuple):
     """A benchmark: the first six are the columns of the paper's Table 1."""
     title: str
     size: int                     # its number of questions; 0: any
-    files: tuple[str, ...]        # where its release keeps them: patterns below its folder
-    convert: Callable
     overalls: dict[str, Overall]  # the first that the records' groups allow is the headline
 
 
 PLAIN = {"all": Overall("accuracy")}
 BY_TASK = {"mean of tasks": Overall("accuracy", "task"), **PLAIN}
-BENCHMARKS = {
-    "vsibench": Benchmark("VSI-Bench", 5130, ("test.jsonl", "test-*.parquet"), vsibench, {
-        "mean of types (the paper's)": Overall("mra_released", "problem_type"),
-        "mean of tasks": Overall("mra", "task")}),  # the benchmark's own, up to mra's exactness
-    "videommmu": Benchmark("VideoMMMU", 900, ("*.json", "*/*.json", "*/*.parquet"), videommmu, {
-        "all": Overall("contains")}),
-    "mmvu": Benchmark("MMVU (mc)", 625, ("validation.json",), mmvu, PLAIN),
-    "mvbench": Benchmark("MVBench", 4000, ("json/*.json",), mvbench, BY_TASK),
-    "tempcompass": Benchmark("TempCompass", 7540, ("questions/*.json", "*/*.parquet"), tempcompass,
-                             PLAIN),
-    "videomme": Benchmark("VideoMME (wo sub)", 2700, ("*.json", "*.jsonl", "videomme/*.parquet"),
-                          videomme, PLAIN),
-    "tvbench": Benchmark("TVBench", 2525, ("json/*.json",), tvbench, BY_TASK),
-    "tomato": Benchmark("TOMATO", 1484, ("data/*.json", "*.json"), tomato, PLAIN),
-    "vinoground": Benchmark("Vinoground", 2000, (
-        "vinoground_*score.json", "*/vinoground_*score.json"), vinoground, {
-        "group score": Overall("accuracy", pairs=("text", "video")),
-        "text score": Overall("accuracy", pairs=("text",)),
-        "video score": Overall("accuracy", pairs=("video",)), **PLAIN}),
+OVERALLS = {
+    "vsibench": {"mean of types (the paper's)": Overall("mra_released", "problem_type"),
+                 "mean of tasks": Overall("mra", "task")},  # its own, up to mra's exactness
+    "videommmu": {"all": Overall("contains")},
+    "mvbench": BY_TASK, "tvbench": BY_TASK,
+    "vinoground": {"group score": Overall("accuracy", pairs=("text", "video")),
+                   "text score": Overall("accuracy", pairs=("text",)),
+                   "video score": Overall("accuracy", pairs=("video",)), **PLAIN},
 }
-TABLE_1 = tuple(BENCHMARKS)[:6]
-RECORDS = Benchmark("a file of records", 0, (), list, PLAIN)
+BENCHMARKS = {name: Benchmark(facts["title"], facts["size"], OVERALLS.get(name, PLAIN))
+              for name, facts in benchmark_facts().items()}
+RECORDS = Benchmark("a file of records", 0, PLAIN)
+TABLE_1 = ASSETS / "table1.csv"  # of arXiv 2503.21776
 VSIBENCH_TASKS = re.compile(
     r"object_rel_direction_(easy|medium|hard)|object_(rel_distance|abs_distance|counting|"
     r"size_estimation)|room_size_estimation|route_planning|obj_appearance_order")
 
-# Table 1 of arXiv 2503.21776: model, frames, then the columns named in TABLE_1
-PAPER = """\
-GPT-4o              |  - | 34.0 | 61.2 | 75.4 |    - |    - | 71.9
-LLaMA-VID           |  - |    - |    - |    - | 41.9 | 45.6 |    -
-VideoLLaMA2         |  - |    - |    - | 44.8 | 54.6 |    - | 47.9
-LongVA-7B           |  - | 29.2 | 23.9 |    - |    - | 56.9 | 52.6
-VILA-1.5-8B         |  - | 28.9 | 20.8 |    - |    - | 58.8 |    -
-VILA-1.5-40B        |  - | 31.2 | 34.0 |    - |    - |    - | 60.1
-Video-UTR-7B        |  - |    - |    - |    - | 58.8 | 59.7 | 52.6
-LLaVA-OneVision-7B  |  - | 32.4 | 33.8 | 49.2 | 56.7 |    - | 58.2
-Kangaroo-8B         |  - |    - |    - |    - | 61.1 | 62.5 | 56.0
-Qwen2.5-VL-7B (CoT) | 16 | 27.7 | 47.8 | 59.2 | 57.4 | 72.2 | 53.1
-Qwen2.5-VL-7B-SFT   | 16 | 31.8 | 47.4 | 61.3 | 59.4 | 69.2 | 52.8
-Qwen2.5-VL-7B (CoT) | 32 | 30.1 | 48.1 | 60.0 | 59.0 | 72.6 | 56.6
-Qwen2.5-VL-7B-SFT   | 32 | 33.3 | 49.4 | 63.5 | 60.5 | 69.9 | 55.4
-Qwen2.5-VL-7B (CoT) | 64 | 31.4 | 50.4 | 60.0 | 59.2 | 72.9 | 59.6
-Qwen2.5-VL-7B-SFT   | 64 | 34.8 | 49.4 | 61.6 | 60.6 | 70.0 | 58.8
-Video-R1-7B         | 16 | 34.6 | 49.8 | 64.2 | 62.7 | 72.6 | 57.4
-Video-R1-7B         | 32 | 35.8 | 52.3 | 63.8 | 63.9 | 73.2 | 59.3
-Video-R1-7B         | 64 | 37.1 | 52.4 | 63.8 | 64.8 | 73.2 | 61.4"""
-
-
-def frames_as_video(row):
-    """A row of the released eval_*.json as a record: MVBench's of data_type "frame" are folders of
-    frames. Other rows' start and end are not used, as in the paper's code."""
-    if row.get("data_type") != "frame":
-        return row
-    return row | clip_of(row) | {"data_type": "video", "video_fps": row.get("fps") or MVBENCH_FPS}
-
 
 def released_groups(name, row):
-    """The groups of a record of the released eval_*.json, from what its fields tell. Its rows are
-    numbered from 1, so many for each of VideoMMMU's tracks and MVBench's tasks."""
+    """The groups of a record of the released eval_*.json, from its fields. Its rows are numbered
+    from 1, so many for each of VideoMMMU's tracks and MVBench's tasks."""
     def in_block(size, names):
         block = (row["problem_id"] - 1) // size if isinstance(row["problem_id"], int) else -1
         return names[block] if 0 <= block < len(names) else None
 
+    facts = benchmark_facts()[name]
     task = str(row.get("original_question_type", "")).lower().replace(" ", "_")
-    if name == "mmvu":
-        return subject_groups(row["path"], MMVU_SUBJECTS)
+    groups = {}
     if name == "videommmu":
-        return {"track": in_block(300, VIDEOMMMU_TRACKS),
-                **subject_groups(row["path"], VIDEOMMMU_SUBJECTS)}
+        groups["track"] = in_block(300, facts["tasks"])
+    if name in ("mmvu", "videommmu"):
+        groups |= subject_groups(row["path"], facts["subjects"])
     if name == "videomme":
-        return {key: row.get(key) for key in VIDEOMME_GROUPS}
-    if name == "vsibench" and VSIBENCH_TASKS.fullmatch(task) or (
-            name == "mvbench" and task in MVBENCH_FOLDERS):
-        return {"task": task}
+        groups = {key: row.get(key) for key in VIDEOMME_GROUPS}
+    if name == "vsibench" and VSIBENCH_TASKS.fullmatch(task):
+        groups["task"] = task
     if name == "mvbench":
-        task = in_block(200, sorted(MVBENCH_FOLDERS))
-        folders = {folder.split("/")[0] for folder in MVBENCH_FOLDERS.values()}
-        there = folders.intersection(Path(row["path"]).parts)  # another's: a copy renumbered
-        return {"task": task if there <= {MVBENCH_FOLDERS.get(task, "").split("/")[0]} else None}
-    return {}
+        folders = facts["folders"]
+        if task not in folders:
+            task = in_block(200, sorted(folders))
+            known = {folder.split("/")[0] for folder in folders.values()}
+            if known.intersection(Path(row["path"]).parts) - {folders.get(task, "").split("/")[0]}:
+                task = None  # another task's folder: a copy renumbered
+        groups["task"] = task
+    return {kind: group for kind, group in groups.items() if group}
 
 
 # ------------------------------------------------------------------------------ scores
@@ -540,6 +236,27 @@ def released_relative_accuracy(predicted, truth) -> float:
         return 0.0
     p, g, theta = torch.tensor(p), torch.tensor(g), torch.arange(0.5, 0.975, 0.05)  # float32
     return round(((p - g).abs() / (g.abs() + 1e-8) < 1 - theta).double().mean().item(), 1)
+
+
+def open_answer(predicted, truth) -> float:
+    """How VideoMMMU grades an open question: a number by its value to two decimals, one letter by
+    the letter, other text where the answer contains it; by any item of a truth that is a list.
+
+    >>> [open_answer(*pair) for pair in (("24/7", "['24/7', '3.429', '3.43]"), ("17", "['7']"),
+    ...                                  ("Net income.", "net income"), ("I cannot say", "A"))]
+    [1.0, 0.0, 1.0, 0.0]
+    """
+    def meets(item):
+        if re.fullmatch("[A-Za-z]", item):
+            return multiple_choice(predicted, item)
+        if parse_number(item) is not None:
+            return numerical(predicted, item)
+        return float(item.lower() in predicted.lower())
+    if not re.match(r"""\[.*['"]""", truth):
+        return meets(truth)
+    # its quotes are not always in pairs
+    items = re.split(r"""['"],\s*['"]?|,\s*['"]""", truth.strip("[]'\" "))
+    return max(map(meets, filter(None, items)), default=0.0)
 
 
 def bootstrap_mean(values, media, seed, cells=None):
@@ -717,7 +434,7 @@ def summary(results, compare):
 
     A cell without n/N stands for a whole benchmark answered. Other benchmarks' results follow.
     """
-    columns = [name for name in BENCHMARKS if name in TABLE_1 or
+    columns = [name for name in BENCHMARKS if name in read_file(TABLE_1)[0] or
                any(result["benchmark"] == name for result in results)]
     ours = defaultdict(lambda: dict.fromkeys(columns, ""))
     for result in results:
@@ -732,9 +449,9 @@ def summary(results, compare):
     rows = [[model, str(frames), *cells.values()]
             for (model, frames), cells in sorted(ours.items())]
     if compare:
-        for line in PAPER.splitlines():
-            model, *cells = map(str.strip, line.split("|"))
-            rows.append([f"{model}, paper", *cells, *[""] * (len(columns) - len(TABLE_1))])
+        rows += [[f"{row['model']}, paper", row["frames"] or "-",
+                  *((row[name] or "-") if name in row else "" for name in columns)]
+                 for row in read_file(TABLE_1)]
     heading = ["Models", "Frames", *(BENCHMARKS[name].title for name in columns)]
     return markdown([heading, *rows]).splitlines()
 
@@ -794,35 +511,15 @@ def difference(a, b):
 
 # --------------------------------------------------------------------------------- data
 
-def read_benchmark(name, path, args):
-    """The records of a benchmark, from a released eval_*.json or from its own release, left in
-    --output. Each has the groups that it is scored in."""
-    path, benchmark, records = Path(path), BENCHMARKS[name], []
-    files, root = [path], args.media_root or (path if path.is_dir() else path.parent)
-    if path.is_dir():  # its patterns are alternatives
-        files = next(filter(None, (sorted(path.glob(p)) for p in benchmark.files)), [])
-    if not files:
-        raise InputError(f"{path} has no {' or '.join(benchmark.files)}, as {benchmark.title} "
-                         "is released")
-    for file in files:
-        content = read_file(file)
-        try:
-            if isinstance(content, list) and "problem_type" in content[0]:
-                records += map(frames_as_video, content)
-            else:
-                records += benchmark.convert(content, file)
-        except MALFORMED as error:
-            raise InputError(f"{file} is not as {benchmark.title} is released: {error!r}, after "
-                             f"{len(records)} questions") from None
-    whole = Path(args.output) / f"{name}.records.json"
-    write_whole({whole: [json.dumps(records, indent=1)]})  # by every rank
-    try:
-        records = load_records(whole, root)
-    except InputError as error:
-        raise InputError(f"{path}, read into {error}") from None
-    for record in records:
-        groups = record.get("groups") or released_groups(name, record)  # converters name them
-        record["groups"] = {kind: group for kind, group in groups.items() if group}
+def read_records(name, path, media_root):
+    """The records of a file; a benchmark's with the groups that it is scored in."""
+    if Path(path).is_dir():
+        raise InputError(f"{path} is a folder, not a file of records: python build_data.py convert "
+                         f"{name} {path} --out {name}.json makes one of a benchmark's release")
+    records = load_records(path, media_root)
+    if name in BENCHMARKS:
+        for record in records:  # convert has named them, the released files do not
+            record["groups"] = record.get("groups") or released_groups(name, record)
     return records
 
 
@@ -833,11 +530,9 @@ def read_benchmarks(args):
         name, _, path = text.partition("=")
         if name in benchmarks:
             raise InputError(f"--benchmark has two files named {name}")
-        records = (read_benchmark(name, path, args) if name in BENCHMARKS
-                   else load_records(path, args.media_root))
+        benchmarks[name] = records = read_records(name, path, args.media_root)
         refuse_repeated_ids(path, records)
         refuse_absent_media(path, records)
-        benchmarks[name] = records
     return benchmarks
 
 

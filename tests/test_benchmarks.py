@@ -14,6 +14,7 @@ import pytest
 from PIL import Image
 
 import annotate
+import build_data
 import evaluate
 from build_data import InputError, MediaError, build_messages, load_vision, write_video
 from test_evaluate import SHARED, flags, main
@@ -21,13 +22,17 @@ from test_evaluate import SHARED, flags, main
 LIMITS = {"max_frames": 8, "min_frames": 4, "fps": 2, "min_pixels": 784, "max_pixels": 784}
 
 
-def read(name, path, tmp_path, *more):
-    """The records of a benchmark, by problem_id."""
-    args = evaluate.parse_args(["--benchmark", f"{name}={path}", "--model", "m", "--output",
-                                str(tmp_path / "out"), *more])
-    (tmp_path / "out").mkdir(exist_ok=True)
+def converted(name, path, out, *more):
+    """Runs `convert` in this process; returns its file."""
+    args = build_data.parse_args(["convert", name, str(path), "--out", str(out), *more])
+    build_data.convert(args)
+    return out
+
+
+def read(name, path, media_root=None):
+    """The records of a benchmark's file, by problem_id."""
     return {record["problem_id"]: record
-            for record in evaluate.read_benchmark(name, path, args)}
+            for record in evaluate.read_records(name, path, media_root)}
 
 
 def put(path, content):
@@ -57,7 +62,7 @@ VIDEO_MME_QUESTION = {"question_id": "001-1", "task_type": "Counting", "question
                       "options": ["A. 1", "B. 2"], "answer": "B"}
 VIDEO_MME_FLAT = [{**VIDEO_MME, **VIDEO_MME_QUESTION, "videoID": "fFjv93ACGo8"}]
 VIDEO_MME_RECORD = {"001-1": {
-    "path": "data/fFjv93ACGo8.mp4", "options": ["A. 1", "B. 2"], "solution": "<answer>B</answer>",
+    "path": "./data/fFjv93ACGo8.mp4", "options": ["A. 1", "B. 2"], "solution": "<answer>B</answer>",
     "groups": {"duration": "short", "domain": "Knowledge", "sub_category": "Astronomy",
                "task_type": "Counting"}}}
 
@@ -71,7 +76,7 @@ def tempcompass(task, question, answer, options, letter):
     return ("tempcompass", {f"questions/{task}.json": {
         "1034419625": {"direction": [{"question": question, "answer": answer}]}}}, {f"{task}/0": {
             "problem": question.split("\n")[0], "options": options, "groups": {
-                "task": task, "dimension": "direction"}, "path": "videos/1034419625.mp4",
+                "task": task, "dimension": "direction"}, "path": "./videos/1034419625.mp4",
             "problem_type": "multiple choice", "solution": f"<answer>{letter}</answer>"}})
 
 
@@ -99,7 +104,7 @@ RELEASES = {  # claim -> benchmark, its release's files, fields of every record 
         "0": {"problem_type": "regression", "solution": "<answer>4</answer>", "options": []},
         "1": {"problem_type": "multiple choice", "options": ["A. left", "B. right"],
               "groups": {"task": "route_planning", "dataset": "scannet"},
-              "path": "scannet/scene0568_00.mp4"}}),
+              "path": "./scannet/scene0568_00.mp4"}}),
     "videommmu_has_an_instruction_for_each_track_and_open_questions": ("videommmu", {
         "adaptation.json": {
             "0": videommmu_row("dev_Biology_3", VIDEOMMMU_OPTIONS, "N"),
@@ -109,7 +114,7 @@ RELEASES = {  # claim -> benchmark, its release's files, fields of every record 
         "adaptation/0": {
             "options": [f"{letter}. {option}" for letter, option in
                         zip("ABCDEFGHIJKLMN", VIDEOMMMU_OPTIONS)],
-            "path": "Science/dev_Biology_3.mp4", "groups": {
+            "path": "./Science/dev_Biology_3.mp4", "groups": {
                 "track": "adaptation", "subject": "Biology", "discipline": "Science"},
             "problem": "You should watch and learn the video content. Then apply what you learned "
                        "to answer the following multi-choice question. The image for this question "
@@ -139,7 +144,7 @@ RELEASES = {  # claim -> benchmark, its release's files, fields of every record 
         {"id": "validation_1", "video": f"{MMVU_VIDEOS}/Chemistry/0.mp4",
          "question_type": "multiple-choice", "question": "How many grams?", "answer": "D",
          "choices": {"A": "10.0", "B": "5.0", "C": "12.0", "D": "15.0", "E": ""}}]}, {
-        "validation_1": {"path": "videos/Chemistry/0.mp4", "solution": "<answer>D</answer>",
+        "validation_1": {"path": "./videos/Chemistry/0.mp4", "solution": "<answer>D</answer>",
                          "options": ["A. 10.0", "B. 5.0", "C. 12.0", "D. 15.0"],
                          "groups": {"subject": "Chemistry", "discipline": "Science"}}}),
     "tempcompass_multi_choice": tempcompass(
@@ -169,16 +174,16 @@ RELEASES = {  # claim -> benchmark, its release's files, fields of every record 
                                     "candidates": [4, 3]}]}, {
         "action_count/0": {"options": ["A. 4", "B. 3"], "solution": "<answer>B</answer>"},
         "action_sequence/0": {
-            "path": "video/action_sequence/clip_12.mp4", "solution": "<answer>A</answer>",
+            "path": "./video/action_sequence/clip_12.mp4", "solution": "<answer>A</answer>",
             "options": ["A. He sits.", "B. He stands."], "groups": {"task": "action_sequence"},
             "video_start": 3.2, "video_end": 11.0},
-        "object_count/0": {"solution": "<answer>B</answer>", "path": "video/object_count/v.mp4"}}),
+        "object_count/0": {"solution": "<answer>B</answer>", "path": "./video/object_count/v.mp4"}}),
     "tomato_is_keyed_by_file_and_number": ("tomato", {
         "data/direction.json": {"4": tomato_row(1, "0999-01", "human", "direction")},
         "data/shape&trend.json": {"4": tomato_row(6, "0209-04", "simulated", "shape&trend")}}, {
-        "direction/4": {"path": "videos/human/0999-01.mp4", "solution": "<answer>B</answer>",
+        "direction/4": {"path": "./videos/human/0999-01.mp4", "solution": "<answer>B</answer>",
                         "groups": {"type": "direction", "demonstration": "human"}},
-        "shape&trend/4": {"path": "videos/simulated/0209-04.mp4", "options": [
+        "shape&trend/4": {"path": "./videos/simulated/0209-04.mp4", "options": [
             f"{letter}. Way {i}." for i, letter in enumerate("ABCDEFG")],
             "solution": "<answer>G</answer>"}}),
     "vinoground_s_options_are_in_its_questions": ("vinoground", {
@@ -187,12 +192,12 @@ RELEASES = {  # claim -> benchmark, its release's files, fields of every record 
         "text/12_pos": {"problem": "Which caption fits?\nLook well.", "pair": "12",
                         "options": ["A. he sits, then stands", "B. he stands, then sits"],
                         "solution": "<answer>B</answer>", "groups": {"task": "text"},
-                        "path": "vinoground_videos/12_pos.mp4"},
+                        "path": "./vinoground_videos/12_pos.mp4"},
         "video/12_neg": {"solution": "<answer>A</answer>", "groups": {"task": "video"},
-                         "path": "vinoground_videos_concated/12_neg.mp4"}}),
+                         "path": "./vinoground_videos_concated/12_neg.mp4"}}),
     "vinoground_with_each_file_beside_its_videos": ("vinoground", {
         "vinoground_videos/vinoground_textscore.json": [vinoground_row("12_pos", "text", "B")]}, {
-        "text/12_pos": {"path": "vinoground_videos/12_pos.mp4"}}),
+        "text/12_pos": {"path": "./vinoground_videos/12_pos.mp4"}}),
     "video_mme_nested": ("videomme", {
         "nested.json": [{**VIDEO_MME, "questions": [VIDEO_MME_QUESTION]}]}, VIDEO_MME_RECORD),
     "video_mme_flat": ("videomme", {"flat.json": VIDEO_MME_FLAT}, VIDEO_MME_RECORD),
@@ -205,15 +210,24 @@ def test_a_release_is_read_as_records(name, files, expected, tmp_path):
     folder = tmp_path / "release"
     for file, content in files.items():
         put(folder / file, content)
-    records = read(name, folder, tmp_path)
+    records = read(name, converted(name, folder, tmp_path / "a.json"), folder)
     assert list(records) == list(expected)
     for problem_id, fields in expected.items():
         record = records[problem_id]
         assert {key: record[key] for key in fields} == fields
-        assert record["media_path"] == f"{folder}/{record['path']}"
+        assert record["media_path"] == f"{folder}/{record['path'].removeprefix('./')}"
 
 
 MATH_15 = "['24/7', '3.429', '3.43]"  # as released: no well-formed list
+
+
+def open_question(truth):
+    """The record of an open question of VideoMMMU."""
+    found, = build_data.from_videommmu(videommmu_row("test_Manage_2", [], truth),
+                                       Path("adaptation.json"))
+    return {"problem_id": "adaptation/0"} | build_data.make_record(
+        found, {"source": "VideoMMMU", "media": ".",
+                "problem_type": build_data.CONVERTED_TYPES})
 
 
 @pytest.mark.parametrize("truth, answers", [
@@ -228,8 +242,7 @@ MATH_15 = "['24/7', '3.429', '3.43]"  # as released: no well-formed list
     ("[0, 5]", {"[0, 5]": 1, "0": 0, "5": 0}),  # an interval
 ])
 def test_videommmu_grades_an_open_answer_by_number_letter_text_or_any_item(truth, answers):
-    record, = evaluate.videommmu([videommmu_row("test_Manage_2", [], truth)],
-                                 Path("adaptation.json"))
+    record = open_question(truth)
     for text, score in answers.items():
         row, = evaluate.grade([record], {"adaptation/0": {
             "output": f"<answer>{text}</answer>", "tokens": 1, "truncated": False}}, 0.5)
@@ -237,8 +250,7 @@ def test_videommmu_grades_an_open_answer_by_number_letter_text_or_any_item(truth
 
 
 def test_what_videommmu_grades_as_contained_is_graded_as_free_form_text_elsewhere():
-    record, = evaluate.videommmu([videommmu_row("test_Manage_2", [], "Net Income")],
-                                 Path("adaptation.json"))
+    record = open_question("Net Income")
     row, = evaluate.grade([record], {"adaptation/0": {
         "output": "<answer>the net income.</answer>", "tokens": 1, "truncated": False}}, 0.5)
     assert row["contains"] == 1 and 0 < row["accuracy"] < 1  # ROUGE
@@ -274,7 +286,7 @@ def released_row(number, path, **more):
 ])
 def test_released_rows_tell_their_groups_by_number_folder_and_field(name, rows, groups, tmp_path):
     put(tmp_path / "eval.json", rows)
-    assert [r["groups"] for r in read(name, tmp_path / "eval.json", tmp_path).values()] == groups
+    assert [r["groups"] for r in read(name, tmp_path / "eval.json").values()] == groups
 
 
 def test_mvbench_s_released_rows_of_frames_are_videos_and_cost_themselves_alone(tmp_path):
@@ -288,7 +300,7 @@ def test_mvbench_s_released_rows_of_frames_are_videos_and_cost_themselves_alone(
         for i, frame in enumerate(ramp(24)):  # 8 seconds
             Image.fromarray(frame).save(
                 tmp_path / f"tvqa/frames_fps3_hq/{name}/{i + 1:05d}.jpg", quality=95)
-    whole, part, all_of_it, absent = read("mvbench", tmp_path / "eval.json", tmp_path).values()
+    whole, part, all_of_it, absent = read("mvbench", tmp_path / "eval.json").values()
     assert "video_start" not in whole  # as in the paper's code
     assert {r["groups"]["task"] for r in (part, all_of_it, absent)} == {"episodic_reasoning"}
     # 3 frames a second: seconds 1 to 5 are frames 3 to 15, of which 2 a second are 8
@@ -301,19 +313,20 @@ def test_mvbench_s_released_rows_of_frames_are_videos_and_cost_themselves_alone(
 def test_a_released_row_that_no_run_can_use_is_named_with_its_file(tmp_path):
     put(tmp_path / "eval.json",
         [released_row(1, "./1.mp4"), released_row(7, "./1.mp4", options=[])])
-    with pytest.raises(InputError, match=r"eval.json, read into .*mmvu.records.json: record 1 "
-                                         r"\(problem_id 7\): field options is empty"):
-        read("mmvu", tmp_path / "eval.json", tmp_path)
+    with pytest.raises(InputError, match=r"eval.json: record 1 \(problem_id 7\): field options "
+                                         "is empty"):
+        read("mmvu", tmp_path / "eval.json")
 
 
 @pytest.mark.parametrize("name, release, expected", [
-    ("videommmu", "VideoMMMU", {f"{track}/0": "A" for track in evaluate.VIDEOMMMU_TRACKS}),
+    ("videommmu", "VideoMMMU", {f"{track}/0": "A" 
+                   for track in ("adaptation", "comprehension", "perception")}),
     ("tempcompass", "TempCompass", {"multi-choice/0": "B", "multi-choice/1": "C"})])
 def test_the_samples_of_real_releases_are_read(name, release, expected, tmp_path):
     folder = SHARED / "cases/releases" / release
     if not folder.exists():
         pytest.skip(f"no {folder}")
-    records = read(name, folder, tmp_path)
+    records = read(name, converted(name, folder, tmp_path / "a.json"), folder)
     assert {key: r["solution"] for key, r in records.items()} == {
         key: f"<answer>{letter}</answer>" for key, letter in expected.items()}
     if name == "tempcompass":
@@ -325,15 +338,15 @@ def test_an_unknown_subject_of_videommmu_is_named(tmp_path):
                                              "options": ["up", "down"], "answer": "A"}})
     with pytest.raises(InputError, match="perception.json is not as VideoMMMU is released: .*"
                                          "the id 'dev_Alchemy_3' names no subject of VideoMMMU"):
-        read("videommmu", tmp_path / "perception.json", tmp_path)
+        converted("videommmu", tmp_path / "perception.json", tmp_path / "a.json")
 
 
 def test_subjects_of_like_names_are_told_apart():
-    subjects = evaluate.VIDEOMMMU_SUBJECTS
-    assert sum(len(names.split()) for names in subjects.values()) == 30
+    subjects = build_data.benchmark_facts()["videommmu"]["subjects"]
+    assert sum(map(len, subjects.values())) == 30
     for discipline, names in subjects.items():
-        for name in names.split():
-            assert evaluate.subject_groups(f"./Art/validation_{name}_12.mp4", subjects) == {
+        for name in names:
+            assert build_data.subject_groups(f"./Art/validation_{name}_12.mp4", subjects) == {
                 "subject": name, "discipline": discipline}
 
 
@@ -370,19 +383,19 @@ def mvbench(tmp_path):
 
 
 def test_mvbench_keeps_folders_apart_and_times_with_the_question(mvbench, tmp_path):
-    records = read("mvbench", mvbench, tmp_path)
-    assert records["moving_count/0"]["path"] == "video/clevrer/video_validation/video_1.mp4"
-    assert records["object_shuffle/0"]["path"] == "video/perception/videos/video_1.mp4"
+    records = read("mvbench", converted("mvbench", mvbench, mvbench / "records.json"))
+    assert records["moving_count/0"]["path"] == "./video/clevrer/video_validation/video_1.mp4"
+    assert records["object_shuffle/0"]["path"] == "./video/perception/videos/video_1.mp4"
     assert records["action_sequence/0"]["video_start"] == 2.0
     assert records["action_sequence/0"]["video_end"] == 6.0
     assert records["action_sequence/0"]["solution"] == "<answer>B</answer>"
     assert records["episodic_reasoning/0"]["video_fps"] == 3
-    assert len(evaluate.MVBENCH_FOLDERS) == 20
+    assert len(build_data.benchmark_facts()["mvbench"]["folders"]) == 20
 
 
 def test_mvbench_s_mp4_webm_avi_and_folders_of_frames_show_the_seconds_asked_about(
         mvbench, tmp_path):
-    records = read("mvbench", mvbench, tmp_path)
+    records = read("mvbench", converted("mvbench", mvbench, mvbench / "records.json"))
     shown = {key: load_vision(record, **LIMITS) for key, record in records.items()}
     for key in ("moving_count/0", "action_antonym/0", "fine_grained_pose/0"):
         assert numbers(shown[key]) == [0, 2, 4, 6, 9, 11, 13, 15], key  # linspace(0, 15, 8)
@@ -413,14 +426,14 @@ def test_a_folder_without_frames_or_rate_costs_its_record(tmp_path):
     ("tvbench", "object_count.json", [{"video": "1.mp4", "question": "?", "answer": "1",
                                        "candidates": "['2', '1']"}],
      "TypeError.*after 0 questions"),
-    ("tvbench", "episodic_reasoning.json", [{}], "none of action_localization, "),
+    ("tvbench", "episodic_reasoning.json", [{}], "none of action_antonym, "),
     ("tomato", "count.json", {"0": tomato_row(7, "1", "human", "count")},
-     "the answer 'H' is none"),
+     "question count/0 .answer 'H'.: answer is not one of the options"),
     ("tomato", "count.json", {"0": {"question": "?"}}, "KeyError.'demonstration_type'"),
     ("vinoground", "vinoground_textscore.json", [vinoground_row("12", "text", "A")],
      "question 12 is not <pair>_pos"),
     ("vinoground", "vinoground_textscore.json", [vinoground_row("1_pos", "text", "C")],
-     "the answer 'C' is none"),
+     "answer 'C'.: answer is not one of the options"),
     ("vinoground", "vinoground_textscore.json", [
         {**vinoground_row("1_pos", "text", "A"), "question": "Which?\nA) x\nB) y"}],
      "question 1_pos is not .* with options A. and B."),
@@ -430,20 +443,22 @@ def test_what_an_order_benchmark_s_release_would_not_have_is_refused_by_name(
         name, file, content, message, tmp_path):
     put(tmp_path / file, content)
     with pytest.raises(InputError, match=f"{file} is not as .* is released: .*{message}"):
-        read(name, tmp_path / file, tmp_path)
+        converted(name, tmp_path / file, tmp_path / "a.json")
 
 
 def test_what_is_no_release_is_refused_by_name(tmp_path, monkeypatch):
     put(tmp_path / "other.json", [{"question": "Which?"}])
     with pytest.raises(InputError, match="other.json is not as VSI-Bench is released: KeyError"):
-        read("vsibench", tmp_path / "other.json", tmp_path)
+        converted("vsibench", tmp_path / "other.json", tmp_path / "a.json")
     with pytest.raises(InputError, match="its name, or its folder's, is none of adaptation"):
-        read("videommmu", tmp_path / "other.json", tmp_path)
-    with pytest.raises(InputError, match="has no questions/.*as TempCompass is released"):
-        read("tempcompass", tmp_path, tmp_path)
+        converted("videommmu", tmp_path / "other.json", tmp_path / "a.json")
+    with pytest.raises(InputError, match="has no questions/.* of TempCompass: give the file"):
+        converted("tempcompass", tmp_path, tmp_path / "a.json")
+    with pytest.raises(InputError, match="build_data.py convert mvbench .* --out mvbench.json"):
+        read("mvbench", tmp_path)
     monkeypatch.setitem(sys.modules, "pyarrow", None)  # as if it were not installed
     with pytest.raises(InputError, match="needs the package pyarrow"):
-        read("videomme", tmp_path / "test.parquet", tmp_path)
+        converted("videomme", tmp_path / "test.parquet", tmp_path / "a.json")
 
 
 @pytest.mark.parametrize("name, kinds, most", [
@@ -454,7 +469,7 @@ def test_released_rows_are_grouped_by_what_they_name(name, kinds, most, tmp_path
     source = SHARED / f"eval_{name}_30.json"
     if not source.exists():
         pytest.skip(f"no {source}")
-    records = read(name, source, tmp_path, "--media_root", str(tmp_path))
+    records = read(name, source, str(tmp_path))
     assert len(records) == 30 and all(list(r["groups"]) == kinds for r in records.values())
     disciplines = Counter(record["groups"]["discipline"] for record in records.values())
     assert disciplines.total() == 30 and disciplines.most_common(1)[0][0] == most
@@ -472,7 +487,7 @@ def test_videommmu_s_last_frame_the_quiz_is_always_shown(tmp_path):
     frames[-1] = 250
     write_video(tmp_path / record["path"], frames, 2)
     (tmp_path / "one.json").write_text(json.dumps([record]))
-    record, = read("videommmu", tmp_path / "one.json", tmp_path).values()
+    record, = read("videommmu", tmp_path / "one.json").values()
     for count in (8, 16, 32):
         shown = load_vision(record, **{**LIMITS, "max_frames": count}).frames
         assert len(shown) == count
@@ -636,13 +651,14 @@ def mmvu(tmp_path_factory):
         path = folder / row["video"].removeprefix("https://x/")
         path.parent.mkdir(parents=True, exist_ok=True)
         write_video(path, rng.integers(0, 255, (8, 28, 28, 3), np.uint8), 2)
+    converted("mmvu", folder, folder / "records.json")
     return folder
 
 
 def evaluated(toy, mmvu, output, *more):
     """A run over the six questions; returns the result."""
     given = flags(toy, output, *more)
-    given[given.index("--benchmark") + 1] = f"mmvu={mmvu}"
+    given[given.index("--benchmark") + 1] = f"mmvu={mmvu}/records.json"
     del given[given.index("--media_root"):given.index("--media_root") + 2]
     main(*given)
     order = evaluate.parse_args(given).order
@@ -675,7 +691,7 @@ def test_a_file_of_records_beside_a_benchmark_of_a_like_name_stays_out_of_its_ta
     server.reply = lambda content, attempt: (200, "<answer>A</answer>")
     evaluated(toy, mmvu, tmp_path, *server.flags)
     given = flags(toy, tmp_path, *server.flags, "--media_root", str(mmvu))
-    given[given.index("--benchmark") + 1] = f"mmvu_again={tmp_path}/mmvu.records.json"
+    given[given.index("--benchmark") + 1] = f"mmvu_again={mmvu}/records.json"
     capsys.readouterr()
     main(*given)
     lines = capsys.readouterr().out.splitlines()
@@ -867,8 +883,9 @@ def test_vinoground_is_asked_scored_by_pairs_and_compared_with_reversed_frames(
             content[i]["image_url"]["url"].partition(",")[2])))).mean() for i in (0, 7))
         return 200, "<answer>A</answer>" if first < last else "<answer>B</answer>"
     server.reply = reply
-    given = flags(toy, tmp_path / "out", *server.flags, "--media_root", tmp_path / "Vinoground")
-    given[given.index("--benchmark") + 1] = f"vinoground={tmp_path}/Vinoground"
+    given = flags(toy, tmp_path / "out", *server.flags, "--media_root", tmp_path)
+    given[given.index("--benchmark") + 1] = "vinoground=" + str(converted(
+        "vinoground", tmp_path / "Vinoground", tmp_path / "v.json", "--media_root", str(tmp_path)))
     for order, score, drop in (("ordered", 0.5, None), ("reversed", 0.5, 0.0)):
         main(*given, "--order", order)
         result = json.loads((tmp_path / f"out/vinoground_8_{order}.json").read_text())
@@ -896,7 +913,7 @@ def test_the_order_of_frames_reaches_the_server(toy, mmvu, tmp_path, server):
     assert sorted(seen["reversed"]) == sorted(frames[::-1] for frames in seen["ordered"])
     assert seen["blind"] == [[evaluate.GREY] * 8] * 5 and seen["ordered"] != seen["reversed"]
     assert text["text"] == build_messages(evaluate.load_records(
-        tmp_path / "mmvu.records.json", mmvu)[0])[0]["content"][1]["text"]
+        mmvu / "records.json")[0])[0]["content"][1]["text"]
     assert result["scores"]["all"]["drop"] == {"mean": 0, "low": 0, "high": 0, "n": 5}
 
 

@@ -119,28 +119,71 @@ CHOICE = {"problem_type": "multiple choice", "options": ["A. left", "B. right"]}
 
 @pytest.mark.parametrize("fields, truth", [
     (CHOICE, "C"), (CHOICE, "A, B"), (CHOICE, "up"),
-    (CHOICE | {"options": ["1. left", "2. right"]}, "2"),
     ({"problem_type": "numerical"}, "00:12"), ({"problem_type": "numerical"}, "2\\sqrt{3}"),
     ({"problem_type": "numerical"}, "3 or 4"), ({"problem_type": "numerical"}, "many " * 40),
     ({"problem_type": "regression"}, "far"), ({"problem_type": "free-form"}, "?!")])
-def test_a_solution_that_no_answer_can_match_is_told_once(tmp_path, capsys, monkeypatch, fields,
+def test_a_solution_that_no_answer_can_match_is_warned_of_once(tmp_path, capsys, monkeypatch, fields,
                                                           truth):
     bad = RECORD | fields | {"problem_id": 41, "solution": f"<answer>{truth}</answer>"}
     path = write(tmp_path, RECORD, bad, bad)
     assert len(load_records(path)) == 3
-    told, = capsys.readouterr().err.splitlines()
-    assert told.startswith(f"{path}: no answer can match the solution of 2 of 3 records")
-    assert "problem_id 41" in told and bad["problem_type"] in told
+    warning, = capsys.readouterr().err.splitlines()
+    assert warning.startswith(f"{path}: no answer can match the solution of 2 of 3 records")
+    assert "problem_id 41" in warning and bad["problem_type"] in warning
     monkeypatch.setenv("RANK", "1")  # another rank of the same run has said it
     load_records(path)
     assert capsys.readouterr().err == ""
+
+
+@pytest.mark.parametrize("options, shown", [
+    (["left", "right"], ["A. left", "B. right"]),
+    (["E. coli", "C. elegans", "B. subtilis"], ["A. E. coli", "B. C. elegans", "C. B. subtilis"]),
+    (["Staph", "E. coli"], ["A. Staph", "B. E. coli"]), (["1.5", "2.5"], ["A. 1.5", "B. 2.5"]),
+    ([" up ", "down"], ["A. up", "B. down"]), (["3. Liga", "Cup"], ["A. 3. Liga", "B. Cup"]),
+    (["左", "右"], ["A. 左", "B. 右"]),
+    # the letters are there: unchanged to the byte
+    *((same, same) for same in (["A. left", "B. right"], ["A.  left ", "B.right"], ["(A) l", "(B) r"],
+                                ["a) l", "b) r"], ["A、左", "B、右"], ["A. left", "B. left"]))])
+def test_options_have_letters_in_the_prompt_as_they_stand_or_given(tmp_path, options, shown):
+    record, = load_records(write(tmp_path, RECORD | {"options": options}))
+    assert record["options"] == shown
+    assert "Options:\n" + "\n".join(shown) + "\n" in build_messages(record)[0]["content"][1]["text"]
+
+
+@pytest.mark.parametrize("options, reason", [
+    (["1. left", "2. right"], "options begin with 1, 2, not with A, B, C, ... in order"),
+    (["1) left", "2) right", "3) up"], "options begin with 1, 2, 3"),
+    (["A. left", "A. right"], "options begin with A, A"), (["A. left", "C. right"], "with A, C"),
+    (["B. left", "C. right", "D. up"], "with B, C, D"), (["A. left", "up", "B. right"], "A, B"),
+    (["left", ""], "an option is empty"), (["A. left", "B."], "an option is empty"),
+    (["A. left", "B.  "], "an option is empty"), (["left", "right", "left"], "options are equal"),
+    (["left", 2], "not a list of strings"), (["left", None], "not a list of strings"),
+    ({"A": "left", "B": "right"}, "not a list of strings")])
+def test_options_that_are_neither_lettered_nor_plain_are_refused(tmp_path, options, reason):
+    with pytest.raises(InputError, match=r"record 0 \(problem_id 7\): field options.*" + reason):
+        load_records(write(tmp_path, RECORD | {"options": options}))
+
+
+@pytest.mark.parametrize("file", ["records/november.jsonl", "records/records.jsonl"])
+def test_the_collected_cases_of_options_are_lettered_or_refused(tmp_path, file):
+    cases = ROOT.parent / "shared" / "data" / "cases" / file
+    if not cases.exists():
+        pytest.skip(f"no {cases}")
+    for case in map(json.loads, cases.read_text().splitlines()):
+        options = case["record"]["options"]
+        try:
+            record, = load_records(write(tmp_path, case["record"]))
+        except InputError:
+            continue
+        assert record["options"] in (options, [f"{'ABC'[i]}. {o}" for i, o in enumerate(options)],
+                                     ["A. <| video_pad |>", "B. right"])
 
 
 @pytest.mark.parametrize("fields, truth", [
     (CHOICE, "B"), (CHOICE, "right"), (CHOICE, "B. right"), ({"problem_type": "OCR"}, "?!"),
     ({"problem_type": "numerical"}, "-1,000.5"), ({"problem_type": "regression"}, "0"),
     ({"problem_type": "free-form"}, "狗"), ({"problem_type": "free-form"}, "a dog " * 40)])
-def test_nothing_is_told_of_a_solution_that_can_be_matched(tmp_path, capsys, fields, truth):
+def test_nothing_is_warned_of_a_solution_that_can_be_matched(tmp_path, capsys, fields, truth):
     load_records(write(tmp_path, RECORD | fields | {"solution": f"<answer>{truth}</answer>"}))
     assert capsys.readouterr().err == ""
 
@@ -501,6 +544,7 @@ def test_a_fault_ends_the_script_where_nobody_reads_its_output_too(tmp_path):
 def test_importing_a_script_does_nothing(tmp_path):
     for script in ("build_data", "rewards", "annotate", "sft", "tgrpo", "evaluate"):
         shutil.copy(ROOT / f"{script}.py", tmp_path)
+    shutil.copytree(ROOT / "assets", tmp_path / "assets")
     before = sorted(os.listdir(tmp_path))
     code = "import sys; sys.dont_write_bytecode = True; import annotate, sft, tgrpo, evaluate"
     run("-c", f"import os; os.chdir({str(tmp_path)!r}); {code}")
