@@ -82,7 +82,7 @@ REFUSAL = re.compile("|".join([
     rf"\b(?:i (?:don't|do not) (?:\w+ )?have|without) access to {VIDEO}",
     rf"\b(?:no|any) {VIDEO} (?:is |was |were )?(?:provided|attached)\b",
     rf"\b{VIDEO} (?:is|was|were)(?: not|n't) (?:provided|attached|available)\b",
-    "抱歉,", "[作是]为?一?个?(?:人工智能|语言模型)",
+    "抱歉,", "(?:作为|是)(?:一个)?(?:人工智能|语言模型)",
     "(?:无法|不能)(?:查看|观看|看到)(?:视频|图片|图像)", "(?:视频|图片|图像)(?:没有|未)提供",
 ]), re.IGNORECASE)
 

@@ -612,6 +612,8 @@ def test_a_run_resumes_and_filters_again_and_sft_trains_on_the_result(toy, right
         assert annotate_toy(toy, out, server)[0] == kept
         with pytest.raises(InputError, match="temperature was 1.0, is 0.5"):
             annotate_toy(toy, out, server, "--temperature", "0.5")
+        with pytest.raises(InputError, match="api_body was None, is {'seed': None}"):
+            annotate_toy(toy, out, server, "--api_body", '{"seed": null}')
     by_id = {record["problem_id"]: record for record in records}
     assert kept and all(row == by_id[row["problem_id"]] | {
         "process": f"<think>{THOUGHT}</think>"} for row in kept)
