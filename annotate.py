@@ -61,8 +61,8 @@ from build_data import (ANSWER_SUFFIX, TEMPLATE, UNUSABLE, FlagParser, InputErro
                         Vision, above, add_machine_flags, add_media_flags, as_in_file, at_least,
                         build_messages, encode, forbidden_tokens, generate, json_list, load_model,
                         load_processor, load_records, load_vision_of, make_folder_of, markdown,
-                        record_seed, require_same, row_writer, run_script, setup_distributed,
-                        skip_row, stop_tokens, whole_rows, write_whole)
+                        number, record_seed, require_same, row_writer, run_script,
+                        setup_distributed, skip_row, stop_tokens, whole_rows, write_whole)
 from rewards import (WORD, accuracy_reward, choice_letter, extract_answer, format_reward,
                      parse_number)
 
@@ -82,7 +82,7 @@ REFUSAL = re.compile("|".join([
     rf"\b(?:i (?:don't|do not) (?:\w+ )?have|without) access to {VIDEO}",
     rf"\b(?:no|any) {VIDEO} (?:is |was |were )?(?:provided|attached)\b",
     rf"\b{VIDEO} (?:is|was|were)(?: not|n't) (?:provided|attached|available)\b",
-    "抱歉,", "[作是]为?一?个?(?:人工智能|语言模型)",
+    "抱歉,", "(?:作为|是)(?:一个)?(?:人工智能|语言模型)",
     "(?:无法|不能)(?:查看|观看|看到)(?:视频|图片|图像)", "(?:视频|图片|图像)(?:没有|未)提供",
 ]), re.IGNORECASE)
 
@@ -290,6 +290,10 @@ def main(args):
 
 # ================== generating responses, here or through a server; evaluate.py does so too
 
+http_url = number(str, lambda text: text.startswith(("http://", "https://")),
+                  "a URL that begins with http:// or https://")
+
+
 def add_generation_flags(add, temperature, top_p, max_new_tokens):
     """Adds how responses are generated; `add` is a parser's add_argument."""
     add("--temperature", type=at_least(0, float), default=temperature,
@@ -309,13 +313,6 @@ def add_generation_flags(add, temperature, top_p, max_new_tokens):
         help="timeout of a request, in seconds until its last byte")
     add("--api_retries", type=at_least(0, int), default=6, help="retries of a failed request")
     add("--concurrency", type=above(0, int), default=32, help="concurrent requests of a rank")
-
-
-def http_url(text):
-    """Reads a flag: the address of a server."""
-    if not text.startswith(("http://", "https://")):
-        raise argparse.ArgumentTypeError(f"{text} must begin with http:// or https://")
-    return text
 
 
 def request_keys(text):
@@ -516,13 +513,6 @@ def request_responses(session, args, messages, seed):
     session it would not retry a malformed reply of status 200.
     """
     url = args.api_base.rstrip("/") + "/chat/completions"
-    key = os.environ.get(KEY_VARIABLE, "").strip()
-    if not (key.isascii() and key.isprintable()):  # no header takes it, and the error quotes it
-        raise InputError(f"{KEY_VARIABLE} holds characters that no key has")
-
-    def authorise(request):  # not a header, over which ~/.netrc would win
-        request.headers.update({"Authorization": f"Bearer {key}"} if key else {})
-        return request
     # unseeded jitter: clients must not come back at the same moment
     retries = Retry(args.api_retries, backoff_factor=FIRST_PAUSE / 2, backoff_jitter=FIRST_PAUSE)
     responses = []
@@ -530,33 +520,26 @@ def request_responses(session, args, messages, seed):
         body = {"model": args.model, "messages": messages, "n": args.samples - len(responses),
                 "temperature": args.temperature, "top_p": args.top_p,
                 "max_tokens": args.max_new_tokens, "seed": seed + len(responses)}
-        body = {name: value for name, value in (body | (args.api_body or {})).items()
-                if value is not None}
-        reply, text, failure = requests.Response(), "", ApiError  # if no reply comes
-        deadline = time.monotonic() + args.api_timeout
-        try:  # redirects are not followed: the pictures and the key would go along
-            with session.post(url, json=body, auth=authorise, stream=True, allow_redirects=False,
-                              timeout=(CONNECT_TIMEOUT, args.api_timeout)) as reply:
-                text = read_text(reply, deadline)
-            if reply.status_code == 200:
+        body |= args.api_body or {}
+        status, wait, text = send(session, args, url, {
+            name: value for name, value in body.items() if value is not None})
+        reason, failure = f"HTTP {status}" if status else "no whole reply", ApiError
+        try:
+            if status == 200:
                 responses += read_choices(json.loads(text))
                 continue
-            reason = f"HTTP {reply.status_code} {reply.headers.get('Location', '')}".strip()
         except Refused as error:
-            failure, reason = Refused, str(error)
-        except (requests.RequestException, HTTPError, *MALFORMED_REPLY) as error:
+            reason, failure = str(error), Refused
+        except MALFORMED_REPLY as error:
             reason = f"{type(error).__name__}: {error}"
         said = ERROR_MESSAGE.search(text)
-        reason = f"{reason}: {said[1] if said else text}".rstrip(": ")
-        if key:  # a server may quote it
-            reason = reason.replace(key, f"<{KEY_VARIABLE}>")
-        reason = reason[:ERROR_SHOWN]
-        if reply.status_code in FATAL_STATUS:
-            raise InputError(f"{url} refuses model {args.model}: {reason}. Check --api_base and the "
-                             f"key, which is read from the environment variable {KEY_VARIABLE}")
-        if reply.status_code in NO_RETRY_STATUS:
+        reason = f"{reason}: {said[1] if said else text}"[:ERROR_SHOWN].rstrip(": ")
+        if status in FATAL_STATUS:
+            raise InputError(f"{url} refuses model {args.model}: {reason}. Check --api_base and "
+                             f"the key in the environment variable {KEY_VARIABLE}")
+        if status in NO_RETRY_STATUS:
             raise Refused(f"{url}: {reason}")
-        pause = retry_after(retries, reply.headers, f"{url}: {reason}")
+        pause = retry_after(retries, wait, f"{url}: {reason}")
         try:
             retries = retries.increment()
         except MaxRetryError:
@@ -567,6 +550,27 @@ def request_responses(session, args, messages, seed):
         else:
             retries.sleep()
     return responses[:args.samples]
+
+
+def send(session, args, url, body):
+    """Sends one request. Returns (status, Retry-After, text) of the reply, never with the key in
+    it. If no whole reply comes within --api_timeout, the status is 0 and the text says why."""
+    deadline = time.monotonic() + args.api_timeout
+    key = os.environ.get(KEY_VARIABLE, "").strip()
+    if not (key.isascii() and key.isprintable()):  # no header takes it, and the error quotes it
+        raise InputError(f"{KEY_VARIABLE} holds characters that no key has")
+
+    def authorise(request):  # not a header, over which ~/.netrc would win
+        request.headers.update({"Authorization": f"Bearer {key}"} if key else {})
+        return request
+    try:  # redirects are not followed: the pictures and the key would go along
+        with session.post(url, json=body, auth=authorise, stream=True, allow_redirects=False,
+                          timeout=(CONNECT_TIMEOUT, args.api_timeout)) as reply:
+            status, wait = reply.status_code, reply.headers.get("Retry-After", "")
+            text = reply.headers["Location"] if reply.is_redirect else read_text(reply, deadline)
+    except (requests.RequestException, HTTPError, ValueError) as error:
+        status, wait, text = 0, "", f"{type(error).__name__}: {error}"
+    return status, wait, text.replace(key, f"<{KEY_VARIABLE}>") if key else text
 
 
 def read_text(reply, deadline):
@@ -582,10 +586,9 @@ def read_text(reply, deadline):
     return data.decode(errors="replace")
 
 
-def retry_after(retries, headers, reason):
-    """Returns the seconds that a server's Retry-After asks for, 0 if it names none, and prints why
-    the request waits. Raises InputError if they are more than LONGEST_PAUSE."""
-    text = headers.get("Retry-After", "")
+def retry_after(retries, text, reason):
+    """Returns the seconds that a Retry-After asks for, 0 if it names none, and prints the reason of
+    the pause. Raises InputError if they are more than LONGEST_PAUSE."""
     try:
         pause = retries.parse_retry_after(text)
     except (InvalidHeader, ValueError, OverflowError):  # neither whole seconds nor a date

@@ -1246,10 +1246,13 @@ def whole_rows(path):
         raise InputError(f"{path} is damaged, remove it: {error}") from None
 
 
+VALUE_SHOWN = 200  # characters of a value in an error
+
+
 def require_same(path, was, now, advice, free=()):
     """Raises InputError if what made a file or folder is not what this run has. It names each key
     of `now` that differs, with both values; those in `free` may differ."""
-    changed = [f"{key} was {str(was.get(key))[:60]}, is {str(value)[:60]}"
+    changed = [f"{key} was {str(was.get(key))[:VALUE_SHOWN]}, is {str(value)[:VALUE_SHOWN]}"
                for key, value in now.items() if key not in free and was.get(key) != value]
     if changed:
         raise InputError(f"{path} was made by another run: {'; '.join(changed)}. {advice}")

@@ -96,7 +96,7 @@ def key(monkeypatch):
 
 def flags(server, *more):
     return parse_args(["--model", "m", "--data", "d", "--out", "o.json", "--api_base", server.base,
-                       "--api_timeout", "0.5", "--api_retries", "2", *more])
+                       "--api_timeout", "1", "--api_retries", "2", *more])
 
 
 HI = [{"role": "user", "content": "Hi"}]
@@ -104,7 +104,8 @@ HI = [{"role": "user", "content": "Hi"}]
 
 def ask(server, n=1, *more):
     with requests.Session() as session:
-        return annotate.request_responses(session, flags(server, "--samples", str(n), *more), HI, seed=5)
+        args = flags(server, "--samples", str(n), *more)
+        return annotate.request_responses(session, args, HI, seed=5)
 
 
 # ----------------------------------------------------------------------------- the server
@@ -116,11 +117,6 @@ def test_a_request_carries_the_sampling_and_the_key_and_answers_come_with_their_
     assert path == "/v1/chat/completions" and headers["Authorization"] == f"Bearer {KEY}"
     assert body == {"model": "m", "messages": HI, "n": 2, "seed": 5, "temperature": 1.0,
                     "top_p": 0.95, "max_tokens": 768}
-
-
-def test_a_server_that_answers_once_whatever_n_is_gets_asked_again_with_another_seed():
-    with Server(lambda body, number: reply(f"seed {body['seed']}")) as server:
-        assert [text for text, *_ in ask(server, 3)] == ["seed 5", "seed 6", "seed 7"]
 
 
 @pytest.mark.parametrize("fault", [
@@ -201,7 +197,6 @@ def test_what_ended_neither_by_itself_nor_by_its_length_is_no_answer(sent, told)
     (502, "<html>Bad Gateway</html>", "HTTP 502: <html>Bad Gateway</html>$"),
     (400, {"error": {"code": None, "message": "prompt too long"}}, "HTTP 400: prompt too long$"),
     (400, {"detail": "prompt too long"}, 'HTTP 400: {"detail": "prompt too long"}$'),
-    (400, {"message": f"{KEY} may not"}, "HTTP 400: <OPENAI_API_KEY> may not$"),
     (503, "", "HTTP 503$")])
 def test_the_servers_own_words_of_an_error_are_told(status, sent, told):
     with Server(lambda body, number: (status, {}, sent)) as server:
@@ -222,14 +217,14 @@ def test_a_request_has_a_total_time_however_slowly_its_reply_comes():
     started = time.monotonic()
     with Server(lambda body, number: (200, {}, sent[number]())) as server:
         assert ask(server) == [("a", 7, False)]
-    assert time.monotonic() - started < 3
+    assert time.monotonic() - started < 5
 
 
 def test_a_reply_without_end_and_a_text_too_long_are_malformed(monkeypatch):
     monkeypatch.setattr(annotate, "LARGEST_REPLY", 2**17)
     monkeypatch.setattr(annotate, "LONGEST_TEXT", 10)
     with Server(lambda body, number: (200, {}, pieces("x" * 2**16, 0, 10**9))) as server:
-        with pytest.raises(ApiError, match="the reply has more than 131072 bytes"):
+        with pytest.raises(ApiError, match="no whole reply: .* more than 131072 bytes"):
             ask(server)
     with Server(lambda body, number: reply("x" * (11 if number == 0 else 10))) as server:
         assert ask(server) == [("x" * 10, 7, False)]
@@ -239,7 +234,7 @@ def test_a_reply_without_end_and_a_text_too_long_are_malformed(monkeypatch):
 def test_a_redirect_is_named_and_not_followed(status):
     with Server(lambda body, number: reply("a")) as other:
         with Server(lambda body, number: (status, {"Location": other.base}, "")) as server:
-            with pytest.raises(InputError, match=f"HTTP {status} {other.base}. Check --api_base"):
+            with pytest.raises(InputError, match=f"HTTP {status}: {other.base}. Check --api_base"):
                 ask(server)
         assert len(server.requests) == 1 and other.requests == []
 
@@ -319,7 +314,7 @@ def test_a_key_with_characters_that_no_key_has_is_refused_and_never_told(monkeyp
 
 
 @pytest.mark.parametrize("flag, value, told", [
-    ("--api_base", "host:8000", "host:8000 must begin with http"),
+    ("--api_base", "host:8000", "host:8000 must be a URL that begins with http://"),
     ("--temperature", "-1", "-1 must be at least 0"),
     ("--top_p", "0", "0 must be above 0 and at most 1"),
     ("--top_p", "1.5", "1.5 must be above 0 and at most 1"),
@@ -361,6 +356,7 @@ def test_a_bad_request_is_not_repeated_and_a_wrong_key_ends_the_run():
 
 
 def test_api_body_goes_over_a_requests_own_keys_and_null_removes_one():
+    """A server that returns one response, whatever n is, gets another request and seed."""
     keys = {"max_tokens": None, "max_completion_tokens": 9, "n": None, "temperature": 0.5}
     with Server(lambda body, number: reply(f"seed {body['seed']}")) as server:
         assert [text for text, *_ in ask(server, 2, "--api_body", json.dumps(keys))] == [
@@ -372,7 +368,7 @@ def test_api_body_goes_over_a_requests_own_keys_and_null_removes_one():
 def test_a_server_that_is_not_there_is_a_clear_error():
     with Server(lambda body, number: None) as server:
         pass
-    with pytest.raises(ApiError, match="3 attempts failed, the last: ConnectionError"):
+    with pytest.raises(ApiError, match="3 attempts failed, the last: no whole reply: Connection"):
         ask(server)
 
 
@@ -616,6 +612,8 @@ def test_a_run_resumes_and_filters_again_and_sft_trains_on_the_result(toy, right
         assert annotate_toy(toy, out, server)[0] == kept
         with pytest.raises(InputError, match="temperature was 1.0, is 0.5"):
             annotate_toy(toy, out, server, "--temperature", "0.5")
+        with pytest.raises(InputError, match="api_body was None, is {'seed': None}"):
+            annotate_toy(toy, out, server, "--api_body", '{"seed": null}')
     by_id = {record["problem_id"]: record for record in records}
     assert kept and all(row == by_id[row["problem_id"]] | {
         "process": f"<think>{THOUGHT}</think>"} for row in kept)
