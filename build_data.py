@@ -834,11 +834,15 @@ def installed_reader(name):
 def read_by_decord(path, *, min_pixels, max_pixels, factor, **sampling) -> Vision:
     """Returns what the released code read: decord's frames, by qwen-vl-utils. They are not always
     those of a player (H.264 in AVI, transport streams, cut clips), and damage is not noticed."""
+    import decord
     from qwen_vl_utils import vision_process
     with opened(path):  # refuses what FORMATS refuses
         pass
-    read = vision_process.VIDEO_READER_BACKENDS["decord"]
-    frames, metadata, _ = read({"video": path, **sampling})
+    try:
+        frames, metadata, _ = vision_process.VIDEO_READER_BACKENDS["decord"](
+            {"video": path, **sampling})
+    except decord.DECORDError as error:
+        raise ValueError(f"not readable by decord: {error}") from error
     size = resized(*frames.shape[2:], min_pixels, max_pixels, factor)
     del metadata["video_backend"]
     return Vision(resize_frames(frames, size), metadata, None)
@@ -928,6 +932,9 @@ def opened(path):
             if stream is None:
                 raise ValueError("it has no pictures")
             stream.codec_context.thread_type = "AUTO"
+            if container.format.name in ("mpegts", "mpeg"):
+                # Only the last frame shows that the file was cut, and threads can hide its damage
+                stream.codec_context.thread_count = 1
             yield container, stream
     except av.ArgumentError as error:
         raise ValueError(f"not a readable video, or its format is not one of {FORMATS}") from error
@@ -958,23 +965,33 @@ def index_by_packets(path) -> VideoIndex:
                 if packet.is_keyframe:
                     keys.append((packet.pts, position))
             position += 1
-        length = (container.duration or 0) / 10**6  # seconds, as the header says
+        rate, length = float(stream.average_rate or 0), (container.duration or 0) / 10**6
         end = max((float(container.streams[i].time_base * ends[i]) for i in ends), default=0)
-        if length - end > MOST_MISSING * length:
+        if container.format.name == "mpegts" and ends_within_packet(path):
+            raise ValueError(DAMAGED)
+        if length - end > MOST_MISSING * length + 2 / (rate or RAW_FPS):  # or of 2 frames
             raise ValueError(f"cut off: {length:g} s by its header, but it ends at {end:g} s")
         if None in times or len(set(times)) < len(times):
             raise WrongPacketTimes
         times.sort()
-        seconds, rate = seconds_of(times, container, stream), float(stream.average_rate or 0)
+        seconds = seconds_of(times, container, stream)
     entries = sorted({(0, 0), *((bisect_left(times, pts), position) for pts, position in keys)})
     return VideoIndex(seconds, rate, partial(decode_frames, path, times, entries))
+
+
+def ends_within_packet(path) -> bool:
+    """Whether a transport stream, packets of 188 bytes that begin with "G", ends within one."""
+    with open(path, "rb") as file:
+        first = file.read(1)
+        file.seek(-(os.path.getsize(path) % 188), os.SEEK_END)
+        return first == file.read(1) == b"G"
 
 
 def seconds_of(times, container, stream) -> list[float]:
     """The seconds from a file's beginning, where its sound may be earlier than its pictures."""
     starts = [other.start_time * other.time_base for other in container.streams
               if other.type in ("audio", "video") and other.start_time is not None]
-    first = times[0] * stream.time_base
+    first = min(times, default=0) * stream.time_base
     beginning = min(first, max(0, min(starts, default=first)))
     return [float(time * stream.time_base - beginning) for time in times]
 
@@ -983,17 +1000,18 @@ def index_by_decoding(path) -> VideoIndex:
     """A video file by decoding all of it: slow, and right whatever its packets say."""
     with opened(path) as (container, stream):
         frames = [(frame.pts, frame.dts, frame.is_corrupt) for frame in container.decode(stream)]
-        times, rate = [pts for pts, _, _ in frames], float(stream.guessed_rate or RAW_FPS)
-        # AVI says when a packet is decoded, and its frame comes out `delay` frames later
-        decoded = [dts for _, dts, _ in frames if dts is not None]
-        delay = len(frames) - len(decoded)
         if any(is_corrupt for _, _, is_corrupt in frames):
             raise ValueError(DAMAGED)
+        times, rate = [pts for pts, _, _ in frames], float(stream.guessed_rate or RAW_FPS)
+        # AVI stores when a packet is decoded: `delay` frames before its own frame is shown
+        decoded = [dts for _, dts, _ in frames if dts is not None]
+        delay = len(frames) - len(decoded)
         if ascending(times):
             seconds = seconds_of(times, container, stream)
-        elif delay < len(frames) and ascending(decoded):
-            seconds = [float(dts * stream.time_base) - delay / rate for dts in decoded]
-            seconds += [seconds[-1] + (i + 1) / rate for i in range(delay)]
+        elif decoded and ascending(decoded):
+            step = round(1 / (rate * stream.time_base))
+            decoded += [decoded[-1] + (i + 1) * step for i in range(delay)]
+            seconds = seconds_of([dts - delay * step for dts in decoded], container, stream)
         else:
             seconds = [i / rate for i in range(len(frames))]
     return VideoIndex(seconds, rate, partial(decode_frames, path, times, [(0, 0)]))

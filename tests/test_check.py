@@ -135,6 +135,22 @@ def test_a_decoder_that_hangs_or_crashes_costs_one_medium(data, monkeypatch):
     assert "decoding took more than 2 seconds" in report and "its decoder died" in report
 
 
+def test_a_cut_video_is_named_with_its_reason_and_another_reader_is_another_verdict(data):
+    write_video(data / "cut.mkv", np.zeros((40, 28, 28, 3), np.uint8), fps=2)
+    whole = (data / "cut.mkv").read_bytes()
+    (data / "cut.mkv").write_bytes(whole[:len(whole) // 2])
+    (data / "a.json").write_text(json.dumps([
+        record(0, "good.mp4"), record(1, "cut.mkv", data_type="video")]))
+    ids, report = check(data)
+    assert ids == [0] and "| cut off: 20 s by its header, but it ends at" in report
+    verdicts = len(logged(data))
+    check(data)
+    assert len(logged(data)) == verdicts + 1  # only what failed
+    pytest.importorskip("decord")
+    assert check(data, "--video_reader", "decord")[0][0] == 0
+    assert logged(data)[verdicts + 1:] == ["good.mp4", "cut.mkv"]
+
+
 def test_parts_of_one_video_are_checked_one_by_one(data):
     parts = [record(0, "good.mp4", video_start=0.0, video_end=4.0),
              record(1, "good.mp4", video_start=90.0, video_end=95.0)]

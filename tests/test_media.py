@@ -1,6 +1,7 @@
 """Media of every kind: decoded as they look, or one MediaError that names file and reason."""
 import importlib
 import os
+import resource
 import signal
 import struct
 import time
@@ -22,21 +23,34 @@ LIMITS = {"max_frames": 8, "min_frames": 4, "fps": 2, "min_pixels": 784,
 
 
 def encode_clip(path, codec="libx264", pixels="yuv420p", side=(56, 56), count=8, milliseconds=None,
-                step=20, rate=2, gop=250, options=None, **container):
-    """A clip whose frame t is a flat grey of step * t; `milliseconds`: when each frame is shown."""
+                step=20, rate=2, gop=250, options=None, ticks=1000, sound=0, noise=0, aspect=None,
+                **container):
+    """A clip whose frame t is a grey of step * t, with `noise` that moves; `milliseconds`: when
+    each frame is shown, in `ticks` a second; `sound`: seconds of silence, from 0 on."""
+    texture = np.random.default_rng(0).integers(0, noise + 1, (*side, 1))
     with av.open(str(path), "w", options=container) as output:
-        stream = output.add_stream(codec, rate=rate, options=options or {})
+        stream, packets = output.add_stream(codec, rate=rate, options=options or {}), []
         stream.height, stream.width, stream.pix_fmt = *side, pixels
         stream.codec_context.gop_size = gop
+        if aspect:
+            stream.codec_context.sample_aspect_ratio = aspect
+        if sound:
+            track = output.add_stream("mp2", rate=16000)
+            for start in range(0, round(sound * 16000), 1152):
+                silence = av.AudioFrame.from_ndarray(np.zeros((1, 1152), np.int16), "s16", "mono")
+                silence.rate, silence.pts = 16000, start
+                packets += track.encode(silence)
+            packets += track.encode()
         if milliseconds:
-            stream.codec_context.time_base = Fraction(1, 1000)
+            stream.codec_context.time_base = Fraction(1, ticks)
         for t in range(count):
-            grey = np.full((*side, 3), step * t % 256, np.uint8)
-            frame = av.VideoFrame.from_ndarray(grey, format="rgb24")
+            grey = (step * t + np.roll(texture, 3 * t, 1)) % 256 * np.ones(3)
+            frame = av.VideoFrame.from_ndarray(grey.astype(np.uint8), format="rgb24")
             if milliseconds:
-                frame.pts, frame.time_base = milliseconds[t], Fraction(1, 1000)
-            output.mux(stream.encode(frame))
-        output.mux(stream.encode())
+                frame.pts, frame.time_base = milliseconds[t] * ticks // 1000, Fraction(1, ticks)
+            packets += stream.encode(frame)
+        for packet in sorted(packets + stream.encode(), key=lambda p: p.dts * p.time_base):
+            output.mux(packet)
     return path
 
 
@@ -148,6 +162,38 @@ def test_a_part_of_a_clip_of_variable_rate_is_found_by_its_times(
     assert [round(grey / 5) for grey in greys(vision).tolist()] == spread(first, last)
     seconds = (STEADY_THEN_SLOW[last] - STEADY_THEN_SLOW[first]) / 1000
     assert vision.metadata["fps"] == pytest.approx((last - first) / seconds)
+
+
+@pytest.mark.parametrize("name", ["a.mp4", "a.mkv", "a.mov", "a.ts"])
+def test_seconds_count_from_the_sound_if_it_begins_before_the_pictures(tmp_path, name):
+    times = range(2050, 6050, 100)
+    clip = record_of(encode_clip(tmp_path / name, count=40, step=5, milliseconds=times, sound=6))
+    for start, end, shown in ((2, 4, (0, 19)), (4, 6, (20, 39)), (0, 3, (0, 9))):
+        vision = load_vision(clip | {"video_start": start, "video_end": end}, **LIMITS)
+        assert [round(grey / 5) for grey in greys(vision)[[0, -1]].tolist()] == [*shown]
+    with pytest.raises(MediaError, match="fewer than 2 frames from 0 to 2 s"):
+        load_vision(clip | {"video_start": 0, "video_end": 2}, **LIMITS)
+
+
+def test_seconds_count_from_the_first_picture_if_nothing_is_before_it(tmp_path):
+    for name in ("a.mp4", "a.mkv"):
+        clip = encode_clip(tmp_path / name, count=40, step=5, milliseconds=range(2000, 6000, 100))
+        vision = load_vision(record_of(clip) | {"video_start": 0, "video_end": 2}, **LIMITS)
+        assert [round(grey / 5) for grey in greys(vision)[[0, -1]].tolist()] == [0, 20]
+
+
+@pytest.mark.parametrize("codec, options", [("libx264", {}), ("libx264", {"bf": "1"}),
+                                            ("mpeg4", {"qmax": "2"}), ("mpeg4", B_FRAMES)])
+@pytest.mark.parametrize("pauses", [(20,), (10, 20), (5, 30)])
+def test_a_pause_of_an_avi_moves_what_comes_after_it(tmp_path, codec, options, pauses):
+    """Empty chunks hold the last picture, here for two seconds, and AVI has no other times."""
+    times = [100 * t + 2000 * sum(t >= pause for pause in pauses) for t in range(40)]
+    clip = encode_clip(tmp_path / "a.avi", codec, count=40, step=5, milliseconds=times, rate=10,
+                       ticks=10, options=options)
+    for first, last in ((0, pauses[0] - 1), (pauses[-1], 39)):
+        part = {"video_start": times[first] / 1000, "video_end": times[last] / 1000 + 0.15}
+        seen = greys(load_vision(record_of(clip) | part, **LIMITS | {"fps": 1000}))
+        assert [round(grey / 5) for grey in seen[[0, -1]].tolist()] == [first, last]
 
 
 def test_a_part_without_frames_is_told(tmp_path):
@@ -265,6 +311,26 @@ def test_a_turned_or_mirrored_clip_stands_upright(tmp_path, matrix, transpositio
     assert corners(Image.fromarray(frames[3].permute(1, 2, 0).numpy())) == corners(picture)
 
 
+@pytest.mark.parametrize("name, aspect, shape", [
+    ("a.mp4", Fraction(3, 2), (56, 84)), ("a.mkv", Fraction(2), (56, 112)),
+    ("a.ts", Fraction(3, 2), (56, 84)), ("a.mov", Fraction(1, 2), (112, 56)),
+    ("a.mp4", Fraction(2, 3), (84, 56)), ("a.mp4", Fraction(1), (56, 56))])
+def test_pixels_that_are_not_square_are_stretched(tmp_path, name, aspect, shape):
+    clip = encode_clip(tmp_path / name, aspect=aspect)
+    frames = load_vision(record_of(clip), **LIMITS).frames
+    assert frames.shape == (8, 3, *shape)
+    assert torch.allclose(frames.float().mean((1, 2, 3)), 20.0 * torch.arange(8), atol=4)
+
+
+@pytest.mark.parametrize("name", ["a.gif", "a.webp", "a.apng"])
+@pytest.mark.parametrize("milliseconds, fps", [(10, 10), (20, 50), (100, 10), (1000, 1)])
+def test_an_animation_s_delay_of_10_ms_or_less_is_100_ms(tmp_path, name, milliseconds, fps):
+    first, *others = [Image.new("RGB", (56, 56), (20 * t,) * 3) for t in range(8)]
+    first.save(tmp_path / name, save_all=True, append_images=others, duration=milliseconds,
+               **({"format": "PNG"} if name == "a.apng" else {"lossless": True}))
+    assert load_vision(record_of(tmp_path / name), **LIMITS).metadata["fps"] == pytest.approx(fps)
+
+
 @pytest.mark.parametrize("milliseconds, fps", [(500, 2.0), (None, 10.0)])
 def test_a_gif_gives_its_frames_and_its_rate(tmp_path, milliseconds, fps):
     """Without durations ten frames a second, as browsers show it."""
@@ -330,17 +396,134 @@ def test_a_folder_may_hold_a_mac_s_files_and_frames_of_other_sizes(tmp_path):
     assert shown_of_folder(tmp_path) == list(range(8))
 
 
+@pytest.mark.parametrize("name, codec", [
+    ("a.mkv", "libx264"), ("a.webm", "libvpx-vp9"), ("a.webm", "libvpx"), ("a.ts", "libx264"),
+    ("a.ts", "mpeg2video"), ("a.avi", "libx264"), ("a.avi", "mpeg4"), ("a.mp4", "libx264"),
+    ("a.mov", "libx264"), ("front.mp4", "libx264"), ("a.flv", "libx264"), ("a.mpg", "mpeg2video"),
+    ("live.webm", "libvpx")])
+def test_a_cut_file_is_refused_and_junk_after_a_whole_one_is_not(tmp_path, name, codec):
+    front = {"movflags": "faststart"} if name.startswith("front") else {}
+    clip = encode_clip(tmp_path / name, codec, side=(96, 128), count=40, step=4, noise=60, rate=25,
+                       sound=1.6 if name == "a.mkv" else 0,
+                       **front | ({"live": "1"} if name == "live.webm" else {}))
+    data, whole = clip.read_bytes(), load_vision(record_of(clip), **LIMITS).frames
+    for junk in (b"<html>" * 500, bytes(1000)):
+        clip.write_bytes(data + junk)
+        assert torch.equal(load_vision(record_of(clip), **LIMITS).frames, whole)
+    for share in (0.3, 0.5, 0.6) if name not in ("live.webm", "a.mpg") else ():  # they know no end
+        clip.write_bytes(data[:int(share * len(data)) // 188 * 188 + 94])
+        with pytest.raises(MediaError, match="cut off|not a readable video|fewer than 2"):
+            load_vision(record_of(clip), **LIMITS)
+
+
+def test_a_transport_stream_cut_between_its_packets_is_refused_if_a_frame_is_not_whole(tmp_path):
+    clip = encode_clip(tmp_path / "a.ts", side=(240, 320), count=20, step=4, noise=60, gop=5)
+    data = clip.read_bytes()
+    with av.open(str(clip)) as container:
+        starts = [packet.pos for packet in container.demux(video=0) if packet.is_keyframe]
+    for start in starts[1:4]:
+        clip.write_bytes(data[:start // 188 * 188 + 10 * 188])
+        with pytest.raises(MediaError, match="damaged or missing"):
+            load_vision(record_of(clip), **LIMITS)
+
+
+@pytest.mark.parametrize("name, codec", [
+    ("a.mp4", "mpeg4"), ("a.avi", "mpeg4"), ("a.ts", "libx264"), ("a.mp4", "libx264"),
+    ("a.mkv", "libx264"), ("a.mpg", "mpeg2video"), ("a.flv", "libx264"), ("a.mp4", "libx265")])
+def test_a_damaged_frame_is_an_error_and_not_a_smear(tmp_path, name, codec):
+    options = {"x265-params": "log-level=none"} if codec == "libx265" else {}
+    clip = encode_clip(tmp_path / name, codec, side=(96, 128), count=40, step=4, noise=60, rate=25,
+                       options=options)
+    data = bytearray(clip.read_bytes())
+    for share in (0.4, 0.5):
+        start = int(share * len(data))
+        clip.write_bytes(data[:start] + bytes(2000) + data[start + 2000:])
+        with pytest.raises(MediaError, match="damaged|cut off|not a readable video"):
+            load_vision(record_of(clip), **LIMITS)
+
+
+def test_a_folder_s_frames_stay_within_media_root(tmp_path):
+    root = tmp_path / "root"
+    (root / "clip").mkdir(parents=True)
+    for t in range(8):
+        Image.new("RGB", (56, 56), (5 * t,) * 3).save(root / f"{t}.png")
+        (root / "clip" / f"{t}.png").symlink_to(root / f"{t}.png")
+    record = record_of(root / "clip") | {"video_fps": 2, "media_root": str(root)}
+    assert len(load_vision(record, **LIMITS).frames) == 8
+    with pytest.raises(MediaError, match="a link that leaves media_root"):
+        load_vision(record | {"media_root": str(root / "clip")}, **LIMITS)
+
+
+@pytest.mark.parametrize("name, text", [
+    ("a.m3u8", "#EXTM3U\n#EXT-X-TARGETDURATION:9\n#EXTINF:4,\n{0}\n#EXT-X-ENDLIST\n"),
+    ("a.mp4", "#EXTM3U\n#EXT-X-TARGETDURATION:9\n#EXTINF:4,\n{0}\n#EXT-X-ENDLIST\n"),
+    ("b.mp4", "ffconcat version 1.0\nfile {0}\n"),
+    ("a.mpd", "<MPD><Period><AdaptationSet><BaseURL>{0}</BaseURL></AdaptationSet></Period></MPD>"),
+    ("a.sdp", "v=0\nm=video 5000 RTP/AVP 96\na=rtpmap:96 H264/90000\n")])
+@pytest.mark.parametrize("reader", ["av", "decord"])
+def test_a_file_that_names_others_is_refused(tmp_path, name, text, reader):
+    encode_clip(tmp_path / "segment.ts")
+    (tmp_path / name).write_text(text.format("segment.ts"))
+    with pytest.raises(MediaError, match="not a readable video|decord"):
+        load_vision(record_of(tmp_path / name), **LIMITS, video_reader=reader)
+
+
+# ------------------------------------------------------------------- --video_reader decord
+
+def read_by_both(path):
+    pytest.importorskip("decord")
+    return [load_vision(record_of(path), **LIMITS, video_reader=name) for name in ("av", "decord")]
+
+
+@pytest.mark.parametrize("rate", [25, Fraction(30000, 1001)])
+@pytest.mark.parametrize("options", [{}, {"bf": "0"}])
+@pytest.mark.parametrize("part", [{}, {"video_start": 0.4, "video_end": 1.2}])
+def test_decord_reads_an_ordinary_mp4_as_av_does(tmp_path, rate, options, part):
+    pytest.importorskip("decord")
+    clip = record_of(encode_clip(tmp_path / "a.mp4", side=(90, 160), count=48, step=5, noise=10,
+                                 rate=rate, gop=12, options=options)) | part
+    ours, theirs = (load_vision(clip, **LIMITS | {"fps": 8}, video_reader=name)
+                    for name in ("av", "decord"))
+    assert ours.metadata == theirs.metadata
+    assert ours.frames.shape == theirs.frames.shape and theirs.frames.dtype == torch.uint8
+    assert (ours.frames.float() - theirs.frames.float()).abs().mean() < 2
+
+
+def test_decord_shows_h264_in_avi_out_of_order_and_av_does_not(tmp_path):
+    ours, theirs = read_by_both(encode_clip(tmp_path / "a.avi", count=48, step=5, gop=12))
+    assert (greys(ours).diff() > 0).all() and not (greys(theirs).diff() > 0).all()
+
+
+def test_decord_works_in_a_decoder_that_is_forked_after_decord_was_used(tmp_path, monkeypatch):
+    clip = encode_clip(tmp_path / "a.mp4")
+    expected = read_by_both(clip)[1].frames
+    monkeypatch.setattr(build_data, "DECODERS", {})
+    vision = load_vision_isolated(record_of(clip), 30, **LIMITS, video_reader="decord")
+    assert torch.equal(vision.frames, expected)
+
+
+def test_what_decord_cannot_read_is_a_media_error(tmp_path):
+    pytest.importorskip("decord")
+    clip = encode_clip(tmp_path / "a.mp4", "libsvtav1", side=(64, 64), options={"preset": "10"})
+    with pytest.raises(MediaError, match="not readable by decord"):
+        load_vision(record_of(clip), **LIMITS, video_reader="decord")
+
+
+def test_a_missing_decord_is_one_sentence(monkeypatch, capsys):
+    monkeypatch.setattr(build_data, "find_spec", lambda name: None)
+    assert build_data.parse_args(["check", "--data", "a.json"]).video_reader == "av"
+    with pytest.raises(SystemExit):
+        build_data.parse_args(["check", "--data", "a.json", "--video_reader", "decord"])
+    assert "--video_reader: decord is not installed: pip install" in capsys.readouterr().err
+
+
+# -------------------------------------------------------- files that are no readable video
+
 def broken_videos(folder):
-    """Makes clips that cannot be decoded; yields their paths."""
-    data = encode_clip(folder / "whole.mp4", side=(112, 112), count=80,
-                       movflags="faststart").read_bytes()
-    start = data.find(b"mdat") + 8
-    for name, kept in (("header.mp4", start), ("half.mp4", (start + len(data)) // 2)):
-        (folder / name).write_bytes(data[:kept])
-        yield folder / name
-    data = encode_clip(folder / "whole.avi", "mpeg4", count=80).read_bytes()
-    (folder / "half.avi").write_bytes(data[:len(data) // 2])
-    yield folder / "half.avi"
+    """Makes files that cannot be decoded; yields their paths."""
+    data = encode_clip(folder / "whole.mp4", movflags="faststart").read_bytes()
+    (folder / "header.mp4").write_bytes(data[:data.find(b"mdat") + 8])
+    yield folder / "header.mp4"
     for name in ("still.gif", "still.webp", "still.jpg"):
         Image.new("RGB", (56, 56)).save(folder / name)
         yield folder / name
@@ -515,10 +698,59 @@ def test_a_decoder_that_crashes_or_hangs_costs_exactly_its_sample(decoder, worke
             assert torch.equal(result, load_vision(record, **LIMITS).frames)
 
 
+def test_a_decoder_killed_between_records_costs_none(tmp_path, monkeypatch):
+    monkeypatch.setattr(build_data, "DECODERS", {})
+    clip = record_of(encode_clip(tmp_path / "a.mp4"))
+    for wait in (0, 0.2, 0):
+        assert len(load_vision_isolated(clip, 60, **LIMITS).frames) == 8
+        (decoder, _), = build_data.DECODERS.values()
+        os.kill(decoder, signal.SIGKILL)
+        time.sleep(wait)
+    assert len(load_vision_isolated(clip, 60, **LIMITS).frames) == 8
+
+
+def test_a_decoder_that_dies_at_a_record_is_not_tried_with_it_again(tmp_path, monkeypatch):
+    tries = tmp_path / "tries"
+    def load_vision(record, **limits):
+        with open(tries, "a") as file:
+            file.write("x")
+        os.kill(os.getpid(), signal.SIGKILL)
+    monkeypatch.setattr(build_data, "load_vision", load_vision)
+    monkeypatch.setattr(build_data, "DECODERS", {})
+    with pytest.raises(MediaError, match=r"a.mp4: its decoder died \(exit status -9\)"):
+        load_vision_isolated(record_of(tmp_path / "a.mp4"), 60, **LIMITS)
+    assert tries.read_text() == "x"
+
+
+@pytest.mark.parametrize("both", [False, True])
+def test_a_memory_limit_that_cannot_be_raised_is_kept(tmp_path, monkeypatch, both):
+    """As under `ulimit -v` (both: -S and -H) of a user without rights: half of DECODE_MEMORY."""
+    clip = record_of(encode_clip(tmp_path / "a.mp4"))
+    monkeypatch.setattr(build_data, "DECODERS", {})
+    pages = int(open("/proc/self/statm").read().split()[0])
+    most = pages * resource.getpagesize() + build_data.DECODE_MEMORY // 2
+    pid = os.fork()
+    if pid == 0:
+        try:
+            resource.setrlimit(resource.RLIMIT_AS,
+                               (most, most if both else resource.RLIM_INFINITY))
+            allowed = []
+            monkeypatch.setattr(resource, "setrlimit", lambda _, limits: allowed.append(limits))
+            monkeypatch.setattr(build_data, "load_vision", lambda record, **_: build_data.Vision(
+                None, {"limits": allowed}, None))
+            assert load_vision_isolated(clip, 60).metadata["limits"] == [
+                (most, most if both else resource.RLIM_INFINITY)]
+            os._exit(0)
+        finally:
+            os._exit(1)
+    assert os.waitpid(pid, 0)[1] == 0
+
+
 def test_a_decoder_that_dies_while_it_answers_costs_its_sample(tmp_path, monkeypatch):
     """It announces 100 bytes, sends one and ends."""
     def decode_records(pipe):
         pipe.recv()
+        pipe.send("taken")
         os.write(pipe.fileno(), struct.pack("!i", 100) + b"x")
         os._exit(9)
     monkeypatch.setattr(build_data, "decode_records", decode_records)
