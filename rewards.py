@@ -12,13 +12,9 @@ answer block; no block, or several, is no answer. One function a problem type, e
 To these a trainer adds the format reward, {0, 1}, and the length reward, {0, omega} (Eq. 5).
 The temporal reward (Eq. 1, 2) needs two groups of responses, so it lives in tgrpo.py.
 
-Reading is helpful with spelling and strict with doubt: "(b)", "**B**" and "Option B" are B, "five"
-is 5; but two letters, two numbers, "not B" and "more than 5" mean nothing. Truths are read by the
-same functions. No text raises, and 100,000 characters cost less than 1 s.
-
-    >>> record = {"problem_id": 7, "problem_type": "numerical", "solution": "<answer>12</answer>"}
-    >>> accuracy_reward("<think>a dozen</think><answer>12.0 cm</answer>", record)
-    1.0
+A letter or a number is read by a grammar: the whole text must be one. "(b)", "**Option B**" are B
+and "about 5 cm" is 5; "A or B", "not B", "5 - x" and "more than 5" mean nothing. Truths are read by
+the same functions. No text raises, and 100,000 characters take less than 1 s.
 """
 
 import math
@@ -26,7 +22,6 @@ import re
 import unicodedata
 from decimal import ROUND_HALF_EVEN, Context, Decimal
 from functools import lru_cache
-from itertools import islice
 from types import SimpleNamespace
 
 import jiwer
@@ -50,8 +45,6 @@ def extract_answer(text):
     A stray tag counts as a different block: nobody can say which text is the answer.
 
     >>> extract_answer("<think>left</think> <answer> B </answer><|im_end|>")
-    'B'
-    >>> extract_answer("<answer>B</answer><answer>B</answer>")
     'B'
     >>> extract_answer("<answer>A</answer> or <answer>B</answer>")
     ''
@@ -85,58 +78,73 @@ def format_reward(response):
 # unicodedata takes 10 s to sort 100,000 marks.
 MARKS = regex.compile(r"(\p{M}{30})\p{M}+")
 INVISIBLE = regex.compile(r"\p{Cf}")  # byte order mark, zero-width space, soft hyphen ...
-CHARACTERS = (
-    {code: code - 0xFEE0 for code in range(0xFF01, 0xFF5F)}  # full-width "Ｂ", "５", "（"
-    | dict.fromkeys(map(ord, "−–﹣－‐‑‒˗"), "-") | dict.fromkeys(map(ord, "‘’"), "'")
-    | dict.fromkeys(map(ord, "\u00a0\u2007\u2009\u202f\u3000"), " ")  # spaces that group digits
-    | str.maketrans({"：": ": ", "。": ". ", "٬": ",", "٫": ".", "⁄": "/", "∕": "/", "\t": "\n"}))
-MATH = re.compile(r"\$([^$]*)\$")
-LATEX = re.compile(  # what only sets the font, or a space
-    r"\\(?:boxed|fbox|mbox|emph|underline|boldsymbol|bm|bf|rm|text[a-z]*|math[a-z]*)\b"
-    r"|\\[()\[\],;:! ]|[{}]")
+EXPONENT, INDEX = re.compile("[⁰¹²³⁴-⁹⁺⁻ⁿ]+"), re.compile("[₀-₉]+")
+NUMERAL = regex.compile(r"(?<=[\d\p{No}])(?=\p{No})|(?<=\p{No})(?=\d)")  # beside "½", "①"
+CHARACTERS = (  # what NFKC leaves apart
+    dict.fromkeys(map(ord, "−–—―‐‑‒˗"), "-") | dict.fromkeys(map(ord, "·⋅∙"), "×")
+    | dict.fromkeys(map(ord, "⁄∕÷"), "/") | dict.fromkeys(map(ord, "‘’′"), "'")
+    | str.maketrans({"：": ": ", "。": ". ", "٬": ",", "٫": ".", "º": "°", "→": "->", "\t": "\n",
+                     "ﷺ": "\ufffd"}))  # NFKC would make it 18 characters
+ARGUMENT = r" ?(?:\{[{ ]*([-+]?[\d.]+)[} ]*\}|(\d))"  # "{12}", or "1"
 MARKER = "*_`'\"“”„«»‹›"  # of emphasis, or quotes: "**B**:", but neither "2*3", "f'(x)" nor "x_1"
-EMPHASIS = re.compile(
-    rf"(?<![^\s(\[{{:$])[{MARKER}]+(?=[^\s{MARKER}])"
-    rf"|(?<=[^\s{MARKER}])[{MARKER}]+(?![^\s.,;:!?)\]}}$])")
+SPELLINGS = [(re.compile(pattern), spelling) for pattern, spelling in (
+    ("<sup>", "^"), ("<sub>", "_"), ("</su[bp]>", ""),                      # HTML
+    (r"<[biu]>(?=[^<>]*</)|</[biu]>|</?(?:strong|em|code|span|div|br) ?/?>", "\n"),
+    (r"\\(?:boxed|[fm]box|emph|underline|boldsymbol|bm|bf|rm|text[a-z]*|math[a-z]*)(?![a-z])"
+     r"|\\[()\[\],;:! ]", " "),                                             # LaTeX fonts, spaces
+    (r"\{,\}", ","), (r"\\([%$])", r"\1"),                                  # "10{,}000", "50\%"
+    (r"(?<=[\d}])(?=\\[a-z]?frac)", " "),                                   # "1\frac12" is 1 1/2
+    (rf"\\[a-z]?frac{ARGUMENT}{ARGUMENT}", r"\1\2/\3\4 "), (r"\\over(?![a-z])", "/"),
+    (r"\\(?:times|cdot)(?![a-z])", "×"), (r"\^?\{?\\(?:circ|degree)(?![a-z])", "°"),
+    (r"(?<=\w)\*\*(?=[-\d])", "^"), (r"\^ ?[({] ?([-+]?\d+) ?[)}]", r"^\1 "),  # "m**2", "10^{3}"
+    (rf"(?<![^\s(\[{{:$])[{MARKER}]+(?=[^\s{MARKER}])"                      # markdown, quotes
+     rf"|(?<=[^\s{MARKER}])[{MARKER}]+(?![^\s.,;:!?)\]}}$])", ""),
+    (r"\$([^$]*)\$", r" \1 "), ("[{}]", " "))]                              # formulas, groups
 
 
-def composed(text):
-    """`text` in NFC: "é" is one character, however it was typed."""
-    return unicodedata.normalize("NFC", MARKS.sub(r"\1", text))
+def composed(text, form="NFC"):
+    """`text` in a normal form of Unicode: "é" is one character, however it was typed."""
+    return unicodedata.normalize(form, MARKS.sub(r"\1", text))
 
 
-def clean(text):
-    """`text` composed, half-width, and without end tokens and invisible characters."""
-    return INVISIBLE.sub("", END_TOKEN.sub(" ", composed(text)).translate(CHARACTERS))
+def plain(text):
+    """`text` in plain characters, single-spaced, without what only dresses it: LaTeX's fonts, HTML,
+    markdown, quotes. NFKC makes "Ｂ", "𝐁" and "Ⓑ" a B; what it would glue to a number ("10²",
+    "1½") is set apart first.
 
-
-def bare(text):
-    """The lines of clean `text`, single-spaced, without what only dresses a word: LaTeX's fonts
-    and braces, dollars around a formula, markdown, quotes.
-
-    >>> bare("**Answer:** $B$")
-    'Answer: B'
+    >>> [plain(t) for t in ("**Answer:** $Ⓑ$", "1½", "<b>\\\\frac12</b>", "12 cm$^{2}$", "10²")]
+    ['Answer: B', '1 1/2', '1/2', '12 cm^2', '10^2']
     """
-    text = LATEX.sub(" ", MATH.sub(r" \1 ", EMPHASIS.sub("", text)))
-    return "\n".join(filter(None, (" ".join(line.split()) for line in text.split("\n"))))
+    text = INVISIBLE.sub("", END_TOKEN.sub(" ", text)).translate(CHARACTERS)
+    text = NUMERAL.sub(" ", INDEX.sub(r"_\g<0>", EXPONENT.sub(r"^\g<0>", text)))
+    text = composed(text, "NFKC").translate(CHARACTERS)
+    for pattern, spelling in SPELLINGS:
+        text = pattern.sub(spelling, text)
+    lines = (" ".join(line.split()) for line in text.split("\n"))
+    return re.sub(r" ?(\^) ?| (?=[%°])", r"\1", "\n".join(filter(None, lines)))
 
 
 # ----------------------------------------------------------------------- multiple choice
 
 OPTION = re.compile(r"\s*\(?([A-Za-z])[.):\]、]\s*(.*)", re.DOTALL)  # "A. text", as in the records
-LEAD_IN = (  # "Therefore, the answer is: (", "I choose option ", "答案是"
-    r"(?:(?:(?:therefore|thus|hence|so|the|my|final|correct|right|best|ans(?:wer)?|option|choice"
+DASH = r"(?:-+>?|[>*|]|\#+)\ "  # a bullet, or after a word
+LEAD_IN = (  # "Therefore, the answer is: (", "I choose option ", "Answer - ", "答案是"
+    rf"(?:{DASH})*(?:(?:option|choice|answer)[-_](?=[a-z]\b)"
+    r"|(?:(?:therefore|thus|hence|so|the|my|final|correct|right|best|ans(?:wer)?|option|choice"
     r"|letter|is|it|(?:it|that)'s|would be|i(?:'d|'ll| would)? (?:choose|chose|pick|select))\b"
-    r"|[因故]此|所以|故|我|本题|应该?|正确|最终|的|答案?|选[项择]?|为|是)[\s:,=.】]*|[(\[<【「$]\s?)*")
-END = r"[\s.,;:!)\]>】」$…-]*"
+    rf"|[因故]此|所以|故|我|本题|应该?|正确|最终|的|答案?|选[项择]?|为|是)(?:[\s:,=.】]|{DASH})*"
+    r"|[(\[<【「$]\s?)*")
+END = r"[\s.,;:!)\]>】」$|-]*"
 CHOICE = re.compile(
     LEAD_IN + r"(?P<letter>[a-z])(?:"
     rf"(?:[\s.,;]+(?P=letter))*{END}(?:选?项{END})?"  # nothing else, or the letter again; or ...
-    r"|(?: ?[)\]>】」]| ?[.:](?=[^!-~])| [-—](?= )|[.,;:!]?\n)(?P<rest>.*))",  # "B) x", not "B.5"
+    r"|(?: ?[)\]>】」]| ?[.:](?=[^!-~])| -(?= )|[.,;:!]?\n)(?P<rest>.*))",  # "B) x", not "B.5"
     re.IGNORECASE | re.DOTALL | re.ASCII)  # ASCII: "ı" is no "I"
-# what may stand around an option's text: "B. ", "B (" or "The answer is: "; ")" or " (B)"
-BEFORE = re.compile(LEAD_IN + r"(?:(?P<letter>[a-z])[ .,;:=)(\[\]>】」、|→]+(?:[-—]>? )?)?", re.ASCII)
-AFTER = re.compile(rf"{END}(?:[(\[]{LEAD_IN}(?P<letter>[a-z])[)\]]{END})?", re.ASCII)
+# what may stand around an option's text: "B. ", "The answer is: "; ")", " (B)", ", option B"
+BEFORE = re.compile(LEAD_IN + r"(?:(?P<letter>[a-z])[ .,;:=)(\[\]>】」、|-]+)?", re.ASCII)
+AFTER = re.compile(  # a one-letter text may be the answer's letter: "A - C" names two options
+    rf"{END}|(?<!\b[a-z])(?:[.,;:] | -+>? |[.,;:]? ?[(\[]){LEAD_IN}(?P<letter>[a-z]){END}",
+    re.ASCII)
 SECOND = re.compile(r"""(?<![\w'-])([A-Za-z])(?:
     (?=[^\w '-]|$|\ (?:is|was|or|and)\b)       # "c) text", "or c", "A is right"
     |(?<=[B-HJ-Z])(?![\w'-]))                  # any capital, but "A" and "I" are words
@@ -148,44 +156,40 @@ VERDICT = re.compile(  # "B) is wrong", "B. Not sure", "B. No.", but "B. No doub
 
 
 def comparable(text):
-    """Clean `text` as option texts are compared: bare, in one line, no case, no last full stop."""
-    return bare(text).replace("\n", " ").casefold().rstrip(". ") or text
+    """`text` as options are compared: no case, last full stop, or mark of an index or thousands."""
+    line = re.sub(r"_|(?<=\d),(?=\d{3}(?!\d))", "", plain(text).replace("\n", " "))
+    return line.casefold().rstrip(". ") or text
 
 
 def named_by_text(text, bodies):
     """The letter of the option whose own text `text` is; None when it is no option's text.
 
-    "" where several options have this text, or where a letter beside it is another option's. Of
-    texts that end alike ("cat", "the cat") the longest is meant; of texts that differ only in
-    dress or case ("mg", "Mg") the one that stands there letter for letter.
-
-    >>> bodies = {"A": "cat", "B": "the cat"}
-    >>> [named_by_text(t, bodies) for t in ("It is the cat", "B (the cat)", "A. the cat", "dog")]
-    ['B', 'B', '', None]
+    "" when several options have this text, or a letter beside it is another option's. Of texts
+    that end alike ("cat", "the cat") the longest is meant; of texts that differ only in dress or
+    case ("mg", "Mg") the one that stands there letter for letter.
     """
-    line, fits = comparable(text), []
+    line, fits = comparable(text), {}  # (length, exact length) -> letters, "" for a contradiction
     for letter, body in bodies.items():
-        before, found, after = line.rpartition(comparable(body)) if body else ("", "", "")
-        around = BEFORE.fullmatch(before), AFTER.fullmatch(after)
-        if found and all(around):
-            exact = len(body) if body in text else 0
+        before, found, _ = line.rpartition(comparable(body)) if body else ("", "", "")
+        around = BEFORE.fullmatch(before), AFTER.fullmatch(line, len(before + found))
+        signed = before.rstrip().endswith(("-", "+", "<", ">")) and found[:1].isdigit()
+        if found and all(around) and not signed:  # "- 5" may be -5
             agrees = {match["letter"] for match in around} <= {None, letter.lower()}
-            fits.append((len(found), exact, letter if agrees else ""))
+            fit = len(found), len(body) if body in text else 0
+            fits.setdefault(fit, set()).add(letter if agrees else "")
     if not fits:
         return None
-    best = max(fits)[:2]
-    letters = {letter for *size, letter in fits if tuple(size) == best} - {""}
+    letters = fits[max(fits)] - {""}
     return letters.pop() if len(letters) == 1 else ""
 
 
 def choice_letter(text, options=()):
     """The option letter "A" to "Z" that `text` means, or "".
 
-    Any case, and brackets, markdown, LaTeX or quotes around the letter; a lead-in ("Option B",
-    "The correct answer is: B"); an option's exact text, with its letter or without; another text
-    or a second line after the letter ("B) a puppy"), unless it holds a second letter or begins
-    with a verdict ("B) is wrong") or is a question. Nothing else: sentences are not guessed at. A
-    letter wins over an option whose text is that letter; a letter without an option is none.
+    The text is a letter, dressed or led in ("(b)", "**Option B**", "The answer is: B"); or an
+    option's own text, with its letter or without; or a letter, a mark and another text or line
+    ("B) a puppy"), unless that holds a second letter or another option's text, begins with a
+    verdict ("B) is wrong") or asks. A letter wins over an option whose text is that letter.
 
     >>> options = ["A. cat", "B. a dog"]
     >>> [choice_letter(t, options) for t in ("(b)", "A dog", "A bird", "A. a dog", "A or B", "C")]
@@ -193,24 +197,23 @@ def choice_letter(text, options=()):
     """
     bodies = {}  # letter -> its text
     for position, option in enumerate(options or ()):
-        match = OPTION.match(clean(option))
-        letter, body = match.groups() if match else (chr(ord("A") + position), clean(option))
+        match = OPTION.match(option)
+        letter, body = match.groups() if match else (chr(ord("A") + position), option)
         bodies[letter.upper()] = body
-    text = clean(text)
-    match = CHOICE.fullmatch(bare(text))
-    letter = match["letter"].upper() if match else ""
     named = named_by_text(text, bodies)
-    alone = match and match["rest"] is None
-    wins = named and alone and letter in bodies  # but not in "right (A)", where "right" is B
-    if named is not None and not wins:
+    match = CHOICE.fullmatch(plain(text))
+    letter = match["letter"].upper() if match else ""
+    alone = letter in bodies and match["rest"] is None
+    if named == "" or named and not alone:  # "right (A)", where "right" is B, is no letter
         return named
     if not match or (bodies and letter not in bodies):
         return ""
-    rest = "" if alone else match["rest"].lstrip().removeprefix(bare(bodies.get(letter, "")))
+    rest = (match["rest"] or "").lstrip().removeprefix(plain(bodies.get(letter, "")))
     second = {found.upper() for found in SECOND.findall(rest)} - {letter}
     if bodies:
         second &= bodies.keys()  # "B. 5 m" is not a second letter
-    return "" if second or VERDICT.match(rest) or rest.endswith("?") else letter
+    doubt = second or VERDICT.match(rest) or rest.endswith("?")
+    return "" if doubt or named_by_text(rest, bodies) not in (None, letter) else letter
 
 
 def multiple_choice(predicted, truth, options=()):
@@ -225,63 +228,35 @@ def multiple_choice(predicted, truth, options=()):
 
 # ------------------------------------------------------------------------------- numbers
 
-SUPERSCRIPTS = "⁰¹²³⁴⁵⁶⁷⁸⁹⁺⁻"
-SUPERSCRIPT_RUN = re.compile(f"[{SUPERSCRIPTS}]+")
-SUPERSCRIPT = str.maketrans(SUPERSCRIPTS, "0123456789+-")
-ARGUMENT = r" ?(?:\{(?:\\(?:text|mathrm)\{)? ?([-+]?[\d.,]+) ?\}{1,2}|(\d))"  # "{12}", or "1"
-SPELLINGS = [(re.compile(pattern, re.IGNORECASE), spelling) for pattern, spelling in (
-    (r"<sup>", "^"), (r"</?su[bp]>", ""), (r"<([^<>]*)>", r" \1 "), (r"\{,\}", ","),  # "10{,}000"
-    (rf"\\[a-z]*frac{ARGUMENT}{ARGUMENT}", r" \1\2/\3\4 "),           # "\frac{1}{2}", "\frac12"
-    (r"(?<=\d)\*\*(?=\d)", "^"), (r"\\times|\\cdot|[·⋅∙]", "×"),       # "5*10**3", "5\times10^3"
-    # the exponent or index of a unit or a name: "cm$^2$", "m**2", "\text{s}^{-1}", "H_2"
-    (r"(?<=[a-z°])(?:\}?[ $]{0,3}\^|\*\*|\$?_)[ {(]{0,3}[-+]?\d+", " "))]
-NUMBERS = ("zero one two three four five six seven eight nine ten eleven twelve thirteen fourteen "
-           "fifteen sixteen seventeen eighteen nineteen twenty").split()
-NOT_ONE = "|".join(NUMBERS[:1] + NUMBERS[2:])
-NUMBER_WORD = re.compile(rf"(?<![\w-])(?:{NOT_ONE})(?![\w-])", re.IGNORECASE)
-ONE = re.compile(  # only where it is no pronoun ("the red one", "one of them")
-    r"(^\W*|\b(?:is|are|only|just|about|minus) |: )one(?![\w-]| of\b)", re.IGNORECASE)
-COMPOUND = re.compile(  # "thirty two", "five hundred", "two thirds", "two or one"
-    r"\b(?:(?:thir|for|fif|six|seven|eigh|nine)ty|hundred|thousand|[mb]illion|dozen|point"
-    r"|half|halves|thirds?|quarters?|(?:four|fif|six|seven|eigh|nin|ten)ths?"
-    rf"|(?:{NOT_ONE}),?(?: or| to| and)? one)\b", re.IGNORECASE)
-MINUS = re.compile(r"\b(?:minus|negative) (?=[\d.])|[负負] ?(?=\d)|(?<![—―])[—―](?=[\d.])", re.I)
-
-NOT_THE_NUMBER = re.compile(rf"""
-    \d[ ](?:and|or|to)[ ](?:an?|one|{NOT_ONE})\b | \b(?:half|one)[ ](?:of|an?)\b | \band[ ]a[ ]half
-  | \b(?:one|{NOT_ONE})[ ](?:or|to)[ ]\d         # "2 and a half", "3 or four"
-  |""" + r"""
-    [√π∞±] | (?<![a-z])(?:sqrt|pi|log|ln|sin|cos|tan)(?![a-z]) | frac | \+/?-    # "2π"
-  | (?<![\w.])\d[\d.]*(?!e[-+]?\d|x\d)[a-z]+(?:[04-9]|\d[\da-z])        # "2m30s", but "20m2"
-  | (?:\b(?:not|never|none|neither|nor|cannot)|n't)\b[^\d.,;:!?\n]{0,40}\d   # "not equal to 5"
-  | \d%?(?:[ ]?[a-z]+)?[ ](?:(?:is|was|are)[ ](?:not|wrong|incorrect)|(?:is|was|are)n't)\b
-  | \b(?:than|over|under|above|below|beyond|within|exceed\w*|nearly|almost|up[ ]to|m\w+imum[ ]of)
-    (?:[ ](?:or|equal|to|an?|the|about|around|approximately|roughly|exactly))*[ ]?[-+]?[\d.]
-  | \bat[ ](?:the[ ]very[ ])?(?:least|most|minimum)\b | \d%?(?:[ -]?plus\b|[ ]?\+)(?![ ]?\.?[\d(])
-  | \d[^\d.,;:!?\n]{0,20}[ ](?:or|and)[ ](?:more|less|above|below|up    # "5 cm or more"
-    |(?:few|great|high|low|larg|small|long|short|old|young|ov|und)er)\b
-  | (?<![-=])[<>][ ]?=?[ ]?[-+]?[\d.] | \d[ ]?[<>] | [≤≥≠≮≯⩽⩾] | != | =<    # "> 5", but "=> 5"
-  | \\(?:[lg](?:t|eq{0,2})|neq?)(?:slant)?(?![a-z])
-  | (?:不|超过|至少|至多|最少|最多|[大小多少高低]于)[^\W\d]{0,3}[ ]?\d | \d[^\W\d]{0,3}(?:以[上下]|多)
-    """, re.VERBOSE | re.IGNORECASE)
-TERM = r"[\d.][\d.,]* ?[a-z%°]*[) ]*"
-SUM = re.compile(  # what may stand before "= 5": "2 + 3", "Area: 2 cm × 3 cm", "x = (2 + 3) / 1"
-    rf"[^\d=]*(?:=[^\d=]*)?{TERM}[-+*/×÷^x][( -]*{TERM}(?:[-+*/×÷^x=][( -]*{TERM})*",
-    re.IGNORECASE)
-
-PLAIN = re.compile(r"\d+(?:\.\d+)?|\.\d+")
-GROUPED = re.compile(  # "1,234,567.8", "1 000", "1'000": the same mark before each three digits
-    r"[1-9]\d{0,2}([, '])\d{3}(?:\1\d{3})*(?:\.\d+)?")
-TOKEN = re.compile(r"""
-    (?:(?<!\d)|(?![xX]\d))                # "2x3" is two numbers ...
-    [A-Za-z_][A-Za-z_\d]*                 # ... but the digits of "m2" and "H2O" are a word's
-    (?:-[1-3](?![\w.]))?                  # and so are those of "s-1"
-  | (?P<sign>(?<![A-Za-z])[-+]\s*)?
-    (?P<digits>\^?(?:(?<![\w.])\.)?       # ".5", but neither "No.5" nor "...5"; "^2" is no number
-      [\d¼-¾⅐-⅞](?:[.,\ '_]?[\d¼-¾⅐-⅞])*)
-    (?:[eE](?P<e>[-+]?\d+)                # "1e3", "1.5 x 10^3", "1.5\times10^{3}"
-      |\s*[xX×*]\s*10\s*\^\s*\(?(?P<power>[-+]?\d+))?
-    """, re.VERBOSE)
+# what is counted: a plural, but no number ("thirds", "hundreds"), nor "less", "plus" or "is"
+THING = (r"(?!(?:halv|third|quarter|ten|hundred|thousand|dozen|[a-z]*illion|[a-z]+th)e?s\b)"
+         r"(?:[a-z]{2,}[^\W\d_sui]s|people|men|women|children)\b")
+UNIT = r"""(?:(?:square|cubic)[ ])?(?:
+    (?:(?:kilo|centi|milli)?(?:met(?:er|re)|gram|lit(?:er|re))|mile|foot|yard|second|minute|hour|day
+      |week|month|year|degree|pound|dollar|euro|cent|ton)s? | feet | inch(?:es)? | percent
+  | (?-i: [kcmnμ]?m | [kmμ]?g | [mnμ]?s | ft | in | mi | mph | lb | oz | min | hr | px | [mc][lL]
+    | [kmM][VAWNJ] | (?<=[ /])[hlLVAWNJ] | [kM]?(?:Pa|Hz|eV|Wh|cal|Ω) | [kKMGT]B)  # "2 N", not "2N"
+  )(?:\^?-?[1-3])?(?![a-z\d])"""
+NUMBER = re.compile(rf"""
+    (?: (?: (?:(?:so|therefore),?[ ])?(?:the[ ])?(?:(?:final|correct|total)[ ])?      # lead-in
+            (?:answer|result|total|value|number|count|height|length|distance|area|speed|time|age)
+            (?:[ ]of[ ]{THING})?(?:[ ](?:is|are|was|were|-))?   # "Age - 5" is 5, "Age: -5" is -5
+          | [a-zα-ω](?:_?\w)?[ ]?(?==)                          # "x_1 ="
+          | (?:it|that|there)(?:'s|[ ](?:is|are|was|were)) | (?:I|we)[ ](?:see|saw|count)
+          | (?:正确)?答案是? | 结果是? | [总一]?共有? | [是为有])
+        (?:[ ]?[:=]\s?|\s|(?<=[\u4e00-\u9fff])))?
+    (?:(?:about|around|approximately|roughly|exactly|only|just)[ ] | 大?约 | [=~≈][ ]?)?
+    (?P<sign>[-+] | (?:minus|negative)[ ] | [负負])?             # sign
+    (?:(?:US)?[$€£¥₹₩][ ]?)?                                    # currency
+    (?: (?:(?P<whole>\d+)[ ](?=\d\d?/))?(?P<top>\d+)[ ]?/[ ]?(?P<bottom>\d+)     # "3/4", "1 3/4"
+      | (?P<digits>[1-9]\d{{0,2}}(?P<mark>[,\ '])\d{{3}}(?:(?P=mark)\d{{3}})*(?:\.\d+)?  # "1,000.5"
+          | \d+(?:\.\d*)? | \.\d+)
+        (?:(?:e | [ ]?[x×*][ ]?10\^)(?P<exponent>[-+]?\d+))?    # "1e3", "1.5 x 10^3"
+      | 10\^(?P<power>[-+]?\d+))
+    (?: % | °[CF]? | [ ]?[$€£¥₹₩] | [ ]{THING}                  # what is measured or counted
+      | [ ]?[个只辆人名位条张本块次步米秒天年岁度元克升] | [ ]?(?:[千厘毫]米|公[里斤]|千克|分钟|小时)
+      | [ ]?{UNIT}(?:(?:[ ]?/[ ]?|[ ]per[ ]|[ ×]){UNIT}){{0,2}}(?:[ ](?:long|wide|high|tall|old))?)?
+    \.?""", re.VERBOSE | re.IGNORECASE)
 
 CENT = Decimal("0.01")
 # The largest float has 309 digits before the point. Half-even on the shortest decimal form:
@@ -289,58 +264,30 @@ CENT = Decimal("0.01")
 EXACT = Context(prec=320, rounding=ROUND_HALF_EVEN)
 
 
-def _value(match):
-    """The float that a TOKEN match spells; NaN for what looks like a number and is none."""
-    digits = match["digits"]
-    if not PLAIN.fullmatch(digits):
-        if not GROUPED.fullmatch(digits):  # "1,2", "3 4", "1.2.3", "2½"
-            return math.nan
-        digits = re.sub(r"[^\d.]", "", digits)
-    return float(f"{(match['sign'] or '').strip()}{digits}e{match['e'] or match['power'] or 0}")
-
-
-def in_digits(text):
-    """`text` with its numbers in plain digits: no LaTeX, superscripts, currency signs or words.
-
-    >>> in_digits("\\\\frac12 m²"), in_digits("minus five"), in_digits("five hundred")
-    ('1/2 m', '-5', 'five hundred')
-    """
-    text = SUPERSCRIPT_RUN.sub(lambda run: "^" + run[0].translate(SUPERSCRIPT), clean(text))
-    for pattern, spelling in SPELLINGS:
-        text = pattern.sub(spelling, text)
-    text = re.sub(r" ?\\?[$€£¥₹₩] ?", " ", bare(text))
-    if not re.search(r"\d", text) and not COMPOUND.search(text):  # beside digits, words are words
-        text = NUMBER_WORD.sub(lambda word: str(NUMBERS.index(word[0].lower())), text)
-        text = ONE.sub(r"\g<1>1", text)
-    return MINUS.sub("-", text)
-
-
 def parse_number(text):
-    """The one finite number in `text` as a float, or None when there is none or a second one.
+    """The finite number that `text` is as a float; None when it is anything else.
 
-    Words around it, a currency sign, "%" and a unit are ignored ("50%" is 50, "5 million" is 5),
-    "about" too; but "not 5" and "more than 5" are no number. Fractions are divided; a sum is what
-    stands after its "=". A comma, space or apostrophe groups thousands and nothing else: "3,14"
-    could be a list, so it is None.
+    The whole text must be one NUMBER. "50%" is 50 and "about 5" is 5; only a fraction or a power of
+    ten is worked out. A comma, space or apostrophe groups thousands: "3,14" could be a list.
 
-    >>> [parse_number(t) for t in ("−1,000.5", "$3", "42 km/h", "20 m²", "-1/2", "1.5×10^3")]
-    [-1000.5, 3.0, 42.0, 20.0, -0.5, 1500.0]
-    >>> [parse_number(t) for t in ("five", "2 + 3 = 5", "\\\\frac12")]
-    [5.0, 5.0, 0.5]
-    >>> [parse_number(t) for t in ("3 or 4", "3-4", "1,00", "1e999", "1/0", "2π", "at least 5")]
+    >>> [parse_number(t) for t in ("−1,000.5", "$3", "42 km/h", "20 m²", "-1 1/2", "1.5×10^3")]
+    [-1000.5, 3.0, 42.0, 20.0, -1.5, 1500.0]
+    >>> [parse_number(t) for t in ("3 or 4", "3-4", "1,00", "1e999", "1/0", "2x", "at least 5")]
     [None, None, None, None, None, None, None]
     """
-    text = in_digits(text)
-    if NOT_THE_NUMBER.search(text):
+    match = NUMBER.fullmatch(plain(text))
+    if not match:
         return None
-    before, _, result = text.rpartition("=")
-    if SUM.fullmatch(before):
-        text = result
-    found = list(islice((m for m in TOKEN.finditer(text) if m["digits"]), 3))
-    values = [_value(match) for match in found]
-    if len(values) == 2 and text[found[0].end():found[1].start()].strip() == "/":
-        values = [values[0] / values[1] if values[1] else math.nan]
-    return values[0] if len(values) == 1 and math.isfinite(values[0]) else None
+    if match["top"]:
+        part = float(match["top"]) / (float(match["bottom"]) or math.nan)
+        if match["whole"] and part >= 1:  # "1 3/2"
+            return None
+        value = float(match["whole"] or 0) + part
+    else:
+        digits = re.sub("[, ']", "", match["digits"] or "1")  # "10^3" is 1e3
+        value = float(f"{digits}e{match['exponent'] or match['power'] or 0}")
+    value = value if match["sign"] in (None, "+") else -value
+    return value if math.isfinite(value) else None
 
 
 def numerical(predicted, truth):
@@ -376,8 +323,7 @@ def regression(predicted, truth):
 CHARACTER = r"\u3040-\u30ff\u3400-\u4dbf\u4e00-\u9fff\uf900-\ufaff"
 WORD = regex.compile(  # letters and digits, each with its marks: Hindi's vowels are such marks
     rf"[{CHARACTER}]\p{{M}}*|(?:(?![{CHARACTER}])[\p{{L}}\p{{N}}]\p{{M}}*)+")
-SHORTEST_STEMMED = 4  # as in rouge_score's tokenizer
-LONGEST_STEMMED = 64  # no word of a language is longer, and nltk 3.8 recurses on "yyyy..."
+STEMMED = range(4, 65)  # from 4 as rouge_score's; no word is longer, and nltk 3.8 recurses on "yyy"
 STEMS_KEPT = 100_000  # distinct words; a vocabulary of English and its misspellings
 
 # it is given stems with spaces between, see `stems`
@@ -407,8 +353,8 @@ def stems(text):
     >>> stems("Running dogs: 2 小狗")
     ['run', 'dog', '2', '小', '狗']
     """
-    return [stem(word) if SHORTEST_STEMMED <= len(word) <= LONGEST_STEMMED else word
-            for word in WORD.findall(composed(text).lower())]
+    words = WORD.findall(composed(text).lower())
+    return [stem(word) if len(word) in STEMMED else word for word in words]
 
 
 def free_form(predicted, truth):
