@@ -84,7 +84,7 @@ CHARACTERS = (  # what NFKC leaves apart
     dict.fromkeys(map(ord, "−–—―‐‑‒˗"), "-") | dict.fromkeys(map(ord, "·⋅∙"), "×")
     | dict.fromkeys(map(ord, "⁄∕÷"), "/") | dict.fromkeys(map(ord, "‘’′"), "'")
     | str.maketrans({"：": ": ", "。": ". ", "٬": ",", "٫": ".", "º": "°", "→": "->", "\t": "\n",
-                     "ﷺ": "\ufffd"}))  # NFKC would make it 18 characters
+                     "ﷺ": "\ufffd", "ﷻ": "\ufffd"}))  # NFKC would make them 18 characters and 8
 ARGUMENT = r" ?(?:\{[{ ]*([-+]?[\d.]+)[} ]*\}|(\d))"  # "{12}", or "1"
 MARKER = "*_`'\"“”„«»‹›"  # of emphasis, or quotes: "**B**:", but neither "2*3", "f'(x)" nor "x_1"
 SPELLINGS = [(re.compile(pattern), spelling) for pattern, spelling in (
@@ -156,26 +156,26 @@ VERDICT = re.compile(  # "B) is wrong", "B. Not sure", "B. No.", but "B. No doub
 
 
 def comparable(text):
-    """`text` as options are compared: no case, last full stop, or mark of an index or thousands."""
-    line = re.sub(r"_|(?<=\d),(?=\d{3}(?!\d))", "", plain(text).replace("\n", " "))
+    """Plain `text` as options are compared: no case, last full stop, mark of index or thousands."""
+    line = re.sub(r"_|(?<=\d),(?=\d{3}(?!\d))", "", text.replace("\n", " "))
     return line.casefold().rstrip(". ") or text
 
 
-def named_by_text(text, bodies):
-    """The letter of the option whose own text `text` is; None when it is no option's text.
+def named_by_text(text, spelled, bodies):
+    """The letter of the option whose own text the plain `text` is; None when it is no option's.
 
     "" when several options have this text, or a letter beside it is another option's. Of texts
     that end alike ("cat", "the cat") the longest is meant; of texts that differ only in dress or
-    case ("mg", "Mg") the one that stands there letter for letter.
+    case ("mg", "Mg") the one that stands letter for letter in `spelled`, the text as it was.
     """
     line, fits = comparable(text), {}  # (length, exact length) -> letters, "" for a contradiction
     for letter, body in bodies.items():
-        before, found, _ = line.rpartition(comparable(body)) if body else ("", "", "")
+        before, found, _ = line.rpartition(comparable(plain(body))) if body else ("", "", "")
         around = BEFORE.fullmatch(before), AFTER.fullmatch(line, len(before + found))
         signed = before.rstrip().endswith(("-", "+", "<", ">")) and found[:1].isdigit()
         if found and all(around) and not signed:  # "- 5" may be -5
             agrees = {match["letter"] for match in around} <= {None, letter.lower()}
-            fit = len(found), len(body) if body in text else 0
+            fit = len(found), len(body) if body in spelled else 0
             fits.setdefault(fit, set()).add(letter if agrees else "")
     if not fits:
         return None
@@ -200,8 +200,8 @@ def choice_letter(text, options=()):
         match = OPTION.match(option)
         letter, body = match.groups() if match else (chr(ord("A") + position), option)
         bodies[letter.upper()] = body
-    named = named_by_text(text, bodies)
-    match = CHOICE.fullmatch(plain(text))
+    line = plain(text)
+    named, match = named_by_text(line, text, bodies), CHOICE.fullmatch(line)
     letter = match["letter"].upper() if match else ""
     alone = letter in bodies and match["rest"] is None
     if named == "" or named and not alone:  # "right (A)", where "right" is B, is no letter
@@ -213,7 +213,7 @@ def choice_letter(text, options=()):
     if bodies:
         second &= bodies.keys()  # "B. 5 m" is not a second letter
     doubt = second or VERDICT.match(rest) or rest.endswith("?")
-    return "" if doubt or named_by_text(rest, bodies) not in (None, letter) else letter
+    return "" if doubt or named_by_text(rest, rest, bodies) not in (None, letter) else letter
 
 
 def multiple_choice(predicted, truth, options=()):
