@@ -22,6 +22,7 @@ import re
 import unicodedata
 from decimal import ROUND_HALF_EVEN, Context, Decimal
 from functools import lru_cache
+from string import ascii_uppercase
 from types import SimpleNamespace
 
 import jiwer
@@ -74,8 +75,7 @@ def format_reward(response):
 
 # ------------------------------------------------------------------------------ spelling
 
-# A letter has at most 30 marks in Unicode's Stream-Safe Text Format (UAX 15). Without a limit,
-# unicodedata takes 10 s to sort 100,000 marks.
+# a letter has at most 30 marks (UAX 15); without a limit, unicodedata takes 10 s to sort 100,000
 MARKS = regex.compile(r"(\p{M}{30})\p{M}+")
 INVISIBLE = regex.compile(r"\p{Cf}")  # byte order mark, zero-width space, soft hyphen ...
 EXPONENT, INDEX = re.compile("[⁰¹²³⁴-⁹⁺⁻ⁿ]+"), re.compile("[₀-₉]+")
@@ -142,9 +142,8 @@ CHOICE = re.compile(
     re.IGNORECASE | re.DOTALL | re.ASCII)  # ASCII: "ı" is no "I"
 # what may stand around an option's text: "B. ", "The answer is: "; ")", " (B)", ", option B"
 BEFORE = re.compile(LEAD_IN + r"(?:(?P<letter>[a-z])[ .,;:=)(\[\]>】」、|-]+)?", re.ASCII)
-AFTER = re.compile(  # a one-letter text may be the answer's letter: "A - C" names two options
-    rf"{END}|(?<!\b[a-z])(?:[.,;:] | -+>? |[.,;:]? ?[(\[]){LEAD_IN}(?P<letter>[a-z]){END}",
-    re.ASCII)
+AFTER = re.compile(  # a text of one letter may be an answer: "A - C" names two options
+    rf"{END}|(?<!\b[a-z])(?:[.,;:] | -+>? |[.,;:]? ?[(\[]){LEAD_IN}(?P<letter>[a-z]){END}", re.A)
 SECOND = re.compile(r"""(?<![\w'-])([A-Za-z])(?:
     (?=[^\w '-]|$|\ (?:is|was|or|and)\b)       # "c) text", "or c", "A is right"
     |(?<=[B-HJ-Z])(?![\w'-]))                  # any capital, but "A" and "I" are words
@@ -209,9 +208,8 @@ def choice_letter(text, options=()):
     if not match or (bodies and letter not in bodies):
         return ""
     rest = (match["rest"] or "").lstrip().removeprefix(plain(bodies.get(letter, "")))
-    second = {found.upper() for found in SECOND.findall(rest)} - {letter}
-    if bodies:
-        second &= bodies.keys()  # "B. 5 m" is not a second letter
+    letters = set(bodies or ascii_uppercase) - {letter}  # the "m" of "B. 5 m" is none of A to D
+    second = letters & {found.upper() for found in SECOND.findall(rest)}
     doubt = second or VERDICT.match(rest) or rest.endswith("?")
     return "" if doubt or named_by_text(rest, rest, bodies) not in (None, letter) else letter
 
@@ -280,9 +278,8 @@ def parse_number(text):
         return None
     if match["top"]:
         part = float(match["top"]) / (float(match["bottom"]) or math.nan)
-        if match["whole"] and part >= 1:  # "1 3/2"
-            return None
-        value = float(match["whole"] or 0) + part
+        proper = part < 1 or not match["whole"]  # "1 3/2" is no number
+        value = float(match["whole"] or 0) + part if proper else math.nan
     else:
         digits = re.sub("[, ']", "", match["digits"] or "1")  # "10^3" is 1e3
         value = float(f"{digits}e{match['exponent'] or match['power'] or 0}")
