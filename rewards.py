@@ -142,8 +142,8 @@ CHOICE = re.compile(
     re.IGNORECASE | re.DOTALL | re.ASCII)  # ASCII: "ı" is no "I"
 # what may stand around an option's text: "B. ", "The answer is: "; ")", " (B)", ", option B"
 BEFORE = re.compile(LEAD_IN + r"(?:(?P<letter>[a-z])[ .,;:=)(\[\]>】」、|-]+)?", re.ASCII)
-AFTER = re.compile(  # a text of one letter may be an answer: "A - C" names two options
-    rf"{END}|(?<!\b[a-z])(?:[.,;:] | -+>? |[.,;:]? ?[(\[]){LEAD_IN}(?P<letter>[a-z]){END}", re.A)
+AFTER = re.compile(
+    rf"{END}|(?:[.,;:] | -+>? |[.,;:]? ?[(\[]){LEAD_IN}(?P<letter>[a-z]){END}", re.A)
 SECOND = re.compile(r"""(?<![\w'-])([A-Za-z])(?:
     (?=[^\w '-]|$|\ (?:is|was|or|and)\b)       # "c) text", "or c", "A is right"
     |(?<=[B-HJ-Z])(?![\w'-]))                  # any capital, but "A" and "I" are words
@@ -169,11 +169,13 @@ def named_by_text(text, spelled, bodies):
     """
     line, fits = comparable(text), {}  # (length, exact length) -> letters, "" for a contradiction
     for letter, body in bodies.items():
-        before, found, _ = line.rpartition(comparable(plain(body))) if body else ("", "", "")
-        around = BEFORE.fullmatch(before), AFTER.fullmatch(line, len(before + found))
+        before, found, after = line.rpartition(comparable(plain(body))) if body else ("", "", "")
+        around = BEFORE.fullmatch(before), AFTER.fullmatch(after)
         signed = before.rstrip().endswith(("-", "+", "<", ">")) and found[:1].isdigit()
         if found and all(around) and not signed:  # "- 5" may be -5
             agrees = {match["letter"] for match in around} <= {None, letter.lower()}
+            if re.fullmatch("[a-z]", found) and around[1]["letter"]:
+                agrees = False  # "A - C" names two options, even if the text of C is "A"
             fit = len(found), len(body) if body in spelled else 0
             fits.setdefault(fit, set()).add(letter if agrees else "")
     if not fits:
