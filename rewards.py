@@ -22,6 +22,7 @@ import re
 import unicodedata
 from decimal import ROUND_HALF_EVEN, Context, Decimal
 from functools import lru_cache
+from string import ascii_uppercase
 from types import SimpleNamespace
 
 import jiwer
@@ -74,8 +75,7 @@ def format_reward(response):
 
 # ------------------------------------------------------------------------------ spelling
 
-# A letter has at most 30 marks in Unicode's Stream-Safe Text Format (UAX 15). Without a limit,
-# unicodedata takes 10 s to sort 100,000 marks.
+# a letter has at most 30 marks (UAX 15); without a limit, unicodedata takes 10 s to sort 100,000
 MARKS = regex.compile(r"(\p{M}{30})\p{M}+")
 INVISIBLE = regex.compile(r"\p{Cf}")  # byte order mark, zero-width space, soft hyphen ...
 EXPONENT, INDEX = re.compile("[⁰¹²³⁴-⁹⁺⁻ⁿ]+"), re.compile("[₀-₉]+")
@@ -84,7 +84,7 @@ CHARACTERS = (  # what NFKC leaves apart
     dict.fromkeys(map(ord, "−–—―‐‑‒˗"), "-") | dict.fromkeys(map(ord, "·⋅∙"), "×")
     | dict.fromkeys(map(ord, "⁄∕÷"), "/") | dict.fromkeys(map(ord, "‘’′"), "'")
     | str.maketrans({"：": ": ", "。": ". ", "٬": ",", "٫": ".", "º": "°", "→": "->", "\t": "\n",
-                     "ﷺ": "\ufffd"}))  # NFKC would make it 18 characters
+                     "ﷺ": "\ufffd", "ﷻ": "\ufffd"}))  # NFKC would make them 18 characters and 8
 ARGUMENT = r" ?(?:\{[{ ]*([-+]?[\d.]+)[} ]*\}|(\d))"  # "{12}", or "1"
 MARKER = "*_`'\"“”„«»‹›"  # of emphasis, or quotes: "**B**:", but neither "2*3", "f'(x)" nor "x_1"
 SPELLINGS = [(re.compile(pattern), spelling) for pattern, spelling in (
@@ -142,9 +142,8 @@ CHOICE = re.compile(
     re.IGNORECASE | re.DOTALL | re.ASCII)  # ASCII: "ı" is no "I"
 # what may stand around an option's text: "B. ", "The answer is: "; ")", " (B)", ", option B"
 BEFORE = re.compile(LEAD_IN + r"(?:(?P<letter>[a-z])[ .,;:=)(\[\]>】」、|-]+)?", re.ASCII)
-AFTER = re.compile(  # a one-letter text may be the answer's letter: "A - C" names two options
-    rf"{END}|(?<!\b[a-z])(?:[.,;:] | -+>? |[.,;:]? ?[(\[]){LEAD_IN}(?P<letter>[a-z]){END}",
-    re.ASCII)
+AFTER = re.compile(
+    rf"{END}|(?:[.,;:] | -+>? |[.,;:]? ?[(\[]){LEAD_IN}(?P<letter>[a-z]){END}", re.A)
 SECOND = re.compile(r"""(?<![\w'-])([A-Za-z])(?:
     (?=[^\w '-]|$|\ (?:is|was|or|and)\b)       # "c) text", "or c", "A is right"
     |(?<=[B-HJ-Z])(?![\w'-]))                  # any capital, but "A" and "I" are words
@@ -156,26 +155,28 @@ VERDICT = re.compile(  # "B) is wrong", "B. Not sure", "B. No.", but "B. No doub
 
 
 def comparable(text):
-    """`text` as options are compared: no case, last full stop, or mark of an index or thousands."""
-    line = re.sub(r"_|(?<=\d),(?=\d{3}(?!\d))", "", plain(text).replace("\n", " "))
+    """Plain `text` as options are compared: no case, last full stop, mark of index or thousands."""
+    line = re.sub(r"_|(?<=\d),(?=\d{3}(?!\d))", "", text.replace("\n", " "))
     return line.casefold().rstrip(". ") or text
 
 
-def named_by_text(text, bodies):
-    """The letter of the option whose own text `text` is; None when it is no option's text.
+def named_by_text(text, spelled, bodies):
+    """The letter of the option whose own text the plain `text` is; None when it is no option's.
 
     "" when several options have this text, or a letter beside it is another option's. Of texts
     that end alike ("cat", "the cat") the longest is meant; of texts that differ only in dress or
-    case ("mg", "Mg") the one that stands there letter for letter.
+    case ("mg", "Mg") the one that stands letter for letter in `spelled`, the text as it was.
     """
     line, fits = comparable(text), {}  # (length, exact length) -> letters, "" for a contradiction
     for letter, body in bodies.items():
-        before, found, _ = line.rpartition(comparable(body)) if body else ("", "", "")
-        around = BEFORE.fullmatch(before), AFTER.fullmatch(line, len(before + found))
+        before, found, after = line.rpartition(comparable(plain(body))) if body else ("", "", "")
+        around = BEFORE.fullmatch(before), AFTER.fullmatch(after)
         signed = before.rstrip().endswith(("-", "+", "<", ">")) and found[:1].isdigit()
         if found and all(around) and not signed:  # "- 5" may be -5
             agrees = {match["letter"] for match in around} <= {None, letter.lower()}
-            fit = len(found), len(body) if body in text else 0
+            if re.fullmatch("[a-z]", found) and around[1]["letter"]:
+                agrees = False  # "A - C" names two options, even if the text of C is "A"
+            fit = len(found), len(body) if body in spelled else 0
             fits.setdefault(fit, set()).add(letter if agrees else "")
     if not fits:
         return None
@@ -200,8 +201,8 @@ def choice_letter(text, options=()):
         match = OPTION.match(option)
         letter, body = match.groups() if match else (chr(ord("A") + position), option)
         bodies[letter.upper()] = body
-    named = named_by_text(text, bodies)
-    match = CHOICE.fullmatch(plain(text))
+    line = plain(text)
+    named, match = named_by_text(line, text, bodies), CHOICE.fullmatch(line)
     letter = match["letter"].upper() if match else ""
     alone = letter in bodies and match["rest"] is None
     if named == "" or named and not alone:  # "right (A)", where "right" is B, is no letter
@@ -209,11 +210,10 @@ def choice_letter(text, options=()):
     if not match or (bodies and letter not in bodies):
         return ""
     rest = (match["rest"] or "").lstrip().removeprefix(plain(bodies.get(letter, "")))
-    second = {found.upper() for found in SECOND.findall(rest)} - {letter}
-    if bodies:
-        second &= bodies.keys()  # "B. 5 m" is not a second letter
+    letters = set(bodies or ascii_uppercase) - {letter}  # the "m" of "B. 5 m" is none of A to D
+    second = letters & {found.upper() for found in SECOND.findall(rest)}
     doubt = second or VERDICT.match(rest) or rest.endswith("?")
-    return "" if doubt or named_by_text(rest, bodies) not in (None, letter) else letter
+    return "" if doubt or named_by_text(rest, rest, bodies) not in (None, letter) else letter
 
 
 def multiple_choice(predicted, truth, options=()):
@@ -280,9 +280,8 @@ def parse_number(text):
         return None
     if match["top"]:
         part = float(match["top"]) / (float(match["bottom"]) or math.nan)
-        if match["whole"] and part >= 1:  # "1 3/2"
-            return None
-        value = float(match["whole"] or 0) + part
+        proper = part < 1 or not match["whole"]  # "1 3/2" is no number
+        value = float(match["whole"] or 0) + part if proper else math.nan
     else:
         digits = re.sub("[, ']", "", match["digits"] or "1")  # "10^3" is 1e3
         value = float(f"{digits}e{match['exponent'] or match['power'] or 0}")

@@ -203,19 +203,22 @@ def test_an_options_text_glued_to_its_letter_or_an_empty_option_means_nothing():
 
 
 def test_letters_and_texts_are_read_in_any_alphabet_of_unicode_and_markdown():
-    for text in ("𝐁", "𝑩", "𝗕", "𝖡", "𝙱", "Ⓑ", "⒝", "Ｂ", "- B", "* B", "> B", "# B", "- **B**", "| B |",
+    for text in ("𝐁", "𝑩", "𝗕", "𝖡", "𝙱", "Ⓑ", "⒝", "Ｂ", "- B", "* B", "> B", "# B", "- **B**",
+                 "| B |",
                  "- B. a dog", "<strong>B</strong>", "B<br>", "-> B", "→ B", "Answer - B",
                  "Answer — B", "Answer → B", "Option-B", "option_B", "a dog - B", "a dog: B",
                  "a dog, option B"):
         assert rewards.choice_letter(text, OPTIONS) == "B", text
-    for text in ("A - B", "A -> B", "| A | B |", "cat - B", "cat, option B", "<del>B</del>", "~~B~~",
+    for text in ("A - B", "A -> B", "| A | B |", "cat - B", "cat, option B", "<del>B</del>",
+                 "~~B~~",
                  "\\neg B", "B) It's the cat", "Hepatitis B"):
         assert rewards.choice_letter(text, OPTIONS + ["E. the cat"]) == "", text
 
 
 def test_an_options_text_may_be_spelt_with_other_signs():
     for options, text, letter in (
-            (["A. 0.5", "B. 5", "C. 50%"], "50 \\%", "C"), (["A. 90°", "B. 45°"], "45^{\\circ}", "B"),
+            (["A. 0.5", "B. 5", "C. 50%"], "50 \\%", "C"), (["A. 90°", "B. 45°"], "45^{\\circ}",
+            "B"),
             (["A. $\\frac{1}{2}$", "B. 2"], "½", "A"), (["A. x", "B. x^{3}", "C. x3"], "x³", "B"),
             (["A. H₂O", "B. CO₂"], "H2O", "A"), (["A. r → b", "B. b → r"], "r -> b", "A"),
             (["A. 2,000", "B. 20,000"], "2000", "A"), (["A. 2,000", "B. 2000"], "2000", "B"),
@@ -272,7 +275,8 @@ def test_a_truth_that_means_nothing_is_never_matched():
     ("2\\frac{1}{2}", 2.5), ("$3\\tfrac{1}{4}$", 3.25), ("{7 \\over 3}", 7 / 3),
     ("\\frac12", 0.5), ("\\frac1{2}", 0.5), ("\\frac{1}2", 0.5), ("\\frac 1 2", 0.5),
     ("-\\cfrac{ 1 }{2}", -0.5), ("\\frac{\\text{1}}{2}", 0.5), ("\\boxed{\\frac{10}{4}}", 2.5),
-    ("\\boxed{5}", 5), ("$5$", 5), ("**5**", 5), ("_5_", 5), ("__5 cm__", 5), ("*5*", 5), ("“5”", 5),
+    ("\\boxed{5}", 5), ("$5$", 5), ("**5**", 5), ("_5_", 5), ("__5 cm__", 5), ("*5*", 5), ("“5”",
+    5),
     ("<b>5</b>", 5), ("<strong>5</strong>", 5), ("\\(5\\)", 5), ("`5`", 5), ("$x_1 = 5$", 5),
     ("The answer is 5.", 5), ("The answer is: **5**", 5), ("Answer: 5", 5), ("Answer:\n5", 5),
     ("Answer - 5", 5), ("Height – 1.8 m", 1.8), ("Number of chairs — 4", 4), ("x = 5", 5),
@@ -305,8 +309,10 @@ def test_a_number_is_read_by_its_value(text, value):
     "5²", "5₂", "10²³", "2^{10}", "10^{2}3", "10^x", "√2", "\\sqrt{2}", "2π", "2pi", "2\\pi", "5!",
     "5 ± 1", "±5", "+-5", "--5", "\\pm 2021", "$\\pm 5$", "\\mp 3", "\\boxed{\\pm 2}", "|-5|",
     "\\lfloor 2.7 \\rfloor", "\\binom{5}{2}", "square root of 16", "one third of 9", "a third of 9",
-    "half of 5", "2/3 of 9", "10% of 50", "twice 4", "double 5", "2 cubed", "5 squared", "5 factorial",
-    "2 hundred", "5 million", "5k", "5 K", "3 dozen", "2 dozens", "3 thirds", "3 quarters", "5 halves",
+    "half of 5", "2/3 of 9", "10% of 50", "twice 4", "double 5", "2 cubed", "5 squared",
+    "5 factorial",
+    "2 hundred", "5 million", "5k", "5 K", "3 dozen", "2 dozens", "3 thirds", "3 quarters",
+    "5 halves",
     "half past 5", "arctan 1", "arcsin(0.5)", "sec 60", "exp(2)", "log 5", "\\ln 5", "sin 5", "5万",
     "5倍", "第5", "5个半", "2 + 3 = 5", "5 = 2 + 3", "2 + 3", "2 + 3 =", "60 s = 1 min",
     # a formula
