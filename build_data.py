@@ -382,13 +382,8 @@ def load_records(path, media_root=None) -> list[dict]:
 def frames_as_video(row) -> dict:
     """The fields of MVBench's released rows of data_type "frame", which are folders of frames.
     Other released rows' start and end are not used, as in the paper's code."""
-    return {"data_type": "video", "video_fps": row.get("fps") or FRAMES_FPS} | seconds_of(row)
-
-
-def seconds_of(row) -> dict:
-    """The clip's fields of a record, if its release has "start" and "end" in seconds."""
-    return {f"video_{end}": float(row[end]) for end in ("start", "end")
-            if row.get(end) is not None}
+    return {"data_type": "video", "video_fps": row.get("fps") or FRAMES_FPS,
+            "video_start": row.get("start"), "video_end": row.get("end")}
 
 
 def plain_texts(record) -> dict:
@@ -1700,6 +1695,12 @@ def from_star(row, path):
                 options, **seconds_of(row))
 
 
+def seconds_of(row):
+    """The clip's fields of a record whose release has "start" and "end" in seconds."""
+    return {f"video_{end}": float(row[end]) for end in ("start", "end")
+            if row.get(end) is not None}
+
+
 def from_scienceqa(row, path):
     """ScienceQA's training questions that have a picture: {"7": {"question": "Which is it?",
     "choices": ["cat", "dog"], "answer": 1, "hint": "Look.", "image": "image.png", "split":
@@ -1744,8 +1745,8 @@ def from_chartqa(row, path):
 
 @lru_cache(maxsize=1)
 def benchmark_facts():
-    """assets/benchmarks.json: each benchmark's title and size, where its release keeps questions
-    (patterns below its folder; the first that finds files counts), tasks, subjects and folders."""
+    """assets/benchmarks.json: each benchmark's title and size, the patterns of its release's files
+    of questions (the first that finds some counts), its tasks, subjects and media folders."""
     return read_file(ASSETS / "benchmarks.json")
 
 
@@ -1854,7 +1855,6 @@ def from_tempcompass(row, path):
                     texts.values(), part=task, groups={"task": task, "dimension": row["dim"]})
 
 
-VIDEOMME_GROUPS = ("duration", "domain", "sub_category", "task_type")
 YOUTUBE_ID = re.compile(r"(?:v=|/)([\w-]{11})(?:[?&].*)?$")
 
 
@@ -1868,7 +1868,7 @@ def from_videomme(row, path):
         name = question.get("videoID") or YOUTUBE_ID.search(question["url"])[1]
         yield draft(f"data/{name}.mp4", question["question"], question["answer"],
                     option_texts(question["options"]), problem_id=question["question_id"],
-                    groups={key: question[key] for key in VIDEOMME_GROUPS})
+                    groups={key: question[key] for key in benchmark_facts()["videomme"]["groups"]})
 
 
 TVBENCH_CLIPS = ("action_localization", "action_sequence")  # about a part of their videos
@@ -2016,32 +2016,30 @@ def convert(args):
     title, release = facts.get("title", args.name), path if path.is_dir() else path.parent
     files, records = [path], []
     if path.is_dir():
-        patterns = facts.get("files", ())
+        patterns = facts.get("files", ["known file"])
         files = next(filter(None, (sorted(path.glob(pattern)) for pattern in patterns)), [])
         if not files:
-            raise InputError(f"{path} has no {' or '.join(patterns) or 'known file'} of {title}: "
-                             "give the file of its questions")
+            raise InputError(f"{path} has no {' or '.join(patterns)} of {title}: give the file of "
+                             "its questions")
+    root = args.media_root or release
     entry = {"source": title, "problem_type": CONVERTED_TYPES,
-             "media": os.path.relpath(release, args.media_root or release)}
+             "media": os.path.relpath(release, root)}
     make_folder_of(args.out)
     for file in files:
         before = len(records)
         try:
-            for found in chain.from_iterable(CONVERTERS[args.name](row, file)
-                                             for row in release_rows(file)):
-                name = found.get("problem_id", f"{found.get('part')}/{len(records) - before}")
-                question = f"question {name} (answer {found['answer']!r}): "
-                records.append({"problem_id": name} | make_record(found, entry))
-        except InputError:
+            for row in release_rows(file):
+                for found in CONVERTERS[args.name](row, file):
+                    name = f"{found.get('part') or file.stem}/{len(records) - before}"
+                    records.append({"problem_id": found.get("problem_id", name)}
+                                   | make_record(found, entry))
+        except InputError:  # a ValueError too, but it says already what is wrong
             raise
-        except Dropped as reason:
-            raise InputError(f"{file} is not as {title} is released: {question}{reason}") from None
-        except MALFORMED as error:
+        except (*MALFORMED, Dropped) as error:
             raise InputError(f"{file} is not as {title} is released: {error!r}, after "
                              f"{len(records)} questions") from None
     write_whole({args.out: json_list(map(json.dumps, records))})
-    print(f"{args.out}: {len(records):,} records; their paths are relative to "
-          f"{args.media_root or release}, --media_root of evaluate.py unless the file lies there")
+    print(f"{args.out}: {len(records):,} records; paths in it are relative to {root}")
 
 
 # ------------------------------------------------- mix: from sources to a file of records
@@ -2157,8 +2155,7 @@ def candidates_of(entry, root, is_excluded, seen, counts):
                 try:
                     record = make_record(found, entry, path.parent.name)
                     key = question_key(record)
-                    if len({option.casefold() for option in found["options"]}) < len(
-                            found["options"]):
+                    if len(set(key[2:])) < len(key[2:]):
                         raise Dropped("options are equal")
                     if is_excluded(record["path"]):
                         raise Dropped("medium of a benchmark")

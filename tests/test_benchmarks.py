@@ -177,7 +177,8 @@ RELEASES = {  # claim -> benchmark, its release's files, fields of every record 
             "path": "./video/action_sequence/clip_12.mp4", "solution": "<answer>A</answer>",
             "options": ["A. He sits.", "B. He stands."], "groups": {"task": "action_sequence"},
             "video_start": 3.2, "video_end": 11.0},
-        "object_count/0": {"solution": "<answer>B</answer>", "path": "./video/object_count/v.mp4"}}),
+        "object_count/0": {"solution": "<answer>B</answer>",
+                           "path": "./video/object_count/v.mp4"}}),
     "tomato_is_keyed_by_file_and_number": ("tomato", {
         "data/direction.json": {"4": tomato_row(1, "0999-01", "human", "direction")},
         "data/shape&trend.json": {"4": tomato_row(6, "0209-04", "simulated", "shape&trend")}}, {
@@ -428,12 +429,12 @@ def test_a_folder_without_frames_or_rate_costs_its_record(tmp_path):
      "TypeError.*after 0 questions"),
     ("tvbench", "episodic_reasoning.json", [{}], "none of action_antonym, "),
     ("tomato", "count.json", {"0": tomato_row(7, "1", "human", "count")},
-     "question count/0 .answer 'H'.: answer is not one of the options"),
+     "answer is not one of the options.*after 0 questions"),
     ("tomato", "count.json", {"0": {"question": "?"}}, "KeyError.'demonstration_type'"),
     ("vinoground", "vinoground_textscore.json", [vinoground_row("12", "text", "A")],
      "question 12 is not <pair>_pos"),
     ("vinoground", "vinoground_textscore.json", [vinoground_row("1_pos", "text", "C")],
-     "answer 'C'.: answer is not one of the options"),
+     "answer is not one of the options"),
     ("vinoground", "vinoground_textscore.json", [
         {**vinoground_row("1_pos", "text", "A"), "question": "Which?\nA) x\nB) y"}],
      "question 1_pos is not .* with options A. and B."),
@@ -661,7 +662,7 @@ def evaluated(toy, mmvu, output, *more):
     given[given.index("--benchmark") + 1] = f"mmvu={mmvu}/records.json"
     del given[given.index("--media_root"):given.index("--media_root") + 2]
     main(*given)
-    order = evaluate.parse_args(given).order
+    order = evaluate.parse_args(given).order[-1]
     return json.loads((output / f"mmvu_8_{order}.json").read_text())
 
 

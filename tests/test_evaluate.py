@@ -44,7 +44,7 @@ def run(toy, output, *more, data=None):
     """Runs in this process; returns the rows by problem_id and the whole result."""
     given = flags(toy, output, *more, data=data)
     main(*given)
-    order = evaluate.parse_args(given).order
+    order = evaluate.parse_args(given).order[-1]
     result = json.loads((Path(output) / f"toy_8_{order}.json").read_text())
     return {row["problem_id"]: row for row in result["rows"]}, result
 
@@ -210,8 +210,8 @@ def test_prompts_of_all_orders_differ_in_pixels_alone(toy):
     processor = build_data.load_processor(args)
     record = next(r for r in records if r["data_source"] == "toy/direction_agree")
     encoded = {}
-    for args.order in evaluate.ORDERS:
-        encoded[args.order] = evaluate.prompt_of(processor, args, record)["inputs"]
+    for order in evaluate.ORDERS:
+        encoded[order] = evaluate.prompt_of(processor, args, order, record)["inputs"]
     for order in evaluate.ORDERS[1:]:
         for key, value in encoded["ordered"].items():
             assert torch.equal(value, encoded[order][key]) == (key != "pixel_values_videos")
@@ -233,7 +233,7 @@ def test_a_padded_batch_of_videos_and_images_is_answered_like_one_by_one(toy):
         for parameter in model.model.parameters():
             parameter.mul_(2 if parameter.ndim > 1 else 1)
     args.max_frames = 8
-    samples = [evaluate.prompt_of(processor, args, record)
+    samples = [evaluate.prompt_of(processor, args, "ordered", record)
                for record in load_records(toy / "test.json")[:12]]
     assert len({sample["inputs"]["input_ids"].shape[1] for sample in samples}) > 1
     assert {sample["record"]["data_type"] for sample in samples} == {"image", "video"}
@@ -258,7 +258,7 @@ def test_vision_tokens_are_not_sampled_and_draws_repeat_with_the_seed(toy):
     model = annotate.load_answering_model(args, processor.tokenizer, torch.device("cpu"))
     assert model.generation_config.top_k == 0  # a default of 50 would cut the distribution
     args.max_frames = 8
-    samples = [evaluate.prompt_of(processor, args, record)
+    samples = [evaluate.prompt_of(processor, args, "ordered", record)
                for record in load_records(toy / "test.json")[:8]]
     first = responses(model, samples, 0)
     assert first == responses(model, samples, 0) != responses(model, samples, 1)
@@ -369,6 +369,21 @@ def test_another_order_beside_ordered_gives_the_paired_drop(toy, tmp_path, capsy
                 if row["problem_id"] in ordered]
     assert drop["mean"] == pytest.approx(sum(expected) / 12) and 0.5 < drop["mean"] <= 1
     assert drop["low"] <= drop["mean"] <= drop["high"] and "drop" in capsys.readouterr().out
+
+
+def test_several_orders_in_one_run_load_the_model_once_and_end_with_their_gap(
+        toy, uninterrupted, tmp_path, capsys, monkeypatch):
+    loaded, load = [], annotate.load_answering_model
+    monkeypatch.setattr(annotate, "load_answering_model",
+                        lambda *given: loaded.append(1) or load(*given))
+    main(*flags(toy, tmp_path, "--batch_size", 4, "--order", "shuffled", "ordered"))
+    assert len(loaded) == 1
+    ordered, shuffled = (json.loads((tmp_path / f"toy_8_{order}.json").read_text())
+                         for order in ("ordered", "shuffled"))
+    assert {row["problem_id"]: row for row in ordered["rows"]} == uninterrupted[0]
+    assert shuffled["order"] == "shuffled" and shuffled["scores"]["all"]["drop"]["n"] == 24
+    *_, last = capsys.readouterr().out.split("| toy_8")
+    assert last.startswith(": score, %") and "| ordered" in last and "| gap" in last
 
 
 def test_a_table_names_its_model_its_order_and_its_groups_as_the_readme_does(
