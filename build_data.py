@@ -2013,17 +2013,19 @@ def make_record(found, entry, folder="") -> dict:
 def convert(args):
     """Writes the questions of a benchmark's own release as records: all of them, or none."""
     path, facts = Path(args.path), benchmark_facts().get(args.name, {})
-    title, release = facts.get("title", args.name), path if path.is_dir() else path.parent
-    files, records = [path], []
-    if path.is_dir():
-        patterns = facts.get("files", ["known file"])
-        files = next(filter(None, (sorted(path.glob(pattern)) for pattern in patterns)), [])
-        if not files:
-            raise InputError(f"{path} has no {' or '.join(patterns)} of {title}: give the file of "
-                             "its questions")
-    root = args.media_root or release
-    entry = {"source": title, "problem_type": CONVERTED_TYPES,
-             "media": os.path.relpath(release, root)}
+    title, patterns = facts.get("title", args.name), facts.get("files", ["known file"])
+    release = path if path.is_dir() else path.parent
+    root, files, records = args.media_root or release, [path], []
+    if path.is_dir():  # an earlier --out may lie there
+        found = ({*path.glob(pattern)} - {Path(args.out)} for pattern in patterns)
+        files = sorted(next(filter(None, found), ()))
+    if not files:
+        raise InputError(f"{path} has no {' or '.join(patterns)} of {title}: give the file of its "
+                         "questions")
+    media = os.path.relpath(release, root)
+    if media.startswith(".."):
+        raise InputError(f"--media_root {root} is no folder above {release}")
+    entry = {"source": title, "problem_type": CONVERTED_TYPES, "media": media}
     make_folder_of(args.out)
     for file in files:
         before = len(records)

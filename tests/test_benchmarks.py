@@ -17,7 +17,7 @@ import annotate
 import build_data
 import evaluate
 from build_data import InputError, MediaError, build_messages, load_vision, write_video
-from test_evaluate import SHARED, flags, main
+from test_evaluate import SHARED, flags, launch, main
 
 LIMITS = {"max_frames": 8, "min_frames": 4, "fps": 2, "min_pixels": 784, "max_pixels": 784}
 
@@ -332,6 +332,23 @@ def test_the_samples_of_real_releases_are_read(name, release, expected, tmp_path
         key: f"<answer>{letter}</answer>" for key, letter in expected.items()}
     if name == "tempcompass":
         assert len(records["multi-choice/0"]["options"]) == 4
+
+
+def test_a_converted_release_lies_in_its_folder_or_has_paths_below_a_folder_above(tmp_path):
+    put(tmp_path / "data/VideoMMMU/perception.json",
+        {"0": videommmu_row("dev_Biology_3", ["up", "down"], "A")})
+    folder, command = tmp_path / "data/VideoMMMU", ("build_data.py", "convert", "videommmu")
+    launch(*command, folder, "--out", tmp_path / "data/v.json", "--media_root", tmp_path / "data")
+    for _ in range(2):  # the second finds the first's file among the release's
+        done = launch(*command, folder, "--out", folder / "all.json")
+    assert done.stdout == f"{folder}/all.json: 1 records; paths in it are relative to {folder}\n"
+    for file, path in ((folder / "all.json", "./Science/dev_Biology_3.mp4"),
+                       (tmp_path / "data/v.json", "./VideoMMMU/Science/dev_Biology_3.mp4")):
+        record, = read("videommmu", file).values()
+        assert record["path"] == path and record["data_source"] == "VideoMMMU/perception"
+        assert record["media_path"] == f"{folder}/Science/dev_Biology_3.mp4"
+    with pytest.raises(InputError, match="--media_root .*/elsewhere is no folder above"):
+        converted("videommmu", folder, tmp_path / "a.json", "--media_root", f"{tmp_path}/elsewhere")
 
 
 def test_an_unknown_subject_of_videommmu_is_named(tmp_path):
