@@ -339,7 +339,7 @@ SPECIAL_TOKEN = re.compile(r"<\|(\w+)\|>")
 SOLUTION = re.compile(r"\s*<answer>(?:(?!</?answer>).)*</answer>\s*", re.DOTALL)
 SURELY_TEXT = 100  # characters of a free-form solution, which then has a word in it
 # An option's letter, "A", "(A" or "Option A", and what sets it apart from the text: ".", ")", "、"
-LETTER = r"(?:(?:option|choice|选项)[ _]?)?[(（\[【]?([A-ZＡ-Ｚ])"
+LETTER = r"(?:(?i:option|choice|选项)[ _]?)?[(（\[【]?([A-ZＡ-Ｚ])"
 AFTER_LETTER = r"[.):\]．）：】、]+"
 OPTION_MARK = re.compile(  # of an option that stands alone; or a number: "1. "
     rf"\s*(?:{LETTER}(?:{AFTER_LETTER}|\s+[-–—]\s)|[(（]?(\d+)[.):）、]+\s)\s*", re.IGNORECASE)
@@ -474,7 +474,7 @@ def record_problem(record) -> str | None:
 
 
 def refuse_absent_media(path, records):
-    """InputError where not one record's medium is there: told before any model is loaded."""
+    """Raises InputError if not one record's file exists, before any model is loaded."""
     if not any(os.path.exists(record["media_path"]) for record in records):
         raise InputError(f"{path}: none of its media is there, the first would be "
                          f"{records[0]['media_path']}; give their folder as --media_root")
@@ -1509,9 +1509,9 @@ HINT = re.compile(
     r"(?im)^[ \t]*(?:hint|reference ocr token):.*$|(?<=[.?!\n])[ \t]*(?:answer:[ \t]*"
     r"|(?:please )?(?:answer|respond|provide|select|choose|give)\b[^\n]{0,200}\b"
     r"(?:letter|options?|choices|single word or phrase|short|directly|multiple-choice)\b[^\n]*)$")
-# Options begin at such marks, all at the start of a line or all within one
+# Options begin at such marks, at the start of lines or, if capital, anywhere
 LINE_MARK = re.compile(rf"^[ \t*•-]*{LETTER}{AFTER_LETTER}[*]*\s*", re.MULTILINE | re.IGNORECASE)
-INLINE_MARK = re.compile(rf"(?<![^\s:：;；,，?？。]){LETTER}{AFTER_LETTER}\s*", re.IGNORECASE)
+INLINE_MARK = re.compile(rf"(?<![^\s:：;；,，?？。]){LETTER}{AFTER_LETTER}\s*")
 # What stands between options in one line: "A: a cat, B: a dog or C: a hat"
 SEPARATOR = re.compile(r"[,，;；、](?:\s*(?:and|or))?$|\s(?:and|or)$")
 AROUND = re.compile(r"(?i)^question:|(?:options|choices|选项)\s*[:：]$")  # around a question
@@ -1519,7 +1519,8 @@ AROUND = re.compile(r"(?i)^question:|(?:options|choices|选项)\s*[:：]$")  # a
 
 def draft(medium, problem, answer, options=(), **fields):
     """A question as its source has it: medium below the media folder, answer as a letter or a text,
-    options without letters; fields of the record if the source has them. make_record checks it."""
+    options without letters. `fields` are the record's, if the source has them, and "part", the
+    part of the source that data_source names. make_record checks it all."""
     if isinstance(options, str) or not all(isinstance(text, (str, int, float)) for text in options):
         raise ValueError(f"the options are not texts: {options!r}")
     return {"medium": os.path.normpath(medium), "problem": problem.strip(),
@@ -1547,26 +1548,28 @@ def split_options(text):
     ('What is x?', ['3', '4'])
     """
     text = HINT.sub("", text.strip()).strip()
-    found = text, []
+    found = []
     for pattern in (LINE_MARK, INLINE_MARK):
-        run = longest_run(pattern.finditer(text))
+        run = longest_run(list(pattern.finditer(text)))
+        if len(run) < 2:
+            run = []
         ends = [mark.start() for mark in run[1:]] + [len(text)]
         options = [text[mark.end():end].strip() for mark, end in zip(run, ends)]
-        if all(map(SEPARATOR.search, options[:-1])) and not SEPARATOR.search(*options[-1:] or " "):
+        *first, last = options or [""]
+        if all(map(SEPARATOR.search, first)) and not SEPARATOR.search(last):
             options = [SEPARATOR.sub("", option).strip() for option in options]
-        if all(options) and len(options) > max(len(found[1]), 1):
-            found = text[:run[0].start()].strip(), options
-    return AROUND.sub("", found[0]).strip(), found[1]
+        found.append((text[:run[0].start()] if run else text, options))
+    question, options = max(found, key=lambda each: (all(each[1] or [""]), len(each[1])))
+    return AROUND.sub("", question.strip()).strip(), options
 
 
 def longest_run(marks):
     """The longest run of marks A, B, C, ..., the last of them; others are part of a text."""
-    run, longest = [], []
-    for mark in marks:
+    longest, after = [], {}  # place -> the run that the next mark of this place begins
+    for mark in reversed(marks):
         place = ord(plain_mark(mark[1])) - ord("A")
-        if place in (0, len(run)):
-            run = [*run[:place], mark]
-        longest = max(run, longest, key=len)
+        after[place] = [mark, *after.get(place + 1, [])]
+        longest = max(longest, after.get(0, []), key=len)
     return longest
 
 

@@ -124,7 +124,7 @@ def named_file(text):
 
 class Overall(NamedTuple):
     """One number for a benchmark: a mean over rows, in groups `by` first where that is named."""
-    metric: str  # what counts in rows that have it; in others the accuracy reward does
+    metric: str  # the field to average; rows without it count by their accuracy reward
     by: str = ""
     pairs: tuple[str, ...] = ()  # instead of rows, pairs of questions of each of these tasks
 

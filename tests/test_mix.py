@@ -298,6 +298,8 @@ def test_questions_of_other_types_than_the_wanted_are_counted(tmp_path):
     ("什么?\n（A）猫\n（B）狗", "什么?", ["猫", "狗"]), ("什么？选项：A：猫；B：狗", "什么？", ["猫", "狗"]),
     ("什么?\n选项A：猫\n选项B：狗", "什么?", ["猫", "狗"]),
     ("什么?\nＡ、猫\nＢ、狗", "什么?", ["猫", "狗"]),
+    ("What? (A) x (B) see A. Lee (C) z", "What?", ["x", "see A. Lee", "z"]),
+    ("What?\nA. x\nB. \nC. z", "What?", ["x", "", "z"]),  # which then is dropped
     ("What?\na) x\nb) y", "What?", ["x", "y"]), ("What?\n- A. x\n- B. y", "What?", ["x", "y"]),
     ("What?\n**A.** x\n**B.** y\nAnswer:", "What?", ["x", "y"]),
     ("点A、B、C在圆上，求角度", "点A、B、C在圆上，求角度", []),
