@@ -1887,7 +1887,7 @@ def from_tvbench(row, path):
     clip = seconds_of({"start": row["start"], "end": row["end"]}) if task in TVBENCH_CLIPS else {}
     yield draft(f"video/{task}/{row['video']}", row["question"],
                 letter(options.index(str(row["answer"]))),  # a number is a text, not a place
-                options, part=task, groups={"task": task}, **clip)
+                options, data_type="video", part=task, groups={"task": task}, **clip)
 
 
 def from_tomato(row, path):
@@ -1996,6 +1996,7 @@ def make_record(found, entry, folder="") -> dict:
             ("no answer", not found["answer"]),
             ("not 2 to 26 options", kind == "multiple choice"
              and not 2 <= len(options) <= MOST_OPTIONS),
+            ("an option is empty", "" in found["options"]),
             ("answer is not one of the options", not answer),
             ("answer is not one number", kind in ("numerical", "regression")
              and parse_number(answer) is None)):
@@ -2052,8 +2053,9 @@ def convert(args):
 FIGURE_2 = ASSETS / "recipe.json"  # what the paper took of each source
 ENTRY = {"source": str, "category": str, "format": str, "annotation": str, "media": str,
          "problem_type": list, "count": int}  # what a recipe says of a source
-# A letter alone, but not the words "A" and "I", nor a unit: "B", "(a) and (b)", "option C"
-NAMED_LETTER = re.compile(r"(?<![\w'’])(?<!\d )(?:[b-hj-zB-HJ-Z]|[AI](?! [a-z]))(?![\w'’])")
+# A letter alone, but not the words "A" and "I", nor a unit: "B", "(a) and (b)"; or "option 2"
+NAMED_LETTER = re.compile(r"(?<![\w'’])(?<!\d )(?:[b-hj-zB-HJ-Z]|[AI](?! [a-z]))(?![\w'’])"
+                          r"|\([ai]\)|(?i:\b(?:option|choice|answer)s? \d)")
 # Words that refer to other options. Too many here is safe: an order is kept, and stays right
 OTHERS = re.compile(
     r"\b(?:all|none|both|neither|either|any|above|below|former|latter|other|others|these|those"
