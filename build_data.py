@@ -399,7 +399,7 @@ SPECIAL_TOKEN = re.compile(r"<\|(\w+)\|>")
 SOLUTION = re.compile(r"\s*<answer>(?:(?!</?answer>).)*</answer>\s*", re.DOTALL)
 SURELY_TEXT = 100  # characters of a free-form solution, which then has a word in it
 # An option's letter, "A", "(A" or "Option A", and what sets it apart from the text: ".", ")", "、"
-LETTER = r"(?:(?:option|choice|选项)[ _]?)?[(（\[【]?([A-ZＡ-Ｚ])"
+LETTER = r"(?:(?i:option|choice|选项)[ _]?)?[(（\[【]?([A-ZＡ-Ｚ])"
 AFTER_LETTER = r"[.):\]．）：】、]+"
 OPTION_MARK = re.compile(  # of an option that stands alone; or a number: "1. "
     rf"\s*(?:{LETTER}(?:{AFTER_LETTER}|\s+[-–—]\s)|[(（]?(\d+)[.):）、]+\s)\s*", re.IGNORECASE)
@@ -442,13 +442,8 @@ def load_records(path, media_root=None) -> list[dict]:
 def frames_as_video(row) -> dict:
     """The fields of MVBench's released rows of data_type "frame", which are folders of frames.
     Other released rows' start and end are not used, as in the paper's code."""
-    return {"data_type": "video", "video_fps": row.get("fps") or FRAMES_FPS} | seconds_of(row)
-
-
-def seconds_of(row) -> dict:
-    """The clip's fields of a record, if its release has "start" and "end" in seconds."""
-    return {f"video_{end}": float(row[end]) for end in ("start", "end")
-            if row.get(end) is not None}
+    return {"data_type": "video", "video_fps": row.get("fps") or FRAMES_FPS,
+            "video_start": row.get("start"), "video_end": row.get("end")}
 
 
 def plain_texts(record) -> dict:
@@ -539,7 +534,7 @@ def record_problem(record) -> str | None:
 
 
 def refuse_absent_media(path, records):
-    """InputError where not one record's medium is there: told before any model is loaded."""
+    """Raises InputError if not one record's file exists, before any model is loaded."""
     if not any(os.path.exists(record["media_path"]) for record in records):
         raise InputError(f"{path}: none of its media is there, the first would be "
                          f"{records[0]['media_path']}; give their folder as --media_root")
@@ -1642,9 +1637,9 @@ HINT = re.compile(
     r"(?im)^[ \t]*(?:hint|reference ocr token):.*$|(?<=[.?!\n])[ \t]*(?:answer:[ \t]*"
     r"|(?:please )?(?:answer|respond|provide|select|choose|give)\b[^\n]{0,200}\b"
     r"(?:letter|options?|choices|single word or phrase|short|directly|multiple-choice)\b[^\n]*)$")
-# Options begin at such marks, all at the start of a line or all within one
+# Options begin at such marks, at the start of lines or, if capital, anywhere
 LINE_MARK = re.compile(rf"^[ \t*•-]*{LETTER}{AFTER_LETTER}[*]*\s*", re.MULTILINE | re.IGNORECASE)
-INLINE_MARK = re.compile(rf"(?<![^\s:：;；,，?？。]){LETTER}{AFTER_LETTER}\s*", re.IGNORECASE)
+INLINE_MARK = re.compile(rf"(?<![^\s:：;；,，?？。]){LETTER}{AFTER_LETTER}\s*")
 # What stands between options in one line: "A: a cat, B: a dog or C: a hat"
 SEPARATOR = re.compile(r"[,，;；、](?:\s*(?:and|or))?$|\s(?:and|or)$")
 AROUND = re.compile(r"(?i)^question:|(?:options|choices|选项)\s*[:：]$")  # around a question
@@ -1652,7 +1647,8 @@ AROUND = re.compile(r"(?i)^question:|(?:options|choices|选项)\s*[:：]$")  # a
 
 def draft(medium, problem, answer, options=(), **fields):
     """A question as its source has it: medium below the media folder, answer as a letter or a text,
-    options without letters; fields of the record if the source has them. make_record checks it."""
+    options without letters. `fields` are the record's, if the source has them, and "part", the
+    part of the source that data_source names. make_record checks it all."""
     if isinstance(options, str) or not all(isinstance(text, (str, int, float)) for text in options):
         raise ValueError(f"the options are not texts: {options!r}")
     return {"medium": os.path.normpath(medium), "problem": problem.strip(),
@@ -1680,26 +1676,28 @@ def split_options(text):
     ('What is x?', ['3', '4'])
     """
     text = HINT.sub("", text.strip()).strip()
-    found = text, []
+    found = []
     for pattern in (LINE_MARK, INLINE_MARK):
-        run = longest_run(pattern.finditer(text))
+        run = longest_run(list(pattern.finditer(text)))
+        if len(run) < 2:
+            run = []
         ends = [mark.start() for mark in run[1:]] + [len(text)]
         options = [text[mark.end():end].strip() for mark, end in zip(run, ends)]
-        if all(map(SEPARATOR.search, options[:-1])) and not SEPARATOR.search(*options[-1:] or " "):
+        *first, last = options or [""]
+        if all(map(SEPARATOR.search, first)) and not SEPARATOR.search(last):
             options = [SEPARATOR.sub("", option).strip() for option in options]
-        if all(options) and len(options) > max(len(found[1]), 1):
-            found = text[:run[0].start()].strip(), options
-    return AROUND.sub("", found[0]).strip(), found[1]
+        found.append((text[:run[0].start()] if run else text, options))
+    question, options = max(found, key=lambda each: (all(each[1] or [""]), len(each[1])))
+    return AROUND.sub("", question.strip()).strip(), options
 
 
 def longest_run(marks):
     """The longest run of marks A, B, C, ..., the last of them; others are part of a text."""
-    run, longest = [], []
-    for mark in marks:
+    longest, after = [], {}  # place -> the run that the next mark of this place begins
+    for mark in reversed(marks):
         place = ord(plain_mark(mark[1])) - ord("A")
-        if place in (0, len(run)):
-            run = [*run[:place], mark]
-        longest = max(run, longest, key=len)
+        after[place] = [mark, *after.get(place + 1, [])]
+        longest = max(longest, after.get(0, []), key=len)
     return longest
 
 
@@ -1828,6 +1826,12 @@ def from_star(row, path):
                 options, **seconds_of(row))
 
 
+def seconds_of(row):
+    """The clip's fields of a record whose release has "start" and "end" in seconds."""
+    return {f"video_{end}": float(row[end]) for end in ("start", "end")
+            if row.get(end) is not None}
+
+
 def from_scienceqa(row, path):
     """ScienceQA's training questions that have a picture: {"7": {"question": "Which is it?",
     "choices": ["cat", "dog"], "answer": 1, "hint": "Look.", "image": "image.png", "split":
@@ -1872,8 +1876,8 @@ def from_chartqa(row, path):
 
 @lru_cache(maxsize=1)
 def benchmark_facts():
-    """assets/benchmarks.json: each benchmark's title and size, where its release keeps questions
-    (patterns below its folder; the first that finds files counts), tasks, subjects and folders."""
+    """assets/benchmarks.json: each benchmark's title and size, the patterns of its release's files
+    of questions (the first that finds some counts), its tasks, subjects and media folders."""
     return read_file(ASSETS / "benchmarks.json")
 
 
@@ -1982,7 +1986,6 @@ def from_tempcompass(row, path):
                     texts.values(), part=task, groups={"task": task, "dimension": row["dim"]})
 
 
-VIDEOMME_GROUPS = ("duration", "domain", "sub_category", "task_type")
 YOUTUBE_ID = re.compile(r"(?:v=|/)([\w-]{11})(?:[?&].*)?$")
 
 
@@ -1996,7 +1999,7 @@ def from_videomme(row, path):
         name = question.get("videoID") or YOUTUBE_ID.search(question["url"])[1]
         yield draft(f"data/{name}.mp4", question["question"], question["answer"],
                     option_texts(question["options"]), problem_id=question["question_id"],
-                    groups={key: question[key] for key in VIDEOMME_GROUPS})
+                    groups={key: question[key] for key in benchmark_facts()["videomme"]["groups"]})
 
 
 TVBENCH_CLIPS = ("action_localization", "action_sequence")  # about a part of their videos
@@ -2012,7 +2015,7 @@ def from_tvbench(row, path):
     clip = seconds_of({"start": row["start"], "end": row["end"]}) if task in TVBENCH_CLIPS else {}
     yield draft(f"video/{task}/{row['video']}", row["question"],
                 letter(options.index(str(row["answer"]))),  # a number is a text, not a place
-                options, part=task, groups={"task": task}, **clip)
+                options, data_type="video", part=task, groups={"task": task}, **clip)
 
 
 def from_tomato(row, path):
@@ -2121,6 +2124,7 @@ def make_record(found, entry, folder="") -> dict:
             ("no answer", not found["answer"]),
             ("not 2 to 26 options", kind == "multiple choice"
              and not 2 <= len(options) <= MOST_OPTIONS),
+            ("an option is empty", "" in found["options"]),
             ("answer is not one of the options", not answer),
             ("answer is not one number", kind in ("numerical", "regression")
              and parse_number(answer) is None)):
@@ -2141,35 +2145,35 @@ def make_record(found, entry, folder="") -> dict:
 def convert(args):
     """Writes the questions of a benchmark's own release as records: all of them, or none."""
     path, facts = Path(args.path), benchmark_facts().get(args.name, {})
-    title, release = facts.get("title", args.name), path if path.is_dir() else path.parent
-    files, records = [path], []
-    if path.is_dir():
-        patterns = facts.get("files", ())
-        files = next(filter(None, (sorted(path.glob(pattern)) for pattern in patterns)), [])
-        if not files:
-            raise InputError(f"{path} has no {' or '.join(patterns) or 'known file'} of {title}: "
-                             "give the file of its questions")
-    entry = {"source": title, "problem_type": CONVERTED_TYPES,
-             "media": os.path.relpath(release, args.media_root or release)}
+    title, patterns = facts.get("title", args.name), facts.get("files", ["known file"])
+    release = path if path.is_dir() else path.parent
+    root, files, records = args.media_root or release, [path], []
+    if path.is_dir():  # an earlier --out may lie there
+        found = ({*path.glob(pattern)} - {Path(args.out)} for pattern in patterns)
+        files = sorted(next(filter(None, found), ()))
+    if not files:
+        raise InputError(f"{path} has no {' or '.join(patterns)} of {title}: give the file of its "
+                         "questions")
+    media = os.path.relpath(release, root)
+    if media.startswith(".."):
+        raise InputError(f"--media_root {root} is no folder above {release}")
+    entry = {"source": title, "problem_type": CONVERTED_TYPES, "media": media}
     make_folder_of(args.out)
     for file in files:
         before = len(records)
         try:
-            for found in chain.from_iterable(CONVERTERS[args.name](row, file)
-                                             for row in release_rows(file)):
-                name = found.get("problem_id", f"{found.get('part')}/{len(records) - before}")
-                question = f"question {name} (answer {found['answer']!r}): "
-                records.append({"problem_id": name} | make_record(found, entry))
-        except InputError:
+            for row in release_rows(file):
+                for found in CONVERTERS[args.name](row, file):
+                    name = f"{found.get('part') or file.stem}/{len(records) - before}"
+                    records.append({"problem_id": found.get("problem_id", name)}
+                                   | make_record(found, entry))
+        except InputError:  # a ValueError too, but it says already what is wrong
             raise
-        except Dropped as reason:
-            raise InputError(f"{file} is not as {title} is released: {question}{reason}") from None
-        except MALFORMED as error:
+        except (*MALFORMED, Dropped) as error:
             raise InputError(f"{file} is not as {title} is released: {error!r}, after "
                              f"{len(records)} questions") from None
     write_whole({args.out: json_list(map(json.dumps, records))})
-    print(f"{args.out}: {len(records):,} records; their paths are relative to "
-          f"{args.media_root or release}, --media_root of evaluate.py unless the file lies there")
+    print(f"{args.out}: {len(records):,} records; paths in it are relative to {root}")
 
 
 # ------------------------------------------------- mix: from sources to a file of records
@@ -2177,8 +2181,9 @@ def convert(args):
 FIGURE_2 = ASSETS / "recipe.json"  # what the paper took of each source
 ENTRY = {"source": str, "category": str, "format": str, "annotation": str, "media": str,
          "problem_type": list, "count": int}  # what a recipe says of a source
-# A letter alone, but not the words "A" and "I", nor a unit: "B", "(a) and (b)", "option C"
-NAMED_LETTER = re.compile(r"(?<![\w'’])(?<!\d )(?:[b-hj-zB-HJ-Z]|[AI](?! [a-z]))(?![\w'’])")
+# A letter alone, but not the words "A" and "I", nor a unit: "B", "(a) and (b)"; or "option 2"
+NAMED_LETTER = re.compile(r"(?<![\w'’])(?<!\d )(?:[b-hj-zB-HJ-Z]|[AI](?! [a-z]))(?![\w'’])"
+                          r"|\([ai]\)|(?i:\b(?:option|choice|answer)s? \d)")
 # Words that refer to other options. Too many here is safe: an order is kept, and stays right
 OTHERS = re.compile(
     r"\b(?:all|none|both|neither|either|any|above|below|former|latter|other|others|these|those"
@@ -2285,8 +2290,7 @@ def candidates_of(entry, root, is_excluded, seen, counts):
                 try:
                     record = make_record(found, entry, path.parent.name)
                     key = question_key(record)
-                    if len({option.casefold() for option in found["options"]}) < len(
-                            found["options"]):
+                    if len(set(key[2:])) < len(key[2:]):
                         raise Dropped("options are equal")
                     if is_excluded(record["path"]):
                         raise Dropped("medium of a benchmark")

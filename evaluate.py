@@ -1,16 +1,16 @@
 """Evaluation: the paper's six benchmarks, three about the order of frames, any file of records.
 
-    python evaluate.py @toy/evaluate.args --model toy/sft --output toy/eval_sft
+    python evaluate.py @toy/evaluate.args --model toy/sft --output toy/eval_sft \
+        --order ordered shuffled
     deepspeed evaluate.py --model Qwen/Qwen2.5-VL-7B-Instruct --output eval \
-        --benchmark mmvu=eval_mmvu.json mvbench=MVBench/ --frames 16 32 64 --compare paper
+        --benchmark mmvu=eval_mmvu.json mvbench=MVBench/records.json --compare paper
     python evaluate.py --diff eval_sft eval_tgrpo       # ordered, shuffled and the gap in one table
     python evaluate.py --diff eval_sft/mmvu_16_ordered.json eval_tgrpo/mmvu_16_ordered.json
     python evaluate.py --judge eval/mmvu_16_ordered.json --output eval \
         --model Qwen/Qwen2.5-VL-72B-Instruct --api_base http://localhost:8000/v1
 
-A benchmark of BENCHMARKS is read from the released eval_*.json or from its own release (the file,
-or the folder it was downloaded to; parquet needs pyarrow); under another name, a file of records.
-Scores:
+NAME=FILE is a file of records. Those of a name in BENCHMARKS are scored as the benchmark is: the
+released eval_*.json, or what `build_data.py convert` made of its own release. Scores:
 
     score      what the benchmark counts, MRA for VSI-Bench's numbers. "mean of types": every
                problem type has one vote (numbers by mra_released); "mean of tasks": every task has
@@ -29,18 +29,17 @@ Each has a 95 % interval: bootstrap over media, since questions share videos (Vi
 over pairs). A medium that cannot be read is skipped and named, never replaced; every score stands
 beside answered/records.
 
---order tells what a score needs. shuffled, reversed: the order of frames; single_frame (the middle
+--order shows what a score needs. shuffled, reversed: the order of frames; single_frame (the middle
 one, in every place): motion; blind (grey in every place): sight. The prompt's text, length and
 timing stay. (Reversing one of Vinoground's video questions also swaps the two clips that it joins,
-so its answer may stay right: look at shuffled there.) --judge asks a large model which questions
-need temporal reasoning and which responses use it (Figure 6).
+so its answer may stay right: use shuffled there.) --judge asks a large model which questions need
+temporal reasoning and which responses use it (Figure 6).
 
 Every rank answers a share, with the whole model or through --api_base: a server gets pictures
 without timing, so its scores are not those of the same model here. --output (one folder for all
 ranks) gets `<name>_<frames>_<order>.rank<r>.jsonl` with a row for each answer, the same name .json
-with scores, settings and graded rows, `<name>.records.json` (a benchmark's questions as records)
-and `skipped.jsonl`; --judge leaves `<result>.judge.json`. The same command, on any number of ranks,
-resumes by problem_id.
+with scores, settings and graded rows, and `skipped.jsonl`; --judge leaves `<result>.judge.json`.
+The same command, on any number of ranks, resumes by problem_id.
 
 Shapes: B records of a batch, L tokens, T frames, C channels, H x W pixels, n rows, M media,
 K cells, R resamples.
@@ -65,8 +64,8 @@ from PIL import Image
 
 from annotate import (Generator, add_generation_flags, api_messages, collect_responses,
                       configuration_of, read_rows, refuse_repeated_ids)
-from build_data import (ASSETS, VIDEOMME_GROUPS, FlagParser, InputError, MediaError, above,
-                        add_machine_flags, add_media_flags, as_in_file, benchmark_facts, encode,
+from build_data import (ASSETS, FlagParser, InputError, MediaError, above, add_machine_flags,
+                        add_media_flags, as_in_file, benchmark_facts, encode,
                         load_records, load_vision_of, make_folder_of, markdown, provenance,
                         read_file, record_seed, refuse_absent_media, row_writer, run_script,
                         seeded_generator, shuffle_frames, skip_row, subject_groups, write_whole)
@@ -83,9 +82,8 @@ def parse_args(argv=None):
     # what to do: one of three
     what = parser.add_mutually_exclusive_group(required=True).add_argument
     what("--benchmark", type=named_file, nargs="+", metavar="NAME=FILE",
-         help="questions and the name of their results; vsibench, videommmu, mmvu, mvbench, "
-              "tempcompass, videomme, tvbench, tomato and vinoground also as released: FILE may be "
-              "the release's folder")
+         help="a file of records and the name of their results; as benchmarks are scored "
+              + ", ".join(BENCHMARKS))
     what("--judge", nargs="+", metavar="RESULT", help="result files: does --model find temporal "
          "reasoning in their responses")
     what("--diff", nargs=2, metavar=("A", "B"), help="what changed from A to B: two --output "
@@ -98,7 +96,8 @@ def parse_args(argv=None):
     # what the model sees, and how it answers
     add("--frames", type=above(0, int), nargs="+", default=[16, 32, 64],
         help="most frames of a video; one result for each number")
-    add("--order", choices=ORDERS, default="ordered", help="what is done to the frames")
+    add("--order", choices=ORDERS, nargs="+", default=["ordered"],
+        help="what is done to the frames; one result for each")
     add("--correct_threshold", type=float, default=0.5,
         help="accuracy reward from which a response is correct")
     add_media_flags(add, max_frames=None, max_pixels=256 * 28 * 28)
@@ -125,7 +124,7 @@ def named_file(text):
 
 class Overall(NamedTuple):
     """One number for a benchmark: a mean over rows, in groups `by` first where that is named."""
-    metric: str  # what counts in rows that have it; in others the accuracy reward does
+    metric: str  # the field to average; rows without it count by their accuracy reward
     by: str = ""
     pairs: tuple[str, ...] = ()  # instead of rows, pairs of questions of each of these tasks
 
@@ -155,37 +154,25 @@ BENCHMARKS = {name: Benchmark(facts["title"], facts["size"], OVERALLS.get(name, 
               for name, facts in benchmark_facts().items()}
 RECORDS = Benchmark("a file of records", 0, PLAIN)
 TABLE_1 = ASSETS / "table1.csv"  # of arXiv 2503.21776
-VSIBENCH_TASKS = re.compile(
-    r"object_rel_direction_(easy|medium|hard)|object_(rel_distance|abs_distance|counting|"
-    r"size_estimation)|room_size_estimation|route_planning|obj_appearance_order")
 
 
 def released_groups(name, row):
     """The groups of a record of the released eval_*.json, from its fields. Its rows are numbered
     from 1, so many for each of VideoMMMU's tracks and MVBench's tasks."""
-    def in_block(size, names):
-        block = (row["problem_id"] - 1) // size if isinstance(row["problem_id"], int) else -1
-        return names[block] if 0 <= block < len(names) else None
-
-    facts = benchmark_facts()[name]
+    facts, number = benchmark_facts()[name], row["problem_id"]
+    folders, rows_a_task = facts.get("folders", {}), facts.get("rows_a_task", 0)
+    tasks = facts["tasks"] if "tasks" in facts else sorted(folders)
     task = str(row.get("original_question_type", "")).lower().replace(" ", "_")
-    groups = {}
-    if name == "videommmu":
-        groups["track"] = in_block(300, facts["tasks"])
-    if name in ("mmvu", "videommmu"):
+    if task not in tasks:
+        numbered = isinstance(number, int) and 0 < number <= rows_a_task * len(tasks)
+        task = tasks[(number - 1) // rows_a_task] if numbered else None
+        roots = {folder.split("/")[0] for folder in folders.values()}
+        if roots.intersection(Path(row["path"]).parts) - {folders.get(task, "").split("/")[0]}:
+            task = None  # its folder is another task's: the rows were numbered anew
+    groups = {"track" if name == "videommmu" else "task": task}
+    groups |= {field: row.get(field) for field in facts.get("groups", ())}
+    if "subjects" in facts:
         groups |= subject_groups(row["path"], facts["subjects"])
-    if name == "videomme":
-        groups = {key: row.get(key) for key in VIDEOMME_GROUPS}
-    if name == "vsibench" and VSIBENCH_TASKS.fullmatch(task):
-        groups["task"] = task
-    if name == "mvbench":
-        folders = facts["folders"]
-        if task not in folders:
-            task = in_block(200, sorted(folders))
-            known = {folder.split("/")[0] for folder in folders.values()}
-            if known.intersection(Path(row["path"]).parts) - {folders.get(task, "").split("/")[0]}:
-                task = None  # another task's folder: a copy renumbered
-        groups["task"] = task
     return {kind: group for kind, group in groups.items() if group}
 
 
@@ -323,7 +310,7 @@ def groups_of(record):
         "data_source": str(record.get("data_source"))})}
 
 
-def joined(rows, tasks):
+def score_pairs(rows, tasks):
     """A row for each pair that has both questions of all `tasks`: right where all of them are."""
     pairs = defaultdict(list)
     for row in rows:
@@ -366,10 +353,10 @@ def score(records, graded, seed, overalls=PLAIN, ordered=()):
     scores = {}
     for name, overall in usable.items():
         if overall.by or overall.pairs:
-            asked, given, before = (joined(rows, overall.pairs) if overall.pairs else rows
-                                    for rows in (records, graded, ordered))
-            scores[name] = {"answered": len(given), "records": len(asked), **measure(
-                with_score(given, overall, before), ("score", "drop"), seed, overall.by)}
+            whole, answered, before = (score_pairs(rows, overall.pairs) if overall.pairs else rows
+                                       for rows in (records, graded, ordered))
+            scores[name] = {"answered": len(answered), "records": len(whole), **measure(
+                with_score(answered, overall, before), ("score", "drop"), seed, overall.by)}
 
     def labels(record):
         return ["all", *(f"{kind}: {name}" for kind, name in groups_of(record).items())]
@@ -411,8 +398,8 @@ def named(group, benchmark):
     return group.removeprefix(f"data_source: {benchmark}/")
 
 
-def whose(result):
-    """Whose result it is, for a table's heading: the model and the order of frames it saw."""
+def model_and_order(result):
+    """The model of a result and the order of frames that it saw, for a table's heading."""
     return f"{result['arguments']['model']} ({result.get('order')})"
 
 
@@ -445,7 +432,7 @@ def summary(results, compare):
             text += f" {result['answered']}/{size}"
         if "drop" in row:
             text += f", drop {cell(row['drop'])}"
-        ours[whose(result), result["frames"]][name] = text.strip()
+        ours[model_and_order(result), result["frames"]][name] = text.strip()
     rows = [[model, str(frames), *cells.values()]
             for (model, frames), cells in sorted(ours.items())]
     if compare:
@@ -459,11 +446,12 @@ def summary(results, compare):
 def comparison(folders):
     """What all --output folders have of both orders, a table for each result, as lines: a group's
     score on ordered frames, on shuffled ones and the gap, a line for each folder's model."""
-    names = [{path.name for path in Path(folder).glob("*_shuffled.json")} for folder in folders]
+    names = [{path.name.rpartition("_")[0] for path in Path(folder).glob(f"*_{order}.json")}
+             for folder in folders for order in ("ordered", "shuffled")]
     if not set.intersection(*names):
         raise InputError(f"{' and '.join(folders)} have no <name>_<frames>_shuffled.json in common")
     lines = []
-    for stem in sorted(name.removesuffix("_shuffled.json") for name in set.intersection(*names)):
+    for stem in sorted(set.intersection(*names)):
         pairs = [[read_result(f"{folder}/{stem}_{order}.json")
                   for order in ("ordered", "shuffled")] for folder in folders]
         groups, hidden = shown_groups(pairs[0][0]["scores"])
@@ -496,7 +484,8 @@ def difference(a, b):
     scores, there = (score(rows, rows, a["arguments"]["seed"], overalls, new)
                      for rows in (old, new))
     groups, hidden = shown_groups(scores)
-    table = [(a["benchmark"], "questions", f"A: {whose(a)}", f"B: {whose(b)}", "B - A")] + [
+    table = [(a["benchmark"], "questions", f"A: {model_and_order(a)}", f"B: {model_and_order(b)}",
+              "B - A")] + [
         (named(group, a["benchmark"]), scores[group]["answered"], cell(scores[group].get("score")),
          cell(there.get(group, {}).get("score")), cell(scores[group].get("drop")))
         for group in groups]
@@ -553,14 +542,14 @@ def reorder(vision, order, seed):
     return vision._replace(frames=frames)
 
 
-def prompt_of(processor, args, record):
+def prompt_of(processor, args, order, record):
     """A record with its encoded inputs, or (without a processor) with the messages that a server
     gets; or the line of one whose medium cannot be used. Runs in worker processes."""
     try:
         vision = load_vision_of(record, args, processor)
     except MediaError as error:
         return skip_row(record, error)
-    vision = reorder(vision, args.order, record_seed(args.seed, record))
+    vision = reorder(vision, order, record_seed(args.seed, record))
     frames = vision.frames  # (T, C, H, W)
     size = [1, *vision.image.size[::-1]] if frames is None else [*frames[:, 0].shape]
     if processor is None:
@@ -581,12 +570,12 @@ def row_of(sample, answers, seconds):
         "prompt_tokens": sample["inputs"]["input_ids"].shape[1]}
 
 
-def answers(asker, stem, records, configuration, prompt_of):
-    """collect_responses in --output, where skipped.jsonl then names the unanswered records."""
-    output = Path(asker.args.output)
-    rows = collect_responses(asker, output, stem, records, configuration, prompt_of, row_of)
+def collect_rows(generator, stem, records, configuration, prompt_of):
+    """annotate.collect_responses in --output, where skipped.jsonl then names the unanswered records."""
+    output = Path(generator.args.output)
+    rows = collect_responses(generator, output, stem, records, configuration, prompt_of, row_of)
     skipped = [{"result": stem, **row} for row in rows.values() if "reason" in row]
-    if skipped and asker.rank == 0:
+    if skipped and generator.rank == 0:
         with row_writer(output / "skipped.jsonl", len(skipped), quiet=True) as write:
             write(skipped)
     return rows
@@ -602,29 +591,29 @@ def plan(args, benchmarks, shared):
     rows of another configuration, be it of questions beyond --limit."""
     tasks = []
     for (name, records), frames in product(benchmarks.items(), dict.fromkeys(args.frames)):
-        asked = hash_of([as_in_file(record) for record in records])
-        configuration = shared | {"frames": frames, "records_sha256": asked}
+        digest = hash_of([as_in_file(record) for record in records])
+        configuration = shared | {"frames": frames, "records_sha256": digest}
         for order in ORDERS:  # they are compared
             read_rows(args.output, f"{name}_{frames}_{order}", configuration)
         tasks.append((name, records[:args.limit], configuration))
     return tasks
 
 
-def write_result(args, name, records, configuration, rows):
+def write_result(args, name, order, records, configuration, rows):
     """Writes <name>_<frames>_<order>.json, complete or absent, from every row that --output has,
     and prints the scores with what is missing from them."""
     benchmark, frames = BENCHMARKS.get(name, RECORDS), configuration["frames"]
-    stem = f"{name}_{frames}_{args.order}"
+    stem = f"{name}_{frames}_{order}"
     keys = [str(record["problem_id"]) for record in records]
     rows = {key: rows[key] for key in keys if key in rows}  # those within --limit
     graded, ordered = grade(records, rows, args.correct_threshold), []
-    if args.order != "ordered":
+    if order != "ordered":
         ordered = grade(records, read_rows(args.output, f"{name}_{frames}_ordered", configuration),
                         args.correct_threshold)
     scores = score(records, graded, args.seed, benchmark.overalls, ordered)
     answered = [row for row in rows.values() if "output" in row]
     skipped = [row for row in rows.values() if "reason" in row]
-    result = {"benchmark": name, "frames": frames, "order": args.order,
+    result = {"benchmark": name, "frames": frames, "order": order,
               "overall": next(iter(scores)), "scores": scores,
               "answered": len(graded), "records": len(records),
               "tokens": sum(row.get("tokens", 0) for row in answered),
@@ -695,7 +684,7 @@ def judge_prompt_of(processor, record):
     return sample | {"inputs": dict(processor(text=[prompt], return_tensors="pt"))}
 
 
-def verdicts(asker, configuration, stem, prompt, rows):
+def verdicts(generator, configuration, stem, prompt, rows):
     """{problem_id as text: True or False} by the judge, for the rows of a result it decides on."""
     records = []
     for row in rows:
@@ -703,22 +692,23 @@ def verdicts(asker, configuration, stem, prompt, rows):
         text = prompt.format_map({"question": question, "output": row["output"]})
         records.append({"problem_id": row["problem_id"], "path": row["path"], "judge_prompt": text})
     configuration = configuration | {"records_sha256": hash_of(records)}
-    said = answers(asker, stem, records, configuration, partial(judge_prompt_of, asker.processor))
-    found = {key: verdict(row["output"]) for key, row in said.items() if "output" in row}
+    replies = collect_rows(generator, stem, records, configuration,
+                           partial(judge_prompt_of, generator.processor))
+    found = {key: verdict(row["output"]) for key, row in replies.items() if "output" in row}
     return {key: value for key, value in found.items() if value is not None}
 
 
-def judge(asker, configuration, path):
+def judge(generator, configuration, path):
     """[{"uses": whether the response uses temporal reasoning, "path" of its medium}, ...] for the
     questions of a result file that need it. Leaves <stem>.judge.json; what the judge does not
     decide is in neither."""
     rows = {str(row["problem_id"]): row for row in read_result(path)["rows"]}
-    args, stem, ask = asker.args, Path(path).stem, partial(verdicts, asker, configuration)
+    args, stem, ask = generator.args, Path(path).stem, partial(verdicts, generator, configuration)
     needs = ask(f"{stem}.questions", JUDGE_QUESTION, rows.values())
     needed = [row for key, row in rows.items() if needs.get(key)]
     uses = ask(f"{stem}.responses", JUDGE_RESPONSE, needed)
     found = [{"uses": value, "path": rows[key]["path"]} for key, value in uses.items()]
-    if asker.rank == 0:
+    if generator.rank == 0:
         print(f"{stem}: {len(rows)} questions answered, {len(needs)} judged, {len(needed)} need "
               "temporal reasoning")
         write_whole({f"{args.output}/{stem}.judge.json": [json.dumps({
@@ -744,33 +734,37 @@ def main(args):
     benchmarks = {} if args.judge else read_benchmarks(args)
     for path in args.judge or ():
         read_result(path)
-    asker = Generator(args)
-    shared = configuration_of(asker)
+    generator = Generator(args)
+    shared = configuration_of(generator)
     tasks = plan(args, benchmarks, shared)
 
     # ------------------------------------------------------------------- verdicts of a judge
     if args.judge:
-        uses = [row for path in args.judge for row in judge(asker, shared, path)]
-        if asker.rank == 0:  # Figure 6's number
+        uses = [row for path in args.judge for row in judge(generator, shared, path)]
+        if generator.rank == 0:  # Figure 6's number
             share = cell(measure(uses, ["uses"], args.seed).get("uses"))
             print(f"temporal reasoning in {share or '-'} % of {len(uses)} responses to questions "
                   "that need it")
         return
 
     # ---------------------------------------------------------------- answers, then scores
-    for name, records, configuration in tasks:
+    orders = [order for order in ORDERS if order in args.order]  # ordered first, for the drop
+    for (name, records, configuration), order in product(tasks, orders):
         frames = configuration["frames"]
         limits = argparse.Namespace(**vars(args), max_frames=frames)
-        rows = answers(asker, f"{name}_{frames}_{args.order}", records, configuration,
-                       partial(prompt_of, asker.processor, limits))
-        if asker.rank == 0:
-            write_result(args, name, records, configuration, rows)
-    if asker.rank == 0:
-        names = re.compile(rf"({'|'.join(BENCHMARKS)})_\d+_(ordered|{args.order})[.]json")
+        rows = collect_rows(generator, f"{name}_{frames}_{order}", records, configuration,
+                            partial(prompt_of, generator.processor, limits, order))
+        if generator.rank == 0:
+            write_result(args, name, order, records, configuration, rows)
+    if generator.rank == 0:
+        shown = "|".join({"ordered", *orders})
+        names = re.compile(rf"({'|'.join(BENCHMARKS)})_\d+_({shown})[.]json")
         results = [read_result(path) for path in Path(args.output).iterdir()
                    if names.fullmatch(path.name)]
         if results or args.compare:
             print("\n".join(summary(results, args.compare)))
+        elif {"ordered", "shuffled"} <= {*orders}:
+            print("\n".join(comparison([args.output])))
 
 
 if __name__ == "__main__":

@@ -142,12 +142,14 @@ def test_a_solution_that_no_answer_can_match_is_warned_of_once(tmp_path, capsys,
     ([" up ", "down"], ["A. up", "B. down"]), (["3. Liga", "Cup"], ["A. 3. Liga", "B. Cup"]),
     (["左", "右"], ["A. 左", "B. 右"]),
     # the letters are there: unchanged to the byte
-    *((same, same) for same in (["A. left", "B. right"], ["A.  left ", "B.right"], ["(A) l", "(B) r"],
-                                ["a) l", "b) r"], ["A、左", "B、右"], ["A. left", "B. left"]))])
+    *((same, same) for same in (["A. left", "B. right"], ["A.  left ", "B.right"],
+                                ["(A) l", "(B) r"], ["a) l", "b) r"], ["A、左", "B、右"],
+                                ["A. left", "B. left"]))])
 def test_options_have_letters_in_the_prompt_as_they_stand_or_given(tmp_path, options, shown):
     record, = load_records(write(tmp_path, RECORD | {"options": options}))
     assert record["options"] == shown
-    assert "Options:\n" + "\n".join(shown) + "\n" in build_messages(record)[0]["content"][1]["text"]
+    text = build_messages(record)[0]["content"][1]["text"]
+    assert "Options:\n" + "\n".join(shown) + "\n" in text
 
 
 @pytest.mark.parametrize("options, reason", [

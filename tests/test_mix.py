@@ -298,6 +298,8 @@ def test_questions_of_other_types_than_the_wanted_are_counted(tmp_path):
     ("什么?\n（A）猫\n（B）狗", "什么?", ["猫", "狗"]), ("什么？选项：A：猫；B：狗", "什么？", ["猫", "狗"]),
     ("什么?\n选项A：猫\n选项B：狗", "什么?", ["猫", "狗"]),
     ("什么?\nＡ、猫\nＢ、狗", "什么?", ["猫", "狗"]),
+    ("What? (A) x (B) see A. Lee (C) z", "What?", ["x", "see A. Lee", "z"]),
+    ("What?\nA. x\nB. \nC. z", "What?", ["x", "", "z"]),  # which then is dropped
     ("What?\na) x\nb) y", "What?", ["x", "y"]), ("What?\n- A. x\n- B. y", "What?", ["x", "y"]),
     ("What?\n**A.** x\n**B.** y\nAnswer:", "What?", ["x", "y"]),
     ("点A、B、C在圆上，求角度", "点A、B、C在圆上，求角度", []),
@@ -440,7 +442,7 @@ def test_files_are_read_as_lists_objects_lines_or_tables(tmp_path):
     ({"problem": "?", "answer": "A", "options": ["x"]}, "not 2 to 26 options"),
     ({"problem": "?", "answer": "A", "options": list("abcdefghijklmnopqrstuvwxyz0")},
      "not 2 to 26 options"),
-    ({"problem": "?", "answer": "A", "options": ["x", " "]}, "malformed row"),
+    ({"problem": "?", "answer": "A", "options": ["x", " "]}, "an option is empty"),
     ({"problem": "?", "answer": "C", "options": ["x", "y"]}, "answer is not one of the options"),
     ({"problem": "?", "answer": "A or B", "options": ["x", "y"]},
      "answer is not one of the options"),
@@ -598,7 +600,8 @@ def test_answer_letters_are_drawn_evenly_and_answers_stay_right():
     "Both are true", "more than one of the above", "Only A", "B only", "Same as A",
     "(a) and (b)", "(a), (b) and (c)", "a and b", "A/B", "None of the given options",
     "none of the listed", "以上都不是", "以上皆是", "都不对", "两者都是", "A和B", "A、B", "前者", "全部",
-    "None of the other options", "two of these", "a, c", "D and E", "无正确答案", "没有正确答案", "都有可能", "全选"])
+    "None of the other options", "two of these", "a, c", "D and E", "(a)",
+    "无正确答案", "没有正确答案", "都有可能", "全选"])
 def test_options_that_refer_to_others_stay_in_their_place(option):
     options = ["A. right", "B. red", f"C. {option}"]
     assert all(shuffled(*options, seed=seed)["options"] == options for seed in range(9))
@@ -612,6 +615,7 @@ def test_options_that_stand_for_themselves_are_shuffled(option):
 
 
 @pytest.mark.parametrize("more", [{"problem": "Why is option B wrong?"},
+                                  {"problem": "Why not choice 2?"}, {"problem": "Is it A or B?"},
                                   {"process": "<think>so A</think>"}])
 def test_a_question_or_a_thought_that_names_letters_keeps_its_options(more):
     assert all(shuffled("A. right", "B. red", seed=seed, **more)["solution"] ==
