@@ -206,7 +206,8 @@ def nodes(tmp_path):
                      StrictModes="no", PidFile="none", PermitRootLogin="yes")],
                 stderr=(tmp_path / f"{address}.log").open("w")))
         (tmp_path / "hosts").write_text("".join(f"{address} slots=1\n" for address in ADDRESSES))
-        (tmp_path / "deepspeed_env").write_text("GLOO_SOCKET_IFNAME=link0\nOMP_NUM_THREADS=1\n")
+        (tmp_path / "deepspeed_env").write_text(  # with another ninja, all would be built again
+            f"GLOO_SOCKET_IFNAME=link0\nOMP_NUM_THREADS=1\nPATH={os.environ['PATH']}\n")
         client = options(IdentityFile=tmp_path / "user", StrictHostKeyChecking="no",
                          UserKnownHostsFile="/dev/null", LogLevel="ERROR")
         yield (["ip", "netns", "exec", names[0], sys.executable, "-m", "deepspeed.launcher.runner",
@@ -253,7 +254,7 @@ def test_two_nodes_stopped_at_the_launcher_and_resumed_equal_two_ranks_of_one(
     assert equal_weights(tmp_path / "run", tmp_path / "one")
 
 
-def wait_until(true, process=None, limit=200):
+def wait_until(true, process=None, limit=400):
     """Waits until a condition holds; a process, if given, must live on meanwhile."""
     end = time.monotonic() + limit
     while not true():
