@@ -39,7 +39,6 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from safetensors import SafetensorError
 from torch.utils.data import DataLoader, Dataset
-from tqdm import tqdm
 from transformers import GenerationConfig
 
 from build_data import (FULL_DISK, FlagParser, InputError, MediaError, above, add_machine_flags,
@@ -83,13 +82,7 @@ def target_text(record) -> str:
 
 
 def is_well_formed(target) -> bool:
-    """Whether a target earns the format reward and its thought is not empty.
-
-    >>> is_well_formed("<think>left</think>\\n<answer>B</answer>")
-    True
-    >>> is_well_formed("<think> </think>\\n<answer>B</answer>")
-    False
-    """
+    """Whether a target earns the format reward and its thought is not empty."""
     return format_reward(target) == 1 and target.split("</think>")[0].strip() != "<think>"
 
 
@@ -187,10 +180,9 @@ def main(args):
     unusable = [record for record in records if not is_well_formed(target_text(record))]
     if unusable:
         first = unusable[0]
-        raise InputError(
-            f"{args.data}: {len(unusable)} of {len(records)} records lack a process of the form "
-            f"<think>a thought</think>, alone; the first is problem_id {first['problem_id']}, with "
-            f"the target {target_text(first)[:99]!r}. Remove them, or annotate them by annotate.py")
+        raise InputError(f"{args.data}: {len(unusable)} of {len(records)} records have a process "
+                         "that is not just <think>a thought</think>; the first is problem_id "
+                         f"{first['problem_id']}, with the target {target_text(first)[:99]!r}")
     refuse_absent_media(args.data, records)
     processor = load_processor(args)
     per_step = args.per_rank_batch_size * args.gradient_accumulation_steps  # a rank, a step
@@ -222,8 +214,7 @@ def main(args):
         if close_step(run, step, drawn, metrics, finite):
             return
     save_model(run, processor)
-    print_end(run, "optim/loss",
-              f"python tgrpo.py --model {args.output} --data RECORDS --output FOLDER")
+    print_end(run, f"python tgrpo.py --model {args.output} --data RECORDS --output FOLDER")
 
 
 # ========================================================================================
@@ -241,10 +232,10 @@ FREE_ARGUMENTS = {"data", "media_root", "output", "deepspeed_config", "num_worke
                   "val_max_new_tokens"}
 # As well, where the learning rate does not decay towards the end
 LENGTH_ARGUMENTS = {"max_steps", "num_train_epochs"}
-SHOWN = {"reward/total": "reward", "reward/accuracy": "accuracy", "group/p": "p",
-         "group/p_tilde": "p_tilde", "policy/kl": "kl", "optim/loss": "loss",
-         "val/accuracy": "held-out accuracy", "val/accuracy_shuffled": "shuffled",
-         "val/gap": "gap"}  # while it runs
+PRINTED = {"reward/total": "reward", "reward/accuracy": "accuracy", "group/p": "p",
+           "group/p_tilde": "p_tilde", "policy/kl": "kl", "optim/loss": "loss",
+           "val/accuracy": "held-out accuracy", "val/accuracy_shuffled": "shuffled",
+           "val/gap": "gap"}  # of each step
 FULL_BELOW = 2**24  # bytes: with less, a failed write is taken for a full disk
 LOGS = ("metrics", "rollouts", "skipped")  # <name>.jsonl in --output
 
@@ -303,7 +294,6 @@ class Run:
     engine: deepspeed.DeepSpeedEngine | None = None  # the policy in training; start_engine
     infinite: torch.Tensor | None = None  # counts gradients that hold NaN or infinity
     validate: Callable | None = None  # validate, as far as it is the same at every step
-    bar: tqdm | None = None
 
 
 # ------------------------------------------------------------------------------- start
@@ -320,7 +310,7 @@ def open_run(args, records, parse_args, per_step) -> Run:
     identity = {"arguments": vars(args),
                 "records": hashlib.sha256(text.encode()).hexdigest()[:12],
                 "world_size": dist.get_world_size(),
-                "zero_stage": config.get("zero_optimization", {}).get("stage", 0), **provenance()}
+                "zero_stage": config["zero_optimization"].get("stage", 0), **provenance()}
     run = Run(args, config, identity, rank, dist.get_world_size(), device, catch_signals(rank),
               per_step, held_out)
     require_equal_ranks(run)
@@ -370,19 +360,18 @@ def read_deepspeed_config(args):
 
 
 def require_equal_ranks(run):
-    """InputError that names what differs between the ranks: on several machines, records,
-    software and flags can. Collective."""
-    def described(rank):
-        flags = {f"--{name}": value for name, value in rank["arguments"].items()}
-        return {"records of --data": rank["records"], "git commit": rank["git_commit"],
-                **rank["versions"], **flags, "--local_rank": None}
-    ranks = [described(identity) for identity in gather_objects(run.identity)]
-    differs = [f"{name} is {ranks[0][name]} on rank 0, {other[name]} on rank {rank}"
-               for name in ranks[0] for rank, other in enumerate(ranks)
-               if other[name] != ranks[0][name]]
-    if differs:
-        raise InputError(f"ranks differ: {'; '.join(differs[:9])}. Install the same software and "
-                         "put the same files on all machines")
+    """InputError that names what differs between two ranks, as it can on two machines: records,
+    software, flags. Collective."""
+    flags = {f"--{name}": value for name, value in vars(run.args).items() if name != "local_rank"}
+    first, *others = gather_objects({
+        "records of --data": run.identity["records"], "git commit": run.identity["git_commit"],
+        **run.identity["versions"], **flags})
+    for rank, other in enumerate(others, 1):
+        differs = [f"{name} {first[name]} and {other[name]}" for name in first
+                   if first[name] != other[name]]
+        if differs:
+            raise InputError(f"ranks 0 and {rank} differ: {'; '.join(differs)}. Every machine "
+                             "needs the same files and software")
 
 
 def open_output(run) -> int:
@@ -409,8 +398,8 @@ def open_output(run) -> int:
     if len(set(found)) > 1:
         raise InputError(f"ranks see different files in --output {output}: it must be on storage "
                          f"that all nodes share (newest checkpoints: {[tag for _, tag in found]})")
-    there, logged = checkpoints(output), (output / "metrics.jsonl").exists()
-    model = (output / "config.json").exists()
+    there = checkpoints(output)
+    logged, model = ((output / name).exists() for name in ("metrics.jsonl", "config.json"))
     if (there or logged or model) if not resume else (model and not logged):
         raise InputError(f"--output {output} holds a run or a model: continue a run with --resume, "
                          "or name another folder")
@@ -418,9 +407,9 @@ def open_output(run) -> int:
     whole = [step for step in there if named and step <= int(named[1])]
     # a kill leaves at most one checkpoint that `latest` does not name
     if not whole and (tag or len(there) > 1):
-        names = [folder.name for folder in there.values()]
         raise InputError(f"{latest} must name the checkpoint to go on from, and says {tag!r}: "
-                         f"write one of {names} into it, or name another --output")
+                         f"write one of {[folder.name for folder in there.values()]} into it, "
+                         "or name another --output")
     return max(whole, default=0)
 
 
@@ -471,8 +460,6 @@ def start_engine(run, model):
                 trim_log(path, run.first_step)
         if not run.first_step:
             write_whole({output / "metrics.jsonl": [json.dumps(run.identity) + "\n"]})
-    run.bar = tqdm(total=args.max_steps, initial=run.first_step, desc=Path(args.output).name,
-                   disable=None if run.rank == 0 else True)  # None: where there is a terminal
 
 
 def watch_gradients(model, device):
@@ -746,27 +733,17 @@ def close_step(run, step, drawn, metrics, finite, rollouts=()) -> bool:
     if signals or args.save_steps and (step + 1) % args.save_steps == 0:
         save_checkpoint(run, step + 1)
     if signals and run.rank == 0:
-        tqdm.write(f"stopped by {signal.Signals(signals[0]).name} after step {step + 1}: the same "
-                   "command with --resume continues")
+        print(f"stopped by {signal.Signals(signals[0]).name} after step {step + 1}: the same "
+              "command with --resume continues")
     return bool(signals)
 
 
 def write_metrics(run, step, row):
-    """A step's row: in metrics.jsonl, in DeepSpeed's monitor and on the screen."""
+    """Writes a step's row to metrics.jsonl and to DeepSpeed's monitor, and prints a line of it."""
     write_lines(run, step, "metrics", [dict(sorted(row.items()))])
     run.engine.monitor.write_events([(name, value, step + 1) for name, value in row.items()])
-    show(run, step, row)
-
-
-def show(run, step, row):
-    """The step's line: in a terminal the progress bar, in a file one line a step. A line with
-    held-out answers stays above the bar."""
-    words = ", ".join(f"{SHOWN[name]} {row[name]:.3g}" for name in SHOWN if name in row)
-    run.bar.set_postfix_str(words, refresh=False)
-    run.bar.update(step + 1 - run.bar.n)
-    if run.bar.disable or "val/accuracy" in row:
-        tqdm.write(f"step {step + 1} of {run.args.max_steps}: {words}, {row['time/step']:.2g} s")
-        sys.stdout.flush()
+    values = ", ".join(f"{PRINTED[name]} {row[name]:.3g}" for name in PRINTED if name in row)
+    print(f"step {step + 1} of {run.args.max_steps}: {values}, {row['time/step']:.2g} s")
 
 
 def merge(ranks) -> dict:
@@ -790,9 +767,9 @@ def stop_at_infinity(run, step, ids):
     if step and run.updated < step:
         save_checkpoint(run, step)
     raise InputError(f"step {step + 1}: the loss or a gradient is not finite; problem_ids {ids}, "
-                     f"see the last lines of the logs in {run.args.output}. --resume would come to "
-                     "this step again: change what makes it so, and start another --output from "
-                     "the last checkpoint's weights (README, 'When something breaks')")
+                     "see the ends of the logs. --resume would come to this step again: start "
+                     "another --output from the last checkpoint's weights (README, 'When something "
+                     "breaks')")
 
 
 def check_skipped(run, drawn, skipped):
@@ -808,47 +785,29 @@ def check_skipped(run, drawn, skipped):
 # -------------------------------------------------------------------------- console output
 
 def print_start(run, records, work, first):
-    """Prints what the run is, and the true size of `first`, its first usable example, if any:
-    wrong flags of frames and pixels, and limits that act elsewhere, are found here."""
+    """Prints what the run is. The size of `first`, the first usable example if there is one, shows
+    whether flags and limits of frames and pixels act as they were meant."""
     args, kinds = run.args, Counter(record["data_type"] for record in records)
     epochs = args.max_steps * run.per_step * run.world / len(records)
     size = sum(getattr(p, "ds_numel", p.numel()) for p in run.engine.module.parameters())
-    precision = "bf16" if run.config.get("bf16", {}).get("enabled") else "fp32"
-    kept = f"the newest {args.keep_checkpoints}" if args.keep_checkpoints else "all"
-    saves = f"every {args.save_steps} steps ({kept} stay)" if args.save_steps else "none"
-    lines = [
-        f"{args.data}: {len(records):,} records, {kinds['video']:,} videos and "
-        f"{kinds['image']:,} images",
-        f"{args.model}: {size:,} parameters, {precision}, ZeRO stage {run.identity['zero_stage']} "
-        f"on {run.world} x {run.device.type}",
-        f"a step on each rank ({run.world} in all): {work}; {args.max_steps:,} steps are "
-        f"{epochs:.3g} epochs"]
+    precision = "bf16" if run.config["bf16"].get("enabled") else "fp32"
+    print(
+        f"{args.data}: {len(records):,} records, {kinds['video']:,} videos and {kinds['image']:,} "
+        f"images\n{args.model}: {size:,} parameters, {precision}, ZeRO stage "
+        f"{run.identity['zero_stage']} on {run.world} x {run.device.type}\n"
+        f"a step on each rank: {work}; {args.max_steps:,} steps are {epochs:.3g} epochs")
     for example in first:
         inputs = example.get("inputs", example.get("ordered"))
         grid = inputs.get("video_grid_thw", inputs.get("image_grid_thw"))[0].tolist()
-        visual, length = int((inputs["mm_token_type_ids"] > 0).sum()), inputs["input_ids"].shape[1]
-        lines.append(f"first {example['record']['data_type']}: {grid[0]} x {grid[1]} x {grid[2]} "
-                     "patches (time x height x width), "
-                     f"{visual} of its {length} tokens visual")
-    if run.held_out:
-        now = "" if run.first_step else "now, "
-        lines.append(f"{args.val_data}: the first {len(run.held_out)} records are answered {now}"
-                     f"every {args.val_steps} steps and at the end")
-    lines.append(f"{args.output}: logs, the model at the end; checkpoints: {saves}")
-    tqdm.write("\n".join(lines))
+        print(f"first {example['record']['data_type']}: {grid[0]} x {grid[1]} x {grid[2]} patches "
+              f"(time x height x width), {int((inputs['mm_token_type_ids'] > 0).sum())} of its "
+              f"{inputs['input_ids'].shape[1]} tokens visual")
 
 
-def print_end(run, metric, following):
-    """Prints where the model is, what the run took and gained, and the command that follows."""
+def print_end(run, following):
+    """Prints where the model is, and the command that follows."""
     if run.rank == 0:
-        rows = whole_rows(Path(run.args.output) / "metrics.jsonl")[1:]
-        minutes, seconds = divmod(round(sum(row["time/step"] for row in rows)), 60)
-        values = [row[metric] for row in rows if metric in row] or [math.nan]
-        few = max(1, min(10, len(values) // 2))
-        begin, end = (sum(part) / few for part in (values[:few], values[-few:]))
-        print(f"{run.args.output}: the model after {run.args.max_steps} steps, {minutes} min "
-              f"{seconds} s; {metric} {begin:.3g} -> {end:.3g} (means of {few} steps at either "
-              f"end)\nnext: {following}", flush=True)
+        print(f"{run.args.output}: the model after {run.args.max_steps} steps\nnext: {following}")
 
 
 # ------------------------------------------------------------------ checkpoints, the model
@@ -894,7 +853,6 @@ def checkpoints(output) -> dict[int, Path]:
 
 def save_model(run, processor):
     """The trained model as a Hugging Face directory: the end of a run. Collective."""
-    run.bar.close()
     sharded = run.engine.zero_optimization_partition_weights()
     state = {}
     for name, parameter in run.engine.module.named_parameters():

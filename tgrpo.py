@@ -708,8 +708,8 @@ def main(args):
         if groups and run.rank == 0 and args.show_steps and step % args.show_steps == 0:
             tell(groups[0], step)
     save_model(run, processor)
-    print_end(run, "reward/accuracy",
-              f"python evaluate.py --model {args.output} --benchmark NAME=FILE --output FOLDER")
+    print_end(run, f"python evaluate.py --model {args.output} --benchmark NAME=FILE --output "
+                   "FOLDER")
 
 
 if __name__ == "__main__":

@@ -152,8 +152,8 @@ def test_a_deepspeed_file_that_deepspeed_cannot_use_is_one_sentence(tmp_path, co
 def test_a_deepspeed_file_full_of_auto_is_completed(tmp_path):
     path = tmp_path / "ds.json"
     path.write_text(json.dumps({
-        "zero_optimization": {"stage": 2, "reduce_bucket_size": "auto"}, "bf16": {"enabled": "auto"},
-        "fp16": {"enabled": "auto"} | FP16_KEYS, "train_batch_size": "auto",
+        "zero_optimization": {"stage": 2, "reduce_bucket_size": "auto"},
+        "bf16": {"enabled": "auto"}, "fp16": {"enabled": "auto"} | FP16_KEYS, "train_batch_size": "auto",
         "gradient_clipping": "auto", "optimizer": "auto"}))
     args = sft.parse_args(["--model=m", "--data=d", "--output=o", f"--deepspeed_config={path}"])
     assert sft.read_deepspeed_config(args) == {

@@ -13,7 +13,7 @@ import pytest
 
 import sft
 from build_data import InputError
-from conftest import ROOT, run
+from conftest import ROOT, equal_weights, run
 
 SMALL = ["--min_pixels=784", "--max_pixels=784", "--image_min_pixels=784", "--max_frames=8",
          "--num_workers=1", "--max_steps=4", "--lr_schedule=constant"]
@@ -73,25 +73,26 @@ def test_machines_with_another_data_file_or_commit_are_refused_by_what_differs(t
     for rank in ranks:
         assert rank.returncode == 1 and "Traceback" not in rank.stderr
         last = rank.stderr.splitlines()[-1]
-        assert "ranks differ: records of --data is " in last and "; git commit is " in last
-        assert f"--data is {toy}/cot.json on rank 0, {tmp_path}/cot.json on rank 1" in last
+        assert "sft.py: ranks 0 and 1 differ: records of --data " in last
+        assert "; git commit " in last
+        assert f"; --data {toy}/cot.json and {tmp_path}/cot.json" in last
     assert not (tmp_path / "run").exists()
 
 
 def test_another_version_of_a_package_is_refused_by_name(monkeypatch):
-    def identity(version):
-        return {"arguments": {"seed": 0, "local_rank": 1 if version == "5.0" else 0},
-                "records": "a", "git_commit": None, "versions": {"torch": "2", "av": version}}
-    for versions, words in ((("5.0", "5.0"), None), (("5.0", "5.1"), "av is 5.0 on rank 0, 5.1")):
-        monkeypatch.setattr(sft, "gather_objects", lambda _: list(map(identity, versions)))
-        if words is None:
-            sft.require_equal_ranks(SimpleNamespace(identity=None))
-        else:
-            with pytest.raises(InputError, match=f"^ranks differ: {words} on rank 1. Install"):
-                sft.require_equal_ranks(SimpleNamespace(identity=None))
+    def refuse(**changed):
+        monkeypatch.setattr(sft, "gather_objects", lambda mine: [mine, mine, mine | changed])
+        sft.require_equal_ranks(SimpleNamespace(
+            args=SimpleNamespace(seed=0, local_rank=1),
+            identity={"records": "a", "git_commit": None, "versions": {"torch": "2", "av": "5.0"}}))
+    refuse()
+    refuse(**{"--local_rank": 0})
+    with pytest.raises(InputError, match="^ranks 0 and 2 differ: av 5.0 and 5.1; --seed 0 and 1. "):
+        refuse(**{"av": "5.1", "--seed": 1})
 
 
-@pytest.mark.parametrize("send", [None, signal.SIGTERM, signal.SIGINT])
+@pytest.mark.parametrize("send", [
+    None, signal.SIGTERM, pytest.param(signal.SIGINT, marks=pytest.mark.slow)])
 def test_a_run_whose_reader_is_gone_goes_on(toy, tmp_path, send):
     """Both streams are closed after the first line; with a signal it still ends in a checkpoint."""
     steps = "--max_steps=100" if send else "--max_steps=4"
@@ -162,3 +163,100 @@ def test_only_a_full_disk_is_said_to_be_one(tmp_path, error, words):
         sft.save_checkpoint(state, 1)
     assert words in str(found.value)
     assert ("make room" in str(found.value)) == ("make room" in words)
+
+
+# ------------------------------------------------- two nodes, by DeepSpeed's own launcher
+
+SSHD = "/usr/sbin/sshd"
+PORT = "2222"
+ADDRESSES = ("10.231.7.1", "10.231.7.2")  # exist in the two namespaces alone
+
+
+@pytest.fixture
+def nodes(tmp_path):
+    """Two network namespaces with an sshd each, which sees only processes of its own. Returns what
+    starts DeepSpeed's launcher on the first, one slot on each: a list of words, and an
+    environment."""
+    needed = ("ip", "unshare", "pdsh", "ssh", "ssh-keygen", "pkill", SSHD)
+    absent = [tool for tool in needed if not shutil.which(tool)]
+    if absent or os.getuid():
+        pytest.skip(f"needs root and {needed}; absent: {absent}")
+    names = [f"node{os.getpid()}{letter}" for letter in "ab"]
+    daemons, made = [], []
+    try:
+        for name in names:
+            if subprocess.run(["ip", "netns", "add", name], check=False).returncode:
+                pytest.skip("no network namespaces here")
+            made.append(name)
+        ip("link", "add", "link0", "netns", names[0], "type", "veth",
+           "peer", "name", "link0", "netns", names[1])
+        for key in ("host", "user"):
+            subprocess.run(["ssh-keygen", "-q", "-t", "ed25519", "-N", "", "-f", tmp_path / key],
+                           check=True)
+        os.makedirs("/run/sshd", exist_ok=True)  # sshd wants this folder
+        for name, address in zip(names, ADDRESSES):
+            ip("-n", name, "addr", "add", f"{address}/24", "dev", "link0")
+            for link in ("link0", "lo"):
+                ip("-n", name, "link", "set", link, "up")
+            daemons.append(subprocess.Popen(
+                ["ip", "netns", "exec", name, "unshare", "--pid", "--fork", "--mount-proc",
+                 "--kill-child", SSHD, "-D", "-e", "-f", "/dev/null", "-p", PORT, "-h",
+                 tmp_path / "host", *options(
+                     ListenAddress=address, AuthorizedKeysFile=f"{tmp_path}/user.pub",
+                     StrictModes="no", PidFile="none", PermitRootLogin="yes")],
+                stderr=(tmp_path / f"{address}.log").open("w")))
+        (tmp_path / "hosts").write_text("".join(f"{address} slots=1\n" for address in ADDRESSES))
+        (tmp_path / "deepspeed_env").write_text(  # with another ninja, all would be built again
+            f"GLOO_SOCKET_IFNAME=link0\nOMP_NUM_THREADS=1\nPATH={os.environ['PATH']}\n")
+        client = options(IdentityFile=tmp_path / "user", StrictHostKeyChecking="no",
+                         UserKnownHostsFile="/dev/null", LogLevel="ERROR")
+        yield (["ip", "netns", "exec", names[0], sys.executable, "-m", "deepspeed.launcher.runner",
+                "--hostfile", str(tmp_path / "hosts"), "--master_addr", ADDRESSES[0],
+                "--ssh_port", PORT, "--no_ssh_check"],
+               {**os.environ, "PDSH_SSH_ARGS_APPEND": " ".join(client),
+                "DS_ENV_FILE": str(tmp_path / "deepspeed_env")})
+    finally:
+        for daemon in daemons:
+            daemon.kill()  # with all processes of its namespace
+            daemon.wait()
+        for name in made:
+            subprocess.run(["ip", "netns", "del", name], check=False)
+
+
+def ip(*words):
+    subprocess.run(["ip", *words], check=True)
+
+
+def options(**pairs):
+    """Options of ssh and sshd: -o name=value."""
+    return [word for name, value in pairs.items() for word in ("-o", f"{name}={value}")]
+
+
+@pytest.mark.slow
+def test_two_nodes_stopped_at_the_launcher_and_resumed_equal_two_ranks_of_one(
+        toy, tmp_path, nodes):
+    """SIGTERM ends both with a checkpoint, although the launcher closes their output first."""
+    launcher, env = nodes
+    words = command(toy, tmp_path / "run", "--max_steps=12")
+    log, latest = tmp_path / "run" / "metrics.jsonl", tmp_path / "run" / "latest"
+    with (tmp_path / "output").open("w") as output:
+        process = subprocess.Popen([*launcher, *words], cwd=ROOT, env=env, stdout=output,
+                                   stderr=output)
+        wait_until(lambda: log.exists() and len(log.read_text().splitlines()) > 2, process)
+        process.terminate()
+        assert process.wait(timeout=60) == 1
+        wait_until(latest.exists)
+        stopped = int(latest.read_text().removeprefix("checkpoint-"))
+        assert 2 <= stopped < 12 and json.loads(log.read_text().splitlines()[-1])["step"] == stopped
+        subprocess.run([*launcher, *words, "--resume"], cwd=ROOT, env=env, stdout=output,
+                       stderr=output, timeout=300, check=True)
+    run(*command(toy, tmp_path / "one", "--max_steps=12"), ranks=2)
+    assert equal_weights(tmp_path / "run", tmp_path / "one")
+
+
+def wait_until(true, process=None, limit=400):
+    """Waits until a condition holds; a process, if given, must live on meanwhile."""
+    end = time.monotonic() + limit
+    while not true():
+        assert time.monotonic() < end and (process is None or process.poll() is None)
+        time.sleep(0.2)

@@ -224,18 +224,16 @@ def test_a_run_says_what_it_is_what_it_does_and_what_it_made(toy, tmp_path):
                                                result.stdout))
     assert re.fullmatch(r"\S+/train.json: 32 records, \d+ videos and \d+ images", begin[0])
     assert re.fullmatch(r"\S+/model: [\d,]+ parameters, fp32, ZeRO stage 3 on 1 x cpu", begin[1])
-    assert begin[2] == ("a step on each rank (1 in all): 2 questions x (4 + 2) responses, 2 of "
-                        "them in a chunk of the update; 2 steps are 0.125 epochs")
+    assert begin[2] == ("a step on each rank: 2 questions x (4 + 2) responses, 2 of them in a chunk "
+                        "of the update; 2 steps are 0.125 epochs")
     assert re.fullmatch(r"first \w+: \d x \d x \d patches \(time x height x width\), "
-                        r"\d+ of its \d+ tokens visual", begin[3])
-    assert begin[4].endswith("run: logs, the model at the end; checkpoints: every 100 steps (the "
-                             "newest 2 stay)") and len(begin) == 5
+                        r"\d+ of its \d+ tokens visual", begin[3]) and len(begin) == 4
     assert re.match(r"step 1 of 2: reward [\d.]+, accuracy [\d.]+, p [\d.]+, .*kl ", line)
     assert re.match(r"step 1, (video|image) \S+: .*<answer>.*</answer>", told)
     for words in (r"^  p [\d.]+", r"^  best: R [\d.]+, A [-\d.]+  ", r"^  worst: R [\d.]+",
                   r"^step 2 of 2: "):
         assert len(re.findall(words, result.stdout, re.MULTILINE)) == 1, words
-    assert re.search(r"run: the model after 2 steps, 0 min \d+ s; reward/accuracy .* -> ", end[0])
+    assert end[0].endswith("run: the model after 2 steps")
     assert end[1:] == [f"next: python evaluate.py --model {tmp_path / 'run'} --benchmark NAME=FILE "
                        "--output FOLDER"]
 
@@ -246,7 +244,7 @@ def test_sft_stops_after_max_steps(toy, tmp_path):
                      sft.parse_args(["--model=", "--data=", "--output="]),
                      flag.strip("-").partition("=")[0])])
     assert [row["step"] for row in lines(tmp_path, "metrics")[1:]] == [1, 2]
-    assert "step 2 of 2: loss " in result.stdout and "optim/loss" in result.stdout
+    assert "step 2 of 2: loss " in result.stdout
 
 
 def test_what_teaches_nothing_is_not_computed_and_the_weights_are_the_same(

@@ -164,8 +164,8 @@ def test_a_process_that_is_not_one_thought_is_refused_by_number_and_problem_id(
     data.write_text(json.dumps(records))
     args = sft.parse_args(["--model=absent", f"--data={data}", f"--media_root={toy}",
                            f"--output={tmp_path / 'run'}"])
-    with pytest.raises(InputError, match=f"{data}: 2 of 48 records lack a process .*; the first is "
-                                         f"problem_id {records[3]['problem_id']}, with"):
+    with pytest.raises(InputError, match=f"{data}: 2 of 48 records have a process that is .*; "
+                                         f"the first is problem_id {records[3]['problem_id']}, "):
         sft.main(args)
     assert not (tmp_path / "run").exists()
 
