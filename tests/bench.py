@@ -178,6 +178,8 @@ ABLATIONS = {  # form: what is measured, the idea that it does without, what it 
     "autograd": ("backward", "log-probabilities again in the backward pass, in pieces",
                  {"token_logps": autograd_logps}),
     "naive": ("backward", "the prompt run once for its group", {}),
+    "recompute": ("backward", "activations kept for the backward pass: --gradient_checkpointing",
+                  {}),
     "separate": ("rollout", "all orders and prompts in one decode", {})}
 
 
@@ -230,6 +232,8 @@ class Case:
         if form in ABLATIONS:
             for name, value in ABLATIONS[form][2].items():
                 setattr(tgrpo, name, value)
+        if form == "recompute":
+            tgrpo.recompute_activations(self.model)
         rollout = separate_rollouts if form == "separate" else our_rollout
         chunk = self.args.chunk_size
         return {

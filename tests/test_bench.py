@@ -37,7 +37,7 @@ def test_the_tables_and_the_file(tmp_path):
     one, two = json.loads((tmp_path / "b.json").read_text())["results"]
     assert one["memory_mb"] > 0 and two["step_ratio"] > 0
     parts = run("tests/bench.py", *SMALL, "--ablate", "--prompts", 1).stdout
-    assert parts.count("\n| nothing |") == 2 and parts.count("\n|") == 9
+    assert parts.count("\n| nothing |") == 2 and parts.count("\n|") == 10
 
 
 # ------------------------------------------------------------ memory, computed from shapes

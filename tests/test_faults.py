@@ -122,7 +122,7 @@ def test_the_file_for_one_gpu_trains_as_without_offload_and_resumes_after_a_kill
         torch.testing.assert_close(offloaded[name], weights, rtol=0, atol=1e-5)
 
 
-def test_checkpointing_of_the_vision_tower_changes_nothing_but_memory(toy, tmp_path, whole_run):
+def test_gradient_checkpointing_changes_nothing_but_memory(toy, tmp_path, whole_run):
     run(*command(toy, "tgrpo", tmp_path / "run", 0, "--gradient_checkpointing"))
     same_run(whole_run("tgrpo", 0, 0), tmp_path / "run")
 
