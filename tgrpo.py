@@ -35,8 +35,8 @@ from build_data import (FlagParser, InputError, above, at_least, encode, encode_
                         refuse_absent_media, rope_positions, run_script, seeded_generator,
                         shuffle_frames, stop_tokens, to_device)
 from rewards import accuracy_reward, format_reward, length_reward
-from sft import (add_run_flags, close_step, gather_objects, lap, note, open_run, optimizer_step,
-                 save_model, say_end, start_engine, steps, validate)
+from sft import (adapters_off, add_adapters, add_run_flags, close_step, gather_objects, lap, note,
+                 open_run, optimizer_step, save_model, say_end, start_engine, steps, validate)
 
 import deepspeed  # after build_data, which quiets its first words
 
@@ -443,6 +443,7 @@ def start_sampler(run, forbidden_ids):
             module.config, dtype=module.dtype, attn_implementation=run.args.attn_implementation)
     sampler = sampler.to_empty(device=run.device).eval().requires_grad_(False)
     sampler.tie_weights()
+    add_adapters(sampler, run.args)
     forbid_tokens(sampler, forbidden_ids, run.device)
     for source, target in zip(module.buffers(), sampler.buffers(), strict=True):
         target.copy_(source)
@@ -457,8 +458,11 @@ def gather_weights(engine, sampler):
                 target.data.copy_(source.data)
 
 
-def start_reference(run, forbidden_ids):
-    """The frozen reference model; sharded like the policy where that is (ZeRO-3)."""
+def start_reference(run, forbidden_ids, sampler):
+    """The frozen reference model; sharded like the policy where that is (ZeRO-3). With adapters:
+    the sampler, as update turns them off."""
+    if run.args.lora_rank:
+        return sampler
     model = load_model(run.args, run.config).eval().requires_grad_(False)
     forbid_tokens(model, forbidden_ids, run.device)
     if not run.engine.zero_optimization_partition_weights():
@@ -584,8 +588,9 @@ def update(run, step, reference, groups, blank, metrics):
         group["ref"] = None
         if args.beta:
             inputs = to_device(group["ordered"], run.device)
-            group["ref"] = group_logps(reference, inputs, group["responses"], group["lengths"],
-                                       args.chunk_size, args.temperature)  # (G, L)
+            with adapters_off():
+                group["ref"] = group_logps(reference, inputs, group["responses"], group["lengths"],
+                                           args.chunk_size, args.temperature)  # (G, L)
     engine.train()  # after the rollout's eval
     for u in range(args.updates_per_rollout):
         begin_backward(engine, blank["ordered"])
@@ -693,6 +698,7 @@ def main(args):
     run = open_run(args, records, parse_args, args.prompts_per_rank)
     model = load_model(args, run.config)
     model.model.visual.requires_grad_(not args.freeze_vision)
+    add_adapters(model, args)
     if args.gradient_checkpointing:
         recompute_activations(model)
     eos_ids = stop_tokens(model, processor.tokenizer)
@@ -700,7 +706,7 @@ def main(args):
     forbid_tokens(model, forbidden_ids, run.device)
     start_engine(run, model)
     sampler = start_sampler(run, forbidden_ids)
-    reference = start_reference(run, forbidden_ids) if args.beta else None
+    reference = start_reference(run, forbidden_ids, sampler) if args.beta else None
     blank = blank_group(processor, args.G, eos_ids[0], run.device)
     run.validate = partial(validate, run, processor, partial(
         greedy_texts, run, sampler, processor.tokenizer, eos_ids))

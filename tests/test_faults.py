@@ -101,10 +101,7 @@ def test_a_run_killed_at_any_moment_resumes_as_if_nothing_had_happened(
     ("tgrpo", "update:22"), pytest.param("sft", "update:4", marks=pytest.mark.slow)])
 def test_the_file_for_one_gpu_trains_as_without_offload_and_resumes_after_a_kill(
         toy, tmp_path, whole_run, script, moment):
-    """The JSON block of README's section, as it stands there."""
-    section = (ROOT / "README.md").read_text(encoding="utf-8").split("\n## One GPU\n")[1]
-    file = tmp_path / "one_gpu.json"
-    file.write_text(section.split("```json\n")[1].split("```")[0])
+    file = ROOT / "assets" / "one_gpu.json"
     at = {name: tmp_path / name for name in ("whole", "cut")}
 
     def start(name, *more, **options):
