@@ -28,7 +28,7 @@ import sys
 import time
 from collections import Counter
 from collections.abc import Callable
-from contextlib import suppress
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from functools import lru_cache, partial
 from itertools import islice
@@ -189,6 +189,7 @@ def main(args):
     run = open_run(args, records, parse_args, per_step)
     questions = start_questions(run, processor, records, sft_example)
     model = load_model(args, run.config)
+    add_adapters(model, args)
     if args.gradient_checkpointing:
         model.activation_checkpointing_enable({"use_reentrant": False})
     start_engine(run, model)
@@ -223,6 +224,7 @@ def main(args):
 # ========================================================================================
 
 ORDER_STREAM = 0  # first key of the data order's generators; a stage's own streams begin at 1
+ADAPTER_STREAM = 3  # of the adapters' first weights
 VAL_BATCH = 8  # held-out questions that a rank answers together, videos in both orders
 # A resumed run may change these: they affect speed or paths only
 FREE_ARGUMENTS = {"data", "media_root", "output", "deepspeed_config", "num_workers",
@@ -256,6 +258,12 @@ def add_run_flags(add, lr_schedule, save_steps):
     add("--weight_decay", type=at_least(0, float), default=0.01, help="AdamW's, decoupled")
     add("--max_grad_norm", type=at_least(0, float), default=5.0,
         help="gradients are clipped to this norm")
+    # adapters
+    add("--lora_rank", type=at_least(0, int), default=0,
+        help="rank of adapters, trained in the place of all weights; they need a learning rate 10 "
+             "to 100 times as high; 0: none")
+    add("--lora_alpha", type=above(0, float), default=32.0,
+        help="an adapter counts alpha / rank times")
     # held-out questions
     add("--val_data", help="records that are not trained on, to answer during the run")
     add("--val_steps", type=at_least(0, int), default=100,
@@ -294,6 +302,56 @@ class Run:
     engine: deepspeed.DeepSpeedEngine | None = None  # the policy in training; start_engine
     infinite: torch.Tensor | None = None  # counts gradients that hold NaN or infinity
     validate: Callable | None = None  # validate, as far as it is the same at every step
+
+
+# ------------------------------------------------------------------------------ adapters
+
+class AdaptedLinear(torch.nn.Linear):
+    """A linear map with an adapter (LoRA, Hu et al. 2021, section 4.1), of which only A
+    (rank, in) and B (out, rank) are trained: y = W x + b + alpha / rank * B A x."""
+    on = True  # of all maps at once: adapters_off
+
+    def forward(self, x):
+        y = super().forward(x)
+        if AdaptedLinear.on:
+            y = y + self.scale * F.linear(F.linear(x, self.A), self.B)
+        return y
+
+
+def add_adapters(model, args):
+    """With --lora_rank: freezes the model and adds an adapter to each torch.nn.Linear of its
+    language model. B is 0 at first: the model computes what it did. Experts that share one tensor
+    have none."""
+    if not args.lora_rank:
+        return
+    model.requires_grad_(False)
+    generator = seeded_generator(ADAPTER_STREAM, args.seed)  # the same draws on all ranks
+    for layer in model.model.language_model.modules():
+        if type(layer) is torch.nn.Linear:
+            layer.__class__, layer.scale = AdaptedLinear, args.lora_alpha / args.lora_rank
+            A = torch.empty(args.lora_rank, layer.in_features)
+            torch.nn.init.kaiming_uniform_(A, a=math.sqrt(5), generator=generator)
+            layer.A = torch.nn.Parameter(A.to(layer.weight))  # its type and device
+            layer.B = torch.nn.Parameter(layer.A.new_zeros(layer.out_features, args.lora_rank))
+
+
+@contextmanager
+def adapters_off():
+    """Inside, models compute what they did before they got adapters, bit for bit."""
+    AdaptedLinear.on = False
+    try:
+        yield
+    finally:
+        AdaptedLinear.on = True
+
+
+def merge_adapters(model, state):
+    """Adds the adapters in a state dict of the model to its weights: W + alpha / rank * B A."""
+    for name, layer in model.named_modules():
+        if isinstance(layer, AdaptedLinear):
+            W, A, B = (state.pop(f"{name}.{part}") for part in ("weight", "A", "B"))
+            merged = W.float() + layer.scale * B.float() @ A.float()  # (out, in)
+            state[f"{name}.weight"] = merged.to(W.dtype)
 
 
 # ------------------------------------------------------------------------------- start
@@ -448,7 +506,8 @@ def start_engine(run, model):
     if run.first_step:
         tag = f"checkpoint-{run.first_step}"
         try:
-            _, state = run.engine.load_checkpoint(str(output), tag=tag)
+            _, state = run.engine.load_checkpoint(str(output), tag=tag,
+                                                  load_module_strict=not args.lora_rank)
             run.skipped = state["skipped"]
         except Exception as error:  # what torch and DeepSpeed raise on a damaged file has no end
             raise InputError(f"{output / tag} is damaged ({type(error).__name__}: "
@@ -820,7 +879,8 @@ def save_checkpoint(run, step):
         return
     try:
         run.engine.save_checkpoint(str(output), tag=tag, save_latest=False,
-                                   client_state={"skipped": run.skipped})
+                                   client_state={"skipped": run.skipped},
+                                   exclude_frozen_parameters=run.args.lora_rank > 0)
     except (OSError, RuntimeError) as error:  # torch.save reports a full disk as either
         raise cannot_write(output / tag, error) from None
     dist.barrier()
@@ -860,6 +920,7 @@ def save_model(run, processor):
             if run.rank == 0:
                 state[name] = parameter.detach().cpu().clone()
     if run.rank == 0:
+        merge_adapters(run.engine.module, state)
         output, aside = Path(run.args.output), Path(run.args.output) / "model.partial"
         try:
             run.engine.module.save_pretrained(aside, state_dict=state)

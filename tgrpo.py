@@ -35,8 +35,9 @@ from build_data import (FlagParser, InputError, above, at_least, encode, encode_
                         refuse_absent_media, rope_positions, run_script, seeded_generator,
                         shuffle_frames, stop_tokens, to_device)
 from rewards import accuracy_reward, format_reward, length_reward
-from sft import (add_run_flags, close_step, gather_objects, lap, note, open_run, optimizer_step,
-                 print_end, save_model, start_engine, start_questions, steps, validate)
+from sft import (adapters_off, add_adapters, add_run_flags, close_step, gather_objects, lap, note,
+                 open_run, optimizer_step, print_end, save_model, start_engine, start_questions,
+                 steps, validate)
 
 import deepspeed  # after build_data, which quiets its first words
 
@@ -83,7 +84,7 @@ def parse_args(argv=None):
         help="responses of one forward and backward pass: memory for speed")
     add("--freeze_vision", action="store_true", help="train the language model only")
     add("--gradient_checkpointing", action="store_true",
-        help="recompute the vision tower's activations in the backward pass to save memory")
+        help="recompute activations in the backward pass to save memory")
     add("--max_steps", type=above(0, int), default=1000, help="steps of the run, a rollout each")
     add("--rollout_steps", type=above(0, int), default=10,
         help="steps between entries of rollouts.jsonl")
@@ -208,6 +209,27 @@ def refuse_unshared(args):
                          "share; take a model of full attention, as Qwen2.5-VL or Qwen3-VL")
 
 
+class KeptLayer(DynamicLayer):
+    """A layer's keys and values in a forward pass that may be recomputed (gradient checkpointing).
+    The backward pass then calls update again: it returns what it did before and stores nothing."""
+    is_prompt = False  # whether the pass itself fills the layer; else it follows what is there
+
+    def update(self, keys, values, *_, **__):
+        if not self.is_initialized:
+            self.is_prompt = True
+            return super().update(keys, values)
+        if self.is_prompt:
+            return keys, values
+        return torch.cat([self.keys, keys], dim=2), torch.cat([self.values, values], dim=2)
+
+
+def recompute_activations(model):
+    """Lets the backward pass recompute each layer; those with a KeptLayer keep their cache."""
+    model.activation_checkpointing_enable({"use_reentrant": False})
+    for layer in model.model.language_model.layers:
+        layer._can_checkpoint_with_cache = True
+
+
 def run_prompt(model, inputs):
     """One forward over a prompt (B, P). Returns the model's output with its cache of keys and
     values (B, heads, P, dim a layer), and a pair of positions (B, 1): of the prompt's last token
@@ -216,14 +238,15 @@ def run_prompt(model, inputs):
     positions, next_position = rope_positions(model, inputs)
     vision = {key: inputs[key] for key in inputs
               if key.startswith("pixel_values") or key.endswith("grid_thw")}
-    output = model(input_ids=inputs["input_ids"], position_ids=positions, use_cache=True,
-                   logits_to_keep=1, **vision)
+    output = model(input_ids=inputs["input_ids"], position_ids=positions, use_cache=False,
+                   past_key_values=Cache(layer_class_to_replicate=KeptLayer), logits_to_keep=1,
+                   **vision)
     return output, (positions[0, :, -1:], next_position)
 
 
 def forbid_tokens(model, ids, device):
-    """Sets these tokens' logits to minus infinity in every forward of a model that is not in an
-    engine yet. Sampler, policy and reference then are distributions over the same tokens."""
+    """Sets these logits to -inf whenever the model runs: sampler, policy and reference then are
+    distributions over the same tokens. To be called before the model gets an engine."""
     head = model.get_output_embeddings()
     barrier = torch.zeros(head.out_features, dtype=model.dtype, device=device)  # (V,)
     barrier[ids] = -torch.inf
@@ -319,12 +342,12 @@ def response_logits(model, cache, inputs, positions, responses):
     ids = torch.cat([inputs["input_ids"][:, -1:].expand(n, 1), responses[:, :-1]], dim=1)  # (n, L)
     later = following + torch.arange(L - 1, device=ids.device)  # (1, L - 1)
     position = torch.cat([last, later], dim=1)  # (1, L)
-    shared = Cache(layers=[DynamicLayer() for _ in cache])
+    shared = Cache(layers=[KeptLayer() for _ in cache])
     for layer, (keys, values) in zip(shared.layers, cache):
         layer.lazy_initialization(keys, values)
         layer.keys, layer.values = (kv.expand(n, -1, -1, -1) for kv in (keys, values))
     return model(input_ids=ids, position_ids=position.expand(3, n, L), past_key_values=shared,
-                 use_cache=True).logits  # (n, L, V)
+                 use_cache=False).logits  # (n, L, V)
 
 
 def token_logps(logits, responses, temperature):
@@ -421,6 +444,7 @@ def start_sampler(run, forbidden_ids):
             module.config, dtype=module.dtype, attn_implementation=run.args.attn_implementation)
     sampler = sampler.to_empty(device=run.device).eval().requires_grad_(False)
     sampler.tie_weights()
+    add_adapters(sampler, run.args)
     forbid_tokens(sampler, forbidden_ids, run.device)
     for source, target in zip(module.buffers(), sampler.buffers(), strict=True):
         target.copy_(source)
@@ -435,8 +459,11 @@ def gather_weights(engine, sampler):
                 target.data.copy_(source.data)
 
 
-def start_reference(run, forbidden_ids):
-    """The frozen reference model; sharded like the policy where that is (ZeRO-3)."""
+def start_reference(run, forbidden_ids, sampler):
+    """The frozen reference model; sharded like the policy where that is (ZeRO-3). With adapters:
+    the sampler, as update turns them off."""
+    if run.args.lora_rank:
+        return sampler
     model = load_model(run.args, run.config).eval().requires_grad_(False)
     forbid_tokens(model, forbidden_ids, run.device)
     if not run.engine.zero_optimization_partition_weights():
@@ -492,6 +519,7 @@ def sample_responses(model, groups, args, generator, eos_ids):
         counts.append([args.G, args.G_tilde][:len(orders)])
     if not groups:
         return
+    model.eval()  # decoding recomputes nothing
     responses = iter(rollout(model, prompts, counts, max_new_tokens=args.max_new_tokens,
                              temperature=args.temperature, top_p=args.top_p, eos_ids=eos_ids,
                              generator=generator))
@@ -561,8 +589,10 @@ def update(run, step, reference, groups, blank, metrics):
         group["ref"] = None
         if args.beta:
             inputs = to_device(group["ordered"], run.device)
-            group["ref"] = group_logps(reference, inputs, group["responses"], group["lengths"],
-                                       args.chunk_size, args.temperature)  # (G, L)
+            with adapters_off():
+                group["ref"] = group_logps(reference, inputs, group["responses"], group["lengths"],
+                                           args.chunk_size, args.temperature)  # (G, L)
+    engine.train()  # after the rollout's eval
     for u in range(args.updates_per_rollout):
         begin_backward(engine, blank["ordered"])
         for i, group in enumerate(groups):
@@ -670,14 +700,15 @@ def main(args):
     questions = start_questions(run, processor, records, partial(example, args))
     model = load_model(args, run.config)
     model.model.visual.requires_grad_(not args.freeze_vision)
-    if args.gradient_checkpointing:  # not in the language model: its keys and values are kept
-        model.model.visual.activation_checkpointing_enable({"use_reentrant": False})
+    add_adapters(model, args)
+    if args.gradient_checkpointing:
+        recompute_activations(model)
     eos_ids = stop_tokens(model, processor.tokenizer)
     forbidden_ids = forbidden_tokens(model, processor.tokenizer)
     forbid_tokens(model, forbidden_ids, run.device)
     start_engine(run, model)
     sampler = start_sampler(run, forbidden_ids)
-    reference = start_reference(run, forbidden_ids) if args.beta else None
+    reference = start_reference(run, forbidden_ids, sampler) if args.beta else None
     blank = blank_group(processor, args.G, eos_ids[0], run.device)
     run.validate = partial(validate, run, processor, partial(
         greedy_texts, run, sampler, processor.tokenizer, eos_ids))

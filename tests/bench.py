@@ -14,7 +14,8 @@ No response ends early, so what rows that leave the batch save is not in here. M
 of a form's process during its first update (maximum resident set on CPU, maximum allocated on an
 accelerator).
 
-    python tests/bench.py memory --model Qwen2.5-VL-7B --deepspeed_config one_gpu.json --beta 0
+    python tests/bench.py memory --model Qwen2.5-VL-7B --lora_rank 16 \\
+        --deepspeed_config assets/one_gpu.json
 
 computes what a run of tgrpo.py needs on a card and on the host, from the model's shape and the
 run's own flags: nothing is measured there.
@@ -37,6 +38,7 @@ from transformers import AutoConfig, AutoModelForImageTextToText
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
+import sft  # noqa: E402
 import tgrpo  # noqa: E402
 from build_data import (PATCH, TEMPLATE, Vision, encode, pad_batch, seeded_generator,  # noqa: E402
                         toy_model, toy_processor, toy_tokenizer)
@@ -178,6 +180,8 @@ ABLATIONS = {  # form: what is measured, the idea that it does without, what it 
     "autograd": ("backward", "log-probabilities again in the backward pass, in pieces",
                  {"token_logps": autograd_logps}),
     "naive": ("backward", "the prompt run once for its group", {}),
+    "recompute": ("backward", "activations kept for the backward pass: --gradient_checkpointing",
+                  {}),
     "separate": ("rollout", "all orders and prompts in one decode", {})}
 
 
@@ -230,6 +234,8 @@ class Case:
         if form in ABLATIONS:
             for name, value in ABLATIONS[form][2].items():
                 setattr(tgrpo, name, value)
+        if form == "recompute":
+            tgrpo.recompute_activations(self.model)
         rollout = separate_rollouts if form == "separate" else our_rollout
         chunk = self.args.chunk_size
         return {
@@ -438,11 +444,25 @@ CARD_SPARE, HOST_RANK, HOST_WORKER = 2 * 10**9, 4 * 10**9, 10**9
 
 
 def count_parameters(config):
-    """(all, the vision tower's, the largest matrix's) parameters of a model; it is not made."""
+    """(all, the vision tower's) parameters of a model; it is not made."""
     with torch.device("meta"):
         model = AutoModelForImageTextToText.from_config(config)
-    sizes = [p.numel() for p in model.parameters()]
-    return sum(sizes), sum(p.numel() for p in model.model.visual.parameters()), max(sizes)
+    return tuple(sum(p.numel() for p in part.parameters()) for part in (model, model.model.visual))
+
+
+def parameter_sizes(config, args):
+    """The numbers in each parameter, of a run's model: ([all], [the trained ones])."""
+    with torch.device("meta"):
+        model = AutoModelForImageTextToText.from_config(config)
+    model.model.visual.requires_grad_(not args.freeze_vision)
+    sft.add_adapters(model, args)
+    return ([p.numel() for p in model.parameters()],
+            [p.numel() for p in model.parameters() if p.requires_grad])
+
+
+def pinned(size):
+    """Bytes that torch takes for a pinned block of the host's memory: a power of two."""
+    return 2 ** math.ceil(math.log2(size))
 
 
 def widths(config):
@@ -480,20 +500,25 @@ def prompt_size(config, args):
 def update_activations(config, args, size):
     """{part: bytes} of one prompt and one chunk in the update."""
     text, vision = config.text_config, config.vision_config
-    layers, _, queries, keys, _ = widths(text)
+    layers, width, queries, keys, _ = widths(text)
     depth, hidden, *_ = widths(vision)
     prompt, patches = prompt_size(config, args)
     tokens = min(args.chunk_size, args.G) * args.max_new_tokens  # of a chunk
     of_token, of_patch = kept_of_token(text, size), kept_of_token(vision, size)
     # keys and values of a response and its prompt: joined, then repeated for every query head
-    joined = 2 * layers * size * (keys if keys == queries else keys + queries)
+    joined = 2 * size * (keys if keys == queries else keys + queries)
     logits = tokens * text.vocab_size * size
-    tower = depth * hidden * size + of_patch if args.gradient_checkpointing else depth * of_patch
+    if args.gradient_checkpointing:  # the input of each layer, and what one layer makes again
+        tower, of_tokens = depth * hidden * size + of_patch, layers * width * size + of_token
+        prompt_tokens = of_tokens + layers * 2 * keys * size
+    else:
+        tower, of_tokens, joined = depth * of_patch, layers * of_token, layers * joined
+        prompt_tokens = of_tokens
     return {
-        "prompt, vision tower": 0 if args.freeze_vision else patches * tower,
+        "prompt, vision tower": 0 if args.freeze_vision or args.lora_rank else patches * tower,
         # with the gradients of its keys and values
-        "prompt, language model": prompt * layers * (of_token + 2 * keys * size),
-        "chunk, layers": tokens * layers * of_token,
+        "prompt, language model": prompt * (prompt_tokens + layers * 2 * keys * size),
+        "chunk, layers": tokens * of_tokens,
         "chunk, keys and values": (tokens + min(args.chunk_size, args.G) * prompt) * joined,
         # with their gradients; three float32 forms of a piece
         "chunk, logits": 2 * logits + 3 * 4 * tgrpo.PIECE * text.vocab_size}
@@ -518,8 +543,8 @@ def memory(config, args, zero, gpus=1, size=2):
     (ZeRO-2 or 3), with `gpus` cards in the machine and `size` bytes a weight: {"rollout",
     "update", "step": {part: bytes of a card}, "host": {part: bytes}}. A card must hold the largest
     of its three sums."""
-    P, visual, largest = count_parameters(config)
-    T = P - visual if args.freeze_vision else P  # trained
+    numbers, trained = parameter_sizes(config, args)
+    P, T, largest = sum(numbers), sum(trained), max(trained)
     sharded, offload = zero["stage"] == 3, zero.get("offload_optimizer", {}).get("device") == "cpu"
     part = T // gpus  # of which a rank has gradients and the optimizer
     stepped = min(SUB_GROUP, part) if sharded else part  # at once
@@ -527,7 +552,7 @@ def memory(config, args, zero, gpus=1, size=2):
     weights = size * P // (gpus if sharded else 1)
     always = {
         "weights": weights,
-        "reference": weights if args.beta else 0,
+        "reference": weights if args.beta and not args.lora_rank else 0,
         "sampling copy": size * P if sharded else 0,
         "gathered layers": size * min(LIVE, P) if sharded else 0,
         "optimizer": 0 if offload else 12 * part,  # weights and two moments in float32
@@ -538,14 +563,15 @@ def memory(config, args, zero, gpus=1, size=2):
         # and the largest one; with offload its sum so far, from the host, and its float64 norm
         "gradients under way": size * bucket * (2 if sharded else 1)
         + largest * (2 * size + 8 if offload else size)}
-    # gradients in float32 and what AdamW computes of them
     step = {"gradients": size * part if sharded and not offload else 0,
-            "optimizer's step": 0 if offload else 8 * stepped}
+            "optimizer's step": 0 if offload else 4 * stepped}  # gradients in float32
+    # DeepSpeed pins what moves between card and host
+    block = pinned if zero.get("offload_optimizer", {}).get("pin_memory", True) else int
     host = {
-        # in float32 weights, gradients and two moments; gradients so far, a copy of the weights
-        "optimizer": (16 + 2 * size) * T if offload else 0,
-        "optimizer's step, or a saved model":
-            max(8 * stepped * gpus if offload else 0, 2 * size * P),
+        "optimizer": 0 if not offload else
+        8 * T + gpus * (2 * block(4 * part) + block(size * part))  # moments; weights, gradients
+        + sum(block(size * n) for n in trained),  # and a copy; gradients so far, one by one
+        "a saved model": 2 * size * P,
         "assumed": gpus * (HOST_RANK + args.num_workers * HOST_WORKER)}
     return {"rollout": always | rollout_activations(config, args, size),
             "update": always | update | update_activations(config, args, size),

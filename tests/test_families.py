@@ -205,8 +205,7 @@ def difference(model, gradients):
 
 @pytest.mark.parametrize("medium", ["video", "image"])
 def test_prefix_shared_log_probs_and_gradients_equal_naive_ones(family, medium):
-    """Features that enter the language model between its layers are the prompt's pass's alone.
-    Activations of the vision tower are computed again, as by --gradient_checkpointing."""
+    """Features that enter the language model between its layers are the prompt's pass's alone."""
     model, inputs = family.model, getattr(family, medium)["ordered"]
     responses = torch.randint(0, 400, (5, 9), generator=torch.Generator().manual_seed(0))
     lengths, A = torch.tensor([9, 2, 5, 3, 9]), torch.linspace(-1, 1.5, 5)
@@ -219,12 +218,40 @@ def test_prefix_shared_log_probs_and_gradients_equal_naive_ones(family, medium):
         part = rows, slice(logps.shape[1])
         return tgrpo.tgrpo_loss(logps, logps.detach(), ref[part] - 0.1, A[rows], mask[part], 0.04,
                                 0.2) * len(rows) / 5
-    model.train().model.visual.activation_checkpointing_enable({"use_reentrant": False})
     tgrpo.backward_group(PlainEngine(model), inputs, responses, lengths, loss, 2, 1.0, last=True)
     shared = {name: p.grad.clone() for name, p in model.named_parameters()}
     model.zero_grad()
     loss(torch.arange(5), naive).backward()
     assert difference(model, shared) < 1e-4
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_recomputed_activations_give_the_same_gradients_in_every_bit(family, dtype, monkeypatch):
+    """In tower and language model, of a video and an image, in chunks of 1, 2 and 4. Each layer's
+    update is called twice then, and never without --gradient_checkpointing."""
+    model, calls, update = family.model.to(dtype).train(), [], tgrpo.KeptLayer.update
+    monkeypatch.setattr(tgrpo.KeptLayer, "update",
+                        lambda *args: (calls.append(1), update(*args))[1])
+    responses = torch.randint(0, 400, (5, 9), generator=torch.Generator().manual_seed(0))
+    lengths, A = torch.tensor([9, 2, 5, 3, 9]), torch.linspace(-1, 1.5, 5)
+
+    def loss(rows, logps, entropy):
+        return (logps * A[rows, None]).mean()
+
+    def gradients(inputs, chunk_size):
+        model.zero_grad()
+        calls.clear()
+        tgrpo.backward_group(PlainEngine(model), inputs, responses, lengths, loss, chunk_size, 1.0,
+                             last=True)
+        return {name: p.grad.clone() for name, p in model.named_parameters()}, len(calls)
+    for inputs in (family.video["ordered"], family.image["ordered"]):
+        for chunk_size in (1, 2, 4):
+            model.activation_checkpointing_disable()
+            kept, once = gradients(inputs, chunk_size)
+            tgrpo.recompute_activations(model)
+            recomputed, twice = gradients(inputs, chunk_size)
+            assert twice == 2 * once > 0
+            assert all(torch.equal(kept[name], recomputed[name]) for name in kept)
 
 
 def test_the_cold_start_learns_a_response_where_it_is_sampled_and_in_any_batch(family):

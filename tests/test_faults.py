@@ -109,10 +109,7 @@ def test_a_run_killed_at_any_moment_resumes_as_if_nothing_had_happened(
     ("tgrpo", "update:22"), pytest.param("sft", "update:4", marks=pytest.mark.slow)])
 def test_the_file_for_one_gpu_trains_as_without_offload_and_resumes_after_a_kill(
         toy, tmp_path, whole_run, script, moment):
-    """The JSON block of README's section, as it stands there."""
-    section = (ROOT / "README.md").read_text(encoding="utf-8").split("\n## One GPU\n")[1]
-    file = tmp_path / "one_gpu.json"
-    file.write_text(section.split("```json\n")[1].split("```")[0])
+    file = ROOT / "assets" / "one_gpu.json"
     at = {name: tmp_path / name for name in ("whole", "cut")}
 
     def start(name, *more, **options):
@@ -130,7 +127,7 @@ def test_the_file_for_one_gpu_trains_as_without_offload_and_resumes_after_a_kill
         torch.testing.assert_close(offloaded[name], weights, rtol=0, atol=1e-5)
 
 
-def test_checkpointing_of_the_vision_tower_changes_nothing_but_memory(toy, tmp_path, whole_run):
+def test_gradient_checkpointing_changes_nothing_but_memory(toy, tmp_path, whole_run):
     run(*command(toy, "tgrpo", tmp_path / "run", 0, "--gradient_checkpointing"))
     same_run(whole_run("tgrpo", 0, 0), tmp_path / "run")
 

@@ -14,7 +14,7 @@ def gradients(toy, tmp_path_factory):
     out = tmp_path_factory.mktemp("two_ranks")
     run(ROOT / "tests/two_ranks.py", "--toy", toy, "--out", out, ranks=2)
     return {name: torch.load(out / "rank0" / f"{name}.pt", weights_only=True)
-            for name in (*SETTINGS, "sampler")}
+            for name in (*SETTINGS, "sampler", "recomputed")}
 
 
 @pytest.mark.parametrize("setting", SETTINGS)
@@ -29,6 +29,11 @@ def test_prefix_shared_gradients_with_a_video_and_an_image_on_two_ranks(
     for name, p in model.named_parameters():
         error = (gradients[setting][name] - p.grad).norm()
         assert error <= 1e-4 * p.grad.norm() + 1e-7 * scale, name
+
+
+def test_recomputed_activations_under_zero3_give_the_same_gradients_in_every_bit(gradients):
+    kept, recomputed = gradients[SETTINGS[0]], gradients["recomputed"]
+    assert all(torch.equal(kept[name], recomputed[name]) for name in kept)
 
 
 def test_the_unsharded_sampling_copy_computes_what_the_saved_model_does(

@@ -38,7 +38,7 @@ def cases(toy, processor):
         yield encode(processor, record, vision), responses, mask, A
 
 
-def gradients(toy, out, groups, blank, stage, chunk_size, count):
+def gradients(toy, out, groups, blank, stage, chunk_size, count, recompute=False):
     """Full averaged gradients of the first `count` groups, by parameter name: in the second step,
     when those of the first must be gone. The learning rate is 0."""
     config_file = out / f"ds{stage}.json"
@@ -46,12 +46,15 @@ def gradients(toy, out, groups, blank, stage, chunk_size, count):
     config_file.write_text(json.dumps({"zero_optimization": zero,
                                        "zero_allow_untested_optimizer": True}))
     args = tgrpo.parse_args(["--model", str(toy / "model"), "--data", str(toy / "train.json"),
-                             "--output", str(out.parent / f"{stage}.{chunk_size}.{count}"),
+                             "--output", str(out.parent / f"{stage}.{chunk_size}.{count}.{recompute}"),
                              "--deepspeed_config", str(config_file), "--learning_rate", "0"])
     run = sft.open_run(args, [], tgrpo.parse_args, 1)
-    sft.start_engine(run, load_model(args, run.config))
+    model = load_model(args, run.config)
+    if recompute:
+        tgrpo.recompute_activations(model)
+    sft.start_engine(run, model)
     engine = run.engine
-    if stage == 3:  # what rollouts sample from
+    if stage == 3 and not recompute:  # what rollouts sample from
         sampler = tgrpo.start_sampler(run, [])
         tgrpo.gather_weights(engine, sampler)
         torch.save(sampler(**groups[0][0]).logits, out / "sampler.pt")
@@ -89,6 +92,8 @@ def main():
         torch.save(gradients(options.toy, out, groups if rank == 0 else groups[::-1],
                              encode_blank(processor), *setting),
                    out / f"{setting}.pt")
+    torch.save(gradients(options.toy, out, groups[rank:] + groups[:rank], encode_blank(processor),
+                         *SETTINGS[0], recompute=True), out / "recomputed.pt")
     dist.barrier()
 
 
