@@ -21,21 +21,15 @@ ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
 
-def environment():
-    """What a process that is started now gets, but for what pytest writes there for each test."""
-    return {name: value for name, value in os.environ.items() if name != "PYTEST_CURRENT_TEST"}
-
-
 @cache
 def fork_server():
-    """Starts tests/forked.py's server, which ends with this process. Returns our end of its
-    socket and its environment."""
+    """Our end of the socket to a server of tests/forked.py, which ends with this process."""
     ours, its = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
     with its:
         subprocess.Popen([sys.executable, ROOT / "tests/forked.py", str(its.fileno())], cwd=ROOT,
                          stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL,
                          pass_fds=[its.fileno()], start_new_session=True)
-    return ours, environment()
+    return ours
 
 
 def run(*command, ranks=0, env=None, check=True, timeout=400, fresh=False, **options):
@@ -43,19 +37,17 @@ def run(*command, ranks=0, env=None, check=True, timeout=400, fresh=False, **opt
     subprocess.run's.
 
     The script is a fork of a process that has imported everything (tests/forked.py). It is a new
-    process, or under DeepSpeed's launcher, if `fresh`, if it is the text after "-c", if the
-    environment has changed, or on a machine with GPUs, which a fork could not use.
+    process, on several ranks under DeepSpeed's launcher, if `fresh`, after "-c", if `env` may
+    change what an import does, or on a machine with GPUs, which a fork could not use.
     """
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = str(probe.getsockname()[1])
-    server, before = fork_server()
-    changed = {name for name, _ in before.items() ^ (environment() | (env or {})).items()}
-    fresh = fresh or command[0] == "-c" or changed - {"PYTHONPATH"} or torch.cuda.is_available()
-    if not fresh:
-        launcher = [sys.executable, "-IS", ROOT / "tests/forked.py", str(server.fileno()),
-                    str(ranks), port]
-        options["pass_fds"] = [server.fileno()]
+    fresh = fresh or command[0] == "-c" or {*(env or {})} - {"PYTHONPATH"}
+    if not (fresh or torch.cuda.is_available()):
+        server = fork_server().fileno()
+        launcher = [sys.executable, "-IS", ROOT / "tests/forked.py", str(server), str(ranks), port]
+        options["pass_fds"] = [server]
     elif ranks:
         launcher = [sys.executable, "-m", "deepspeed.launcher.runner", "--num_gpus", str(ranks),
                     "--master_port", port]

@@ -86,7 +86,8 @@ def test_metrics_have_the_documented_names_and_a_header(mixed):
 
 def test_the_result_is_a_model_that_differs_from_its_start(mixed, toy):
     from transformers import AutoModelForImageTextToText, AutoProcessor
-    files = [path for path in mixed[0].iterdir() if path.suffix in (".json", ".jsonl", ".safetensors")]
+    files = [path for path in mixed[0].iterdir()
+             if path.suffix in (".json", ".jsonl", ".safetensors")]
     assert len({path.stat().st_mode for path in files}) == 1  # by the user's mask
     AutoModelForImageTextToText.from_pretrained(mixed[0])
     AutoProcessor.from_pretrained(mixed[0])
