@@ -21,21 +21,16 @@ ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
 
-def environment():
-    """What a process that is started now gets, but for what pytest writes there for each test."""
-    return {name: value for name, value in os.environ.items() if name != "PYTEST_CURRENT_TEST"}
-
-
 @cache
 def fork_server():
     """Starts tests/forked.py's server, which ends with this process. Returns our end of its
-    socket and its environment."""
+    socket."""
     ours, its = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
     with its:
         subprocess.Popen([sys.executable, ROOT / "tests/forked.py", str(its.fileno())], cwd=ROOT,
                          stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL,
                          pass_fds=[its.fileno()], start_new_session=True)
-    return ours, environment()
+    return ours
 
 
 def run(*command, ranks=0, env=None, check=True, timeout=400, fresh=False, **options):
@@ -43,19 +38,17 @@ def run(*command, ranks=0, env=None, check=True, timeout=400, fresh=False, **opt
     subprocess.run's.
 
     The script is a fork of a process that has imported everything (tests/forked.py). It is a new
-    process, or under DeepSpeed's launcher, if `fresh`, if it is the text after "-c", if the
-    environment has changed, or on a machine with GPUs, which a fork could not use.
+    process, on several ranks under DeepSpeed's launcher, if `fresh`, after "-c", if `env` may
+    change what an import does, or on a machine with GPUs, which a fork could not use.
     """
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = str(probe.getsockname()[1])
-    server, before = fork_server()
-    changed = {name for name, _ in before.items() ^ (environment() | (env or {})).items()}
-    fresh = fresh or command[0] == "-c" or changed - {"PYTHONPATH"} or torch.cuda.is_available()
-    if not fresh:
-        launcher = [sys.executable, "-IS", ROOT / "tests/forked.py", str(server.fileno()),
-                    str(ranks), port]
-        options["pass_fds"] = [server.fileno()]
+    fresh = fresh or command[0] == "-c" or {*(env or {})} - {"PYTHONPATH"}
+    if not (fresh or torch.cuda.is_available()):
+        server = fork_server().fileno()
+        launcher = [sys.executable, "-IS", ROOT / "tests/forked.py", str(server), str(ranks), port]
+        options["pass_fds"] = [server]
     elif ranks:
         launcher = [sys.executable, "-m", "deepspeed.launcher.runner", "--num_gpus", str(ranks),
                     "--master_port", port]
@@ -72,19 +65,19 @@ def run(*command, ranks=0, env=None, check=True, timeout=400, fresh=False, **opt
 
 
 def together(*calls):
-    """Calls all at once, and returns what they returned: runs spend their time in one thread."""
+    """Calls all at the same time, since a run uses one thread. Returns their results."""
     with ThreadPoolExecutor(len(calls)) as pool:
         return [future.result() for future in [pool.submit(call) for call in calls]]
 
 
 def cells(path):
-    """A Markdown file without the blanks that make its columns even."""
+    """Returns a Markdown file without the blanks that align its columns."""
     return re.sub(" +", " ", path.read_text(encoding="utf-8"))
 
 
 def break_media(toy, split, out, name, every=1):
-    """Writes the toy's records of a split to a file; the first of each `every` shows a file
-    of the media folder that is no medium. Returns them."""
+    """Writes the toy's records of a split to a file and returns them. The first of each `every`
+    names a file of the media folder that cannot be decoded."""
     (toy / "media" / name).write_bytes(b"rotten")
     records = json.loads((toy / f"{split}.json").read_text())
     for record in records[::every]:
@@ -95,7 +88,7 @@ def break_media(toy, split, out, name, every=1):
 
 
 def equal_weights(a, b):
-    """Whether the models in two folders have the same weights, bit for bit."""
+    """Returns whether the models in two folders have the same weights, bit for bit."""
     first, second = (load_file(folder / "model.safetensors") for folder in (a, b))
     assert first.keys() == second.keys()
     return all(torch.equal(first[name], second[name]) for name in first)
@@ -103,7 +96,7 @@ def equal_weights(a, b):
 
 @pytest.fixture(scope="session")
 def toy(tmp_path_factory):
-    """A small toy: 48 cold-start, 32 training and 24 test questions, an untrained tiny model."""
+    """Makes a small toy: 48 cold-start, 32 training, 24 test questions; an untrained tiny model."""
     out = tmp_path_factory.mktemp("toy") / "toy"
     run("build_data.py", "toy", "--out", out, "--cot", 48, "--train", 32, "--test", 24)
     return out
@@ -117,14 +110,14 @@ def processor(toy):
 
 @pytest.fixture
 def model(toy):
-    """A fresh tiny model, eval mode, float32."""
+    """Loads the tiny model: eval mode, float32."""
     from transformers import AutoModelForImageTextToText
     return AutoModelForImageTextToText.from_pretrained(toy / "model").eval()
 
 
 @pytest.fixture(scope="session")
 def samples(toy, processor):
-    """{"video", "image"}: (record, encoded inputs) of the first of each in the training file."""
+    """Returns {"video", "image"}: (record, encoded inputs) of the first in the training file."""
     from build_data import encode, load_records, load_vision
     limits = {"max_frames": 8, "min_frames": 4, "fps": 2, "min_pixels": 784, "max_pixels": 784}
     found = {}

@@ -1,4 +1,4 @@
-"""Run by test_faults.py in the place of a script: the same main, with one fault built in.
+"""Runs a training script's main with one fault built in, for test_faults.py.
 
     python tests/faults.py tgrpo kill:rollout:4 --model ...
 
@@ -32,6 +32,7 @@ script = {"sft": sft, "tgrpo": tgrpo}[SCRIPT]
 
 
 def strike(what):
+    """Makes the fault happen."""
     if what == "kill":
         os.kill(os.getpid(), signal.SIGKILL)
     elif what == "term":

@@ -7,8 +7,9 @@ Of the 12 CPU seconds that a two-step tgrpo.py takes, 10 are imports. Three kind
                and ends with the script's exit status or signal
     watcher    a fork of the server; forks the script, one process per rank, and waits for them
 
-A script runs as `python SCRIPT` runs it, but in a session of its own. The forks share the order of
-sets of strings and what an import has read from the environment; all else is as in a new process.
+A script runs as `python SCRIPT` runs it, with the client's environment, but in a session of its
+own. All forks have the same order of sets of strings, and what an import reads from the environment
+is the server's.
 """
 import gc
 import importlib
@@ -34,7 +35,7 @@ MODULES = ("annotate", "build_data", "evaluate", "sft", "tgrpo", "av", "qwen_vl_
            "transformers.models.qwen2.tokenization_qwen2",
            "transformers.models.qwen3_vl.modeling_qwen3_vl",
            "transformers.models.qwen3_vl.processing_qwen3_vl")
-MOST_BYTES = 2**16  # of a request
+MOST_BYTES = 2**17  # of a request
 
 
 def serve(requests):
@@ -58,7 +59,7 @@ def serve(requests):
             os.close(fd)
 
 
-def watch(stdin, stdout, stderr, client, command, ranks, port, python_path):
+def watch(stdin, stdout, stderr, client, command, ranks, port, environment):
     """Forks the script and reports its exit status, negative for a signal, to the client. When one
     rank fails, or the client is killed, all processes of the script are killed."""
     processes = {}
@@ -69,9 +70,11 @@ def watch(stdin, stdout, stderr, client, command, ranks, port, python_path):
                 os.dup2(fd, number)
             for fd in (stdin, stdout, stderr, client):
                 os.close(fd)
+            os.environ.clear()
+            os.environ.update(environment)
             if ranks:
                 join_launch(command, rank, ranks, port)
-            return start(python_path, *command)  # then the interpreter ends as after any script
+            return start(*command)  # then the interpreter ends as after any script
         processes[os.pidfd_open(pid)] = pid
     for fd in (stdin, stdout, stderr):
         os.close(fd)
@@ -99,12 +102,13 @@ def join_launch(command, rank, ranks, port):
     sys.stdout.reconfigure(write_through=True)  # python -u
 
 
-def start(python_path, script, *argv):
+def start(script, *argv):
     """Runs a script as the program of this process."""
     import numpy
     numpy.random.seed()  # else all forks would draw the same; Python's own generator does this
-    folder = os.path.dirname(os.path.abspath(script))
-    sys.argv, sys.path[:1] = [script, *argv], [folder, *filter(None, python_path)]
+    added = os.environ.get("PYTHONPATH", "").split(os.pathsep)
+    sys.argv = [script, *argv]
+    sys.path[:1] = [os.path.dirname(os.path.abspath(script)), *filter(None, added)]
     module = sys.modules["__main__"] = ModuleType("__main__")
     module.__file__ = script
     exec(compile(Path(script).read_bytes(), script, "exec"), vars(module))
@@ -114,7 +118,7 @@ def request(server, command, ranks, port):
     """The client: has the server run the command and ends as the script ends."""
     ours, theirs = socket.socketpair()
     message = {"command": command, "ranks": int(ranks), "port": port,
-               "python_path": os.environ.get("PYTHONPATH", "").split(":")}
+               "environment": dict(os.environ)}
     socket.send_fds(server, [json.dumps(message).encode()], [0, 1, 2, theirs.fileno()])
     theirs.close()
     status = int(ours.recv(MOST_BYTES) or 1)

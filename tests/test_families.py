@@ -326,19 +326,19 @@ def test_a_killed_run_of_qwen3_vl_resumes_as_if_nothing_had_happened(folder_of, 
 def test_a_mixture_of_experts_is_saved_as_it_was_loaded(folder_of, tmp_path):
     """Sharded, two steps of no size: the weights that transformers reads come back bit for bit."""
     folder = folder_of("qwen3_vl_moe")
-    said = run(*command_line(folder, tmp_path / "run", "--learning_rate=0", "--max_steps=2"))
+    result = run(*command_line(folder, tmp_path / "run", "--learning_rate=0", "--max_steps=2"))
     before, after = (AutoModelForImageTextToText.from_pretrained(path).state_dict()
                      for path in (folder / "model", tmp_path / "run"))
     assert before.keys() == after.keys()
     assert all(torch.equal(before[name], after[name]) for name in before)
     assert re.search("first video: 4 x 2 x 2 patches .*, 4 of its .* tokens visual",
-                     said.stdout)
+                     result.stdout)
 
 
 @pytest.mark.parametrize("name, kind", [("qwen3_5", "linear_attention"),
                                         ("sliding", "sliding_attention")])
-def test_a_model_that_keeps_no_keys_of_a_whole_prompt_is_refused(toy, processor, tmp_path, name,
-                                                                 kind):
+def test_a_model_without_full_attention_in_every_layer_is_refused(toy, processor, tmp_path,
+                                                                   name, kind):
     """In one sentence, from its configuration alone: there are no weights."""
     config_of(name, processor.tokenizer).save_pretrained(tmp_path / "model")
     processor_of(name, processor.tokenizer).save_pretrained(tmp_path / "model")

@@ -24,7 +24,7 @@ def command(toy, script, output, stage, *more, fault=None, ranks=0):
     config.write_text(json.dumps({"zero_optimization": {"stage": stage},
                                   "zero_allow_untested_optimizer": True}))
     start = [ROOT / "tests/faults.py", script, fault] if fault else [f"{script}.py"]
-    data = output.parent / f"{script}.json"  # every third medium is broken
+    data = output.parent / f"{script}.json"  # every third file is broken
     break_media(toy, {"tgrpo": "train", "sft": "cot"}[script], data, "rotten.mp4", every=3)
     own = SCRIPTS[script] + (["--per_rank_batch_size=2"] if script == "sft" and ranks == 2 else [])
     return [*start, "--model", toy / "model", "--data", data, "--media_root", toy, "--output",
@@ -98,8 +98,8 @@ def test_a_run_killed_at_any_moment_resumes_as_if_nothing_had_happened(
     assert cut.returncode != 0 and not (output / "model.safetensors").exists()
     if one_of_two:
         assert time.perf_counter() - start < 150
-        said = cut.stdout + cut.stderr
-        assert "--local_rank=1" in said and "return code = -9" in said  # DeepSpeed's launcher
+        printed = cut.stdout + cut.stderr
+        assert "--local_rank=1" in printed and "return code = -9" in printed  # DeepSpeed's launcher
     assert (output / "latest").read_text() == ("checkpoint-4" if removes else "checkpoint-2")
     run(*command(toy, script, output, stage, "--resume", ranks=ranks), ranks=ranks)
     same_run(whole, output)
@@ -107,7 +107,7 @@ def test_a_run_killed_at_any_moment_resumes_as_if_nothing_had_happened(
 
 @pytest.mark.parametrize("script, moment", [
     ("tgrpo", "update:22"), pytest.param("sft", "update:4", marks=pytest.mark.slow)])
-def test_the_file_for_one_gpu_trains_as_without_offload_and_resumes_after_a_kill(
+def test_the_config_for_one_gpu_trains_as_without_offload_and_resumes_after_a_kill(
         toy, tmp_path, whole_run, script, moment):
     file = ROOT / "assets" / "one_gpu.json"
     at = {name: tmp_path / name for name in ("whole", "cut")}
@@ -136,7 +136,7 @@ def test_gradient_checkpointing_changes_nothing_but_memory(toy, tmp_path, whole_
     ("tgrpo", "rollout:3", "int", "SIGINT"),
     pytest.param("tgrpo", "rollout:3", "term", "SIGTERM", marks=pytest.mark.slow),
     ("sft", "update:3", "term", "SIGTERM")])
-def test_a_signal_ends_the_step_writes_a_checkpoint_and_says_how_to_go_on(
+def test_a_signal_ends_the_run_after_its_step_with_a_checkpoint_and_a_hint(
         toy, tmp_path, whole_run, script, place, what, name):
     """SIGTERM to the process, Ctrl-C to its whole group: data workers have to finish the step."""
     output = tmp_path / "run"
@@ -187,7 +187,7 @@ def test_a_full_disk_is_a_clear_error_and_leaves_the_last_checkpoint_whole(
     same_run(whole_run("tgrpo", 0, 0), output)
 
 
-def test_a_damaged_checkpoint_is_named_and_without_it_the_one_before_serves(
+def test_a_damaged_checkpoint_is_named_and_after_its_removal_the_one_before_is_used(
         toy, tmp_path, whole_run):
     output = tmp_path / "run"
     run(*command(toy, "sft", output, 0))
@@ -246,7 +246,7 @@ def test_too_many_broken_media_stop_the_run_with_their_names(toy, tmp_path):
 
 @pytest.mark.parametrize("what, reason", [
     ("kill", "decoder died"), pytest.param("hang", "3 seconds", marks=pytest.mark.slow)])
-def test_a_decoder_that_dies_or_hangs_costs_its_question_and_no_other(toy, tmp_path, what, reason):
+def test_a_decoder_that_dies_or_hangs_skips_its_question_and_no_other(toy, tmp_path, what, reason):
     output = tmp_path / "run"
     seen = run(*command(toy, "sft", output, 0, "--num_train_epochs=1", "--decode_timeout=3",
                         "--max_skipped=1", fault=f"{what}:decode:7"))

@@ -1,4 +1,4 @@
-"""Two ranks under DeepSpeed's launcher, the same code as on 64 GPUs."""
+"""Gradients and sampling weights on two ranks: the same code as on 64 GPUs."""
 import pytest
 import torch
 
@@ -10,7 +10,7 @@ from two_ranks import SETTINGS, cases
 
 @pytest.fixture(scope="module")
 def gradients(toy, tmp_path_factory):
-    """{setting: gradients on rank 0}, all computed in one launch of two ranks."""
+    """{setting: gradients on rank 0}, all computed in one run of two ranks."""
     out = tmp_path_factory.mktemp("two_ranks")
     run(ROOT / "tests/two_ranks.py", "--toy", toy, "--out", out, ranks=2)
     return {name: torch.load(out / "rank0" / f"{name}.pt", weights_only=True)

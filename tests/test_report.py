@@ -194,7 +194,8 @@ def test_kinds_take_turns_and_the_largest_gain_of_all_is_first():
         ("4", ""): [row(1, 0.5), row(90, 0.25)],
         ("5", ""): [row(1, 1.0, A=0.0), row(90, 1.0, A=0.0)],  # nothing to learn from
         ("6", ""): [row(1, 0.0), row(50, 1.0), row(80, 0.25)],
-        ("7", ""): [row(1, 0.5), row(3, 0.5)], ("8", ""): [row(1, 0.5)], ("25", ""): [row(3, 0.0), row(5, 1.0)]}
+        ("7", ""): [row(1, 0.5), row(3, 0.5)], ("8", ""): [row(1, 0.5)],
+        ("25", ""): [row(3, 0.0), row(5, 1.0)]}
     chosen = report.pick_questions(rollouts, records)
     assert len(chosen) == report.REPORTED == 8
     assert [record["problem_id"] for record, _ in chosen] == [25, 6, 20, 7, 21, 5, 22, 4]
@@ -368,40 +369,27 @@ def test_every_number_and_its_equation_is_explained():
 # -------------------------------------------------------------------------------------- bad input
 
 @pytest.mark.parametrize("name, content, message", [
-    ("rollouts.jsonl", None, "rollouts.jsonl has no rollouts: give the --output of a tgrpo.py run"),
-    ("rollouts.jsonl", "", "rollouts.jsonl has no rollouts"),
+    ("rollouts.jsonl", "", "rollouts.jsonl has no rollouts: give the --output of a tgrpo.py run"),
     ("rollouts.jsonl", '{"step": 1, "prob', "rollouts.jsonl has no rollouts"),
     ("rollouts.jsonl", '{"step": 1}\n', "rollouts.jsonl, line 1, is damaged: KeyError"),
-    ("rollouts.jsonl", "[]\n", "rollouts.jsonl, line 1, is damaged: TypeError"),
     ("rollouts.jsonl", "{\n", "rollouts.jsonl, line 1, is damaged: JSONDecodeError"),
-    ("metrics.jsonl", None, "metrics.jsonl does not begin with the flags of a run"),
-    ("metrics.jsonl", '{"step": 1}\n', "metrics.jsonl does not begin with the flags of a run"),
-    ("metrics.jsonl", '{"arguments": 1}\n', "metrics.jsonl does not begin with the flags of a run"),
+    ("metrics.jsonl", "", "metrics.jsonl does not begin with the flags of a run"),
     ("metrics.jsonl", '{"arguments": {"data": "x"}}\n', "flags of a run: without media_root, max_"),
     ("metrics.jsonl", json.dumps({"arguments": FLAGS | {"data": "", "media_root": ""}})
      + '\n{"step": 1, "group/p": "x"}\n', "metrics.jsonl is damaged: TypeError"),
-    ("metrics.jsonl", json.dumps({"arguments": FLAGS | {"data": "", "media_root": ""}})
-     + '\n{"group/p": 1}\n', "metrics.jsonl is damaged: KeyError"),
-    ("metrics.jsonl", json.dumps({"arguments": FLAGS | {"data": "", "media_root": ""}})
-     + '\n{"group/p"\n', "metrics.jsonl is damaged: JSONDecodeError"),
 ])
 def test_a_folder_that_is_no_whole_run_ends_in_one_sentence(
         run, tmp_path, name, content, message):
     shutil.copytree(run, tmp_path / "run")
-    if content is None:
-        (tmp_path / "run" / name).unlink()
-    else:
-        (tmp_path / "run" / name).write_text(content)
+    (tmp_path / "run" / name).write_text(content)
     with pytest.raises(InputError, match=message):
         reported(tmp_path / "run")
 
 
 @pytest.mark.parametrize("change, message", [
-    ({"R": [1.0]}, "ValueError.*zip"), ({"A": ["x"] * 8}, "ValueError"),
-    ({"A": [float("nan")] * 8}, "ValueError"), ({"step": float("inf")}, "ValueError"),
-    ({"responses": [1] * 8}, "ValueError.*a response is not a text"),
-    ({"r_t": None}, "TypeError"), ({"path": ["a"]}, "TypeError"),
-    ({"frame_order": "no"}, "ValueError")])
+    ({"R": [1.0]}, "ValueError.*zip"), ({"A": [float("nan")] * 8}, "ValueError"),
+    ({"responses": [1] * 8}, "ValueError.*a response is not a text"), ({"r_t": None}, "TypeError"),
+    ({"path": ["a"]}, "TypeError"), ({"frame_order": "no"}, "ValueError")])
 def test_a_damaged_line_is_named(toy, records, tmp_path, change, message):
     good = rollout(records["video"], 1, [WRONG] * 8, [WRONG] * 4, ORDERS[0])
     folder = write_run(tmp_path, toy, [good, good | change])
@@ -499,8 +487,8 @@ def test_the_browser_shows_both_groups_at_two_steps(run, seen, records):
         "accuracy 1", "format 1", "accuracy 0", "format 1"]
     assert earned[12].startswith(f"correct {truth}") and earned[19].startswith("wrong ?")
     correct = [text.startswith("correct") for text in earned]
-    assert sum(correct[:8]) == 2 and sum(correct[8:12]) == 2  # as p and p_tilde say
-    assert video.texts("think") == ["look"] * 24  # thought and answer are told apart
+    assert sum(correct[:8]) == 2 and sum(correct[8:12]) == 2  # agrees with p and p_tilde
+    assert video.texts("think") == ["look"] * 24  # apart from the answer
     assert video.texts("answer")[:4] == [truth, truth, truth, "?"]  # the first is the record's
 
 
@@ -657,37 +645,3 @@ def test_in_a_browser_keys_lead_through_the_questions_and_nothing_overflows(run,
     assert found["walk"] == ["q1 BODY 1", "q2 H2 2", "q3 H2 3", "q1 H2 1", "q3 H2 3",
                              "q2 H2 2", "q2 H2 2", "q3 H2 3", "q1 H2 1"]
     assert found["frame"] >= 56 and found["smoothing"] == "pixelated"
-
-
-SCREEN = """
-const box = element => element.getBoundingClientRect();
-const lists = [...document.querySelectorAll("section:not([hidden]) .video")];
-const seen = document.querySelectorAll("section:not([hidden]) :is(img, summary, .text)");
-parent.postMessage(JSON.stringify({
-  rows: lists.map(list => new Set([...list.querySelectorAll("img")].map(i => box(i).top)).size),
-  frames: lists.map(list => list.children.length), seen: seen.length,
-  below: [...seen].filter(e => box(e).top + 12 > box(document.querySelector("nav")).top).length,
-}), "*");
-"""
-
-
-@in_a_browser
-@pytest.mark.parametrize("frames, side, thought", [
-    (8, 28, "watch: it starts right and ends left, so left"), (16, 112, "and then " * 60)])
-def test_a_screen_has_room_for_both_orders_and_both_groups(toy, tmp_path, frames, side, thought):
-    rng = np.random.default_rng(0)
-    record = load_records(toy / "train.json")[0] | {
-        "problem_id": 1, "problem": "Which way does the block move?", "path": "a.mp4",
-        "problem_type": "multiple choice", "options": ["A. left", "B. right"],
-        "solution": "<answer>A</answer>", "data_type": "video"}
-    (tmp_path / "data.json").write_text(json.dumps([record]))
-    write_video(tmp_path / "a.mp4", rng.integers(0, 255, (frames, side, side, 3), np.uint8), 2)
-    texts = [f"<think>{thought}</think>\n<answer>{answer}</answer>" for answer in "AB"]
-    held_out = {"val/accuracy": 0.5, "val/accuracy_shuffled": 0.4, "val/gap": 0.1}
-    run = write_run(tmp_path / "run", toy, [
-        rollout(record, step, texts * 4, texts * 2, rng.permutation(frames).tolist())
-        for step in (1, 150)], metrics=[row | held_out for row in METRICS], max_frames=16,
-        max_pixels=side * side, data=str(tmp_path / "data.json"), media_root=str(tmp_path))
-    found = probe(run, tmp_path, SCREEN, 1920, 1080)
-    assert found == {"rows": [1, 1, 1], "frames": [frames] * 3, "below": 0,
-                     "seen": 3 * frames + 2 * 2 * 12}
