@@ -457,7 +457,7 @@ def test_what_cannot_be_a_question_is_dropped_with_its_reason(found, reason):
 def test_problem_types_are_found_out_not_assumed():
     assert wanted_type("3", [], ALL_TYPES) == "numerical"
     assert wanted_type("three dogs and 2 cats", [], ALL_TYPES) == "OCR"
-    assert wanted_type("three dogs and 2 cats", [], ["numerical"]) == "numerical"
+    assert wanted_type("2 cats", [], ["numerical"]) == "numerical"
     assert wanted_type("3", [], ["multiple choice"]) is None
     assert wanted_type("A", ["A. x", "B. y"], ["free-form"]) is None
     record = make_record(draft("1.png", "How far?", "The dog is 3.2 meters away."),
