@@ -1823,10 +1823,10 @@ def from_star(row, path):
     choices = sorted(row["choices"], key=lambda choice: choice["choice_id"])
     options = [choice["choice"] for choice in choices]
     yield draft(f"{row['video_id']}.mp4", row["question"], letter(options.index(row["answer"])),
-                options, **seconds_of(row))
+                options, **clip_seconds(row))
 
 
-def seconds_of(row):
+def clip_seconds(row):
     """The clip's fields of a record whose release has "start" and "end" in seconds."""
     return {f"video_{end}": float(row[end]) for end in ("start", "end")
             if row.get(end) is not None}
@@ -1958,7 +1958,7 @@ def from_mvbench(row, path):
     rate = {"video_fps": FRAMES_FPS} if task == "episodic_reasoning" else {}
     yield draft(f"video/{folders[task]}/{row['video']}", row["question"],
                 letter(row["candidates"].index(row["answer"])), row["candidates"],
-                data_type="video", part=task, groups={"task": task}, **rate, **seconds_of(row))
+                data_type="video", part=task, groups={"task": task}, **rate, **clip_seconds(row))
 
 
 TEMPCOMPASS_OPTION = re.compile(  # "A. up", "Option 2: it moves", "Information A: {...}"
@@ -2012,7 +2012,7 @@ def from_tvbench(row, path):
     in the release."""
     task = task_of(path, benchmark_facts()["tvbench"]["tasks"])
     options = [*map(str, [] + row["candidates"])]  # of a list: a text would come apart
-    clip = seconds_of({"start": row["start"], "end": row["end"]}) if task in TVBENCH_CLIPS else {}
+    clip = clip_seconds({"start": row["start"], "end": row["end"]}) if task in TVBENCH_CLIPS else {}
     yield draft(f"video/{task}/{row['video']}", row["question"],
                 letter(options.index(str(row["answer"]))),  # a number is a text, not a place
                 options, data_type="video", part=task, groups={"task": task}, **clip)
