@@ -87,9 +87,9 @@ def parse_args(argv=None):
         help="recompute activations in the backward pass to save memory")
     add("--max_steps", type=above(0, int), default=1000, help="steps of the run, a rollout each")
     add("--rollout_steps", type=above(0, int), default=10,
-        help="steps between entries of rollouts.jsonl")
+        help="write responses to rollouts.jsonl every N steps")
     add("--show_steps", type=at_least(0, int), default=10,
-        help="steps between questions told on the screen; 0: none")
+        help="print one question every N steps; 0: none")
     add_run_flags(add, lr_schedule="constant", save_steps=100)
     args = parser.parse_args(argv)
     if args.l_min > args.l_max:
@@ -103,7 +103,7 @@ def parse_args(argv=None):
 # ------------------------------------------------------- the algorithm: pure functions
 
 def temporal_reward(correct, correct_shuffled, alpha, test="ge") -> float:
-    """r_t (Eq. 1): alpha when the ordered group's share of correct responses is at least
+    """Returns r_t (Eq. 1): alpha if the ordered group's share of correct responses is at least
     (test "ge") or above (test "gt") the shuffled group's, else 0.
 
     >>> temporal_reward([True, False], [True, False, False, False], alpha=0.3)
@@ -115,7 +115,7 @@ def temporal_reward(correct, correct_shuffled, alpha, test="ge") -> float:
 
 
 def group_advantages(rewards, scale="std"):
-    """A_i (Eq. 3) of a group's rewards (G,): centred, and for scale "std" divided by the
+    """Returns A_i (Eq. 3) of a group's rewards (G,): centred, and for scale "std" divided by the
     unbiased standard deviation. A group of equal rewards teaches nothing: zeros."""
     if (rewards == rewards[0]).all():
         return torch.zeros_like(rewards)
@@ -124,7 +124,7 @@ def group_advantages(rewards, scale="std"):
 
 
 def tgrpo_loss(logps, old_logps, ref_logps, advantages, mask, beta, epsilon, weights=None):
-    """-J (Eq. 4) of one group, or the part of it that is a chunk's: a scalar to minimise.
+    """Returns -J (Eq. 4) of one group, or of a chunk of it: a scalar to minimise.
 
     logps, old_logps, ref_logps (n, L): log-probabilities of the response tokens under the
     policy, the policy that sampled them and the reference (None when beta is 0);
@@ -142,7 +142,7 @@ def tgrpo_loss(logps, old_logps, ref_logps, advantages, mask, beta, epsilon, wei
 
 
 def token_weights(mask, mean="response", longest=None):
-    """The weight (G, L) of each token in its group's mean, from the group's mask: "response",
+    """Returns the weight (G, L) of each token in its group's mean, from the mask: "response",
     1 / (G * its response's tokens), Eq. 4; "token", 1 / the group's tokens; "length",
     1 / (G * longest), whatever was sampled. A chunk takes its rows."""
     tokens = {"response": len(mask) * mask.sum(1, keepdim=True), "token": mask.sum(),
@@ -151,18 +151,18 @@ def token_weights(mask, mean="response", longest=None):
 
 
 def policy_ratio(logps, old_logps, mask):
-    """rho (n, L), the policy's probability over the sampling policy's, per token; 1 after the
-    response's end. The loss and the metrics of clipping both take it from here."""
+    """Returns rho (n, L), the policy's probability over the sampling policy's, per token, and 1
+    after the response's end. Both the loss and the metrics of clipping use it."""
     return torch.exp(torch.where(mask.bool(), logps - old_logps, 0))
 
 
 def kl_k3(logps, ref_logps):
-    """Schulman's k3 estimator of KL(policy || reference), per token: never negative."""
+    """Returns Schulman's k3 estimator of KL(policy || reference), per token: never negative."""
     return torch.exp(ref_logps - logps) - (ref_logps - logps) - 1
 
 
 def response_mask(ids, eos_ids):
-    """(n, L) ones up to and including each row's first end token, zeros after it.
+    """Returns (n, L): ones up to and including each row's first end token, zeros after it.
 
     >>> response_mask(torch.tensor([[5, 9, 9], [5, 6, 7]]), [9]).tolist()
     [[1.0, 1.0, 0.0], [1.0, 1.0, 1.0]]
@@ -172,7 +172,7 @@ def response_mask(ids, eos_ids):
 
 
 def group_rewards(texts, texts_shuffled, lengths, record, args):
-    """Rewards of one question's responses, by part, and the comparison of the two groups.
+    """Grades one question's responses, by part, and compares the two groups.
 
     Returns {"accuracy", "format", "temporal", "length": (G,) each; "p", "p_tilde", "r_t"}; the
     last two and "temporal" only when there is a shuffled group.
@@ -194,9 +194,9 @@ def group_rewards(texts, texts_shuffled, lengths, record, args):
 
 # ------------------------------------------------------------ rollout: prefill and decode
 
-def refuse_unshared(args):
-    """InputError, before weights are loaded, for a model with layers that do not keep the keys and
-    values of all tokens: its responses could not share their prompt's."""
+def require_full_attention(args):
+    """Raises InputError, before weights are loaded, if a layer of the model does not keep the keys
+    and values of all tokens: responses share those of their prompt."""
     try:
         config = AutoConfig.from_pretrained(args.model)
     except (OSError, ValueError) as error:
@@ -231,10 +231,10 @@ def recompute_activations(model):
 
 
 def run_prompt(model, inputs):
-    """One forward over a prompt (B, P). Returns the model's output with its cache of keys and
+    """Runs one forward over a prompt (B, P). Returns the model's output with its cache of keys and
     values (B, heads, P, dim a layer), and a pair of positions (B, 1): of the prompt's last token
-    and of the first response token. They are neighbours but for videos so long that their time
-    axis exceeds the positions of the text after them."""
+    and of the first response token. If the time axis of a long video exceeds the positions of the
+    text after it, the two are not neighbours."""
     positions, next_position = rope_positions(model, inputs)
     vision = {key: inputs[key] for key in inputs
               if key.startswith("pixel_values") or key.endswith("grid_thw")}
@@ -245,8 +245,8 @@ def run_prompt(model, inputs):
 
 
 def forbid_tokens(model, ids, device):
-    """Sets these logits to -inf whenever the model runs: sampler, policy and reference then are
-    distributions over the same tokens. To be called before the model gets an engine."""
+    """Sets these logits to -inf whenever the model runs, so that sampler, policy and reference are
+    distributions over the same tokens. Must be called before the model gets an engine."""
     head = model.get_output_embeddings()
     barrier = torch.zeros(head.out_features, dtype=model.dtype, device=device)  # (V,)
     barrier[ids] = -torch.inf
@@ -254,8 +254,8 @@ def forbid_tokens(model, ids, device):
 
 
 def sample_tokens(logits, temperature, top_p, generator):
-    """One token a row, (n,), from the (n, V) logits at a temperature, within the nucleus; at
-    temperature 0 the likeliest one."""
+    """Returns one token a row, (n,), from the (n, V) logits: sampled at the temperature within the
+    nucleus, or the likeliest one at temperature 0."""
     if temperature == 0:
         return logits.argmax(-1)  # (n,)
     probs = torch.softmax(logits.float() / temperature, dim=-1)  # (n, V)
@@ -298,7 +298,7 @@ def prefill(model, prompts, counts, max_new_tokens):
 
 
 def decode(model, tokens, position, mask, cache):
-    """Logits (n, V) after one more token (n,) a row, at its position (n, 1)."""
+    """Returns the logits (n, V) after one more token (n,) a row, at its position (n, 1)."""
     return model(input_ids=tokens[:, None], position_ids=position.expand(3, -1, -1),
                  attention_mask=mask, past_key_values=cache, use_cache=True).logits[:, -1]
 
@@ -335,9 +335,9 @@ def rollout(model, prompts, counts, *, max_new_tokens, temperature, top_p, eos_i
 # -------------------------------------- update: the prompt is encoded once for its group
 
 def response_logits(model, cache, inputs, positions, responses):
-    """Logits (n, L, V) that predict each response token, on top of the prompt's cached keys and
-    values (1, heads, P - 1, dim) a layer: the prompt's last token is fed again with them.
-    positions: run_prompt's pair."""
+    """Returns the logits (n, L, V) that predict each response token, from the prompt's cached keys
+    and values (1, heads, P - 1, dim) a layer. The prompt's last token runs again, as the first
+    input. positions: run_prompt's pair."""
     (n, L), (last, following) = responses.shape, positions  # following: of the first response token
     ids = torch.cat([inputs["input_ids"][:, -1:].expand(n, 1), responses[:, :-1]], dim=1)  # (n, L)
     later = following + torch.arange(L - 1, device=ids.device)  # (1, L - 1)
@@ -351,9 +351,9 @@ def response_logits(model, cache, inputs, positions, responses):
 
 
 def token_logps(logits, responses, temperature):
-    """Log-probabilities (n, L) of the response tokens under the (n, L, V) logits. In pieces, and
-    again in the backward pass: at 150,000 tokens of vocabulary the float32 copies of the logits
-    outweigh all activations of the model."""
+    """Returns the log-probabilities (n, L) of the response tokens under the (n, L, V) logits. They
+    are computed in pieces, and again in the backward pass: with a vocabulary of 150,000 the float32
+    copies of the logits take more memory than all activations of the model."""
     def of_piece(logits, ids):  # (m, V), (m,)
         return (logits.float() / temperature).log_softmax(-1).gather(-1, ids[:, None])[:, 0]
     pieces = zip(logits.flatten(0, 1).split(PIECE), responses.flatten().split(PIECE))
@@ -363,21 +363,22 @@ def token_logps(logits, responses, temperature):
 
 @torch.no_grad()
 def token_entropy(logits, temperature):
-    """Entropies (n, L) of the next-token distributions of (n, L, V) logits."""
+    """Returns the entropies (n, L) of the next-token distributions of (n, L, V) logits."""
     return torch.cat([torch.special.entr((piece.float() / temperature).softmax(-1)).sum(-1)
                       for piece in logits.flatten(0, 1).split(PIECE)]).view(logits.shape[:2])
 
 
 def prompt_cache(output):
-    """[(keys, values)] of all prompt tokens but the last, (1, heads, P - 1, dim) a layer."""
+    """Returns [(keys, values)] of the prompt tokens but the last, (1, heads, P - 1, dim) a layer."""
     return [(layer.keys[:, :, :-1], layer.values[:, :, :-1])
             for layer in output.past_key_values.layers]
 
 
 @torch.no_grad()
 def group_logps(model, inputs, responses, lengths, chunk_size, temperature=1.0):
-    """Log-probabilities (G, L) of a group's responses, up to their lengths (G,): the prompt once,
-    then the responses, chunk_size at a time. Equal to a forward over G copies of both."""
+    """Returns the log-probabilities (G, L) of a group's responses, up to their lengths (G,). The
+    prompt runs once, then the responses, chunk_size at a time. The result equals that of a forward
+    over G copies of both."""
     output, positions = run_prompt(model, inputs)
     cache = prompt_cache(output)
     logps = torch.zeros(responses.shape, device=responses.device)  # (G, L)
@@ -395,7 +396,7 @@ def chunks_of(responses, lengths, chunk_size):
 
 
 def begin_backward(engine, blank):
-    """A backward of zeros through every parameter, before the first group of an optimizer step.
+    """Runs a backward of zeros through every parameter, before a step's first group.
 
     ZeRO overwrites a parameter's gradient in a step's first backward and adds in later ones. A
     group's first backward stops at the prompt's keys and values, so without this the vision
@@ -408,7 +409,7 @@ def begin_backward(engine, blank):
 
 def backward_group(engine, inputs, responses, lengths, chunk_loss, chunk_size, temperature,
                    last):
-    """Backward of a group's loss with one prompt and one chunk of responses in memory.
+    """Runs the backward of a group's loss with one prompt and one chunk of responses in memory.
 
     chunk_loss(rows, logps, entropy) -> scalar, for the chunk responses[rows] cut to its longest;
     the group's loss is their sum. (a) The prompt runs once. (b) Its keys and values are cut off
@@ -434,8 +435,8 @@ def backward_group(engine, inputs, responses, lengths, chunk_loss, chunk_size, t
 # ------------------------------------------------------------ the models beside the policy
 
 def start_sampler(run, forbidden_ids):
-    """What rollouts sample from: the policy itself or, where its weights are sharded (ZeRO-3), a
-    whole model on the device, which gather_weights fills."""
+    """Returns the model that rollouts sample from: the policy itself or, if its weights are sharded
+    (ZeRO-3), an unsharded model on the device, which gather_weights fills."""
     module = run.engine.module
     if not run.engine.zero_optimization_partition_weights():
         return module
@@ -460,8 +461,8 @@ def gather_weights(engine, sampler):
 
 
 def start_reference(run, forbidden_ids, sampler):
-    """The frozen reference model; sharded like the policy where that is (ZeRO-3). With adapters:
-    the sampler, as update turns them off."""
+    """Returns the frozen reference model, sharded if the policy is (ZeRO-3). With adapters it is
+    the sampler: update turns them off."""
     if run.args.lora_rank:
         return sampler
     model = load_model(run.args, run.config).eval().requires_grad_(False)
@@ -490,7 +491,7 @@ def start_reference(run, forbidden_ids, sampler):
 
 
 def example(args, processor, record, vision, position):
-    """What a worker makes of a record at a position of the data order: the group's first keys."""
+    """Returns a group's first keys, from a record at a position of the data order; in a worker."""
     group = {"record": record, "ordered": encode(processor, record, vision)}
     if record["data_type"] == "video" and args.alpha:
         generator = seeded_generator(FRAME_STREAM, args.seed, position)
@@ -501,15 +502,15 @@ def example(args, processor, record, vision, position):
 
 
 def blank_group(processor, G, end_id, device):
-    """G empty responses to a black picture, of weight zero: a rank that has nothing usable in a
-    step makes the same calls with them, chunk by chunk, as the other ranks."""
+    """Returns a group of G empty responses to a black picture, of weight zero. If a rank has no
+    usable question in a step, it makes the same calls with it as the other ranks."""
     return {"ordered": to_device(encode_blank(processor), device), "A": torch.zeros(G),
             "responses": torch.full((G, 1), end_id, device=device),
             "mask": torch.ones(G, 1, device=device), "lengths": torch.ones(G, dtype=torch.int64)}
 
 
 def sample_responses(model, groups, args, generator, eos_ids):
-    """Step 2 for a rank's questions: adds responses and, where frames were shuffled,
+    """Does step 2 for a rank's questions: adds responses and, if frames were shuffled,
     responses_shuffled."""
     prompts, counts = [], []
     for group in groups:
@@ -530,7 +531,7 @@ def sample_responses(model, groups, args, generator, eos_ids):
 
 
 def greedy_texts(run, sampler, tokenizer, eos_ids, prompts):
-    """The answers to held-out questions that validate asks for, through the rollout."""
+    """Returns the rollout's greedy responses to held-out questions, for validate."""
     gather_weights(run.engine, sampler)
     if not prompts:  # of this rank
         return []
@@ -542,7 +543,7 @@ def greedy_texts(run, sampler, tokenizer, eos_ids, prompts):
 
 
 def grade_group(group, tokenizer, eos_ids, args):
-    """Steps 3 to 5 for one question."""
+    """Does steps 3 to 5 for one question."""
     def read(ids):
         mask = response_mask(ids, eos_ids)  # (n, L)
         kept = [row[:n] for row, n in zip(ids.tolist(), mask.sum(1).int().tolist())]
@@ -568,7 +569,7 @@ def grade_group(group, tokenizer, eos_ids, args):
 
 
 def update(run, step, reference, groups, blank, metrics):
-    """Step 6: updates_per_rollout optimizer steps on the responses of this rank's questions.
+    """Does step 6: updates_per_rollout optimizer steps on the responses of this rank's questions.
     Returns False, before the optimizer step, when the loss or a gradient is not finite.
 
     Every rank makes prompts_per_rank times the same engine calls; where a question was skipped,
@@ -615,7 +616,7 @@ def update(run, step, reference, groups, blank, metrics):
 
 
 def group_loss(group, rows, logps, args):
-    """The share of the chunk responses[rows] in their group's loss (Eq. 4)."""
+    """Returns the part of the group's loss (Eq. 4) that the chunk responses[rows] has."""
     part = rows, slice(logps.shape[1])  # of the (G, L) tensors
     ref = None if group["ref"] is None else group["ref"][part]
     return tgrpo_loss(logps, group["old"][part], ref, group["A"][rows], group["mask"][part],
@@ -623,7 +624,7 @@ def group_loss(group, rows, logps, args):
 
 
 def note_policy(metrics, group, rows, logps, entropy, args):
-    """Per-token metrics of the chunk responses[rows], (n, L) each, over the tokens in the mask."""
+    """Notes per-token metrics of the chunk responses[rows], (n, L), over tokens in the mask."""
     part = rows, slice(logps.shape[1])
     inside, A = group["mask"][part].bool(), group["A"][rows, None]  # (n, L), (n, 1)
     note(metrics, "policy/entropy", entropy[inside].tolist())
@@ -637,7 +638,7 @@ def note_policy(metrics, group, rows, logps, entropy, args):
 
 
 def note_group(metrics, group):
-    """Reward, group and response metrics of one question. What is undefined for it is absent."""
+    """Notes reward, group and response metrics of one question; undefined ones are absent."""
     parts, record = group["parts"], group["record"]
     for name in ("accuracy", "format", "length", "temporal"):
         if name in parts:
@@ -657,7 +658,7 @@ def note_group(metrics, group):
 
 
 def rollout_row(group):
-    """One question of rollouts.jsonl."""
+    """Returns one question's row of rollouts.jsonl."""
     parts = {name: value.tolist() if torch.is_tensor(value) else value
              for name, value in group["parts"].items()}
     return {"problem_id": group["record"]["problem_id"], "path": group["record"]["path"],
@@ -666,8 +667,8 @@ def rollout_row(group):
             "R": group["R"].tolist(), "A": group["A"].tolist()}
 
 
-def tell(group, step):
-    """Prints a question of a step as a person would tell it: both groups, best and worst."""
+def print_question(group, step):
+    """Prints a question of a step with p, p_tilde, its best and its worst response."""
     record, parts, R = group["record"], group["parts"], group["R"]
     options = "".join(f" | {option}" for option in record.get("options") or ())
     shares = f"p {parts['p']:.3g}"
@@ -681,7 +682,7 @@ def tell(group, step):
 
 
 def brief(text, most=300):
-    """A text on one line, without what would steer a terminal: of a long one, beginning and end.
+    """Returns a text on one line, without control characters; of a long one, its two ends.
 
     >>> brief("up\\n\\x1b[2J down"), brief("abcdef", most=4)
     ('up ?[2J down', 'ab ... ef')
@@ -695,7 +696,7 @@ def main(args):
     records = load_records(args.data, args.media_root)
     refuse_absent_media(args.data, records)
     processor = load_processor(args)
-    refuse_unshared(args)
+    require_full_attention(args)
     run = open_run(args, records, parse_args, args.prompts_per_rank)
     questions = start_questions(run, processor, records, partial(example, args))
     model = load_model(args, run.config)
@@ -737,7 +738,7 @@ def main(args):
         if close_step(run, step, drawn, metrics, finite, rollouts):
             return
         if groups and run.rank == 0 and args.show_steps and step % args.show_steps == 0:
-            tell(groups[0], step)
+            print_question(groups[0], step)
     save_model(run, processor)
     print_end(run, f"python evaluate.py --model {args.output} --benchmark NAME=FILE --output "
                    "FOLDER")
