@@ -369,7 +369,7 @@ def token_entropy(logits, temperature):
 
 
 def prompt_cache(output):
-    """Returns [(keys, values)] of the prompt tokens but the last, (1, heads, P - 1, dim) a layer."""
+    """Returns [(keys, values)], (1, heads, P - 1, dim) a layer, without the last prompt token."""
     return [(layer.keys[:, :, :-1], layer.values[:, :, :-1])
             for layer in output.past_key_values.layers]
 
