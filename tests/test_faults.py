@@ -50,24 +50,25 @@ def same_run(a, b):
 
 @pytest.fixture(scope="module")
 def whole_run(toy, tmp_path_factory):
-    """Makes uninterrupted runs, one for each script, number of ranks and ZeRO stage, in new
-    processes: what is compared with them are forks."""
+    """Makes uninterrupted runs, one for each script, number of ranks and ZeRO stage. Of one rank at
+    stage 0 they are new processes, and what is compared with them are forks."""
     kept = {}
 
     def make(script, ranks, stage):
         if (script, ranks, stage) not in kept:
             output = tmp_path_factory.mktemp("whole") / "run"
-            run(*command(toy, script, output, stage, ranks=ranks), ranks=ranks, fresh=True)
+            run(*command(toy, script, output, stage, ranks=ranks), ranks=ranks,
+                fresh=(ranks, stage) == (0, 0))
             kept[script, ranks, stage] = output
         return kept[script, ranks, stage]
     return make
 
 
-@pytest.mark.parametrize("script, ranks, stage", [("sft", 0, 0), ("tgrpo", 0, 0), ("tgrpo", 2, 3)])
-def test_a_forked_run_computes_what_a_new_process_does(toy, tmp_path, whole_run, script, ranks,
-                                                       stage):
-    run(*command(toy, script, tmp_path / "run", stage, ranks=ranks), ranks=ranks)
-    same_run(whole_run(script, ranks, stage), tmp_path / "run")
+@pytest.mark.parametrize("script", SCRIPTS)
+def test_a_forked_run_computes_what_a_new_process_does(toy, tmp_path, whole_run, script):
+    """Of two ranks the test of kills shows it, and that of validation."""
+    run(*command(toy, script, tmp_path / "run", 0))
+    same_run(whole_run(script, 0, 0), tmp_path / "run")
 
 
 # A step of tgrpo: 2 updates on 2 questions of 2 chunks, so 8 calls of "update". On one rank the
@@ -84,7 +85,8 @@ KILLS = [pytest.param(*case, marks=[] if case in QUICK else pytest.mark.slow)
 @pytest.mark.parametrize("script, moment, ranks, stage", KILLS)
 def test_a_run_killed_at_any_moment_resumes_as_if_nothing_had_happened(
         toy, tmp_path, whole_run, script, moment, ranks, stage):
-    """Of two ranks in a rollout only one is killed: the launcher names it and ends the other."""
+    """Of two ranks in a rollout only one is killed: the launcher names it and ends the other. What
+    it started is compared with forked runs."""
     output = tmp_path / "run"
     one_of_two = ranks == 2 and moment.startswith("rollout")
     fault = f"kill:{moment}:1" if one_of_two else f"kill:{moment}"

@@ -112,10 +112,8 @@ def test_the_readme_gets_the_weights_out_of_a_checkpoint(mixed, toy, tmp_path):
 
 
 def test_grpo_without_reference_or_shuffled_group_on_a_frozen_vision_tower(toy, tmp_path):
-    # and one process needs no compiler, nor git: nothing is on the path
     run(*tgrpo(toy, tmp_path, "--alpha", 0, "--beta", 0, "--max_steps", 2, "--prompts_per_rank", 3,
-               "--freeze_vision"), env={"PATH": "", "TORCH_EXTENSIONS_DIR": tmp_path / "built"})
-    assert not (tmp_path / "built").exists()
+               "--freeze_vision"))
     for row in lines(tmp_path, "metrics")[1:]:
         assert not {"policy/kl", "group/p_tilde", "group/tie_rate", "reward/temporal"} & set(row)
     assert all(row["responses_shuffled"] == [] and row["frame_order"] is None
@@ -154,8 +152,9 @@ def test_bad_input_is_one_line(toy, tmp_path, change, status):
 
 
 def test_a_fault_of_every_rank_is_printed_once(toy, tmp_path):
-    for change in (["--data", "absent.json"], ["--zzz"]):
-        result = run(*tgrpo(toy, tmp_path / "out"), *change, ranks=2, check=False, fresh=True)
+    """Under DeepSpeed's launcher, and by forks."""
+    for change, fresh in ((["--data", "absent.json"], True), (["--zzz"], False)):
+        result = run(*tgrpo(toy, tmp_path / "out"), *change, ranks=2, check=False, fresh=fresh)
         printed = [line for line in (result.stdout + result.stderr).splitlines()
                    if line.startswith("tgrpo.py: ")]
         assert result.returncode and len(printed) == 1 and change[-1] in printed[0]
@@ -210,10 +209,12 @@ def test_a_full_disk_is_a_clear_error_and_leaves_no_partial_checkpoint(tmp_path,
 
 
 def test_a_run_prints_its_settings_each_step_and_its_result(toy, tmp_path):
-    """Into a file: one line per step, no line of a library, and at every tenth step a question."""
+    """Into a file: one line per step, no line of a library, and at every tenth step a question. One
+    process needs no compiler, nor git: nothing is on the path."""
     result = run(*tgrpo(toy, tmp_path / "run", "--max_steps", 2, "--show_steps", 2,
-                        "--prompts_per_rank", 2), fresh=True)
-    assert not result.stderr
+                        "--prompts_per_rank", 2), fresh=True,
+                 env={"PATH": "", "TORCH_EXTENSIONS_DIR": tmp_path / "built"})
+    assert not result.stderr and not (tmp_path / "built").exists()
     begin, (line, question, *_), end = (
         part.splitlines() for part in re.split("(?ms)^(?=step 1 of.*)|^(?=[^\\n]*the model after)",
                                                result.stdout))
@@ -246,14 +247,16 @@ def test_groups_without_a_gradient_are_skipped_and_the_weights_are_the_same(
         toy, tmp_path, monkeypatch):
     """At --beta 0 a group with equal rewards is skipped; compared with a run that skips none."""
     flags = ["--beta", 0, "--max_steps", 3, "--prompts_per_rank", 4, "--max_new_tokens", 6]
-    all_of_them = ("import sys, tgrpo, build_data, torch\n"
-                   "whole = torch.Tensor.any\n"
-                   "torch.Tensor.any = lambda x, *a: True if x.shape == (4,) else whole(x, *a)\n"
-                   "build_data.run_script(tgrpo.main, tgrpo.parse_args)")
+    all_of_them = tmp_path / "all.py"
+    all_of_them.write_text(
+        "import sys, tgrpo, build_data, torch\n"
+        "whole = torch.Tensor.any\n"
+        "torch.Tensor.any = lambda x, *a: True if x.shape == (4,) else whole(x, *a)\n"
+        "build_data.run_script(tgrpo.main, tgrpo.parse_args)")
     _, *command = tgrpo(toy, tmp_path / "saved", *flags)
     run("tgrpo.py", *command)
     command[command.index(tmp_path / "saved")] = tmp_path / "whole"
-    run("-c", all_of_them, *command)
+    run(all_of_them, *command, env={"PYTHONPATH": str(ROOT)})
     saved, whole = (lines(tmp_path / name, "metrics")[1:] for name in ("saved", "whole"))
     assert {row["update/saved_share"] for row in whole} == {0}
     assert sum(row["update/saved_share"] for row in saved) > 0
