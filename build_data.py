@@ -72,6 +72,7 @@ FORMATS = ("mov,matroska,avi,mpegts,mpeg,flv,asf,ogg,nut,mxf,rm,dv,ivf,gif,h264,
 RAW_FPS = 25.0  # of a video file that has neither times nor a rate, as FFmpeg's
 # Half of a character beyond 16 bits, which no tokenizer takes, and zero, which no file name has
 UNUSABLE = re.compile(r"[\ud800-\udfff\0]")
+ASSETS = Path(__file__).parent / "assets"
 PATCH = 28  # pixels: side of a visual token where no processor says it, see token_side
 
 # What the readers of images and videos raise on a file that they cannot use.
@@ -1631,7 +1632,9 @@ def build_toy(args):
 # the row and counts it, and `convert` refuses the file.
 
 MALFORMED = (KeyError, TypeError, IndexError, AttributeError, OverflowError, ValueError)
-ASSETS = Path(__file__).parent / "assets"
+# Each benchmark's title and size; patterns of its files of questions, of which the first that
+# matches is used; its tasks, subjects, folders of media and the tasks about a part of a video
+BENCHMARK_FACTS = read_file(ASSETS / "benchmarks.json")
 # How to answer, which our own prompt says: a line after the question, or the last sentence of one
 HINT = re.compile(
     r"(?im)^[ \t]*(?:hint|reference ocr token):.*$|(?<=[.?!\n])[ \t]*(?:answer:[ \t]*"
@@ -1646,9 +1649,9 @@ AROUND = re.compile(r"(?i)^question:|(?:options|choices|选项)\s*[:：]$")  # a
 
 
 def draft(medium, problem, answer, options=(), **fields):
-    """A question as its source has it: medium below the media folder, answer as a letter or a text,
-    options without letters. `fields` are the record's, if the source has them, and "part", the
-    part of the source that data_source names. make_record checks it all."""
+    """Returns a question as its source has it, which make_record checks. medium: a path below the
+    media folder. answer: a letter or a text. options: without letters. fields: the record's, and
+    "part", the part of the source that data_source names."""
     if isinstance(options, str) or not all(isinstance(text, (str, int, float)) for text in options):
         raise ValueError(f"the options are not texts: {options!r}")
     return {"medium": os.path.normpath(medium), "problem": problem.strip(),
@@ -1657,7 +1660,7 @@ def draft(medium, problem, answer, options=(), **fields):
 
 
 def texts_by_letter(options) -> list[str]:
-    """Options that are an object of texts by letter; those that a question lacks are empty.
+    """Returns the options of an object of texts by letter, without the empty ones.
 
     >>> texts_by_letter({"B": "a dog", "A": "a cat", "C": ""})
     ['a cat', 'a dog']
@@ -1667,11 +1670,10 @@ def texts_by_letter(options) -> list[str]:
 
 
 def split_options(text):
-    """A question and its options: a run of marks A, B, C, ..., by lines or within one, whichever
-    gives more options. An empty one shows that a mark was none, as in "B. C. elegans".
+    """Returns (question, options). Options follow the marks A, B, C, ..., one on each line or all
+    in one line, whichever gives more. If an option is empty, as in "B. C. elegans", that way counts
+    less: a mark was part of a text.
 
-    >>> split_options("What moves?\\nA. a cat\\nB. a dog\\nAnswer with the option's letter.")
-    ('What moves?', ['a cat', 'a dog'])
     >>> split_options("Question: What is x? Choices: (A) 3 (B) 4")
     ('What is x?', ['3', '4'])
     """
@@ -1692,7 +1694,7 @@ def split_options(text):
 
 
 def longest_run(marks):
-    """The longest run of marks A, B, C, ..., the last of them; others are part of a text."""
+    """Returns the longest run of marks A, B, C, ...; of equally long ones the last."""
     longest, after = [], {}  # place -> the run that the next mark of this place begins
     for mark in reversed(marks):
         place = ord(plain_mark(mark[1])) - ord("A")
@@ -1702,13 +1704,7 @@ def longest_run(marks):
 
 
 def from_video_r1(row, path):
-    """Records in this project's own form, as in the released Video-R1-260k.json.
-
-    >>> row = {"problem": "What moves?", "problem_type": "multiple choice", "options": ["A. a cat",
-    ...        "B. a dog"], "solution": "<answer>B</answer>", "path": "./General/1.png"}
-    >>> next(from_video_r1(row, None))["options"]
-    ['a cat', 'a dog']
-    """
+    """Records in this project's own form, as in the released Video-R1-260k.json."""
     answer = re.fullmatch(r"\s*<answer>(.*)</answer>\s*", row["solution"], re.DOTALL)[1]
     options = row.get("options") or []
     texts = texts_by_letter(options) if isinstance(options, dict) else option_texts(options)
@@ -1724,11 +1720,6 @@ def from_csv(row, path):
     """A table of one's own: columns video (or image), question, answer, and for a choice its
     options, option_a, option_b, ... or A, B, ...; problem_type, video_start and video_end may be
     there too. Without a problem_type options make a choice, a number is numerical, else free-form.
-
-    >>> row = {"video": "1.mp4", "question": "What moves?", "answer": "B", "A": "a cat",
-    ...        "B": "a dog", "C": ""}
-    >>> next(from_csv(row, None))["options"]
-    ['a cat', 'a dog']
     """
     row = {(name or "").strip().lower(): cell for name, cell in row.items()}
     if not {"question", "answer"} <= row.keys() or row.keys().isdisjoint(("video", "image")):
@@ -1745,14 +1736,7 @@ def from_csv(row, path):
 
 
 def from_llava(row, path):
-    """Conversations, as LLaVA-Video-178K and most image sources have them: a draft a turn.
-
-    >>> row = {"image": "1.png", "conversations": [
-    ...     {"from": "human", "value": "<image>\\nWhat moves?\\nA. a cat\\nB. a dog"},
-    ...     {"from": "gpt", "value": "B. a dog"}]}
-    >>> next(from_llava(row, None))["options"]
-    ['a cat', 'a dog']
-    """
+    """Conversations, as LLaVA-Video-178K and most image sources have them: a draft a turn."""
     medium = row.get("video") or row["image"]
     if isinstance(medium, list):
         medium, = medium  # several pictures in one question are no record
@@ -1772,16 +1756,14 @@ def nextqa_paths(folder):
 
 
 def from_nextqa(row, path):
-    """NExT-QA's CSV: {video: 2909445186, question: what moves, answer: 1, a0: cat, a1: dog, ...}
-    gives "what moves?" on 0101/2909445186.mp4, options cat, dog, ..., answer B."""
+    """NExT-QA's CSV; the map gives a video's folder, as in 0101/2909445186.mp4."""
     question = row["question"].strip().removesuffix("?").rstrip() + "?"
     yield draft(f"{nextqa_paths(path.parent)[row['video']]}.mp4", question, letter(row["answer"]),
                 [row[f"a{i}"] for i in range(5)])
 
 
 def from_perception_test(row, path):
-    """PerceptionTest's multiple choice: {"video_7": {"mc_question": [{"question": "What moves?",
-    "options": ["cat", "dog", "hat"], "answer_id": 1}]}} asks about video_7.mp4; the answer is B."""
+    """PerceptionTest's multiple choice, an object of videos by name."""
     for question in row["mc_question"]:
         yield draft(f"{row['row_key']}.mp4", question["question"], letter(question["answer_id"]),
                     question["options"])
@@ -1792,15 +1774,8 @@ CLEVRER_WORDS = (("gray", "red", "blue", "green", "brown", "cyan", "purple", "ye
 
 
 def from_clevrer(row, path):
-    """CLEVRER's questions, by video. Of those with choices the ones with one correct choice; a
-    word (descriptive) becomes a choice among CLEVRER's colours, materials, shapes or yes and no.
-
-    >>> row = {"scene_index": 1007, "video_filename": "video_01007.mp4", "questions": [
-    ...     {"question": "What is the shape of the red object?", "answer": "cube"}]}
-    >>> found = next(from_clevrer(row, None))
-    >>> found["medium"], found["options"]
-    ('video_01000-02000/video_01007.mp4', ['cube', 'sphere', 'cylinder'])
-    """
+    """CLEVRER's questions about a video: those with exactly one correct choice, and descriptive
+    ones. An answer that is one of CLEVRER_WORDS gets that group as its options."""
     start = row["scene_index"] // 1000 * 1000  # the release has a folder for each 1000 videos
     medium = f"video_{start:05d}-{start + 1000:05d}/{row['video_filename']}"
     for question in row["questions"]:
@@ -1817,9 +1792,7 @@ def from_clevrer(row, path):
 
 
 def from_star(row, path):
-    """STAR: {"video_id": "6H78U", "start": 11.1, "end": 19.6, "question": "What moves?", "answer":
-    "The dog.", "choices": [{"choice_id": 1, "choice": "The dog."}, {"choice_id": 0, "choice":
-    "The cat."}]} asks about these seconds of 6H78U.mp4; the answer is B."""
+    """STAR's questions, each about some seconds of a video of Charades."""
     choices = sorted(row["choices"], key=lambda choice: choice["choice_id"])
     options = [choice["choice"] for choice in choices]
     yield draft(f"{row['video_id']}.mp4", row["question"], letter(options.index(row["answer"])),
@@ -1827,15 +1800,12 @@ def from_star(row, path):
 
 
 def clip_seconds(row):
-    """The clip's fields of a record whose release has "start" and "end" in seconds."""
-    return {f"video_{end}": float(row[end]) for end in ("start", "end")
-            if row.get(end) is not None}
+    """Returns the clip's fields of a record whose release has "start" and "end" in seconds."""
+    return {"video_start": float(row["start"]), "video_end": float(row["end"])}
 
 
 def from_scienceqa(row, path):
-    """ScienceQA's training questions that have a picture: {"7": {"question": "Which is it?",
-    "choices": ["cat", "dog"], "answer": 1, "hint": "Look.", "image": "image.png", "split":
-    "train"}} asks "Look.\\nWhich is it?" about 7/image.png; the answer is B."""
+    """ScienceQA's training questions that have a picture: 7/image.png of the question "7"."""
     if row["image"] and row["split"] == "train":
         problem = f"{row.get('hint') or ''}\n{row['question']}"
         yield draft(f"{row['row_key']}/{row['image']}", problem, letter(row["answer"]),
@@ -1843,46 +1813,35 @@ def from_scienceqa(row, path):
 
 
 def from_a_okvqa(row, path):
-    """A-OKVQA: {image_id: 299207, question: What moves?, choices: [cat, dog, hat, car],
-    correct_choice_idx: 1} asks about COCO's 000000299207.jpg; the answer is B."""
+    """A-OKVQA's questions about pictures of COCO."""
     yield draft(f"{row['image_id']:012d}.jpg", row["question"],
                 letter(row["correct_choice_idx"]), row["choices"])
 
 
 def from_tabmwp(row, path):
-    """TabMWP's problems about a picture of a table: {"7": {"question": "How much?", "choices":
-    None, "answer": "3.5", "unit": "$"}} asks "How much? (Unit: $)" about 7.png."""
+    """TabMWP's problems about the picture of a table, 7.png of the problem "7"."""
     unit = f" (Unit: {row['unit']})" if row.get("unit") else ""
     yield draft(f"{row['row_key']}.png", row["question"] + unit, row["answer"],
                 row["choices"] or ())
 
 
 def from_geometry3k(row, path):
-    """Geometry3K: {problem_text: Find x., choices: [1, 2, 3, 4], answer: B}, a file for each
-    problem, asks about the img_diagram.png beside it."""
+    """Geometry3K's problems, a folder with a file and a picture for each."""
     yield draft("img_diagram.png", row["problem_text"], row["answer"], row["choices"])
 
 
 def from_arxivqa(row, path):
-    """ArxivQA: {image: images/1.jpg, question: What grows?, options: ["A) x", "B) y"],
-    label: "B)"}. Its labels come in many spellings; those that mean no option are dropped."""
+    """ArxivQA. Its labels come in many spellings; those that mean no option are dropped."""
     yield draft(row["image"], row["question"], row["label"], option_texts(row["options"]))
 
 
 def from_chartqa(row, path):
-    """ChartQA: {imgname: 1.png, query: How many percent?, label: 12%} asks for 12."""
+    """ChartQA. Percentages lose their sign."""
     yield draft(row["imgname"], row["query"], row["label"].strip().removesuffix("%"))
 
 
-@lru_cache(maxsize=1)
-def benchmark_facts():
-    """assets/benchmarks.json: each benchmark's title and size, the patterns of its release's files
-    of questions (the first that finds some counts), its tasks, subjects and media folders."""
-    return read_file(ASSETS / "benchmarks.json")
-
-
 def task_of(path, tasks):
-    """Which of the `tasks` a release's file is about: its own name or its folder's says so."""
+    """Returns which of the `tasks` a release's file is about, by its name or its folder's."""
     for text in (path.stem.lower().removesuffix("_video"), path.parent.name.lower()):
         if text in tasks:
             return text
@@ -1890,8 +1849,8 @@ def task_of(path, tasks):
 
 
 def subject_groups(path, subjects):
-    """{"subject"} of Science/dev_Biology_3.mp4 or videos/Biology/3.mp4, and its "discipline" if
-    `subjects`, {discipline: its subjects}, has it."""
+    """Returns {"subject"} of Science/dev_Biology_3.mp4 or videos/Biology/3.mp4, and its
+    "discipline" if it is in `subjects`, {discipline: its subjects}."""
     named = re.fullmatch(r"[a-z]+_(\w+)_\d+", Path(path).stem)
     subject = named[1] if named else Path(path).parent.name
     return {"subject": subject} | {"discipline": discipline for discipline, names
@@ -1899,9 +1858,7 @@ def subject_groups(path, subjects):
 
 
 def from_vsibench(row, path):
-    """{"id": 0, "dataset": "scannet", "scene_name": "scene0568_00", "question_type":
-    "object_counting", "question": "How many chairs?", "ground_truth": "4", "options": null}
-    -> regression over scannet/scene0568_00.mp4; with options, multiple choice."""
+    """VSI-Bench's test.jsonl; the videos are scannet/scene0568_00.mp4 and so on."""
     options = option_texts(row["options"] or [])
     yield draft(f"{row['dataset']}/{row['scene_name']}.mp4", row["question"], row["ground_truth"],
                 options, problem_id=str(row["id"]),
@@ -1909,56 +1866,50 @@ def from_vsibench(row, path):
                 groups={"task": row["question_type"], "dataset": row["dataset"]})
 
 
-VIDEOMMMU_BEFORE = (  # the benchmark's own words; the quiz is an image, the video's last frame
-    "You should watch and learn the video content. Then apply what you learned to answer the "
-    "following {kind} question. The image for this question is at the end of the video.\n")
-VIDEOMMMU_AFTER = "\nPlease ignore the Quiz question in last frame of the video."
-
-
 def from_videommmu(row, path):
-    """adaptation.json {"0": {"id": "dev_Biology_3", "question": "Which?", "options": ["up",
-    "down"], "answer": "B", ...}} -> Science/dev_Biology_3.mp4 with the track's instruction. Its
-    own repository's adaptation_video.json has the same in {"Adaptation": {...}}."""
-    facts = benchmark_facts()["videommmu"]
+    """VideoMMMU's adaptation.json and so on, with the benchmark's instruction for the track; the
+    videos are Science/dev_Biology_3.mp4 and so on. In its own repository's adaptation_video.json
+    the questions are one level deeper."""
+    facts = BENCHMARK_FACTS["videommmu"]
     track = task_of(path, facts["tasks"])
     for row in [row] if "question" in row else [row[key] for key in row if key != "row_key"]:
         options = row["options"] or []
         if not any(map(str.strip, options)):  # one of the open questions has four empty ones
             options = []
-        before = VIDEOMMMU_BEFORE.format(kind="multi-choice" if options else "open-ended")
-        problem = (before + row["question"] if track == "adaptation"
-                   else row["question"] + VIDEOMMMU_AFTER)
+        before, after = facts["prompts"][track]
+        kind = "multi-choice" if options else "open-ended"
         groups = subject_groups(f"{row['id']}.mp4", facts["subjects"])
         if "discipline" not in groups:  # the folder of its video
             raise ValueError(f"the id {row['id']!r} names no subject of VideoMMMU")
-        number = parse_number(str(row["answer"])) is not None
-        yield draft(f"{groups['discipline']}/{row['id']}.mp4", problem, row["answer"], options,
-                    problem_type="multiple choice" if options else
-                    "numerical" if number else "free-form",
+        yield draft(f"{groups['discipline']}/{row['id']}.mp4",
+                    before.replace("{kind}", kind) + row["question"] + after, row["answer"],
+                    options, problem_type=wanted_type(str(row["answer"]), options, CONVERTED_TYPES),
                     part=track, groups={"track": track, **groups})
 
 
 def from_mmvu(row, path):
-    """{"id": "validation_1", "video": "https://.../videos/Chemistry/0.mp4", "question_type":
-    "multiple-choice", "question": "How many?", "choices": {"A": "10.0", ...}, "answer": "A"}
-    -> videos/Chemistry/0.mp4. Open-ended questions are left out, as in the paper."""
+    """MMVU's validation.json; the videos are videos/Chemistry/0.mp4 and so on. Open-ended questions
+    are left out, as in the paper."""
     if row["question_type"] == "multiple-choice":
         video = "videos/" + row["video"].split("/videos/")[1]
         yield draft(video, row["question"], row["answer"], texts_by_letter(row["choices"]),
                     problem_id=row["id"],
-                    groups=subject_groups(video, benchmark_facts()["mmvu"]["subjects"]))
+                    groups=subject_groups(video, BENCHMARK_FACTS["mmvu"]["subjects"]))
 
 
-def from_mvbench(row, path):
-    """json/action_sequence.json [{"video": "ZS9XR.mp4", "question": "What first?", "candidates":
-    ["up", "down"], "answer": "down", "start": 11.1, "end": 19.6}]
-    -> video/star/Charades_v1_480/ZS9XR.mp4, video_start 11.1, video_end 19.6, answer B."""
-    folders = benchmark_facts()["mvbench"]["folders"]
-    task = task_of(path, folders)
-    rate = {"video_fps": FRAMES_FPS} if task == "episodic_reasoning" else {}
-    yield draft(f"video/{folders[task]}/{row['video']}", row["question"],
-                letter(row["candidates"].index(row["answer"])), row["candidates"],
-                data_type="video", part=task, groups={"task": task}, **rate, **clip_seconds(row))
+def from_mvbench(row, path, name="mvbench"):
+    """MVBench's json/action_sequence.json and so on, and TVBench's; their zips are unpacked where
+    they lie. Media are video/<the task's folder in assets/benchmarks.json>/<video>. The videos of
+    TVBench's action_antonym are NTU RGB+D's and not in the release."""
+    facts = BENCHMARK_FACTS[name]
+    task = task_of(path, facts["folders"])
+    clip = clip_seconds(row) if task in facts["clips"] else {}
+    if task == "episodic_reasoning":  # folders of frames
+        clip["video_fps"] = FRAMES_FPS
+    places = [str(text) for text in row["candidates"]]  # a number is a text, not a place
+    yield draft(f"video/{facts['folders'][task]}/{row['video']}", row["question"],
+                letter(places.index(str(row["answer"]))), row["candidates"],
+                data_type="video", part=task, groups={"task": task}, **clip)
 
 
 TEMPCOMPASS_OPTION = re.compile(  # "A. up", "Option 2: it moves", "Information A: {...}"
@@ -1966,11 +1917,10 @@ TEMPCOMPASS_OPTION = re.compile(  # "A. up", "Option 2: it moves", "Information 
 
 
 def from_tempcompass(row, path):
-    """questions/caption_matching.json {"12": {"order": [{"question": "Which?\\nOption 1: up\\n
-    Option 2: down", "answer": "Option 2: down"}]}} -> videos/12.mp4, options up and down, answer
-    B. All four tasks are multiple choice, as in the paper: yes_no of "yes" and "no", captioning
+    """TempCompass's questions/caption_matching.json and so on; the videos are videos/12.mp4 and so
+    on. All four tasks are multiple choice, as in the paper: yes_no of "yes" and "no", captioning
     of the pieces of information that it offers. Rows with video_id and dim are read too."""
-    task = task_of(path, benchmark_facts()["tempcompass"]["tasks"])
+    task = task_of(path, BENCHMARK_FACTS["tempcompass"]["tasks"])
     video = row.pop("row_key", None)
     for row in [row] if "question" in row else [
             {"video_id": video, "dim": dim, **each} for dim in row for each in row[dim]]:
@@ -1990,55 +1940,36 @@ YOUTUBE_ID = re.compile(r"(?:v=|/)([\w-]{11})(?:[?&].*)?$")
 
 
 def from_videomme(row, path):
-    """{"video_id": "001", "videoID": "fFjv93ACGo8", "duration": "short", "domain": "Knowledge",
-    "sub_category": "Astronomy", "question_id": "001-1", "task_type": "Counting", "question":
-    "How many?", "options": ["A. 1", "B. 2"], "answer": "B"} -> data/fFjv93ACGo8.mp4. The questions
-    may also be nested: [{"video_id": ..., "questions": [{"question_id": ...}, ...]}, ...]."""
+    """VideoMME's questions, a row each or a list in each video's row; the videos are
+    data/fFjv93ACGo8.mp4 and so on."""
     for question in row.get("questions", [row]):
         question = row | question
         name = question.get("videoID") or YOUTUBE_ID.search(question["url"])[1]
         yield draft(f"data/{name}.mp4", question["question"], question["answer"],
                     option_texts(question["options"]), problem_id=question["question_id"],
-                    groups={key: question[key] for key in benchmark_facts()["videomme"]["groups"]})
-
-
-TVBENCH_CLIPS = ("action_localization", "action_sequence")  # about a part of their videos
-
-
-def from_tvbench(row, path):
-    """json/action_sequence.json [{"video": "12.mp4", "question": "What first?", "candidates":
-    ["up", "down"], "answer": "up", "start": 3.2, "end": 11.0}] -> video/action_sequence/12.mp4,
-    answer A. Its zips are unpacked where they lie; action_antonym's videos are NTU RGB+D's and not
-    in the release."""
-    task = task_of(path, benchmark_facts()["tvbench"]["tasks"])
-    options = [*map(str, [] + row["candidates"])]  # of a list: a text would come apart
-    clip = clip_seconds({"start": row["start"], "end": row["end"]}) if task in TVBENCH_CLIPS else {}
-    yield draft(f"video/{task}/{row['video']}", row["question"],
-                letter(options.index(str(row["answer"]))),  # a number is a text, not a place
-                options, data_type="video", part=task, groups={"task": task}, **clip)
+                    groups={key: question[key] for key in BENCHMARK_FACTS["videomme"]["groups"]})
 
 
 def from_tomato(row, path):
-    """data/direction.json {"4": {"question": "Which way?", "options": ["up", "down"], "answer": 1,
-    "key": "0999-01", "demonstration_type": "human", ...}} -> videos/human/0999-01.mp4, answer B.
-    Numbers of questions repeat over the six files."""
-    kind = task_of(path, benchmark_facts()["tomato"]["tasks"])
+    """TOMATO's data/direction.json and so on, in which numbers of questions repeat; the videos are
+    videos/human/0999-01.mp4 and so on."""
+    kind = task_of(path, BENCHMARK_FACTS["tomato"]["tasks"])
     folder = row["demonstration_type"]
     yield draft(f"videos/{folder}/{row['key']}.mp4", row["question"], letter(row["answer"]),
                 row["options"], problem_id=f"{kind}/{row['row_key']}",
                 groups={"type": kind, "demonstration": folder})
 
 
-VINOGROUND_FILES = {"vinoground_textscore": "text", "vinoground_videoscore": "video"}
 VINOGROUND_QUESTION = re.compile(  # then a line that asks for the letter
     r"(.+?)\s*\n\s*A\. (.+?)\s*\n\s*B\. ([^\n]+).*", re.DOTALL)
 
 
 def from_vinoground(row, path):
-    """vinoground_textscore.json [{"idx": "12_pos", "video_name": "vinoground_videos/12_pos.mp4",
-    "question": "Which caption fits?\\nA. x, y\\nB. y, x\\nAnswer with ...", "GT": "B"}] -> a text
-    question of pair 12. vinoground_videoscore.json has the video questions, of both its clips."""
-    task = VINOGROUND_FILES[task_of(path, VINOGROUND_FILES)]
+    """Vinoground's vinoground_textscore.json, one clip and two captions, and
+    vinoground_videoscore.json, one caption and a video of both clips; the videos are where the
+    rows say."""
+    files = {"vinoground_textscore": "text", "vinoground_videoscore": "video"}
+    task = files[task_of(path, files)]
     pair = re.fullmatch(r"(\d+)_(?:pos|neg)", row["idx"])
     question = VINOGROUND_QUESTION.fullmatch(row["question"].strip())
     if not (pair and question):
@@ -2055,8 +1986,9 @@ CONVERTERS = {"video_r1": from_video_r1, "csv": from_csv, "llava": from_llava,
               "arxivqa": from_arxivqa, "chartqa": from_chartqa,
               # the benchmarks of evaluate.py
               "vsibench": from_vsibench, "videommmu": from_videommmu, "mmvu": from_mmvu,
-              "mvbench": from_mvbench, "tempcompass": from_tempcompass, "videomme": from_videomme,
-              "tvbench": from_tvbench, "tomato": from_tomato, "vinoground": from_vinoground}
+              "mvbench": from_mvbench, "tvbench": partial(from_mvbench, name="tvbench"),
+              "tempcompass": from_tempcompass, "videomme": from_videomme,
+              "tomato": from_tomato, "vinoground": from_vinoground}
 
 
 def release_rows(path) -> list:
@@ -2144,7 +2076,7 @@ def make_record(found, entry, folder="") -> dict:
 
 def convert(args):
     """Writes the questions of a benchmark's own release as records: all of them, or none."""
-    path, facts = Path(args.path), benchmark_facts().get(args.name, {})
+    path, facts = Path(args.path), BENCHMARK_FACTS.get(args.name, {})
     title, patterns = facts.get("title", args.name), facts.get("files", ["known file"])
     release = path if path.is_dir() else path.parent
     root, files, records = args.media_root or release, [path], []
