@@ -89,7 +89,7 @@ for _logger in ("DeepSpeed", "torch.utils.cpp_extension"):
     logging.getLogger(_logger).addFilter(lambda line: not NO_GPU.match(line.getMessage()))
 
 
-class InputError(ValueError):
+class InputError(Exception):
     """The user's input cannot be used. Every script prints it without a traceback and exits with 1.
     """
 
@@ -441,11 +441,7 @@ def load_records(path, media_root=None) -> list[dict]:
 
 
 def plain_texts(record) -> dict:
-    """Returns the fields that a model reads or learns, with special tokens spelled out as text.
-
-    >>> plain_texts({"problem": "What is <|im_end|>?", "solution": "<answer>a token</answer>"})
-    {'problem': 'What is <| im_end |>?', 'solution': '<answer>a token</answer>'}
-    """
+    """Returns the fields that a model reads or learns, with <|im_end|> spelled <| im_end |>."""
     def spelled(text):
         return SPECIAL_TOKEN.sub(r"<| \1 |>", text)
     texts = {field: spelled(record[field]) for field in ("problem", "solution", "process")
@@ -455,12 +451,7 @@ def plain_texts(record) -> dict:
 
 
 def unmatchable(record) -> bool:
-    """Whether no answer can match the solution, because not even the solution itself does.
-
-    >>> [unmatchable({"problem_type": "numerical", "solution": f"<answer>{text}</answer>"})
-    ...  for text in ("12", "00:12")]
-    [False, True]
-    """
+    """Whether no answer can match the solution, as not even itself does: "00:12" as a number."""
     if record["problem_type"] == "free-form" and len(record["solution"]) > SURELY_TEXT:
         return False  # and grading a long text takes as long as all the rest
     return accuracy_reward(record["solution"], record) == 0
@@ -1601,11 +1592,7 @@ def draft(medium, problem, answer, options=(), **fields):
 
 
 def texts_by_letter(options) -> list[str]:
-    """Returns the options of an object of texts by letter, without the empty ones.
-
-    >>> texts_by_letter({"B": "a dog", "A": "a cat", "C": ""})
-    ['a cat', 'a dog']
-    """
+    """Returns the options of an object of texts by letter, without the empty ones."""
     texts = option_texts([f"{key}. " + options[key] for key in sorted(options) if options[key]])
     return option_texts(texts)  # they may say their letters again
 
@@ -1933,8 +1920,8 @@ CONVERTERS = {"video_r1": from_video_r1, "csv": from_csv, "llava": from_llava,
 
 
 def release_rows(path) -> list:
-    """The rows of a release's file: a list, an object of rows by key (each row gets it as
-    "row_key"), or one row alone."""
+    """Returns the rows of a release's file: a list, an object of rows by key (which each row gets
+    as "row_key"), or a single row."""
     rows = read_file(path)
     if isinstance(rows, dict):
         keyed = all(isinstance(row, dict) for row in rows.values())
@@ -1946,7 +1933,6 @@ def release_rows(path) -> list:
 
 # ------------------------------------- from a draft to a record; the command convert
 
-MOST_OPTIONS = 26  # letters
 SHORT_ANSWER = 3  # words: "3.5 square meters" is a number, a sentence with a number is text
 MEASURE = re.compile(r"(?<![\w.])(\d+(?:\.\d+)?) ?(m|cm|mm|km|ft|meters?|metres?|centimeters?|"
                      r"centimetres?|millimeters?|kilometers?|feet|foot|inch(?:es)?)\b")
@@ -1961,7 +1947,7 @@ class Dropped(Exception):
 
 
 def wanted_type(answer, options, wanted):
-    """The problem type of a question, among those that an entry wants; None: none of them.
+    """Returns the problem type of a question, among those that an entry wants, or None.
 
     >>> wanted_type("3", [], ["multiple choice", "numerical"]), wanted_type("3", [], ["OCR"])
     ('numerical', 'OCR')
@@ -1976,8 +1962,8 @@ def wanted_type(answer, options, wanted):
 
 
 def make_record(found, entry, folder="") -> dict:
-    """The record, without its number, of a converter's draft by an entry of a recipe; raises
-    Dropped if the question cannot be graded, or is of a type that the entry does not want."""
+    """Returns the record, without problem_id, of a draft by an entry of a recipe. Raises Dropped if
+    the question cannot be graded or the entry does not want its type."""
     problem, answer, wanted = found["problem"], found["answer"], entry["problem_type"]
     media = entry["media"].replace("{folder}", folder)
     path = os.path.normpath(os.path.join(media, found["medium"]))
@@ -1995,8 +1981,7 @@ def make_record(found, entry, folder="") -> dict:
             ("not of the wanted problem type", kind not in wanted),
             ("no question", not problem),
             ("no answer", not found["answer"]),
-            ("not 2 to 26 options", kind == "multiple choice"
-             and not 2 <= len(options) <= MOST_OPTIONS),
+            ("not 2 to 26 options", kind == "multiple choice" and not 2 <= len(options) <= 26),
             ("an option is empty", "" in found["options"]),
             ("answer is not one of the options", not answer),
             ("answer is not one number", kind in ("numerical", "regression")
@@ -2016,7 +2001,7 @@ def make_record(found, entry, folder="") -> dict:
 
 
 def convert(args):
-    """Writes the questions of a benchmark's own release as records: all of them, or none."""
+    """Writes all questions of a benchmark's own release as records, or raises InputError."""
     path, facts = Path(args.path), BENCHMARK_FACTS.get(args.name, {})
     title, patterns = facts.get("title", args.name), facts.get("files", ["known file"])
     release = path if path.is_dir() else path.parent
@@ -2040,8 +2025,6 @@ def convert(args):
                     name = f"{found.get('part') or file.stem}/{len(records) - before}"
                     records.append({"problem_id": found.get("problem_id", name)}
                                    | make_record(found, entry))
-        except InputError:  # a ValueError too, but it says already what is wrong
-            raise
         except (*MALFORMED, Dropped) as error:
             raise InputError(f"{file} is not as {title} is released: {error!r}, after "
                              f"{len(records)} questions") from None
@@ -2051,13 +2034,13 @@ def convert(args):
 
 # ------------------------------------------------- mix: from sources to a file of records
 
-FIGURE_2 = ASSETS / "recipe.json"  # what the paper took of each source
+FIGURE_2 = ASSETS / "recipe.json"  # the paper's count of each source
 ENTRY = {"source": str, "category": str, "format": str, "annotation": str, "media": str,
-         "problem_type": list, "count": int}  # what a recipe says of a source
+         "problem_type": list, "count": int}  # the keys of a recipe's entry
 # A letter alone, but not the words "A" and "I", nor a unit: "B", "(a) and (b)"; or "option 2"
 NAMED_LETTER = re.compile(r"(?<![\w'’])(?<!\d )(?:[b-hj-zB-HJ-Z]|[AI](?! [a-z]))(?![\w'’])"
                           r"|\([ai]\)|(?i:\b(?:option|choice|answer)s? \d)")
-# Words that refer to other options. Too many here is safe: an order is kept, and stays right
+# Words that refer to other options. A word too many is safe: options then keep their order
 OTHERS = re.compile(
     r"\b(?:all|none|both|neither|either|any|above|below|former|latter|other|others|these|those"
     r"|same|only|listed|mentioned|given|options?|choices?|answers?|(?:one|two) of)\b"
@@ -2065,7 +2048,7 @@ OTHERS = re.compile(
 
 
 def read_recipe(path) -> list[dict]:
-    """The entries of a recipe file; InputError naming the entry and the key that is wrong."""
+    """Returns the entries of a recipe file. Raises InputError naming entry and key."""
     recipe = release_rows(path)
     for i, entry in enumerate(recipe):
         problem = entry_problem(entry)
@@ -2076,7 +2059,7 @@ def read_recipe(path) -> list[dict]:
 
 
 def entry_problem(entry) -> str | None:
-    """What is wrong with an entry of a recipe, naming the key; None when nothing is."""
+    """Returns what is wrong with an entry of a recipe, naming the key, or None."""
     if not isinstance(entry, dict):
         return f"not a JSON object but {type(entry).__name__}"
     for key, kind in ENTRY.items():
@@ -2094,30 +2077,21 @@ def entry_problem(entry) -> str | None:
 
 
 def clip_of(record):
-    """What identifies a decoded medium: its path, and the part of it."""
+    """Returns a record's path and the part of the video that it is about."""
     return record["path"], *(record.get(field) for field in CLIP_FIELDS)
 
 
 def question_key(record) -> tuple:
-    """Equal for questions on one medium that differ in case, marks, or the order of options only.
-
-    >>> a = {"path": "1.mp4", "problem": "Is the car left of the tree?", "options": []}
-    >>> question_key(a) == question_key(a | {"problem": "is the CAR left of the tree"})
-    True
-    >>> question_key(a) == question_key(a | {"problem": "Is the tree left of the car?"})
-    False
-    """
+    """Returns a key that is equal for questions on one clip that differ only in case, punctuation
+    or the order of options."""
     words = " ".join(re.findall(r"\w+", record["problem"].lower())) or record["problem"]
     options = sorted(option.partition(" ")[2].casefold() for option in record["options"])
     return clip_of(record), words, *options
 
 
 def tail(path) -> str:
-    """A path's last folder and file: CLEVRER and PerceptionTest share names of files alone.
-
-    >>> tail("./MVBench/perception/videos/Video_7.mp4")
-    'videos/video_7.mp4'
-    """
+    """Returns a path's last folder and file, as in videos/video_7.mp4. Names of files alone would
+    not do: CLEVRER and PerceptionTest share some."""
     return "/".join(Path(path).parts[-2:]).lower()
 
 
@@ -2127,8 +2101,8 @@ def content_hash(path) -> bytes:
 
 
 def benchmark_media(files, media_root, root):
-    """is_excluded(path), of a path below root: whether an evaluation file has this medium, under
-    this path or another one; by path alone where its media are not there to be hashed."""
+    """Returns is_excluded(path): whether the file at this path below root is one of the evaluation
+    files' media, by its path's tail or, if they are on this machine, by its content."""
     media = {record["media_path"] for file in files for record in load_records(file, media_root)}
     there = [path for path in media if os.path.isfile(path)]
     tails, sizes = set(map(tail, media)), set(map(os.path.getsize, there))
@@ -2147,15 +2121,13 @@ def benchmark_media(files, media_root, root):
 
 
 def candidates_of(entry, root, is_excluded, seen, counts):
-    """The records that an entry's files offer, each once; counts what is dropped, by reason."""
+    """Yields the records of an entry's files, each once, and counts dropped ones by reason."""
     convert = CONVERTERS[entry["format"]]
     for path in sorted(Path(root).glob(entry["annotation"])):
         for row in tqdm(release_rows(path), desc=entry["source"], unit=" rows", leave=False):
             counts["rows"] += 1
             try:
                 drafts = list(convert(row, path))
-            except InputError:  # a ValueError too, but not of this row alone
-                raise
             except MALFORMED:
                 drafts = []
                 counts["malformed row"] += 1
@@ -2177,10 +2149,8 @@ def candidates_of(entry, root, is_excluded, seen, counts):
 
 
 def spread(records, count, per_medium, rng, taken=()):
-    """`count` of the records, drawn at random: first one of each medium, then a second one of
-    each, and so on to per_medium, of which `taken` ({path: count}) are used; fewer where there
-    are no more. Returns a list.
-    """
+    """Returns at most `count` random records: first one of each file, then a second one of each, up
+    to per_medium. taken: {path: number of questions that other entries have drawn}."""
     rounds, of_medium = [[] for _ in range(per_medium)], Counter(taken)
     for record in sorted(records, key=lambda record: rng.random()):
         if of_medium[record["path"]] < per_medium:
@@ -2190,9 +2160,8 @@ def spread(records, count, per_medium, rng, taken=()):
 
 
 def shuffle_options(record, rng) -> dict:
-    """The record with its options in a random order, lettered A, B, C, ...; as it is if an option
-    may refer to others, or if the question or a thought may name a letter.
-    """
+    """Returns the record with its options in a random order, lettered A, B, C, ... If an option may
+    refer to others, or the question or a thought may name a letter, it stays as it is."""
     texts = [option.partition(" ")[2] for option in record["options"]]
     names_letter = any(map(NAMED_LETTER.search, [record["problem"], *texts]))
     if not texts or "process" in record or names_letter or any(map(OTHERS.search, texts)):
@@ -2204,7 +2173,7 @@ def shuffle_options(record, rng) -> dict:
 
 
 def mix(args):
-    """Builds a mixture by a recipe: converts, cleans, samples and shuffles; writes it whole."""
+    """Writes a mixture by a recipe: converts, cleans, samples and shuffles."""
     recipe, root = read_recipe(args.recipe), Path(args.media_root or Path(args.out).parent)
     make_folder_of(args.out)
     absent = [entry["annotation"] for entry in recipe if not any(root.glob(entry["annotation"]))]
@@ -2234,21 +2203,21 @@ def mix(args):
     text = mix_report(report)
     if not lines[args.out]:
         print(text)
-        raise InputError(f"no record is left for {args.out}, which is not written: the table above "
-                         "says what each entry offered and why it was dropped")
+        raise InputError(f"no record is left for {args.out}, which is not written: see above why "
+                         "each entry's were dropped")
     write_whole({path: json_list(mixed) for path, mixed in lines.items()}
                 | {f"{stem}.report.md": [text]})
     print(text, *(f"{path}: {len(mixed):,} records" for path, mixed in lines.items()), sep="\n")
 
 
 def in_validation(path, args) -> bool:
-    """Whether a medium, with all its questions, is held out."""
+    """Whether a file, with all its questions, is held out."""
     digest = hashlib.blake2b(f"{args.seed} {path}".encode(), digest_size=8).digest()
     return int.from_bytes(digest, "big") / 2**64 < args.val_share
 
 
 def mix_report(report) -> str:
-    """A Markdown table: what each entry wanted, got, and lost for which reason."""
+    """Returns a Markdown table of what each entry wanted, got and dropped."""
     rows = [("source", "type", "wanted", "got", "short by", "rows", "dropped")]
     for entry, got, counts in report:
         dropped = "; ".join(f"{count} {reason}" for reason, count in counts.most_common()
@@ -2263,18 +2232,18 @@ def mix_report(report) -> str:
 # ---------------------------------------------------- check: can every medium be decoded?
 
 def state_of(record, args):
-    """What a verdict holds for: the file's size and time of change, and how it is sampled."""
-    try:
-        status = os.stat(record["media_path"])
-    except OSError:
-        return None
-    limits = ("max_frames", "min_frames", "fps", "min_pixels", "max_pixels", "image_min_pixels",
-              "image_max_pixels", "video_reader")
-    return [status.st_size, status.st_mtime_ns, *(getattr(args, name) for name in limits)]
+    """Returns the file's size and time of change, and the flags of sampling. If one of them
+    changes, the file is decoded again."""
+    path = record["media_path"]
+    file = [os.path.getsize(path), os.path.getmtime(path)] if os.path.exists(path) else []
+    flags = ("max_frames", "min_frames", "fps", "min_pixels", "max_pixels", "image_min_pixels",
+             "image_max_pixels", "video_reader")
+    return file + [getattr(args, name) for name in flags]
 
 
 def judge_medium(args, record):
-    """Why a record's medium cannot be used, or None, by decoding it; in a worker process."""
+    """Decodes a record's file in a worker process. Returns the log row with the reason why it
+    cannot be used, or None."""
     path, state, reason = record["media_path"], state_of(record, args), None
     try:
         load_vision_of(record, args)
@@ -2284,9 +2253,8 @@ def judge_medium(args, record):
 
 
 def check(args):
-    """Decodes every medium of a file of records, as training will, and writes the records whose
-    medium can be used and on which something can be earned. The same command resumes; a file that
-    has changed is decoded again."""
+    """Decodes every image and video of a file of records, as training will. Writes the records that
+    can be used and whose solution an answer can match. The same command resumes."""
     records = load_records(args.data, args.media_root)
     out = args.out or f"{args.data.removesuffix('.jsonl').removesuffix('.json')}_clean.json"
     stem = out.removesuffix(".json")
@@ -2295,7 +2263,7 @@ def check(args):
     good = {tuple(row["clip"]): row["state"] for row in whole_rows(log) if not row["reason"]}
     clips = {clip_of(record): record for record in records}
     todo = [record for clip, record in clips.items()
-            if clip not in good or good[clip] != state_of(record, args)]
+            if good.get(clip) != state_of(record, args)]
     reasons = {}
     loader = torch.utils.data.DataLoader(
         todo, batch_size=None, collate_fn=partial(judge_medium, args), in_order=False,
@@ -2305,7 +2273,7 @@ def check(args):
             write([row])
             if row["reason"]:
                 reasons[tuple(row["clip"])] = row["reason"]
-    lost = defaultdict(list)  # reason -> the records that it costs; None: the usable ones
+    lost = defaultdict(list)  # reason -> dropped records; None -> usable ones
     for record in records:
         reason = reasons.get(clip_of(record))
         if reason is None and unmatchable(record):
@@ -2324,14 +2292,13 @@ def check(args):
 # ---------------------------------------------------------- stats: a file beside Figure 2
 
 def plain(name):
-    """What spellings of a name agree in: letters, digits and +, lower case."""
+    """Returns a name's letters, digits and +, in lower case."""
     return re.sub(r"[^a-z0-9+]", "", name.lower())
 
 
 def figure_rows(records):
-    """{(category, source, types): [records, the figure's count]} of Figure 2's entries, and of
-    sources that it does not have (count 0). A source is known by a folder of its name, in
-    data_source or in path."""
+    """Returns {(category, source, types): [records, Figure 2's count]}. Sources that are not in
+    Figure 2 count 0. A record's source is a folder of that name in data_source or path."""
     rows = {(e["category"], e["source"], ", ".join(e["problem_type"])): [0, e["count"]]
             for e in read_recipe(FIGURE_2)}
     by_source = defaultdict(list)
@@ -2348,7 +2315,7 @@ def figure_rows(records):
 
 
 def stats(args):
-    """Prints, and with --out writes, the tables of a file of records as Markdown."""
+    """Prints the tables of a file of records as Markdown, and writes them to --out."""
     records = load_records(args.data, args.media_root)
     rows = figure_rows(records)
     paper = sum(count for _, count in rows.values())
@@ -2363,16 +2330,15 @@ def stats(args):
         table.append(line((f"**{category}**", "", ""), *total))
         table += [line(("", *key[1:]), *value) for key, value in members.items()]
     table.append(line(("**all**", "", ""), len(records), paper))
-    counts = [("what", "value", "records", "share")]
     media = Counter(record["path"] for record in records)
-    letters = Counter(f"{len(r['options'])} options, {r['solution'][len('<answer>')]}"
-                      for r in records if r["problem_type"] == "multiple choice")
-    for what, values in (("medium", Counter(r["data_type"] for r in records)),
-                         ("problem type", Counter(r["problem_type"] for r in records)),
-                         ("questions a medium", Counter(media.values())),
-                         ("answer", letters)):
-        counts += [(what, value, count, f"{count / len(records):.1%}")
-                   for value, count in sorted(values.items())]
+    values = {"medium": [r["data_type"] for r in records],
+              "problem type": [r["problem_type"] for r in records],
+              "questions a medium": media.values(),
+              "answer": [f"{len(r['options'])} options, {r['solution'][len('<answer>')]}"
+                         for r in records if r["problem_type"] == "multiple choice"]}
+    counts = [("what", "value", "records", "share")] + [
+        (what, value, count, f"{count / len(records):.1%}")
+        for what, found in values.items() for value, count in sorted(Counter(found).items())]
     text = markdown(table) + f"\n{len(media):,} media\n\n" + markdown(counts)
     if args.out:
         write_whole({args.out: [text]})
@@ -2404,16 +2370,15 @@ def parse_args(argv=None):
         "needs pyarrow); where its media go: the function from_NAME")
     add("--out", required=True, help="file of records to write")
     add("--media_root", help="folder above the release that the records' paths are relative to; "
-        "default: the release's own, so evaluate.py finds the media if --out is there too, else "
-        "by its --media_root")
+        "default: the release's own")
     add = command(mix, "mix", "records from the releases that a recipe names")
     add("--recipe", required=True, help="list of entries; assets/recipe.json is the paper's, "
-        "assets/csv.json for a table of your own beside --out")
+        "assets/csv.json is for your own table")
     add("--out", required=True, help="file of records to write; a report goes beside it")
     add("--media_root", help="folder of the releases, which the recipe's and the records' paths "
-        "are relative to; default: the folder of --out, where the stages look for them too")
+        "are relative to; default: the folder of --out")
     add("--val_share", type=at_least(0, float, below=1), default=0.0,
-        help="share of media held out, in <out>_val.json")
+        help="share of files held out, in <out>_val.json")
     add("--per_medium", type=above(0, int), default=20, help="most questions on one medium")
     add("--exclude", nargs="*", default=[], help="evaluation files whose media must not be used")
     add("--exclude_root", help="folder of their media; default: each file's own")
