@@ -283,9 +283,9 @@ def load_processor(args):
 def load_model(args, config):
     """Returns the model in the precision of the DeepSpeed config; under ZeRO-3, this rank's part.
 
-    Only safetensors are read. Files of that precision are mapped, not read, and split parameter by
-    parameter: with an accelerator no process holds a whole copy. InputError if a file is damaged,
-    or lacks a weight, which transformers would replace by random numbers.
+    Reads safetensors only, which are mapped and split parameter by parameter: with an accelerator
+    no process holds a whole copy. Raises InputError if a file is damaged or lacks a weight, which
+    transformers would replace by random numbers.
     """
     import deepspeed
     from safetensors import SafetensorError
@@ -1315,11 +1315,11 @@ TOY_COLOURS = {"red": (230, 40, 40), "green": (40, 210, 60), "blue": (60, 80, 24
 TOY_OPPOSITE = {"left": "right", "right": "left"}
 TOY_WORDS = ("cat", "dog", "sun", "map", "key", "cup", "hat", "box")
 TOY_BLOCK, TOY_NOISE, TOY_DARK = 8, 6.0, 50  # block side, noise std, brightest background
-TOY_LOOK = 0.7  # share of the cold start's thoughts that use a telling colour, not the motion
+TOY_LOOK = 0.7  # share of the cold start's thoughts that use the colour, not the motion
 TOY_PLAIN = {"white": (240, 240, 240), "purple": (170, 60, 200)}  # name no direction
-# The mixture of each file, in percent. "agree": the block's colour names its direction, as every
-# telling colour does in the cold start; "conflict": it names another one, in half of the direction
-# questions of train and test; "plain": it names none.
+# The mixture of each file, in percent. "agree": the block's colour names its direction;
+# "conflict": it names the other one, in half of the direction questions but those of the cold
+# start; "plain": it names none.
 TOY_MIX = {
     "cot": {"direction_agree": 30, "direction_plain": 10, "describe": 26, "first": 8, "end": 9,
             "count": 5, "word": 7, "colour": 5},
@@ -1606,17 +1606,17 @@ def split_options(text):
     ('What is x?', ['3', '4'])
     """
     text = HINT.sub("", text.strip()).strip()
-    found = []
+    found = [(text, [])]
     for pattern in (LINE_MARK, INLINE_MARK):
         run = longest_run(list(pattern.finditer(text)))
         if len(run) < 2:
-            run = []
+            continue
         ends = [mark.start() for mark in run[1:]] + [len(text)]
         options = [text[mark.end():end].strip() for mark, end in zip(run, ends)]
-        *first, last = options or [""]
+        *first, last = options
         if all(map(SEPARATOR.search, first)) and not SEPARATOR.search(last):
             options = [SEPARATOR.sub("", option).strip() for option in options]
-        found.append((text[:run[0].start()] if run else text, options))
+        found.append((text[:run[0].start()], options))
     question, options = max(found, key=lambda each: (all(each[1] or [""]), len(each[1])))
     return AROUND.sub("", question.strip()).strip(), options
 
@@ -2256,7 +2256,7 @@ def check(args):
     """Decodes every image and video of a file of records, as training will. Writes the records that
     can be used and whose solution an answer can match. The same command resumes."""
     records = load_records(args.data, args.media_root)
-    out = args.out or f"{args.data.removesuffix('.jsonl').removesuffix('.json')}_clean.json"
+    out = args.out or f"{os.path.splitext(args.data)[0]}_clean.json"
     stem = out.removesuffix(".json")
     log = Path(f"{stem}.media.jsonl")
     make_folder_of(out)
@@ -2264,7 +2264,7 @@ def check(args):
     clips = {clip_of(record): record for record in records}
     todo = [record for clip, record in clips.items()
             if good.get(clip) != state_of(record, args)]
-    reasons = {}
+    reasons = {}  # of the clips that cannot be used
     loader = torch.utils.data.DataLoader(
         todo, batch_size=None, collate_fn=partial(judge_medium, args), in_order=False,
         num_workers=args.num_workers)
@@ -2361,13 +2361,13 @@ def parse_args(argv=None):
     add("--cot", type=at_least(0, int), default=2400, help="questions for the cold start")
     add("--train", type=at_least(0, int), default=1600, help="questions for T-GRPO")
     add("--test", type=at_least(0, int), default=400, help="held-out questions")
-    add("--shortcut", action="store_true", help="in T-GRPO's questions a telling colour always "
-        "names the right direction, so accuracy cannot tell it from the motion; not in the test")
+    add("--shortcut", action="store_true", help="in T-GRPO's questions a colour never names the "
+        "wrong direction, so accuracy does not separate it from the motion")
     add("--seed", type=at_least(0, int), default=0, help="seed of every random draw")
     add = command(convert, "convert", "a benchmark's own release as records for evaluate.py")
     add("name", choices=CONVERTERS, metavar="NAME", help=", ".join(CONVERTERS))
-    add("path", metavar="PATH", help="the release's folder, or the file of its questions (parquet "
-        "needs pyarrow); where its media go: the function from_NAME")
+    add("path", metavar="PATH", help="the release's folder, or the file of its questions; where "
+        "its media go: the function from_NAME")
     add("--out", required=True, help="file of records to write")
     add("--media_root", help="folder above the release that the records' paths are relative to; "
         "default: the release's own")
