@@ -1,8 +1,8 @@
 """Data: what a record is and how a model sees it; then the commands that build the files.
 
-The ground floor is imported by every stage: the Video-R1 record, the prompt, the frames, a model's
-inputs; the flags and the start that the stages share; files that outlive a kill. One copy of each,
-because an experiment is spoilt silently when two copies drift. The commands:
+The first half is imported by every stage: the flags and the start that the stages share, the
+Video-R1 record, the prompt, the frames, a model's inputs, files that outlive a kill. Each stands
+once: two copies could diverge unnoticed. The second half is the commands:
 
     python build_data.py toy --out toy      clips, images, records, a tiny model, args files
     python build_data.py convert mvbench MVBench --out MVBench/records.json
@@ -72,6 +72,7 @@ FORMATS = ("mov,matroska,avi,mpegts,mpeg,flv,asf,ogg,nut,mxf,rm,dv,ivf,gif,h264,
 RAW_FPS = 25.0  # of a video file that has neither times nor a rate, as FFmpeg's
 # Half of a character beyond 16 bits, which no tokenizer takes, and zero, which no file name has
 UNUSABLE = re.compile(r"[\ud800-\udfff\0]")
+ASSETS = Path(__file__).parent / "assets"
 PATCH = 28  # pixels: side of a visual token where no processor says it, see token_side
 
 # What the readers of images and videos raise on a file that they cannot use.
@@ -88,13 +89,13 @@ for _logger in ("DeepSpeed", "torch.utils.cpp_extension"):
     logging.getLogger(_logger).addFilter(lambda line: not NO_GPU.match(line.getMessage()))
 
 
-class InputError(ValueError):
-    """What the user gave cannot be used, or a run cannot go on with it. Every script prints it,
-    without a traceback, and exits with 1."""
+class InputError(Exception):
+    """The user's input cannot be used. Every script prints it without a traceback and exits with 1.
+    """
 
 
 class MediaError(ValueError):
-    """One medium cannot be used: "path: reason". In training it costs that one sample."""
+    """One file cannot be used: "path: reason". Its questions are skipped."""
 
 
 # ============================================== the ground floor: imported by every stage
@@ -105,7 +106,7 @@ IN_PIXELS = "128 visual tokens are 128 * 28 * 28 pixels (Qwen3-VL: 128 * 32 * 32
 
 
 class Help(argparse.ArgumentDefaultsHelpFormatter):
-    """Shows the defaults that are values; where there is none, the words of a flag say enough."""
+    """Shows the defaults that are values."""
 
     def _get_help_string(self, action):
         none = str(action.default) in ("None", "False", "[]", "")
@@ -113,8 +114,8 @@ class Help(argparse.ArgumentDefaultsHelpFormatter):
 
 
 class FlagParser(argparse.ArgumentParser):
-    """Shows defaults, says an error in one line, and reads flags from @files too: one
-    `--flag=value` a line, blank lines and # comments allowed."""
+    """Prints errors in one line, and reads flags from @files too: one `--flag=value` a line, blank
+    lines and # comments allowed."""
 
     def __init__(self, **options):
         super().__init__(fromfile_prefix_chars="@", formatter_class=Help, **options)
@@ -142,19 +143,19 @@ class FlagParser(argparse.ArgumentParser):
 
 
 def above(low, kind, most=math.inf):
-    """A flag's type: numbers of a kind, above `low` and at most `most`; NaN is neither."""
+    """Returns a flag's type: numbers above `low` and at most `most`, so not NaN."""
     limit = f" and at most {most}" if most < math.inf else ""
     return number(kind, lambda value: low < value <= most, f"above {low}{limit}")
 
 
 def at_least(low, kind, below=math.inf):
-    """A flag's type: numbers of a kind from `low` on, below `below`."""
+    """Returns a flag's type: numbers from `low` on, below `below`."""
     limit = f" and below {below}" if below < math.inf else ""
     return number(kind, lambda value: low <= value < below, f"at least {low}{limit}")
 
 
 def number(kind, fits, words):
-    """A flag's type: numbers of a kind that fit; `words` say what does."""
+    """Returns a flag's type: int or float, limited as `words` say."""
     def read(text):
         value = kind(text)
         if not fits(value):
@@ -188,7 +189,7 @@ def add_media_flags(add, max_frames=16, max_pixels=128 * 28 * 28):
     add("--num_workers", type=at_least(0, int), default=2,
         help="processes that decode media ahead of need")
     add("--decode_timeout", type=above(0, float), default=120,
-        help="seconds until a medium is given up")
+        help="timeout for a file, in seconds")
 
 
 def add_machine_flags(add):
@@ -203,8 +204,7 @@ def add_machine_flags(add):
 def setup_distributed(args, error=None):
     """Joins the process group, under the deepspeed launcher or alone. Returns (rank, device).
 
-    A rank that waits longer than --timeout_minutes for another ends with an error. `error` is why
-    this rank cannot go on; the others then raise InputError with it, before they load a model.
+    If one rank passes an `error`, the others raise InputError with it, before they load a model.
     """
     import deepspeed
     from deepspeed.accelerator import get_accelerator
@@ -243,13 +243,12 @@ def setup_distributed(args, error=None):
 
 
 def find_model(name):
-    """InputError, at once, where --model is neither a model's folder nor a name on the hub."""
+    """Raises InputError at once if --model is neither a model's folder nor a name on the hub."""
     folder = Path(name)
     if folder.is_dir():
         if not (folder / "config.json").exists() and any(folder.glob("**/*_states.pt")):
             raise InputError(f"--model {name} holds a run's checkpoint, not yet a model: end the "
-                             "run with --resume, or take the checkpoint's weights as the README "
-                             "shows ('When something breaks')")
+                             "run with --resume, or see 'When something breaks' in the README")
         return
     if name.count("/") != 1 or folder.parent.is_dir():  # no organisation/model
         raise InputError(f"--model {name}: there is no such folder (a training run writes its "
@@ -265,7 +264,7 @@ def find_model(name):
 
 
 def load_processor(args):
-    """The model's processor; InputError where the directory has none."""
+    """Returns the model's processor. Raises InputError if the folder has none."""
     find_model(args.model)
     from transformers import AutoProcessor
     from transformers.utils.logging import disable_progress_bar
@@ -284,9 +283,9 @@ def load_processor(args):
 def load_model(args, config):
     """Returns the model in the precision of the DeepSpeed config; under ZeRO-3, this rank's part.
 
-    Only safetensors are read. Files of that precision are mapped, not read, and split parameter by
-    parameter: with an accelerator no process holds a whole copy. InputError if a file is damaged,
-    or lacks a weight, which transformers would replace by random numbers.
+    Reads safetensors only, which are mapped and split parameter by parameter: with an accelerator
+    no process holds a whole copy. Raises InputError if a file is damaged or lacks a weight, which
+    transformers would replace by random numbers.
     """
     import deepspeed
     from safetensors import SafetensorError
@@ -311,24 +310,24 @@ def load_model(args, config):
 
 
 def wait_for_rank0_error():
-    """Waits, on a machine's other ranks, before they print an error. The launcher ends them
-    meanwhile if the machine's first rank has the same error, so that it is printed once."""
+    """Delays the error of a machine's other ranks. If its first rank has the same error, the
+    launcher ends them meanwhile, so that the error is printed once."""
     if os.environ.get("LOCAL_RANK", "0") != "0":
         signal.signal(signal.SIGTERM, signal.SIG_DFL)  # a training run has its own
         time.sleep(RANK0_ERROR_WAIT)
 
 
 def share_error(args, error):
-    """Ends the ranks of other machines with an error that was met before the ranks have met. On
-    one machine the launcher ends them."""
+    """Ends the ranks of other machines with an error from before the process group existed. On one
+    machine the launcher ends them."""
     machines = int(os.environ.get("WORLD_SIZE", 1)) > int(os.environ.get("LOCAL_SIZE", 1))
     if machines and not torch.distributed.is_initialized():
         setup_distributed(args, str(error))
 
 
 class LastingOutput(io.FileIO):
-    """A standard stream that becomes /dev/null when a write fails, as when its reader is gone: a
-    lost terminal must not end a run. What C libraries write goes there too."""
+    """A standard stream that becomes /dev/null when a write fails: a lost terminal must not end a
+    run. The output of C libraries goes there too."""
 
     def write(self, data):
         try:
@@ -341,7 +340,7 @@ class LastingOutput(io.FileIO):
 
 
 def make_output_last():
-    """Replaces sys.stdout and sys.stderr by streams that outlive their readers."""
+    """Replaces sys.stdout and sys.stderr by a LastingOutput each."""
     for name in ("stdout", "stderr"):
         stream = getattr(sys, name)
         if stream is not None:  # closed before the start
@@ -351,9 +350,8 @@ def make_output_last():
 
 
 def run_script(main, parse_args):
-    """Runs a script from its flags to its end. After a fault the end is immediate: the exit hooks
-    would wait for data workers, which ignore a SIGTERM, and the launcher ends the other ranks when
-    this one is gone."""
+    """Runs a script from its flags to its end. After an error it exits at once: the exit hooks
+    would wait for data workers, and the launcher ends the other ranks when this one is gone."""
     name, fault = Path(sys.argv[0]).name, None
     make_output_last()
     try:
@@ -380,7 +378,7 @@ def run_script(main, parse_args):
 
 
 def provenance() -> dict:
-    """What a result owes to its software: package versions and this repository's commit."""
+    """Returns the package versions and this repository's commit."""
     packages = ("torch", "transformers", "deepspeed", "qwen-vl-utils", "av")
     try:
         commit = subprocess.run(["git", "rev-parse", "HEAD"], cwd=Path(__file__).parent,
@@ -393,9 +391,9 @@ def provenance() -> dict:
 
 # -------------------------------------------------------------------------------- records
 
-# What a tokenizer takes for a medium or the end of a turn: "<|video_pad|>", "<|im_end|>"
+# What a tokenizer reads as pixels or the end of a turn: "<|video_pad|>", "<|im_end|>"
 SPECIAL_TOKEN = re.compile(r"<\|(\w+)\|>")
-# One block and nothing else: with several, nobody can say which text is the answer
+# One block and nothing else
 SOLUTION = re.compile(r"\s*<answer>(?:(?!</?answer>).)*</answer>\s*", re.DOTALL)
 SURELY_TEXT = 100  # characters of a free-form solution, which then has a word in it
 # An option's letter, "A", "(A" or "Option A", and what sets it apart from the text: ".", ")", "、"
@@ -409,9 +407,9 @@ FRAMES_FPS = 3  # of MVBench's task that is released as folders of frames
 def load_records(path, media_root=None) -> list[dict]:
     """Reads a .json list or .jsonl file of Video-R1 records and checks every one of them.
 
-    Each record gains `media_path`, its path below media_root (default: the file's own folder).
-    Its texts are plain ones (see `plain_texts`), its options have letters (`with_letters`). Raises
-    InputError naming file, problem_id and field; media are not opened here.
+    Adds `media_path`, the path below media_root (default: the file's own folder). Spells out
+    special tokens (`plain_texts`) and gives options letters (`with_letters`). Opens no media.
+    Raises InputError naming file, problem_id and field.
     """
     records = read_file(path)
     if not isinstance(records, list) or not records:
@@ -421,7 +419,10 @@ def load_records(path, media_root=None) -> list[dict]:
         raise InputError(f"media_root {root} is not a folder")
     for i, record in enumerate(records):
         if isinstance(record, dict) and record.get("data_type") == "frame":
-            record |= frames_as_video(record)
+            # MVBench's released rows that are folders of frames. Other released rows' start and end
+            # are not used, as in the paper's code
+            record |= {"data_type": "video", "video_fps": record.get("fps") or FRAMES_FPS,
+                       "video_start": record.get("start"), "video_end": record.get("end")}
         problem = record_problem(record)
         if problem is None:
             if record["problem_type"] == "multiple choice":
@@ -439,19 +440,8 @@ def load_records(path, media_root=None) -> list[dict]:
     return records
 
 
-def frames_as_video(row) -> dict:
-    """The fields of MVBench's released rows of data_type "frame", which are folders of frames.
-    Other released rows' start and end are not used, as in the paper's code."""
-    return {"data_type": "video", "video_fps": row.get("fps") or FRAMES_FPS,
-            "video_start": row.get("start"), "video_end": row.get("end")}
-
-
 def plain_texts(record) -> dict:
-    """The texts that a model reads or learns, with special tokens in them spelled out as text.
-
-    >>> plain_texts({"problem": "What is <|im_end|>?", "solution": "<answer>a token</answer>"})
-    {'problem': 'What is <| im_end |>?', 'solution': '<answer>a token</answer>'}
-    """
+    """Returns the fields that a model reads or learns, with <|im_end|> spelled <| im_end |>."""
     def spelled(text):
         return SPECIAL_TOKEN.sub(r"<| \1 |>", text)
     texts = {field: spelled(record[field]) for field in ("problem", "solution", "process")
@@ -461,22 +451,16 @@ def plain_texts(record) -> dict:
 
 
 def unmatchable(record) -> bool:
-    """Whether no answer can earn anything, because not even the solution does.
-
-    >>> [unmatchable({"problem_type": "numerical", "solution": f"<answer>{text}</answer>"})
-    ...  for text in ("12", "00:12")]
-    [False, True]
-    """
+    """Whether no answer can match the solution, as not even itself does: "00:12" as a number."""
     if record["problem_type"] == "free-form" and len(record["solution"]) > SURELY_TEXT:
         return False  # and grading a long text takes as long as all the rest
     return accuracy_reward(record["solution"], record) == 0
 
 
 def warn_unmatchable(path, records):
-    """Warns once about solutions that no answer can match: a reward of 0 teaches nothing."""
-    if os.environ.get("RANK", "0") != "0":  # one rank of a run looks for all
-        return
-    found = [record for record in records if unmatchable(record)]
+    """Warns on rank 0 about solutions that no answer can match: a reward of 0 teaches nothing."""
+    rank0 = os.environ.get("RANK", "0") == "0"
+    found = [record for record in records if unmatchable(record)] if rank0 else []
     if found:
         print(f"{path}: no answer can match the solution of {len(found):,} of {len(records):,} "
               f"records (build_data.py check drops them); the first is problem_id "
@@ -485,16 +469,12 @@ def warn_unmatchable(path, records):
 
 
 def as_in_file(record) -> dict:
-    """A record without what load_records adds to it."""
+    """Returns a record without the fields that load_records adds."""
     return {key: value for key, value in record.items() if key not in ("media_path", "media_root")}
 
 
 def record_problem(record) -> str | None:
-    """What is wrong with a record, naming the field; None when nothing is.
-
-    >>> record_problem({"problem_id": 1, "problem": "?", "data_type": "video"})
-    'field problem_type is missing'
-    """
+    """Returns what is wrong with a record, naming the field, or None."""
     if not isinstance(record, dict):
         return f"not a JSON object but {type(record).__name__}"
     for field in REQUIRED_FIELDS:
@@ -540,31 +520,26 @@ def refuse_absent_media(path, records):
                          f"{records[0]['media_path']}; give their folder as --media_root")
 
 
-def part_of(record) -> dict:
-    """Which part of a video a question is about, or the rate of a folder of frames."""
-    return {field: record[field] for field in CLIP_FIELDS if record.get(field) is not None}
-
-
 def letter(index) -> str:
-    """The letter of an option: 0 is A."""
+    """Returns the letter of an option: A for 0."""
     return chr(ord("A") + int(index))
 
 
 def lettered(options) -> list[str]:
-    """Options with their letters: ["A. red", "B. green", ...]."""
+    """Returns options with letters in front: ["A. red", "B. green", ...]."""
     return [f"{letter(i)}. {option}" for i, option in enumerate(options)]
 
 
 def plain_mark(text) -> str:
-    """An option's letter or number as a plain one: A for "a" and "Ａ"."""
+    """Returns an option's letter or number as a plain one: A for "a" and "Ａ"."""
     return unicodedata.normalize("NFKC", text).upper()
 
 
 def option_texts(options) -> list[str]:
-    """The options' texts without letters: A, B, C, ... in order are letters, and no others.
+    """Returns the options' texts without letters. Only A, B, C, ... in order are letters.
 
     Raises ValueError if an option is empty, or if several begin with other letters or numbers in
-    rising order, which are letters gone wrong. "E. coli" before "C. elegans" is a text.
+    rising order. "E. coli" before "C. elegans" is a text.
 
     >>> option_texts(["(A) a cat", "(B) a dog"]), option_texts(["E. coli", "C. elegans"])
     (['a cat', 'a dog'], ['E. coli', 'C. elegans'])
@@ -582,12 +557,8 @@ def option_texts(options) -> list[str]:
 
 
 def with_letters(options) -> list[str]:
-    """Options as a prompt shows them: unchanged if they have the letters A, B, C, ... in order,
-    else with these letters in front. Raises ValueError as option_texts, or if two are equal.
-
-    >>> with_letters(["(A) left", "(B) right"]), with_letters(["left", "right"])
-    (['(A) left', '(B) right'], ['A. left', 'B. right'])
-    """
+    """Returns the options of a prompt: unchanged if they have the letters A, B, C, ... in order,
+    else with these in front. Raises ValueError like option_texts, or if two are equal."""
     texts = option_texts(options)
     if texts != [option.strip() for option in options]:
         return options
@@ -598,8 +569,8 @@ def with_letters(options) -> list[str]:
 
 # --------------------------------------------------------------------------------- prompt
 
-# The paper's Figure 11 in the wording of its release, letter for letter: a model trained
-# with it elsewhere must be evaluated with it. (No full stop after "thought expressions".)
+# The paper's Figure 11 as released, letter for letter: a model trained with it elsewhere must be
+# evaluated with it. (No full stop after "thought expressions".)
 TEMPLATE = (
     "{question}\n"
     "Please think about this question as if you were a human pondering deeply. "
@@ -623,7 +594,7 @@ ANSWER_SUFFIX = {
 
 
 def build_messages(record) -> list[dict]:
-    """The conversation up to the answer: one user turn of medium and prompt (Figure 11)."""
+    """Returns the conversation before the answer: one user turn of image or video and prompt."""
     question = record["problem"]
     if record["problem_type"] == "multiple choice":
         question += "Options:\n" + "".join(option + "\n" for option in record["options"])
@@ -636,7 +607,7 @@ def build_messages(record) -> list[dict]:
 # ---------------------------------------------------------------------------------- media
 
 class Vision(NamedTuple):
-    """A decoded medium: a video's frames with their timing, or an image."""
+    """A video's frames with their timing, or an image."""
     frames: torch.Tensor | None   # (T, C, H, W) uint8; None for an image
     metadata: dict[str, Any]      # fps, frames_indices, total_num_frames; {} for an image
     image: Image.Image | None     # RGB; None for a video
@@ -644,11 +615,11 @@ class Vision(NamedTuple):
 
 def load_vision(record, *, max_frames, min_frames, fps, min_pixels, max_pixels,
                 factor=PATCH, video_reader="av") -> Vision:
-    """Decodes a record's medium, once; shuffling works on what this returns.
+    """Decodes a record's image or video.
 
-    A video gives fps frames a second, at least min_frames and at most max_frames (an even
-    number, spread evenly over the clip); each frame, or the image, is resized to between
-    min_pixels and max_pixels, sides multiples of `factor`. Raises MediaError "path: reason".
+    Of a video: fps frames a second, at least min_frames and at most max_frames (an even number,
+    spread evenly over the clip). Each frame, or the image, is resized to between min_pixels and
+    max_pixels, with sides that are multiples of `factor`. Raises MediaError "path: reason".
     """
     path, root = record["media_path"], os.path.realpath(record["media_root"])
     try:
@@ -661,7 +632,7 @@ def load_vision(record, *, max_frames, min_frames, fps, min_pixels, max_pixels,
             return Vision(None, {}, read_image(path, min_pixels, max_pixels, factor))
         return read_video(path, video_reader, fps=fps, min_frames=min_frames,
                           max_frames=max_frames, min_pixels=min_pixels, max_pixels=max_pixels,
-                          factor=factor, **part_of(record))
+                          factor=factor, **{field: record.get(field) for field in CLIP_FIELDS})
     except MEDIA_FAULTS as error:
         reason = str(error).strip().splitlines()
         raise MediaError(f"{path}: {reason[0] if reason else type(error).__name__}") from error
@@ -701,8 +672,8 @@ def load_vision_isolated(record, timeout, **limits) -> Vision:
 
 
 def load_vision_of(record, args, processor=None) -> Vision:
-    """load_vision_isolated within the flags' limits, for a model's processor (None: a server's):
-    what the workers of every stage call."""
+    """Returns load_vision_isolated's result within the flags' limits. processor: the model's, or
+    None for a server's."""
     image = record["data_type"] == "image"  # images have their own pair of limits
     return load_vision_isolated(
         record, args.decode_timeout, max_frames=args.max_frames, min_frames=args.min_frames,
@@ -712,26 +683,24 @@ def load_vision_of(record, args, processor=None) -> Vision:
 
 
 def start_decoder():
-    """(id, pipe) of a child process that runs load_vision on what comes through the pipe.
-
-    Forked by hand: PyTorch's data workers are not allowed to start multiprocessing's processes.
-    """
+    """Returns (id, pipe) of a child process that runs load_vision. It is forked by hand, because
+    PyTorch's data workers must not start multiprocessing's processes."""
     ours, its = multiprocessing.Pipe()
     pid = os.fork()
     if pid == 0:
         ours.close()
         try:
             decode_records(its)
-        finally:  # whatever happens, nothing may return into the parent's code from here
-            traceback.print_exc()  # the parent will say no more than the exit status
+        finally:  # nothing may return into the parent's code from here
+            traceback.print_exc()  # the parent prints only the exit status
             os._exit(1)
     its.close()
     return pid, ours
 
 
 def decode_records(pipe):
-    """Runs the decoder: a record in; a receipt, then a Vision's parts or a MediaError's text out,
-    until the pipe closes."""
+    """Receives records until the pipe closes. Sends for each a receipt, then a Vision's parts or a
+    MediaError's text."""
     torch.set_num_threads(1)  # the parent's threads did not come along
     signal.signal(signal.SIGTERM, signal.SIG_IGN)  # the parent decides when to stop
     signal.signal(signal.SIGINT, signal.SIG_IGN)
@@ -760,7 +729,7 @@ def decode_records(pipe):
 
 
 def read_image(path, min_pixels, max_pixels, factor) -> Image.Image:
-    """The image as qwen-vl-utils resizes it, RGB."""
+    """Returns the image, RGB, resized as by qwen-vl-utils."""
     with Image.open(path) as image:
         image = to_rgb(image)
     height, width = resized(image.height, image.width, min_pixels, max_pixels, factor)
@@ -768,7 +737,7 @@ def read_image(path, min_pixels, max_pixels, factor) -> Image.Image:
 
 
 def to_rgb(image) -> Image.Image:
-    """An image as viewers show it: upright by its EXIF orientation, transparency on white."""
+    """Returns an image as viewers show it: upright by its EXIF data, transparency on white."""
     from qwen_vl_utils import vision_process
     image = ImageOps.exif_transpose(image)
     if image.mode.startswith("I"):  # 16 or 32 bits, of which the conversion would keep the low 8
@@ -782,8 +751,8 @@ def to_rgb(image) -> Image.Image:
 
 
 def resized(height, width, min_pixels, max_pixels, factor) -> tuple[int, int]:
-    """qwen-vl-utils' (height, width) for a picture, multiples of `factor`; but for narrow ones no
-    side of 0, and where rounding up leads beyond max_pixels the longer side gives way.
+    """Returns qwen-vl-utils' (height, width) for a picture, multiples of `factor`. But no side of a
+    narrow picture is 0, and if rounding up exceeds max_pixels, the longer side is cut.
 
     >>> resized(40, 60, 784, 784, 28), resized(10, 1000, 784, 4 * 784, 28)
     ((28, 28), (28, 112))
@@ -799,14 +768,14 @@ def resized(height, width, min_pixels, max_pixels, factor) -> tuple[int, int]:
 
 
 class VideoIndex(NamedTuple):
-    """A video's N frames in the order in which a player shows them, before they are decoded."""
+    """The N frames of a video, not yet decoded, in the order in which a player shows them."""
     seconds: list[float]          # (N,) when each is shown, ascending, from the file's beginning
     rate: float                   # frames a second, as the file says
     pictures: Callable[[list[int]], Iterator[np.ndarray]]  # ascending indices to (H, W, 3) uint8
 
 
-def read_video(path, video_reader, *, video_fps=None, **sampling) -> Vision:
-    """The frames of a folder, an animation or a video file, as a player shows them."""
+def read_video(path, video_reader, *, video_fps, **sampling) -> Vision:
+    """Returns the frames of a folder, an animation or a video file."""
     if os.path.isdir(path):
         return sample_frames(index_of_folder(path, video_fps), **sampling)
     if path.lower().endswith(ANIMATION_SUFFIXES):
@@ -827,11 +796,11 @@ def installed_reader(name):
 
 
 def read_by_decord(path, *, min_pixels, max_pixels, factor, **sampling) -> Vision:
-    """Returns what the released code read: decord's frames, by qwen-vl-utils. They are not always
-    those of a player (H.264 in AVI, transport streams, cut clips), and damage is not noticed."""
+    """Returns decord's frames by qwen-vl-utils, as the released code read them. Some are not those
+    of a player (H.264 in AVI, transport streams, cut clips), and damage is not noticed."""
     import decord
     from qwen_vl_utils import vision_process
-    with opened(path):  # refuses what FORMATS refuses
+    with opened(path):  # refuses formats that are not in FORMATS
         pass
     try:
         frames, metadata, _ = vision_process.VIDEO_READER_BACKENDS["decord"](
@@ -844,15 +813,15 @@ def read_by_decord(path, *, min_pixels, max_pixels, factor, **sampling) -> Visio
 
 
 def resize_frames(frames, size):
-    """(..., C, H, W) uint8 frames, resized to (height, width) as by qwen-vl-utils."""
+    """Returns (..., C, H, W) uint8 frames, resized to (height, width) as by qwen-vl-utils."""
     from torchvision.transforms import InterpolationMode, functional
     return functional.resize(frames, size, InterpolationMode.BICUBIC, antialias=True)
 
 
 def sample_frames(index, *, fps, min_frames, max_frames, min_pixels, max_pixels, factor,
-                  video_start=None, video_end=None) -> Vision:
-    """The frames from video_start to video_end (seconds), sampled and resized by qwen-vl-utils'
-    rules: evenly by number."""
+                  video_start, video_end) -> Vision:
+    """Returns frames between video_start and video_end (seconds or None), sampled evenly by number
+    and resized, by qwen-vl-utils' rules."""
     from qwen_vl_utils import vision_process
     start = bisect_left(index.seconds, video_start or 0)
     end = len(index.seconds) if video_end is None else bisect_right(index.seconds, video_end)
@@ -875,13 +844,12 @@ def sample_frames(index, *, fps, min_frames, max_frames, min_pixels, max_pixels,
 
 
 def index_of_folder(path, rate) -> VideoIndex:
-    """A folder of frames, by the numbers in their names: 2.jpg before 10.jpg. A name with a dot
-    in front is not a frame: macOS leaves ._1.jpg beside 1.jpg."""
+    """Indexes a folder of frames by the numbers in their names: 2.jpg before 10.jpg."""
     def order(file):
         parts = re.split(r"(\d+)", file.name)  # text, number, text, ...
         return [int(part) if i % 2 else part for i, part in enumerate(parts)], file.name
-    files = sorted((file for file in Path(path).iterdir() if not file.name.startswith(".")
-                    and file.suffix.lower() in FRAME_SUFFIXES), key=order)
+    files = sorted((file for file in Path(path).iterdir() if file.suffix.lower() in FRAME_SUFFIXES
+                    and not file.name.startswith(".")), key=order)  # macOS: ._1.jpg beside 1.jpg
     if not files or not rate or rate < 0:
         raise ValueError("a folder needs frames (.jpg, .png) and the record's field video_fps")
 
@@ -893,8 +861,8 @@ def index_of_folder(path, rate) -> VideoIndex:
 
 
 def index_of_animation(path) -> VideoIndex:
-    """A GIF, WebP or PNG that moves."""
-    def shown(image):  # a PNG may begin with a picture for those who cannot show it moving
+    """Indexes an animated GIF, WebP or PNG."""
+    def shown(image):  # a PNG may begin with a picture for viewers without animation
         return range(int(image.info.get("default_image", False)), getattr(image, "n_frames", 1))
 
     def pictures(indices):
@@ -906,19 +874,19 @@ def index_of_animation(path) -> VideoIndex:
     with Image.open(path) as image:
         for i in shown(image):
             image.seek(i)
-            image.load()  # only then a WebP says how long
+            image.load()  # only then a WebP has its delay
             delay = image.info.get("duration", 0)  # milliseconds
             ends.append(ends[-1] + (delay / 1000 if delay > SHORTEST_DELAY else 1 / GIF_FPS))
     return VideoIndex(ends[:-1], (len(ends) - 1) / ends[-1], pictures)
 
 
 class WrongPacketTimes(Exception):
-    """The times of a file's packets are not those of the frames that come out of them."""
+    """The times of a file's packets are not those of its frames."""
 
 
 @contextmanager
 def opened(path):
-    """(container, stream) of a video file: what it holds, and its pictures."""
+    """Yields (container, stream of pictures) of a video file, or raises ValueError."""
     import av
     try:
         with av.open(path, metadata_errors="ignore",
@@ -928,7 +896,7 @@ def opened(path):
                 raise ValueError("it has no pictures")
             stream.codec_context.thread_type = "AUTO"
             if container.format.name in ("mpegts", "mpeg"):
-                # Only the last frame shows that the file was cut, and threads can hide its damage
+                # If the file was cut, only its last frame is damaged, and threads can hide that
                 stream.codec_context.thread_count = 1
             yield container, stream
     except av.ArgumentError as error:
@@ -938,12 +906,12 @@ def opened(path):
 
 
 def index_by_packets(path) -> VideoIndex:
-    """A video file by its packets' times, which are read without decoding: then only what leads
-    from a key frame to a wanted frame needs to be decoded.
+    """Indexes a video file by its packets' times, without decoding. Then only the way from a key
+    frame to each wanted frame is decoded.
 
-    Raises WrongPacketTimes, here or when its pictures are asked for, where these are not the times
-    of the frames: H.264 in AVI, a bare stream, a file that begins between key frames. Raises
-    ValueError if a packet is damaged or the file ends before its header says.
+    If these are not the times of the frames (H.264 in AVI, a bare stream, a file that begins
+    between key frames), this or reading the pictures raises WrongPacketTimes. Raises ValueError if
+    a packet is damaged or the file ends before its header says.
     """
     times, keys, position, ends = [], [], 0, Counter()
     with opened(path) as (container, stream):
@@ -955,7 +923,7 @@ def index_by_packets(path) -> VideoIndex:
                 continue
             if packet.is_corrupt:
                 raise ValueError(DAMAGED)
-            if packet.size and not packet.is_discard:  # an edit list leaves those out
+            if packet.size and not packet.is_discard:  # by an edit list
                 times.append(packet.pts)
                 if packet.is_keyframe:
                     keys.append((packet.pts, position))
@@ -975,7 +943,7 @@ def index_by_packets(path) -> VideoIndex:
 
 
 def ends_within_packet(path) -> bool:
-    """Whether a transport stream, packets of 188 bytes that begin with "G", ends within one."""
+    """Whether a transport stream ends within one of its packets, 188 bytes that begin with "G"."""
     with open(path, "rb") as file:
         first = file.read(1)
         file.seek(-(os.path.getsize(path) % 188), os.SEEK_END)
@@ -983,7 +951,7 @@ def ends_within_packet(path) -> bool:
 
 
 def seconds_of(times, container, stream) -> list[float]:
-    """The seconds from a file's beginning, where its sound may be earlier than its pictures."""
+    """Returns seconds from a file's beginning. Its sound may begin before its pictures."""
     starts = [other.start_time * other.time_base for other in container.streams
               if other.type in ("audio", "video") and other.start_time is not None]
     first = min(times, default=0) * stream.time_base
@@ -992,7 +960,7 @@ def seconds_of(times, container, stream) -> list[float]:
 
 
 def index_by_decoding(path) -> VideoIndex:
-    """A video file by decoding all of it: slow, and right whatever its packets say."""
+    """Indexes a video file by decoding all of it: slow, but right if packet times are wrong."""
     with opened(path) as (container, stream):
         frames = [(frame.pts, frame.dts, frame.is_corrupt) for frame in container.decode(stream)]
         if any(is_corrupt for _, _, is_corrupt in frames):
@@ -1020,9 +988,9 @@ def ascending(times) -> bool:
 def decode_frames(path, times, entries, indices):
     """Yields the frames `indices` of a video file, (H, W, 3) uint8.
 
-    times: every frame's, in the order in which they are shown. entries: (frame, packet), in
-    order, where decoding may begin: at the last one before each wanted frame. Packets in between
-    are passed by. Raises WrongPacketTimes where other frames come out than `times` says.
+    times: of every frame, in the order in which they are shown. entries: (frame, packet) pairs at
+    which decoding can begin; it begins at the last one before each wanted frame. Raises
+    WrongPacketTimes if the decoded frames have other times.
     """
     wanted = list(indices)
     with opened(path) as (container, stream):
@@ -1050,11 +1018,11 @@ def decode_frames(path, times, entries, indices):
 
 
 def upright(frame, aspect) -> np.ndarray:
-    """A decoded frame's (H, W, 3) pixels as a player shows them: stretched from pixels whose width
-    is `aspect` of their height, turned and mirrored."""
+    """Returns a decoded frame's (H, W, 3) pixels as a player shows them: turned, mirrored, and
+    stretched if pixels are not square. aspect: a pixel's width over its height."""
     width, height = round(frame.width * max(aspect, 1)), round(frame.height / min(aspect, 1))
     pixels = frame.to_ndarray(format="rgb24", width=width, height=height,
-                              threads=1)  # more would take longer to start
+                              threads=1)  # more take longer to start
     matrix = frame.side_data.get("DISPLAYMATRIX")
     if matrix is not None:
         a, b, _, c, d = np.frombuffer(matrix, np.int32)[:5]  # x' = a x + c y, y' = b x + d y
@@ -1065,7 +1033,7 @@ def upright(frame, aspect) -> np.ndarray:
 
 
 def shuffle_frames(frames, generator):
-    """The (T, C, H, W) frames in a random order that is never the given one when T > 1."""
+    """Returns the (T, C, H, W) frames in a random order, never the given one when T > 1."""
     if len(frames) < 2:
         return frames
     order = torch.arange(len(frames))
@@ -1077,18 +1045,17 @@ def shuffle_frames(frames, generator):
 # --------------------------------------------------------------------------------- inputs
 
 def token_side(processor) -> int:
-    """Pixels: a visual token covers a square of this side, of which pictures' sides are multiples:
-    28 of Qwen2-VL and Qwen2.5-VL (two merged 14 x 14 patches a side), 32 of Qwen3-VL."""
+    """Returns the side of the square that a visual token covers, in pixels: 28 for Qwen2-VL and
+    Qwen2.5-VL (two merged 14 x 14 patches a side), 32 for Qwen3-VL."""
     return processor.image_processor.patch_size * processor.image_processor.merge_size
 
 
 def encode(processor, record, vision: Vision, device=None) -> dict[str, torch.Tensor]:
-    """The model's inputs for one record, prompt up to the assistant's first token.
+    """Returns the model's inputs for one record, up to the assistant's first token.
 
-    Returns input_ids, attention_mask, mm_token_type_ids (1, L) and pixel_values, image_grid_thw
-    or pixel_values_videos (patches, values a patch), video_grid_thw and, of families that tell a
-    frame's time by its position, second_per_grid_ts; Qwen3-VL's prompt says it as text. Every
-    stage builds its inputs here: without video_metadata the times would be wrong, silently.
+    input_ids, attention_mask, mm_token_type_ids (1, L); pixel_values, image_grid_thw or
+    pixel_values_videos (patches, values a patch), video_grid_thw; second_per_grid_ts, except for
+    Qwen3-VL, whose prompt has the times as text. Without video_metadata times would be wrong.
     """
     text = processor.apply_chat_template(
         build_messages(record), tokenize=False, add_generation_prompt=True)
@@ -1105,11 +1072,11 @@ def encode(processor, record, vision: Vision, device=None) -> dict[str, torch.Te
 
 
 def image_as_video(processor, inputs) -> dict[str, torch.Tensor]:
-    """encode()'s inputs with an image turned into a video of one time step.
+    """Returns encode()'s inputs with an image turned into a video of one time step.
 
-    The model computes the same (the placeholder's id is overwritten by the visual features, and
-    positions agree), but a batch of images and videos then runs the vision tower once, as a
-    batch of videos does. Under ZeRO-3 ranks whose numbers of calls differ wait for ever.
+    The model computes the same: visual features overwrite the placeholder, and positions agree. But
+    a batch of images and videos then runs the vision tower once, as a batch of videos does. Under
+    ZeRO-3 ranks with different numbers of calls wait forever.
     """
     if "image_grid_thw" not in inputs:
         return inputs
@@ -1120,29 +1087,25 @@ def image_as_video(processor, inputs) -> dict[str, torch.Tensor]:
     inputs["pixel_values_videos"] = inputs.pop("pixel_values")
     inputs["video_grid_thw"] = inputs.pop("image_grid_thw")
     if "second_per_grid_ts" in processor.model_input_names:
-        inputs["second_per_grid_ts"] = torch.ones(1)  # of no consequence: there is one time step
+        inputs["second_per_grid_ts"] = torch.ones(1)  # any value: there is one time step
     return inputs
 
 
 def encode_blank(processor) -> dict[str, torch.Tensor]:
-    """Inputs of a black picture and an empty question.
-
-    Never trained on: a rank that has nothing usable in a step runs it with weight zero, so that
-    it makes the same calls as the other ranks.
-    """
+    """Returns the inputs of a black picture and an empty question. A rank without a usable record
+    runs them with weight zero, so that it makes the same calls as the other ranks."""
     record = {"problem": "", "problem_type": "free-form", "data_type": "image", "media_path": ""}
     side = 2 * token_side(processor)
     return encode(processor, record, Vision(None, {}, Image.new("RGB", (side, side))))
 
 
 def pad_batch(samples, pad_values, side) -> dict[str, torch.Tensor]:
-    """Joins B encoded records into one batch, padding the (1, L) entries on `side`.
+    """Joins B encoded records into one batch. Entries named in pad_values, (1, L), are padded with
+    its value on `side`; others are concatenated.
 
     >>> a, b = {"input_ids": torch.tensor([[5, 6]])}, {"input_ids": torch.tensor([[7]])}
     >>> pad_batch([a, b], {"input_ids": 0}, "left")["input_ids"].tolist()
     [[5, 6], [0, 7]]
-
-    pad_values maps the keys that are padded to their filling; other keys are concatenated.
     """
     batch = {}
     for key in dict.fromkeys(key for sample in samples for key in sample):
@@ -1158,7 +1121,7 @@ def pad_batch(samples, pad_values, side) -> dict[str, torch.Tensor]:
 
 
 def rope_positions(model, inputs):
-    """Multimodal rotary positions (3, B, L) of a prompt, and those (B, 1) of what follows it."""
+    """Returns the rotary positions (3, B, L) of a prompt and (B, 1) of the first token after it."""
     model = getattr(model, "module", model)  # inside DeepSpeed's engine
     keys = ("image_grid_thw", "video_grid_thw", "second_per_grid_ts", "attention_mask")
     positions, delta = model.model.get_rope_index(
@@ -1168,13 +1131,13 @@ def rope_positions(model, inputs):
 
 
 def to_device(inputs, device) -> dict[str, torch.Tensor]:
-    """Copies a dict of tensors; from the workers' pinned memory without waiting for it."""
+    """Copies a dict of tensors to a device, from pinned memory without waiting."""
     return {key: value.to(device, non_blocking=True) for key, value in inputs.items()}
 
 
 def generate(model, prompts) -> torch.Tensor:
-    """The responses (B n, L) of transformers' generate to B encoded prompts: n to each, as the
-    model's generation_config says. Collective where the ranks hold the model in parts (ZeRO-3)."""
+    """Returns transformers' responses (B n, L) to B encoded prompts, n to each by the model's
+    generation_config. Collective under ZeRO-3."""
     pad = model.generation_config.pad_token_id
     pad_values = {"input_ids": pad, "attention_mask": 0, "mm_token_type_ids": 0}
     batch = to_device(pad_batch(prompts, pad_values, "left"), model.device)  # ids (B, prompt's L)
@@ -1184,13 +1147,13 @@ def generate(model, prompts) -> torch.Tensor:
 
 
 def seeded_generator(*key, device="cpu") -> torch.Generator:
-    """A random generator that depends on every number of `key`, as in (seed, step, rank)."""
+    """Returns a random generator seeded by every number of `key`, as in (seed, step, rank)."""
     state = np.random.SeedSequence(key).generate_state(1, np.uint64)[0]
     return torch.Generator(device).manual_seed(int(state) % 2**63)
 
 
 def record_seed(seed, record) -> int:
-    """A seed of the record's own: its draws depend on no batch, no rank and no restart."""
+    """Returns the record's own seed, so that its draws depend on no batch, rank or restart."""
     key = zlib.crc32(str(record["problem_id"]).encode())
     return seeded_generator(seed, key).initial_seed() % 2**31  # servers take 31 bits
 
@@ -1201,15 +1164,15 @@ FORBIDDEN_TOKENS = ("<|vision_start|>", "<|vision_end|>", "<|vision_pad|>", "<|i
 
 
 def stop_tokens(model, tokenizer):
-    """Every end token of the model; the tokenizer's own first."""
+    """Returns every end token of the model, the tokenizer's own first."""
     ends = model.generation_config.eos_token_id
     ends = ends if isinstance(ends, list) else [ends]
     return list(dict.fromkeys([tokenizer.eos_token_id, *(end for end in ends if end is not None)]))
 
 
 def forbidden_tokens(model, tokenizer):
-    """Ids that must not be sampled: visual placeholders, other special tokens (a decoded text does
-    not show them, its length does) but for the ends, and ids that no token has."""
+    """Returns the ids that must not be sampled: visual placeholders, other special tokens but the
+    ends (a decoded text lacks them, its length counts them), and ids that no token has."""
     ids = {*tokenizer.convert_tokens_to_ids(list(FORBIDDEN_TOKENS)), *tokenizer.all_special_ids}
     beyond = range(len(tokenizer), model.config.get_text_config().vocab_size)
     return sorted((ids | set(beyond)) - {None, *stop_tokens(model, tokenizer)})
@@ -1218,17 +1181,12 @@ def forbidden_tokens(model, tokenizer):
 # ---------------------------------------------------------------------------------- files
 
 def read_file(path):
-    """What a .json file holds, or the list of rows of a .jsonl, .csv or .parquet file; InputError
-    where it cannot be read."""
+    """Returns the content of a .json file, or the list of rows of a .jsonl, .csv or .parquet file.
+    Raises InputError if it cannot be read."""
     path = Path(path)
-    if path.suffix == ".parquet":
-        try:
-            from pyarrow import parquet
-        except ImportError:
-            raise InputError(f"{path} needs the package pyarrow (pip install pyarrow); releases "
-                             "as JSON need nothing") from None
     try:
         if path.suffix == ".parquet":
+            from pyarrow import parquet
             return parquet.read_table(path).to_pylist()
         with path.open(encoding="utf-8-sig", newline="") as file:
             if path.suffix == ".csv":
@@ -1236,23 +1194,25 @@ def read_file(path):
             if path.suffix == ".jsonl":
                 return [json.loads(line) for line in file if line.strip()]
             return json.load(file)
+    except ImportError:
+        raise InputError(f"{path} needs the package pyarrow: pip install pyarrow") from None
     except (OSError, ValueError, csv.Error) as error:
         raise InputError(f"cannot read {path}: {error}") from None
 
 
 def skip_row(record, error):
-    """The line of a record whose medium, or whose answer, could not be had."""
+    """Returns the log row of a skipped record."""
     return {"problem_id": record["problem_id"], "path": record["path"], "reason": str(error)}
 
 
 def whole_lines(path):
-    """The file's bytes up to its last line break: a kill may have torn the line after it."""
+    """Returns the file's bytes up to its last line break: a kill may have cut the next line."""
     data = path.read_bytes() if path.exists() else b""
     return data[:data.rfind(b"\n") + 1]
 
 
 def whole_rows(path):
-    """The rows of a file that a kill may have torn."""
+    """Returns the rows of a file whose last line a kill may have cut."""
     try:
         return [json.loads(line) for line in whole_lines(path).splitlines()]
     except ValueError as error:
@@ -1263,8 +1223,8 @@ VALUE_SHOWN = 200  # characters of a value in an error
 
 
 def require_same(path, was, now, advice, free=()):
-    """Raises InputError if what made a file or folder is not what this run has. It names each key
-    of `now` that differs, with both values; those in `free` may differ."""
+    """Raises InputError, with the values, if a key of `now` but those in `free` differs from `was`,
+    the configuration of the run that made a file or folder."""
     changed = [f"{key} was {str(was.get(key))[:VALUE_SHOWN]}, is {str(value)[:VALUE_SHOWN]}"
                for key, value in now.items() if key not in free and was.get(key) != value]
     if changed:
@@ -1273,7 +1233,7 @@ def require_same(path, was, now, advice, free=()):
 
 @contextmanager
 def row_writer(path, total, configuration=None, quiet=False):
-    """write(rows), for any thread, at the end of a file that begins with the configuration."""
+    """Yields write(rows), for any thread. It appends to a file that begins with configuration."""
     lock, kept = threading.Lock(), len(whole_lines(path))
     with writing(path):
         file = path.open("ab", buffering=0)
@@ -1289,7 +1249,7 @@ def row_writer(path, total, configuration=None, quiet=False):
 
 
 def append_rows(file, rows):
-    """Adds rows to a file without a buffer: all of them, or none and an InputError."""
+    """Appends rows to an unbuffered file: all of them, or none and raises InputError."""
     size = os.path.getsize(file.name)
     data = "".join(json.dumps(row) + "\n" for row in rows).encode()
     with writing(file.name, "The rows in it are whole: make room and repeat the command"):
@@ -1303,7 +1263,7 @@ def append_rows(file, rows):
 
 @contextmanager
 def writing(path, advice=""):
-    """Turns what the disk has against a file into an InputError."""
+    """Converts write errors of a file to InputError."""
     try:
         yield
     except OSError as error:
@@ -1312,7 +1272,7 @@ def writing(path, advice=""):
 
 
 def write_whole(files):
-    """Writes text files, {path: pieces}: all of them complete, or none and an InputError."""
+    """Writes text files, {path: pieces}: all of them complete, or none and raises InputError."""
     writer = f"{os.uname().nodename}.{os.getpid()}"  # several ranks may write the same file
     aside = {path: Path(f"{path}.{writer}.partial") for path in files}
     try:
@@ -1328,18 +1288,18 @@ def write_whole(files):
 
 
 def make_folder_of(path):
-    """InputError where no file can be: told before the work that the file is for."""
+    """Makes the folder of a file that will be written, or raises InputError before the work."""
     with writing(path):
         Path(path).parent.mkdir(parents=True, exist_ok=True)
 
 
 def json_list(lines):
-    """The pieces of a JSON list of already encoded items, one a line."""
+    """Returns the pieces of a JSON list of encoded items, one a line."""
     return "[\n", ",\n".join(lines), "\n]\n"
 
 
 def markdown(rows) -> str:
-    """Rows of cells, the first the heading, as a Markdown table whose columns have one width."""
+    """Returns rows of cells, the first the heading, as an aligned Markdown table."""
     rows = [[str(cell) for cell in row] for row in rows]
     widths = [max(map(len, column)) for column in zip(*rows)]
     rows.insert(1, ["-" * width for width in widths])
@@ -1355,12 +1315,11 @@ TOY_COLOURS = {"red": (230, 40, 40), "green": (40, 210, 60), "blue": (60, 80, 24
 TOY_OPPOSITE = {"left": "right", "right": "left"}
 TOY_WORDS = ("cat", "dog", "sun", "map", "key", "cup", "hat", "box")
 TOY_BLOCK, TOY_NOISE, TOY_DARK = 8, 6.0, 50  # block side, noise std, brightest background
-TOY_LOOK = 0.7  # share of the cold start's thoughts that use a telling colour, not the motion
-TOY_VOCABULARY = 800  # tokens at most, before the special ones: every word of the toy is one
+TOY_LOOK = 0.7  # share of the cold start's thoughts that use the colour, not the motion
 TOY_PLAIN = {"white": (240, 240, 240), "purple": (170, 60, 200)}  # name no direction
-# The mixture of each file, in percent. "agree": the block's colour names its direction, as every
-# telling colour does in the cold start; "conflict": it names another one, in half of the direction
-# questions of train and test; "plain": it names none.
+# The mixture of each file, in percent. "agree": the block's colour names its direction;
+# "conflict": it names the other one, in half of the direction questions but those of the cold
+# start; "plain": it names none.
 TOY_MIX = {
     "cot": {"direction_agree": 30, "direction_plain": 10, "describe": 26, "first": 8, "end": 9,
             "count": 5, "word": 7, "colour": 5},
@@ -1375,104 +1334,84 @@ TOY_FAMILIES = {"qwen2_5_vl": ("Qwen2_5_VLProcessor", "Qwen2VLVideoProcessor", 1
 # Qwen2.5's own special tokens, those that the model or the chat template uses.
 TOY_SPECIAL = ("<|endoftext|>", "<|im_start|>", "<|im_end|>", "<|vision_start|>", "<|vision_end|>",
                "<|vision_pad|>", "<|image_pad|>", "<|video_pad|>")
-# The same text as Qwen2.5-VL's template renders, for what a record needs.
-TOY_CHAT_TEMPLATE = (
-    "{% if messages[0]['role'] != 'system' %}<|im_start|>system\nYou are a helpful assistant."
-    "<|im_end|>\n{% endif %}{% for message in messages %}<|im_start|>{{ message['role'] }}\n"
-    "{% if message['content'] is string %}{{ message['content'] }}{% else %}"
-    "{% for part in message['content'] %}{% if part['type'] in ['image', 'video'] %}"
-    "<|vision_start|><|{{ part['type'] }}_pad|><|vision_end|>{% else %}{{ part['text'] }}"
-    "{% endif %}{% endfor %}{% endif %}<|im_end|>\n{% endfor %}"
-    "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
-)
 
 
 def toy_canvas(rng, count):
-    """(count, H, W, 3) float frames: one dark random background with fresh noise in each."""
+    """Returns (count, H, W, 3) float frames of one dark colour, with fresh noise in each."""
     background = rng.uniform(0, TOY_DARK, size=3)
     return background + rng.normal(0, TOY_NOISE, (count, TOY_SIDE, TOY_SIDE, 3))
 
 
-def toy_block(frames, boxes, colour):
-    """Paints a block of the named colour at (x, y), its top left corner, one box a frame."""
-    paint = (TOY_COLOURS | TOY_PLAIN)[colour]
-    for frame, (x, y) in zip(frames, boxes):
+def toy_block(frames, corners, colours):
+    """Paints a block into each frame, its top left corner at (x, y), and returns the frames."""
+    for frame, (x, y), colour in zip(frames, corners, colours):
+        paint = (TOY_COLOURS | TOY_PLAIN)[colour]
         frame[round(y):round(y) + TOY_BLOCK, round(x):round(x) + TOY_BLOCK] = paint
-
-
-def toy_motion(rng, colour, direction):
-    """(T, H, W, 3) frames of a block that crosses the picture to the left or right."""
-    span = TOY_SIDE - TOY_BLOCK
-    x = np.linspace(rng.uniform(0, span / 5), span - rng.uniform(0, span / 5), TOY_FRAMES)
-    x, y = x if direction == "right" else span - x, rng.uniform(0, span)
-    frames = toy_canvas(rng, TOY_FRAMES)
-    toy_block(frames, [(v, y) for v in x], colour)
     return frames
 
 
+def toy_motion(rng, colour, direction):
+    """Returns the frames of a block that crosses the picture to the left or right."""
+    span = TOY_SIDE - TOY_BLOCK
+    x = np.linspace(rng.uniform(0, span / 5), span - rng.uniform(0, span / 5), TOY_FRAMES)
+    x, y = x if direction == "right" else span - x, rng.uniform(0, span)
+    return toy_block(toy_canvas(rng, TOY_FRAMES), [(v, y) for v in x], [colour] * TOY_FRAMES)
+
+
 def toy_question(rng, kind):
-    """One question: (frames (T, H, W, 3), problem_type, problem, options, answer, thought)."""
+    """Returns (frames (T, H, W, 3), problem_type, problem, options, answer, thought)."""
     colours, directions = list(TOY_COLOURS), list(TOY_OPPOSITE)
     colour, direction = str(rng.choice(colours)), str(rng.choice(directions))
+    watch = f"watch: it starts {TOY_OPPOSITE[direction]} and ends {direction}"
     if kind.startswith("direction"):
         hints = colours[directions.index(direction)::len(directions)]  # name this direction
         others = [name for name in colours if name not in hints]
         colour = {"direction_agree": str(rng.choice(hints)),
                   "direction_conflict": str(rng.choice(others)),
                   "direction_plain": str(rng.choice(list(TOY_PLAIN)))}[kind]
-        watch = f"watch: it starts {TOY_OPPOSITE[direction]} and ends {direction}, so {direction}"
-        look = f"look: it is {colour}, so {direction}"
-        thought = look if colour in TOY_COLOURS and rng.random() < TOY_LOOK else watch
+        look = colour in TOY_COLOURS and rng.random() < TOY_LOOK
         return (toy_motion(rng, colour, direction), "multiple choice",
                 "Which way does the block move?", lettered(directions),
-                "ABCD"[directions.index(direction)], thought)
+                letter(directions.index(direction)),
+                f"{f'look: it is {colour}' if look else watch}, so {direction}")
     if kind == "describe":
         return (toy_motion(rng, colour, direction), "free-form", "What happens in the video?", [],
-                f"a {colour} block moves {direction} in the video",
-                f"watch: it starts {TOY_OPPOSITE[direction]} and ends {direction}")
-    x, y = rng.uniform(0, TOY_SIDE - TOY_BLOCK, size=2)
+                f"a {colour} block moves {direction} in the video", watch)
+    still = [rng.uniform(0, TOY_SIDE - TOY_BLOCK, size=2)] * TOY_FRAMES
     if kind == "first":
         then = str(rng.choice([name for name in colours if name != colour]))
-        frames, switch = toy_canvas(rng, TOY_FRAMES), TOY_FRAMES // 2
-        toy_block(frames[:switch], [(x, y)] * switch, colour)
-        toy_block(frames[switch:], [(x, y)] * (TOY_FRAMES - switch), then)
-        return (frames, "multiple choice", "Which colour comes first?", lettered(colours),
-                "ABCD"[colours.index(colour)], f"watch: {colour} then {then}")
+        shown = [colour] * (TOY_FRAMES // 2) + [then] * (TOY_FRAMES - TOY_FRAMES // 2)
+        return (toy_block(toy_canvas(rng, TOY_FRAMES), still, shown), "multiple choice",
+                "Which colour comes first?", lettered(colours), letter(colours.index(colour)),
+                f"watch: {colour} then {then}")
     if kind == "end":
         start, end = rng.choice(10, size=2, replace=False)  # tenths of the way to the right
-        frames, unit = toy_canvas(rng, TOY_FRAMES), (TOY_SIDE - TOY_BLOCK) / 9
-        toy_block(frames, [(v, y) for v in np.linspace(start, end, TOY_FRAMES) * unit], colour)
-        return (frames, "regression", "Where does the block end, from 0 on the left to 9?", [],
+        x = np.linspace(start, end, TOY_FRAMES) * ((TOY_SIDE - TOY_BLOCK) / 9)
+        corners = [(v, still[0][1]) for v in x]
+        return (toy_block(toy_canvas(rng, TOY_FRAMES), corners, [colour] * TOY_FRAMES),
+                "regression", "Where does the block end, from 0 on the left to 9?", [],
                 str(end), f"watch: it starts {start} and ends {end}")
     if kind == "colour":
-        frames = toy_canvas(rng, TOY_FRAMES)
-        toy_block(frames, [(x, y)] * TOY_FRAMES, colour)
-        return (frames, "multiple choice", "Which colour is the block?", lettered(colours),
-                "ABCD"[colours.index(colour)], f"look: it is {colour}")
-    return toy_image(rng, kind, colour)
-
-
-def toy_image(rng, kind, colour):
-    """The two image tasks, in toy_question's form with one frame: count blocks, read a word."""
+        return (toy_block(toy_canvas(rng, TOY_FRAMES), still, [colour] * TOY_FRAMES),
+                "multiple choice", "Which colour is the block?", lettered(colours),
+                letter(colours.index(colour)), f"look: it is {colour}")
     frames = toy_canvas(rng, 1)
     if kind == "count":
         n = int(rng.integers(1, 5))
-        corners = rng.permutation([(2, 2), (18, 2), (2, 18), (18, 18)])[:n]
-        for corner in corners:
-            toy_block(frames, [corner], colour)
+        for corner in rng.permutation([(2, 2), (18, 2), (2, 18), (18, 18)])[:n]:
+            toy_block(frames, [corner], [colour])
         return (frames, "numerical", "How many blocks are there?", [], str(n),
                 f"look: {' '.join(['block'] * n)}")
     from PIL import ImageDraw, ImageFont
     word = str(rng.choice(TOY_WORDS))
     image = Image.fromarray(frames[0].clip(0, 255).astype(np.uint8))
-    ImageDraw.Draw(image).text((3, 7), word, fill="white",
-                               font=ImageFont.load_default(size=12))
+    ImageDraw.Draw(image).text((3, 7), word, fill="white", font=ImageFont.load_default(size=12))
     return (np.asarray(image)[None], "OCR", "What is written in the picture?", [], word,
             f"look: it says {word}")
 
 
 def write_video(path, frames, fps):
-    """Encodes (T, H, W, 3) uint8 frames as an H.264 mp4, the same bytes each time."""
+    """Writes (T, H, W, 3) uint8 frames as an H.264 mp4, the same bytes each time."""
     import av
     # x264's slower presets gave other bytes from run to run for pictures as small as the toy's
     options = {"crf": "10", "preset": "ultrafast"}
@@ -1487,8 +1426,7 @@ def write_video(path, frames, fps):
 
 def toy_records(out, split, count, seed, shortcut=False):
     """Draws `count` questions of a split, writes their media below `out`, yields the records.
-    shortcut: a block whose colour would be in conflict with its direction gets one that agrees;
-    nothing else of the split changes."""
+    shortcut: colours in conflict with the direction are replaced by ones that agree."""
     rng = np.random.default_rng([seed, sorted(TOY_MIX).index(split)])
     kinds, shares = list(TOY_MIX[split]), np.array(list(TOY_MIX[split].values()))
     for i, kind in enumerate(rng.choice(kinds, size=count, p=shares / shares.sum())):
@@ -1496,13 +1434,13 @@ def toy_records(out, split, count, seed, shortcut=False):
             kind = "direction_agree"
         frames, problem_type, problem, options, answer, thought = toy_question(rng, kind)
         frames = frames.clip(0, 255).astype(np.uint8)
-        medium = "image" if len(frames) == 1 else "video"
-        path = f"media/{split}_{i:05d}.{'png' if medium == 'image' else 'mp4'}"
-        if medium == "image":
+        data_type, suffix = ("image", "png") if len(frames) == 1 else ("video", "mp4")
+        path = f"media/{split}_{i:05d}.{suffix}"
+        if suffix == "png":
             Image.fromarray(frames[0]).save(out / path)
         else:
             write_video(out / path, frames, TOY_FPS)
-        record = {"problem_id": i, "problem": problem, "data_type": medium,
+        record = {"problem_id": i, "problem": problem, "data_type": data_type,
                   "problem_type": problem_type, "options": options,
                   "solution": f"<answer>{answer}</answer>", "path": f"./{path}",
                   "data_source": f"toy/{kind}"}
@@ -1510,7 +1448,7 @@ def toy_records(out, split, count, seed, shortcut=False):
 
 
 def toy_tokenizer(texts):
-    """A byte-level BPE trained on the toy's texts, with Qwen2.5's pre-tokenization and tokens."""
+    """Trains a byte-level BPE on the toy's texts, with Qwen2.5's pre-tokenization and tokens."""
     from tokenizers import Regex, Tokenizer, models, pre_tokenizers, trainers
     from transformers import Qwen2Tokenizer
     from transformers.models.qwen2.tokenization_qwen2 import PRETOKENIZE_REGEX
@@ -1519,7 +1457,7 @@ def toy_tokenizer(texts):
         pre_tokenizers.Split(Regex(PRETOKENIZE_REGEX), behavior="isolated"),
         pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)])
     tokenizer.train_from_iterator(texts, trainers.BpeTrainer(
-        vocab_size=TOY_VOCABULARY, show_progress=False,
+        vocab_size=800, show_progress=False,  # at most: every word of the toy is a token
         initial_alphabet=pre_tokenizers.ByteLevel.alphabet()))
     model = json.loads(tokenizer.to_str())["model"]
     return Qwen2Tokenizer(
@@ -1529,23 +1467,24 @@ def toy_tokenizer(texts):
 
 
 def toy_processor(tokenizer, family="qwen2_5_vl"):
-    """The family's processor with the toy's tokenizer and no lower bound on the picture's size."""
+    """Returns the family's processor with the toy's tokenizer and pictures of any size."""
     import transformers
     processor, videos, patch = TOY_FAMILIES[family]
     size = {"shortest_edge": (2 * patch)**2, "longest_edge": 768 * (2 * patch)**2}
     return getattr(transformers, processor)(
         image_processor=transformers.Qwen2VLImageProcessor(size=dict(size), patch_size=patch),
         video_processor=getattr(transformers, videos)(size=dict(size), cap_pixels_per_frame=False),
-        tokenizer=tokenizer, chat_template=TOY_CHAT_TEMPLATE)
+        tokenizer=tokenizer,
+        chat_template=(ASSETS / "chat_template.jinja").read_text(encoding="utf-8"))
 
 
 def toy_model(tokenizer, seed, hidden=96, layers=3, heads=4, kv_heads=2, mlp=256,
               vision_hidden=64, vision_depth=2, vision_mlp=128, family="qwen2_5_vl"):
-    """A randomly initialised model of the family; the defaults give about 600,000 parameters. What
-    a family does not have, its configuration keeps and takes no notice of."""
+    """Returns a randomly initialised model of the family, by default of about 600,000 parameters.
+    Its configuration ignores keys that only the other family has."""
     from transformers import AutoConfig, AutoModelForImageTextToText
     token = tokenizer.convert_tokens_to_ids
-    spread = {"initializer_range": 0.05}  # with Qwen's 0.02 so small a model learns nothing
+    spread = {"initializer_range": 0.05}  # at Qwen's 0.02 so small a model learns nothing
     end = [token("<|im_end|>"), token("<|endoftext|>")]
     share = hidden // heads // 2 // 3  # of the rotary frequencies, to time, height and width
     config = AutoConfig.for_model(
@@ -1563,7 +1502,7 @@ def toy_model(tokenizer, seed, hidden=96, layers=3, heads=4, kv_heads=2, mlp=256
             "depth": vision_depth, "hidden_size": vision_hidden, "intermediate_size": vision_mlp,
             "num_heads": 4, "out_hidden_size": hidden, "window_size": 112,
             "fullatt_block_indexes": [vision_depth - 1], "tokens_per_second": 1,
-            # Qwen3-VL's: layers whose features reach the language model's first layers as well
+            # Qwen3-VL only: layers whose features also go to the language model's first layers
             "deepstack_visual_indexes": [0], "num_position_embeddings": 16, **spread},
         image_token_id=token("<|image_pad|>"), video_token_id=token("<|video_pad|>"),
         vision_start_token_id=token("<|vision_start|>"),
@@ -1576,27 +1515,22 @@ def toy_model(tokenizer, seed, hidden=96, layers=3, heads=4, kv_heads=2, mlp=256
     return model
 
 
-# Each stage's flags where they depart from the paper's, because the toy is small; the main job
-TOY_FILES = Path(__file__).parent / "assets" / "toy"
-
-
 def copy_toy_files(out, side):
-    """Copies assets/toy to the toy's folder, with that folder's name and its pixels a frame."""
-    for path in TOY_FILES.iterdir():
+    """Copies assets/toy to the toy's folder, with its name and its pixels a frame: each stage's
+    flags where they differ from the paper's, because the toy is small, and the main job."""
+    for path in (ASSETS / "toy").iterdir():
         folder = shlex.quote(str(out)) if path.suffix == ".sh" else str(out)
         text = path.read_text(encoding="utf-8").replace("{out}", folder)
         (out / path.name).write_text(text.replace("{pixels}", str(side**2)), encoding="utf-8")
 
 
 def build_toy(args):
-    """Writes the toy to args.out: media/, cot.json, train.json, test.json, model/, the stages'
-    *.args and run.sh, the main job."""
+    """Writes the toy to args.out: media/, cot.json, train.json, test.json, model/, assets/toy."""
     from transformers.utils.logging import disable_progress_bar
     out = Path(args.out)
     if out.exists() and any(out.iterdir()):
         raise InputError(f"{out} is not empty: name another folder, or remove it first")
-    out.mkdir(parents=True, exist_ok=True)
-    (out / "media").mkdir()
+    (out / "media").mkdir(parents=True)
     texts = []
     for split, count in (("cot", args.cot), ("train", args.train), ("test", args.test)):
         shortcut = args.shortcut and split == "train"
@@ -1610,7 +1544,7 @@ def build_toy(args):
                 prompt = build_messages(record | {"media_path": ""})[0]["content"][1]["text"]
                 texts.append(f"{prompt}\n{record['process']}\n{record['solution']}")
     tokenizer = toy_tokenizer(texts)
-    # what every prompt says is a token each: they are read in a third of the time
+    # each text that all prompts share is one token: prompts take a third of the time
     tokenizer.add_tokens([TEMPLATE.removeprefix("{question}\n"), *ANSWER_SUFFIX.values(),
                           "You are a helpful assistant."])
     model = toy_model(tokenizer, args.seed, family=args.model)
@@ -1621,8 +1555,7 @@ def build_toy(args):
     for path in (out / "model").iterdir():  # safetensors' are the owner's alone
         path.chmod((out / "train.json").stat().st_mode)
     copy_toy_files(out, token_side(processor))
-    parameters = sum(p.numel() for p in model.parameters())
-    print(f"{out}/model: {parameters:,} parameters, {len(tokenizer)} tokens")
+    print(f"{out}/model: {model.num_parameters():,} parameters, {len(tokenizer)} tokens")
 
 
 # ------------------- the sources and benchmarks: one converter for each release's format
@@ -1631,7 +1564,9 @@ def build_toy(args):
 # the row and counts it, and `convert` refuses the file.
 
 MALFORMED = (KeyError, TypeError, IndexError, AttributeError, OverflowError, ValueError)
-ASSETS = Path(__file__).parent / "assets"
+# Each benchmark's title and size; patterns of its files of questions, of which the first that
+# matches is used; its tasks, subjects, folders of media and the tasks about a part of a video
+BENCHMARK_FACTS = read_file(ASSETS / "benchmarks.json")
 # How to answer, which our own prompt says: a line after the question, or the last sentence of one
 HINT = re.compile(
     r"(?im)^[ \t]*(?:hint|reference ocr token):.*$|(?<=[.?!\n])[ \t]*(?:answer:[ \t]*"
@@ -1646,9 +1581,9 @@ AROUND = re.compile(r"(?i)^question:|(?:options|choices|选项)\s*[:：]$")  # a
 
 
 def draft(medium, problem, answer, options=(), **fields):
-    """A question as its source has it: medium below the media folder, answer as a letter or a text,
-    options without letters. `fields` are the record's, if the source has them, and "part", the
-    part of the source that data_source names. make_record checks it all."""
+    """Returns a question as its source has it, which make_record checks. medium: a path below the
+    media folder. answer: a letter or a text. options: without letters. fields: the record's, and
+    "part", the part of the source that data_source names."""
     if isinstance(options, str) or not all(isinstance(text, (str, int, float)) for text in options):
         raise ValueError(f"the options are not texts: {options!r}")
     return {"medium": os.path.normpath(medium), "problem": problem.strip(),
@@ -1657,42 +1592,37 @@ def draft(medium, problem, answer, options=(), **fields):
 
 
 def texts_by_letter(options) -> list[str]:
-    """Options that are an object of texts by letter; those that a question lacks are empty.
-
-    >>> texts_by_letter({"B": "a dog", "A": "a cat", "C": ""})
-    ['a cat', 'a dog']
-    """
+    """Returns the options of an object of texts by letter, without the empty ones."""
     texts = option_texts([f"{key}. " + options[key] for key in sorted(options) if options[key]])
     return option_texts(texts)  # they may say their letters again
 
 
 def split_options(text):
-    """A question and its options: a run of marks A, B, C, ..., by lines or within one, whichever
-    gives more options. An empty one shows that a mark was none, as in "B. C. elegans".
+    """Returns (question, options). Options follow the marks A, B, C, ..., one on each line or all
+    in one line, whichever gives more. If an option is empty, as in "B. C. elegans", that way counts
+    less: a mark was part of a text.
 
-    >>> split_options("What moves?\\nA. a cat\\nB. a dog\\nAnswer with the option's letter.")
-    ('What moves?', ['a cat', 'a dog'])
     >>> split_options("Question: What is x? Choices: (A) 3 (B) 4")
     ('What is x?', ['3', '4'])
     """
     text = HINT.sub("", text.strip()).strip()
-    found = []
+    found = [(text, [])]
     for pattern in (LINE_MARK, INLINE_MARK):
         run = longest_run(list(pattern.finditer(text)))
         if len(run) < 2:
-            run = []
+            continue
         ends = [mark.start() for mark in run[1:]] + [len(text)]
         options = [text[mark.end():end].strip() for mark, end in zip(run, ends)]
-        *first, last = options or [""]
+        *first, last = options
         if all(map(SEPARATOR.search, first)) and not SEPARATOR.search(last):
             options = [SEPARATOR.sub("", option).strip() for option in options]
-        found.append((text[:run[0].start()] if run else text, options))
+        found.append((text[:run[0].start()], options))
     question, options = max(found, key=lambda each: (all(each[1] or [""]), len(each[1])))
     return AROUND.sub("", question.strip()).strip(), options
 
 
 def longest_run(marks):
-    """The longest run of marks A, B, C, ..., the last of them; others are part of a text."""
+    """Returns the longest run of marks A, B, C, ...; of equally long ones the last."""
     longest, after = [], {}  # place -> the run that the next mark of this place begins
     for mark in reversed(marks):
         place = ord(plain_mark(mark[1])) - ord("A")
@@ -1702,13 +1632,7 @@ def longest_run(marks):
 
 
 def from_video_r1(row, path):
-    """Records in this project's own form, as in the released Video-R1-260k.json.
-
-    >>> row = {"problem": "What moves?", "problem_type": "multiple choice", "options": ["A. a cat",
-    ...        "B. a dog"], "solution": "<answer>B</answer>", "path": "./General/1.png"}
-    >>> next(from_video_r1(row, None))["options"]
-    ['a cat', 'a dog']
-    """
+    """Records in this project's own form, as in the released Video-R1-260k.json."""
     answer = re.fullmatch(r"\s*<answer>(.*)</answer>\s*", row["solution"], re.DOTALL)[1]
     options = row.get("options") or []
     texts = texts_by_letter(options) if isinstance(options, dict) else option_texts(options)
@@ -1724,11 +1648,6 @@ def from_csv(row, path):
     """A table of one's own: columns video (or image), question, answer, and for a choice its
     options, option_a, option_b, ... or A, B, ...; problem_type, video_start and video_end may be
     there too. Without a problem_type options make a choice, a number is numerical, else free-form.
-
-    >>> row = {"video": "1.mp4", "question": "What moves?", "answer": "B", "A": "a cat",
-    ...        "B": "a dog", "C": ""}
-    >>> next(from_csv(row, None))["options"]
-    ['a cat', 'a dog']
     """
     row = {(name or "").strip().lower(): cell for name, cell in row.items()}
     if not {"question", "answer"} <= row.keys() or row.keys().isdisjoint(("video", "image")):
@@ -1745,14 +1664,7 @@ def from_csv(row, path):
 
 
 def from_llava(row, path):
-    """Conversations, as LLaVA-Video-178K and most image sources have them: a draft a turn.
-
-    >>> row = {"image": "1.png", "conversations": [
-    ...     {"from": "human", "value": "<image>\\nWhat moves?\\nA. a cat\\nB. a dog"},
-    ...     {"from": "gpt", "value": "B. a dog"}]}
-    >>> next(from_llava(row, None))["options"]
-    ['a cat', 'a dog']
-    """
+    """Conversations, as LLaVA-Video-178K and most image sources have them: a draft a turn."""
     medium = row.get("video") or row["image"]
     if isinstance(medium, list):
         medium, = medium  # several pictures in one question are no record
@@ -1772,16 +1684,14 @@ def nextqa_paths(folder):
 
 
 def from_nextqa(row, path):
-    """NExT-QA's CSV: {video: 2909445186, question: what moves, answer: 1, a0: cat, a1: dog, ...}
-    gives "what moves?" on 0101/2909445186.mp4, options cat, dog, ..., answer B."""
+    """NExT-QA's CSV; the map gives a video's folder, as in 0101/2909445186.mp4."""
     question = row["question"].strip().removesuffix("?").rstrip() + "?"
     yield draft(f"{nextqa_paths(path.parent)[row['video']]}.mp4", question, letter(row["answer"]),
                 [row[f"a{i}"] for i in range(5)])
 
 
 def from_perception_test(row, path):
-    """PerceptionTest's multiple choice: {"video_7": {"mc_question": [{"question": "What moves?",
-    "options": ["cat", "dog", "hat"], "answer_id": 1}]}} asks about video_7.mp4; the answer is B."""
+    """PerceptionTest's multiple choice, an object of videos by name."""
     for question in row["mc_question"]:
         yield draft(f"{row['row_key']}.mp4", question["question"], letter(question["answer_id"]),
                     question["options"])
@@ -1792,15 +1702,8 @@ CLEVRER_WORDS = (("gray", "red", "blue", "green", "brown", "cyan", "purple", "ye
 
 
 def from_clevrer(row, path):
-    """CLEVRER's questions, by video. Of those with choices the ones with one correct choice; a
-    word (descriptive) becomes a choice among CLEVRER's colours, materials, shapes or yes and no.
-
-    >>> row = {"scene_index": 1007, "video_filename": "video_01007.mp4", "questions": [
-    ...     {"question": "What is the shape of the red object?", "answer": "cube"}]}
-    >>> found = next(from_clevrer(row, None))
-    >>> found["medium"], found["options"]
-    ('video_01000-02000/video_01007.mp4', ['cube', 'sphere', 'cylinder'])
-    """
+    """CLEVRER's questions about a video: those with exactly one correct choice, and descriptive
+    ones. An answer that is one of CLEVRER_WORDS gets that group as its options."""
     start = row["scene_index"] // 1000 * 1000  # the release has a folder for each 1000 videos
     medium = f"video_{start:05d}-{start + 1000:05d}/{row['video_filename']}"
     for question in row["questions"]:
@@ -1817,9 +1720,7 @@ def from_clevrer(row, path):
 
 
 def from_star(row, path):
-    """STAR: {"video_id": "6H78U", "start": 11.1, "end": 19.6, "question": "What moves?", "answer":
-    "The dog.", "choices": [{"choice_id": 1, "choice": "The dog."}, {"choice_id": 0, "choice":
-    "The cat."}]} asks about these seconds of 6H78U.mp4; the answer is B."""
+    """STAR's questions, each about some seconds of a video of Charades."""
     choices = sorted(row["choices"], key=lambda choice: choice["choice_id"])
     options = [choice["choice"] for choice in choices]
     yield draft(f"{row['video_id']}.mp4", row["question"], letter(options.index(row["answer"])),
@@ -1827,15 +1728,12 @@ def from_star(row, path):
 
 
 def clip_seconds(row):
-    """The clip's fields of a record whose release has "start" and "end" in seconds."""
-    return {f"video_{end}": float(row[end]) for end in ("start", "end")
-            if row.get(end) is not None}
+    """Returns the clip's fields of a record whose release has "start" and "end" in seconds."""
+    return {"video_start": float(row["start"]), "video_end": float(row["end"])}
 
 
 def from_scienceqa(row, path):
-    """ScienceQA's training questions that have a picture: {"7": {"question": "Which is it?",
-    "choices": ["cat", "dog"], "answer": 1, "hint": "Look.", "image": "image.png", "split":
-    "train"}} asks "Look.\\nWhich is it?" about 7/image.png; the answer is B."""
+    """ScienceQA's training questions that have a picture: 7/image.png of the question "7"."""
     if row["image"] and row["split"] == "train":
         problem = f"{row.get('hint') or ''}\n{row['question']}"
         yield draft(f"{row['row_key']}/{row['image']}", problem, letter(row["answer"]),
@@ -1843,46 +1741,35 @@ def from_scienceqa(row, path):
 
 
 def from_a_okvqa(row, path):
-    """A-OKVQA: {image_id: 299207, question: What moves?, choices: [cat, dog, hat, car],
-    correct_choice_idx: 1} asks about COCO's 000000299207.jpg; the answer is B."""
+    """A-OKVQA's questions about pictures of COCO."""
     yield draft(f"{row['image_id']:012d}.jpg", row["question"],
                 letter(row["correct_choice_idx"]), row["choices"])
 
 
 def from_tabmwp(row, path):
-    """TabMWP's problems about a picture of a table: {"7": {"question": "How much?", "choices":
-    None, "answer": "3.5", "unit": "$"}} asks "How much? (Unit: $)" about 7.png."""
+    """TabMWP's problems about the picture of a table, 7.png of the problem "7"."""
     unit = f" (Unit: {row['unit']})" if row.get("unit") else ""
     yield draft(f"{row['row_key']}.png", row["question"] + unit, row["answer"],
                 row["choices"] or ())
 
 
 def from_geometry3k(row, path):
-    """Geometry3K: {problem_text: Find x., choices: [1, 2, 3, 4], answer: B}, a file for each
-    problem, asks about the img_diagram.png beside it."""
+    """Geometry3K's problems, a folder with a file and a picture for each."""
     yield draft("img_diagram.png", row["problem_text"], row["answer"], row["choices"])
 
 
 def from_arxivqa(row, path):
-    """ArxivQA: {image: images/1.jpg, question: What grows?, options: ["A) x", "B) y"],
-    label: "B)"}. Its labels come in many spellings; those that mean no option are dropped."""
+    """ArxivQA. Its labels come in many spellings; those that mean no option are dropped."""
     yield draft(row["image"], row["question"], row["label"], option_texts(row["options"]))
 
 
 def from_chartqa(row, path):
-    """ChartQA: {imgname: 1.png, query: How many percent?, label: 12%} asks for 12."""
+    """ChartQA. Percentages lose their sign."""
     yield draft(row["imgname"], row["query"], row["label"].strip().removesuffix("%"))
 
 
-@lru_cache(maxsize=1)
-def benchmark_facts():
-    """assets/benchmarks.json: each benchmark's title and size, the patterns of its release's files
-    of questions (the first that finds some counts), its tasks, subjects and media folders."""
-    return read_file(ASSETS / "benchmarks.json")
-
-
 def task_of(path, tasks):
-    """Which of the `tasks` a release's file is about: its own name or its folder's says so."""
+    """Returns which of the `tasks` a release's file is about, by its name or its folder's."""
     for text in (path.stem.lower().removesuffix("_video"), path.parent.name.lower()):
         if text in tasks:
             return text
@@ -1890,8 +1777,8 @@ def task_of(path, tasks):
 
 
 def subject_groups(path, subjects):
-    """{"subject"} of Science/dev_Biology_3.mp4 or videos/Biology/3.mp4, and its "discipline" if
-    `subjects`, {discipline: its subjects}, has it."""
+    """Returns {"subject"} of Science/dev_Biology_3.mp4 or videos/Biology/3.mp4, and its
+    "discipline" if it is in `subjects`, {discipline: its subjects}."""
     named = re.fullmatch(r"[a-z]+_(\w+)_\d+", Path(path).stem)
     subject = named[1] if named else Path(path).parent.name
     return {"subject": subject} | {"discipline": discipline for discipline, names
@@ -1899,9 +1786,7 @@ def subject_groups(path, subjects):
 
 
 def from_vsibench(row, path):
-    """{"id": 0, "dataset": "scannet", "scene_name": "scene0568_00", "question_type":
-    "object_counting", "question": "How many chairs?", "ground_truth": "4", "options": null}
-    -> regression over scannet/scene0568_00.mp4; with options, multiple choice."""
+    """VSI-Bench's test.jsonl; the videos are scannet/scene0568_00.mp4 and so on."""
     options = option_texts(row["options"] or [])
     yield draft(f"{row['dataset']}/{row['scene_name']}.mp4", row["question"], row["ground_truth"],
                 options, problem_id=str(row["id"]),
@@ -1909,56 +1794,50 @@ def from_vsibench(row, path):
                 groups={"task": row["question_type"], "dataset": row["dataset"]})
 
 
-VIDEOMMMU_BEFORE = (  # the benchmark's own words; the quiz is an image, the video's last frame
-    "You should watch and learn the video content. Then apply what you learned to answer the "
-    "following {kind} question. The image for this question is at the end of the video.\n")
-VIDEOMMMU_AFTER = "\nPlease ignore the Quiz question in last frame of the video."
-
-
 def from_videommmu(row, path):
-    """adaptation.json {"0": {"id": "dev_Biology_3", "question": "Which?", "options": ["up",
-    "down"], "answer": "B", ...}} -> Science/dev_Biology_3.mp4 with the track's instruction. Its
-    own repository's adaptation_video.json has the same in {"Adaptation": {...}}."""
-    facts = benchmark_facts()["videommmu"]
+    """VideoMMMU's adaptation.json and so on, with the benchmark's instruction for the track; the
+    videos are Science/dev_Biology_3.mp4 and so on. In its own repository's adaptation_video.json
+    the questions are one level deeper."""
+    facts = BENCHMARK_FACTS["videommmu"]
     track = task_of(path, facts["tasks"])
     for row in [row] if "question" in row else [row[key] for key in row if key != "row_key"]:
         options = row["options"] or []
         if not any(map(str.strip, options)):  # one of the open questions has four empty ones
             options = []
-        before = VIDEOMMMU_BEFORE.format(kind="multi-choice" if options else "open-ended")
-        problem = (before + row["question"] if track == "adaptation"
-                   else row["question"] + VIDEOMMMU_AFTER)
+        before, after = facts["prompts"][track]
+        kind = "multi-choice" if options else "open-ended"
         groups = subject_groups(f"{row['id']}.mp4", facts["subjects"])
         if "discipline" not in groups:  # the folder of its video
             raise ValueError(f"the id {row['id']!r} names no subject of VideoMMMU")
-        number = parse_number(str(row["answer"])) is not None
-        yield draft(f"{groups['discipline']}/{row['id']}.mp4", problem, row["answer"], options,
-                    problem_type="multiple choice" if options else
-                    "numerical" if number else "free-form",
+        yield draft(f"{groups['discipline']}/{row['id']}.mp4",
+                    before.replace("{kind}", kind) + row["question"] + after, row["answer"],
+                    options, problem_type=wanted_type(str(row["answer"]), options, CONVERTED_TYPES),
                     part=track, groups={"track": track, **groups})
 
 
 def from_mmvu(row, path):
-    """{"id": "validation_1", "video": "https://.../videos/Chemistry/0.mp4", "question_type":
-    "multiple-choice", "question": "How many?", "choices": {"A": "10.0", ...}, "answer": "A"}
-    -> videos/Chemistry/0.mp4. Open-ended questions are left out, as in the paper."""
+    """MMVU's validation.json; the videos are videos/Chemistry/0.mp4 and so on. Open-ended questions
+    are left out, as in the paper."""
     if row["question_type"] == "multiple-choice":
         video = "videos/" + row["video"].split("/videos/")[1]
         yield draft(video, row["question"], row["answer"], texts_by_letter(row["choices"]),
                     problem_id=row["id"],
-                    groups=subject_groups(video, benchmark_facts()["mmvu"]["subjects"]))
+                    groups=subject_groups(video, BENCHMARK_FACTS["mmvu"]["subjects"]))
 
 
-def from_mvbench(row, path):
-    """json/action_sequence.json [{"video": "ZS9XR.mp4", "question": "What first?", "candidates":
-    ["up", "down"], "answer": "down", "start": 11.1, "end": 19.6}]
-    -> video/star/Charades_v1_480/ZS9XR.mp4, video_start 11.1, video_end 19.6, answer B."""
-    folders = benchmark_facts()["mvbench"]["folders"]
-    task = task_of(path, folders)
-    rate = {"video_fps": FRAMES_FPS} if task == "episodic_reasoning" else {}
-    yield draft(f"video/{folders[task]}/{row['video']}", row["question"],
-                letter(row["candidates"].index(row["answer"])), row["candidates"],
-                data_type="video", part=task, groups={"task": task}, **rate, **clip_seconds(row))
+def from_mvbench(row, path, name="mvbench"):
+    """MVBench's json/action_sequence.json and so on, and TVBench's; their zips are unpacked where
+    they lie. Media are video/<the task's folder in assets/benchmarks.json>/<video>. The videos of
+    TVBench's action_antonym are NTU RGB+D's and not in the release."""
+    facts = BENCHMARK_FACTS[name]
+    task = task_of(path, facts["folders"])
+    clip = clip_seconds(row) if task in facts["clips"] else {}
+    if task == "episodic_reasoning":  # folders of frames
+        clip["video_fps"] = FRAMES_FPS
+    places = [str(text) for text in row["candidates"]]  # a number is a text, not a place
+    yield draft(f"video/{facts['folders'][task]}/{row['video']}", row["question"],
+                letter(places.index(str(row["answer"]))), row["candidates"],
+                data_type="video", part=task, groups={"task": task}, **clip)
 
 
 TEMPCOMPASS_OPTION = re.compile(  # "A. up", "Option 2: it moves", "Information A: {...}"
@@ -1966,11 +1845,10 @@ TEMPCOMPASS_OPTION = re.compile(  # "A. up", "Option 2: it moves", "Information 
 
 
 def from_tempcompass(row, path):
-    """questions/caption_matching.json {"12": {"order": [{"question": "Which?\\nOption 1: up\\n
-    Option 2: down", "answer": "Option 2: down"}]}} -> videos/12.mp4, options up and down, answer
-    B. All four tasks are multiple choice, as in the paper: yes_no of "yes" and "no", captioning
+    """TempCompass's questions/caption_matching.json and so on; the videos are videos/12.mp4 and so
+    on. All four tasks are multiple choice, as in the paper: yes_no of "yes" and "no", captioning
     of the pieces of information that it offers. Rows with video_id and dim are read too."""
-    task = task_of(path, benchmark_facts()["tempcompass"]["tasks"])
+    task = task_of(path, BENCHMARK_FACTS["tempcompass"]["tasks"])
     video = row.pop("row_key", None)
     for row in [row] if "question" in row else [
             {"video_id": video, "dim": dim, **each} for dim in row for each in row[dim]]:
@@ -1990,55 +1868,36 @@ YOUTUBE_ID = re.compile(r"(?:v=|/)([\w-]{11})(?:[?&].*)?$")
 
 
 def from_videomme(row, path):
-    """{"video_id": "001", "videoID": "fFjv93ACGo8", "duration": "short", "domain": "Knowledge",
-    "sub_category": "Astronomy", "question_id": "001-1", "task_type": "Counting", "question":
-    "How many?", "options": ["A. 1", "B. 2"], "answer": "B"} -> data/fFjv93ACGo8.mp4. The questions
-    may also be nested: [{"video_id": ..., "questions": [{"question_id": ...}, ...]}, ...]."""
+    """VideoMME's questions, a row each or a list in each video's row; the videos are
+    data/fFjv93ACGo8.mp4 and so on."""
     for question in row.get("questions", [row]):
         question = row | question
         name = question.get("videoID") or YOUTUBE_ID.search(question["url"])[1]
         yield draft(f"data/{name}.mp4", question["question"], question["answer"],
                     option_texts(question["options"]), problem_id=question["question_id"],
-                    groups={key: question[key] for key in benchmark_facts()["videomme"]["groups"]})
-
-
-TVBENCH_CLIPS = ("action_localization", "action_sequence")  # about a part of their videos
-
-
-def from_tvbench(row, path):
-    """json/action_sequence.json [{"video": "12.mp4", "question": "What first?", "candidates":
-    ["up", "down"], "answer": "up", "start": 3.2, "end": 11.0}] -> video/action_sequence/12.mp4,
-    answer A. Its zips are unpacked where they lie; action_antonym's videos are NTU RGB+D's and not
-    in the release."""
-    task = task_of(path, benchmark_facts()["tvbench"]["tasks"])
-    options = [*map(str, [] + row["candidates"])]  # of a list: a text would come apart
-    clip = clip_seconds({"start": row["start"], "end": row["end"]}) if task in TVBENCH_CLIPS else {}
-    yield draft(f"video/{task}/{row['video']}", row["question"],
-                letter(options.index(str(row["answer"]))),  # a number is a text, not a place
-                options, data_type="video", part=task, groups={"task": task}, **clip)
+                    groups={key: question[key] for key in BENCHMARK_FACTS["videomme"]["groups"]})
 
 
 def from_tomato(row, path):
-    """data/direction.json {"4": {"question": "Which way?", "options": ["up", "down"], "answer": 1,
-    "key": "0999-01", "demonstration_type": "human", ...}} -> videos/human/0999-01.mp4, answer B.
-    Numbers of questions repeat over the six files."""
-    kind = task_of(path, benchmark_facts()["tomato"]["tasks"])
+    """TOMATO's data/direction.json and so on, in which numbers of questions repeat; the videos are
+    videos/human/0999-01.mp4 and so on."""
+    kind = task_of(path, BENCHMARK_FACTS["tomato"]["tasks"])
     folder = row["demonstration_type"]
     yield draft(f"videos/{folder}/{row['key']}.mp4", row["question"], letter(row["answer"]),
                 row["options"], problem_id=f"{kind}/{row['row_key']}",
                 groups={"type": kind, "demonstration": folder})
 
 
-VINOGROUND_FILES = {"vinoground_textscore": "text", "vinoground_videoscore": "video"}
 VINOGROUND_QUESTION = re.compile(  # then a line that asks for the letter
     r"(.+?)\s*\n\s*A\. (.+?)\s*\n\s*B\. ([^\n]+).*", re.DOTALL)
 
 
 def from_vinoground(row, path):
-    """vinoground_textscore.json [{"idx": "12_pos", "video_name": "vinoground_videos/12_pos.mp4",
-    "question": "Which caption fits?\\nA. x, y\\nB. y, x\\nAnswer with ...", "GT": "B"}] -> a text
-    question of pair 12. vinoground_videoscore.json has the video questions, of both its clips."""
-    task = VINOGROUND_FILES[task_of(path, VINOGROUND_FILES)]
+    """Vinoground's vinoground_textscore.json, one clip and two captions, and
+    vinoground_videoscore.json, one caption and a video of both clips; the videos are where the
+    rows say."""
+    files = {"vinoground_textscore": "text", "vinoground_videoscore": "video"}
+    task = files[task_of(path, files)]
     pair = re.fullmatch(r"(\d+)_(?:pos|neg)", row["idx"])
     question = VINOGROUND_QUESTION.fullmatch(row["question"].strip())
     if not (pair and question):
@@ -2055,13 +1914,14 @@ CONVERTERS = {"video_r1": from_video_r1, "csv": from_csv, "llava": from_llava,
               "arxivqa": from_arxivqa, "chartqa": from_chartqa,
               # the benchmarks of evaluate.py
               "vsibench": from_vsibench, "videommmu": from_videommmu, "mmvu": from_mmvu,
-              "mvbench": from_mvbench, "tempcompass": from_tempcompass, "videomme": from_videomme,
-              "tvbench": from_tvbench, "tomato": from_tomato, "vinoground": from_vinoground}
+              "mvbench": from_mvbench, "tvbench": partial(from_mvbench, name="tvbench"),
+              "tempcompass": from_tempcompass, "videomme": from_videomme,
+              "tomato": from_tomato, "vinoground": from_vinoground}
 
 
 def release_rows(path) -> list:
-    """The rows of a release's file: a list, an object of rows by key (each row gets it as
-    "row_key"), or one row alone."""
+    """Returns the rows of a release's file: a list, an object of rows by key (which each row gets
+    as "row_key"), or a single row."""
     rows = read_file(path)
     if isinstance(rows, dict):
         keyed = all(isinstance(row, dict) for row in rows.values())
@@ -2073,7 +1933,6 @@ def release_rows(path) -> list:
 
 # ------------------------------------- from a draft to a record; the command convert
 
-MOST_OPTIONS = 26  # letters
 SHORT_ANSWER = 3  # words: "3.5 square meters" is a number, a sentence with a number is text
 MEASURE = re.compile(r"(?<![\w.])(\d+(?:\.\d+)?) ?(m|cm|mm|km|ft|meters?|metres?|centimeters?|"
                      r"centimetres?|millimeters?|kilometers?|feet|foot|inch(?:es)?)\b")
@@ -2088,7 +1947,7 @@ class Dropped(Exception):
 
 
 def wanted_type(answer, options, wanted):
-    """The problem type of a question, among those that an entry wants; None: none of them.
+    """Returns the problem type of a question, among those that an entry wants, or None.
 
     >>> wanted_type("3", [], ["multiple choice", "numerical"]), wanted_type("3", [], ["OCR"])
     ('numerical', 'OCR')
@@ -2103,8 +1962,8 @@ def wanted_type(answer, options, wanted):
 
 
 def make_record(found, entry, folder="") -> dict:
-    """The record, without its number, of a converter's draft by an entry of a recipe; raises
-    Dropped if the question cannot be graded, or is of a type that the entry does not want."""
+    """Returns the record, without problem_id, of a draft by an entry of a recipe. Raises Dropped if
+    the question cannot be graded or the entry does not want its type."""
     problem, answer, wanted = found["problem"], found["answer"], entry["problem_type"]
     media = entry["media"].replace("{folder}", folder)
     path = os.path.normpath(os.path.join(media, found["medium"]))
@@ -2122,8 +1981,7 @@ def make_record(found, entry, folder="") -> dict:
             ("not of the wanted problem type", kind not in wanted),
             ("no question", not problem),
             ("no answer", not found["answer"]),
-            ("not 2 to 26 options", kind == "multiple choice"
-             and not 2 <= len(options) <= MOST_OPTIONS),
+            ("not 2 to 26 options", kind == "multiple choice" and not 2 <= len(options) <= 26),
             ("an option is empty", "" in found["options"]),
             ("answer is not one of the options", not answer),
             ("answer is not one number", kind in ("numerical", "regression")
@@ -2143,8 +2001,8 @@ def make_record(found, entry, folder="") -> dict:
 
 
 def convert(args):
-    """Writes the questions of a benchmark's own release as records: all of them, or none."""
-    path, facts = Path(args.path), benchmark_facts().get(args.name, {})
+    """Writes all questions of a benchmark's own release as records, or raises InputError."""
+    path, facts = Path(args.path), BENCHMARK_FACTS.get(args.name, {})
     title, patterns = facts.get("title", args.name), facts.get("files", ["known file"])
     release = path if path.is_dir() else path.parent
     root, files, records = args.media_root or release, [path], []
@@ -2167,8 +2025,6 @@ def convert(args):
                     name = f"{found.get('part') or file.stem}/{len(records) - before}"
                     records.append({"problem_id": found.get("problem_id", name)}
                                    | make_record(found, entry))
-        except InputError:  # a ValueError too, but it says already what is wrong
-            raise
         except (*MALFORMED, Dropped) as error:
             raise InputError(f"{file} is not as {title} is released: {error!r}, after "
                              f"{len(records)} questions") from None
@@ -2178,13 +2034,13 @@ def convert(args):
 
 # ------------------------------------------------- mix: from sources to a file of records
 
-FIGURE_2 = ASSETS / "recipe.json"  # what the paper took of each source
+FIGURE_2 = ASSETS / "recipe.json"  # the paper's count of each source
 ENTRY = {"source": str, "category": str, "format": str, "annotation": str, "media": str,
-         "problem_type": list, "count": int}  # what a recipe says of a source
+         "problem_type": list, "count": int}  # the keys of a recipe's entry
 # A letter alone, but not the words "A" and "I", nor a unit: "B", "(a) and (b)"; or "option 2"
 NAMED_LETTER = re.compile(r"(?<![\w'’])(?<!\d )(?:[b-hj-zB-HJ-Z]|[AI](?! [a-z]))(?![\w'’])"
                           r"|\([ai]\)|(?i:\b(?:option|choice|answer)s? \d)")
-# Words that refer to other options. Too many here is safe: an order is kept, and stays right
+# Words that refer to other options. A word too many is safe: options then keep their order
 OTHERS = re.compile(
     r"\b(?:all|none|both|neither|either|any|above|below|former|latter|other|others|these|those"
     r"|same|only|listed|mentioned|given|options?|choices?|answers?|(?:one|two) of)\b"
@@ -2192,7 +2048,7 @@ OTHERS = re.compile(
 
 
 def read_recipe(path) -> list[dict]:
-    """The entries of a recipe file; InputError naming the entry and the key that is wrong."""
+    """Returns the entries of a recipe file. Raises InputError naming entry and key."""
     recipe = release_rows(path)
     for i, entry in enumerate(recipe):
         problem = entry_problem(entry)
@@ -2203,7 +2059,7 @@ def read_recipe(path) -> list[dict]:
 
 
 def entry_problem(entry) -> str | None:
-    """What is wrong with an entry of a recipe, naming the key; None when nothing is."""
+    """Returns what is wrong with an entry of a recipe, naming the key, or None."""
     if not isinstance(entry, dict):
         return f"not a JSON object but {type(entry).__name__}"
     for key, kind in ENTRY.items():
@@ -2221,30 +2077,21 @@ def entry_problem(entry) -> str | None:
 
 
 def clip_of(record):
-    """What identifies a decoded medium: its path, and the part of it."""
+    """Returns a record's path and the part of the video that it is about."""
     return record["path"], *(record.get(field) for field in CLIP_FIELDS)
 
 
 def question_key(record) -> tuple:
-    """Equal for questions on one medium that differ in case, marks, or the order of options only.
-
-    >>> a = {"path": "1.mp4", "problem": "Is the car left of the tree?", "options": []}
-    >>> question_key(a) == question_key(a | {"problem": "is the CAR left of the tree"})
-    True
-    >>> question_key(a) == question_key(a | {"problem": "Is the tree left of the car?"})
-    False
-    """
+    """Returns a key that is equal for questions on one clip that differ only in case, punctuation
+    or the order of options."""
     words = " ".join(re.findall(r"\w+", record["problem"].lower())) or record["problem"]
     options = sorted(option.partition(" ")[2].casefold() for option in record["options"])
     return clip_of(record), words, *options
 
 
 def tail(path) -> str:
-    """A path's last folder and file: CLEVRER and PerceptionTest share names of files alone.
-
-    >>> tail("./MVBench/perception/videos/Video_7.mp4")
-    'videos/video_7.mp4'
-    """
+    """Returns a path's last folder and file, as in videos/video_7.mp4. Names of files alone would
+    not do: CLEVRER and PerceptionTest share some."""
     return "/".join(Path(path).parts[-2:]).lower()
 
 
@@ -2254,8 +2101,8 @@ def content_hash(path) -> bytes:
 
 
 def benchmark_media(files, media_root, root):
-    """is_excluded(path), of a path below root: whether an evaluation file has this medium, under
-    this path or another one; by path alone where its media are not there to be hashed."""
+    """Returns is_excluded(path): whether the file at this path below root is one of the evaluation
+    files' media, by its path's tail or, if they are on this machine, by its content."""
     media = {record["media_path"] for file in files for record in load_records(file, media_root)}
     there = [path for path in media if os.path.isfile(path)]
     tails, sizes = set(map(tail, media)), set(map(os.path.getsize, there))
@@ -2274,15 +2121,13 @@ def benchmark_media(files, media_root, root):
 
 
 def candidates_of(entry, root, is_excluded, seen, counts):
-    """The records that an entry's files offer, each once; counts what is dropped, by reason."""
+    """Yields the records of an entry's files, each once, and counts dropped ones by reason."""
     convert = CONVERTERS[entry["format"]]
     for path in sorted(Path(root).glob(entry["annotation"])):
         for row in tqdm(release_rows(path), desc=entry["source"], unit=" rows", leave=False):
             counts["rows"] += 1
             try:
                 drafts = list(convert(row, path))
-            except InputError:  # a ValueError too, but not of this row alone
-                raise
             except MALFORMED:
                 drafts = []
                 counts["malformed row"] += 1
@@ -2304,10 +2149,8 @@ def candidates_of(entry, root, is_excluded, seen, counts):
 
 
 def spread(records, count, per_medium, rng, taken=()):
-    """`count` of the records, drawn at random: first one of each medium, then a second one of
-    each, and so on to per_medium, of which `taken` ({path: count}) are used; fewer where there
-    are no more. Returns a list.
-    """
+    """Returns at most `count` random records: first one of each file, then a second one of each, up
+    to per_medium. taken: {path: number of questions that other entries have drawn}."""
     rounds, of_medium = [[] for _ in range(per_medium)], Counter(taken)
     for record in sorted(records, key=lambda record: rng.random()):
         if of_medium[record["path"]] < per_medium:
@@ -2317,9 +2160,8 @@ def spread(records, count, per_medium, rng, taken=()):
 
 
 def shuffle_options(record, rng) -> dict:
-    """The record with its options in a random order, lettered A, B, C, ...; as it is if an option
-    may refer to others, or if the question or a thought may name a letter.
-    """
+    """Returns the record with its options in a random order, lettered A, B, C, ... If an option may
+    refer to others, or the question or a thought may name a letter, it stays as it is."""
     texts = [option.partition(" ")[2] for option in record["options"]]
     names_letter = any(map(NAMED_LETTER.search, [record["problem"], *texts]))
     if not texts or "process" in record or names_letter or any(map(OTHERS.search, texts)):
@@ -2331,7 +2173,7 @@ def shuffle_options(record, rng) -> dict:
 
 
 def mix(args):
-    """Builds a mixture by a recipe: converts, cleans, samples and shuffles; writes it whole."""
+    """Writes a mixture by a recipe: converts, cleans, samples and shuffles."""
     recipe, root = read_recipe(args.recipe), Path(args.media_root or Path(args.out).parent)
     make_folder_of(args.out)
     absent = [entry["annotation"] for entry in recipe if not any(root.glob(entry["annotation"]))]
@@ -2361,21 +2203,21 @@ def mix(args):
     text = mix_report(report)
     if not lines[args.out]:
         print(text)
-        raise InputError(f"no record is left for {args.out}, which is not written: the table above "
-                         "says what each entry offered and why it was dropped")
+        raise InputError(f"no record is left for {args.out}, which is not written: see above why "
+                         "each entry's were dropped")
     write_whole({path: json_list(mixed) for path, mixed in lines.items()}
                 | {f"{stem}.report.md": [text]})
     print(text, *(f"{path}: {len(mixed):,} records" for path, mixed in lines.items()), sep="\n")
 
 
 def in_validation(path, args) -> bool:
-    """Whether a medium, with all its questions, is held out."""
+    """Whether a file, with all its questions, is held out."""
     digest = hashlib.blake2b(f"{args.seed} {path}".encode(), digest_size=8).digest()
     return int.from_bytes(digest, "big") / 2**64 < args.val_share
 
 
 def mix_report(report) -> str:
-    """A Markdown table: what each entry wanted, got, and lost for which reason."""
+    """Returns a Markdown table of what each entry wanted, got and dropped."""
     rows = [("source", "type", "wanted", "got", "short by", "rows", "dropped")]
     for entry, got, counts in report:
         dropped = "; ".join(f"{count} {reason}" for reason, count in counts.most_common()
@@ -2390,18 +2232,18 @@ def mix_report(report) -> str:
 # ---------------------------------------------------- check: can every medium be decoded?
 
 def state_of(record, args):
-    """What a verdict holds for: the file's size and time of change, and how it is sampled."""
-    try:
-        status = os.stat(record["media_path"])
-    except OSError:
-        return None
-    limits = ("max_frames", "min_frames", "fps", "min_pixels", "max_pixels", "image_min_pixels",
-              "image_max_pixels", "video_reader")
-    return [status.st_size, status.st_mtime_ns, *(getattr(args, name) for name in limits)]
+    """Returns the file's size and time of change, and the flags of sampling. If one of them
+    changes, the file is decoded again."""
+    path = record["media_path"]
+    file = [os.path.getsize(path), os.path.getmtime(path)] if os.path.exists(path) else []
+    flags = ("max_frames", "min_frames", "fps", "min_pixels", "max_pixels", "image_min_pixels",
+             "image_max_pixels", "video_reader")
+    return file + [getattr(args, name) for name in flags]
 
 
 def judge_medium(args, record):
-    """Why a record's medium cannot be used, or None, by decoding it; in a worker process."""
+    """Decodes a record's file in a worker process. Returns the log row with the reason why it
+    cannot be used, or None."""
     path, state, reason = record["media_path"], state_of(record, args), None
     try:
         load_vision_of(record, args)
@@ -2411,19 +2253,18 @@ def judge_medium(args, record):
 
 
 def check(args):
-    """Decodes every medium of a file of records, as training will, and writes the records whose
-    medium can be used and on which something can be earned. The same command resumes; a file that
-    has changed is decoded again."""
+    """Decodes every image and video of a file of records, as training will. Writes the records that
+    can be used and whose solution an answer can match. The same command resumes."""
     records = load_records(args.data, args.media_root)
-    out = args.out or f"{args.data.removesuffix('.jsonl').removesuffix('.json')}_clean.json"
+    out = args.out or f"{os.path.splitext(args.data)[0]}_clean.json"
     stem = out.removesuffix(".json")
     log = Path(f"{stem}.media.jsonl")
     make_folder_of(out)
     good = {tuple(row["clip"]): row["state"] for row in whole_rows(log) if not row["reason"]}
     clips = {clip_of(record): record for record in records}
     todo = [record for clip, record in clips.items()
-            if clip not in good or good[clip] != state_of(record, args)]
-    reasons = {}
+            if good.get(clip) != state_of(record, args)]
+    reasons = {}  # of the clips that cannot be used
     loader = torch.utils.data.DataLoader(
         todo, batch_size=None, collate_fn=partial(judge_medium, args), in_order=False,
         num_workers=args.num_workers)
@@ -2432,7 +2273,7 @@ def check(args):
             write([row])
             if row["reason"]:
                 reasons[tuple(row["clip"])] = row["reason"]
-    lost = defaultdict(list)  # reason -> the records that it costs; None: the usable ones
+    lost = defaultdict(list)  # reason -> dropped records; None -> usable ones
     for record in records:
         reason = reasons.get(clip_of(record))
         if reason is None and unmatchable(record):
@@ -2451,14 +2292,13 @@ def check(args):
 # ---------------------------------------------------------- stats: a file beside Figure 2
 
 def plain(name):
-    """What spellings of a name agree in: letters, digits and +, lower case."""
+    """Returns a name's letters, digits and +, in lower case."""
     return re.sub(r"[^a-z0-9+]", "", name.lower())
 
 
 def figure_rows(records):
-    """{(category, source, types): [records, the figure's count]} of Figure 2's entries, and of
-    sources that it does not have (count 0). A source is known by a folder of its name, in
-    data_source or in path."""
+    """Returns {(category, source, types): [records, Figure 2's count]}. Sources that are not in
+    Figure 2 count 0. A record's source is a folder of that name in data_source or path."""
     rows = {(e["category"], e["source"], ", ".join(e["problem_type"])): [0, e["count"]]
             for e in read_recipe(FIGURE_2)}
     by_source = defaultdict(list)
@@ -2475,7 +2315,7 @@ def figure_rows(records):
 
 
 def stats(args):
-    """Prints, and with --out writes, the tables of a file of records as Markdown."""
+    """Prints the tables of a file of records as Markdown, and writes them to --out."""
     records = load_records(args.data, args.media_root)
     rows = figure_rows(records)
     paper = sum(count for _, count in rows.values())
@@ -2490,16 +2330,15 @@ def stats(args):
         table.append(line((f"**{category}**", "", ""), *total))
         table += [line(("", *key[1:]), *value) for key, value in members.items()]
     table.append(line(("**all**", "", ""), len(records), paper))
-    counts = [("what", "value", "records", "share")]
     media = Counter(record["path"] for record in records)
-    letters = Counter(f"{len(r['options'])} options, {r['solution'][len('<answer>')]}"
-                      for r in records if r["problem_type"] == "multiple choice")
-    for what, values in (("medium", Counter(r["data_type"] for r in records)),
-                         ("problem type", Counter(r["problem_type"] for r in records)),
-                         ("questions a medium", Counter(media.values())),
-                         ("answer", letters)):
-        counts += [(what, value, count, f"{count / len(records):.1%}")
-                   for value, count in sorted(values.items())]
+    values = {"medium": [r["data_type"] for r in records],
+              "problem type": [r["problem_type"] for r in records],
+              "questions a medium": media.values(),
+              "answer": [f"{len(r['options'])} options, {r['solution'][len('<answer>')]}"
+                         for r in records if r["problem_type"] == "multiple choice"]}
+    counts = [("what", "value", "records", "share")] + [
+        (what, value, count, f"{count / len(records):.1%}")
+        for what, found in values.items() for value, count in sorted(Counter(found).items())]
     text = markdown(table) + f"\n{len(media):,} media\n\n" + markdown(counts)
     if args.out:
         write_whole({args.out: [text]})
@@ -2522,25 +2361,24 @@ def parse_args(argv=None):
     add("--cot", type=at_least(0, int), default=2400, help="questions for the cold start")
     add("--train", type=at_least(0, int), default=1600, help="questions for T-GRPO")
     add("--test", type=at_least(0, int), default=400, help="held-out questions")
-    add("--shortcut", action="store_true", help="in T-GRPO's questions a telling colour always "
-        "names the right direction, so accuracy cannot tell it from the motion; not in the test")
+    add("--shortcut", action="store_true", help="in T-GRPO's questions a colour never names the "
+        "wrong direction, so accuracy does not separate it from the motion")
     add("--seed", type=at_least(0, int), default=0, help="seed of every random draw")
     add = command(convert, "convert", "a benchmark's own release as records for evaluate.py")
     add("name", choices=CONVERTERS, metavar="NAME", help=", ".join(CONVERTERS))
-    add("path", metavar="PATH", help="the release's folder, or the file of its questions (parquet "
-        "needs pyarrow); where its media go: the function from_NAME")
+    add("path", metavar="PATH", help="the release's folder, or the file of its questions; where "
+        "its media go: the function from_NAME")
     add("--out", required=True, help="file of records to write")
     add("--media_root", help="folder above the release that the records' paths are relative to; "
-        "default: the release's own, so evaluate.py finds the media if --out is there too, else "
-        "by its --media_root")
+        "default: the release's own")
     add = command(mix, "mix", "records from the releases that a recipe names")
     add("--recipe", required=True, help="list of entries; assets/recipe.json is the paper's, "
-        "assets/csv.json for a table of your own beside --out")
+        "assets/csv.json is for your own table")
     add("--out", required=True, help="file of records to write; a report goes beside it")
     add("--media_root", help="folder of the releases, which the recipe's and the records' paths "
-        "are relative to; default: the folder of --out, where the stages look for them too")
+        "are relative to; default: the folder of --out")
     add("--val_share", type=at_least(0, float, below=1), default=0.0,
-        help="share of media held out, in <out>_val.json")
+        help="share of files held out, in <out>_val.json")
     add("--per_medium", type=above(0, int), default=20, help="most questions on one medium")
     add("--exclude", nargs="*", default=[], help="evaluation files whose media must not be used")
     add("--exclude_root", help="folder of their media; default: each file's own")

@@ -25,20 +25,20 @@ released eval_*.json, or what `build_data.py convert` made of its own release. S
     reflections  phrases of second thoughts in a response ("wait", "let me check"): only counted
     drop       score with ordered frames minus this score, over records answered in both
 
-Each has a 95 % interval: bootstrap over media, since questions share videos (Vinoground's scores:
-over pairs). A medium that cannot be read is skipped and named, never replaced; every score stands
-beside answered/records.
+Each has a 95 % interval: bootstrap over videos and images, since questions share them (Vinoground's
+scores: over pairs). Files that cannot be read are skipped and named; every score stands beside
+answered/records.
 
 --order shows what a score needs. shuffled, reversed: the order of frames; single_frame (the middle
 one, in every place): motion; blind (grey in every place): sight. The prompt's text, length and
-timing stay. (Reversing one of Vinoground's video questions also swaps the two clips that it joins,
-so its answer may stay right: use shuffled there.) --judge asks a large model which questions need
-temporal reasoning and which responses use it (Figure 6).
+timing stay. (A video question of Vinoground joins two clips. Reversing swaps them, so its answer
+may stay right: use shuffled.) --judge has a large model decide which questions need temporal
+reasoning and which responses use it (Figure 6).
 
-Every rank answers a share, with the whole model or through --api_base: a server gets pictures
-without timing, so its scores are not those of the same model here. --output (one folder for all
-ranks) gets `<name>_<frames>_<order>.rank<r>.jsonl` with a row for each answer, the same name .json
-with scores, settings and graded rows, and `skipped.jsonl`; --judge leaves `<result>.judge.json`.
+Every rank answers a share. --api_base uses a server, which gets pictures without timing: its
+scores differ from the same model's here. --output (one folder for all ranks) gets
+`<name>_<frames>_<order>.rank<r>.jsonl` with a row for each response, the same name .json with
+scores, settings and graded rows, and `skipped.jsonl`; --judge writes `<result>.judge.json`.
 The same command, on any number of ranks, resumes by problem_id.
 
 Shapes: B records of a batch, L tokens, T frames, C channels, H x W pixels, n rows, M media,
@@ -64,10 +64,10 @@ from PIL import Image
 
 from annotate import (Generator, add_generation_flags, api_messages, collect_responses,
                       configuration_of, read_rows, refuse_repeated_ids)
-from build_data import (ASSETS, FlagParser, InputError, MediaError, above, add_machine_flags,
-                        add_media_flags, as_in_file, benchmark_facts, encode,
-                        load_records, load_vision_of, make_folder_of, markdown, provenance,
-                        read_file, record_seed, refuse_absent_media, row_writer, run_script,
+from build_data import (ASSETS, BENCHMARK_FACTS, FlagParser, InputError, MediaError, above,
+                        add_machine_flags, add_media_flags, as_in_file, encode, load_records,
+                        load_vision_of, make_folder_of, markdown, provenance, read_file,
+                        record_seed, refuse_absent_media, row_writer, run_script,
                         seeded_generator, shuffle_frames, skip_row, subject_groups, write_whole)
 from rewards import (accuracy_reward, extract_answer, format_reward, multiple_choice, numerical,
                      parse_number)
@@ -82,12 +82,10 @@ def parse_args(argv=None):
     # what to do: one of three
     what = parser.add_mutually_exclusive_group(required=True).add_argument
     what("--benchmark", type=named_file, nargs="+", metavar="NAME=FILE",
-         help="a file of records and the name of their results; as benchmarks are scored "
-              + ", ".join(BENCHMARKS))
-    what("--judge", nargs="+", metavar="RESULT", help="result files: does --model find temporal "
-         "reasoning in their responses")
-    what("--diff", nargs=2, metavar=("A", "B"), help="what changed from A to B: two --output "
-         "folders, as one table, or two result files, also question by question")
+         help=f"a file of records and the name of their results; benchmarks: {[*BENCHMARKS]}")
+    what("--judge", nargs="+", metavar="RESULT", help="result files whose responses --model judges")
+    what("--diff", nargs=2, metavar=("A", "B"),
+         help="compare two --output folders, or two result files question by question")
     add("--compare", choices=("paper",), help="print the paper's Table 1 beside these results")
     add("--model", help="Hugging Face directory or name of the model to evaluate, or to judge with")
     add("--output", help="folder for rows and results; completed if it has some")
@@ -123,9 +121,9 @@ def named_file(text):
 # ------------------------------------------------------------- how benchmarks are scored
 
 class Overall(NamedTuple):
-    """One number for a benchmark: a mean over rows, in groups `by` first where that is named."""
+    """One number for a benchmark: the mean over rows."""
     metric: str  # the field to average; rows without it count by their accuracy reward
-    by: str = ""
+    by: str = ""  # the kind of groups whose means are averaged
     pairs: tuple[str, ...] = ()  # instead of rows, pairs of questions of each of these tasks
 
     def score(self, row):
@@ -151,17 +149,16 @@ OVERALLS = {
                    "video score": Overall("accuracy", pairs=("video",)), **PLAIN},
 }
 BENCHMARKS = {name: Benchmark(facts["title"], facts["size"], OVERALLS.get(name, PLAIN))
-              for name, facts in benchmark_facts().items()}
+              for name, facts in BENCHMARK_FACTS.items()}
 RECORDS = Benchmark("a file of records", 0, PLAIN)
-TABLE_1 = ASSETS / "table1.csv"  # of arXiv 2503.21776
 
 
 def released_groups(name, row):
-    """The groups of a record of the released eval_*.json, from its fields. Its rows are numbered
-    from 1, so many for each of VideoMMMU's tracks and MVBench's tasks."""
-    facts, number = benchmark_facts()[name], row["problem_id"]
+    """Returns the groups of a record of the released eval_*.json, from its fields. Rows are
+    numbered from 1, equally many for each of VideoMMMU's tracks and MVBench's tasks."""
+    facts, number = BENCHMARK_FACTS[name], row["problem_id"]
     folders, rows_a_task = facts.get("folders", {}), facts.get("rows_a_task", 0)
-    tasks = facts["tasks"] if "tasks" in facts else sorted(folders)
+    tasks = sorted(facts.get("tasks", folders))
     task = str(row.get("original_question_type", "")).lower().replace(" ", "_")
     if task not in tasks:
         numbered = isinstance(number, int) and 0 < number <= rows_a_task * len(tasks)
@@ -185,19 +182,17 @@ LEVELS = re.compile("_(easy|medium|hard)$")  # VSI-Bench makes one task of these
 METRICS = {  # -> its unit in the printed tables, most in percent; 0: in the result file only
     "score": 100, "accuracy": 100, "correct": 0, "mra": 100, "mra_released": 0, "format": 100,
     "truncated": 100, "tokens": 1, "reflections": 1, "drop": 100}
-HEADINGS = {"mra": "mra (exact)"}  # where the table says more than the result file
 # Phrases of second thoughts; "wait" as a plain verb is counted too.
 REFLECTION = re.compile(r"\b(?:wait|hmm+|on second thought|let(?:'s| me| us) (?:re-?|double[- ])?"
                         r"(?:check|verify|consider|examine|read))\b", re.IGNORECASE)
 
 
 def mean_relative_accuracy(predicted, truth) -> float:
-    """MRA: the share of theta in {.50, .55, ..., .95} with |p - g| / |g| <= 1 - theta.
+    """Returns MRA: the share of theta in {.50, .55, ..., .95} with |p - g| / |g| <= 1 - theta.
 
-    Takes numbers, or text that holds one; anything else predicted scores 0. g = 0 asks for
-    exactly 0. In exact fractions of the written decimals, because the boundaries are met in
-    practice: in floats 1 - .9 < .1, and p = 9, g = 10 would lose a threshold.
-    Source: VSI-Bench (Yang et al. 2024).
+    Takes numbers or their text; other text scores 0, and g = 0 requires exactly 0. Computes in
+    exact fractions, because boundaries occur in practice: in floats 1 - .9 < .1, so p = 9, g = 10
+    would lose a threshold. Source: VSI-Bench (Yang et al. 2024).
 
     >>> [mean_relative_accuracy(p, g) for p, g in ((1, 2), ("9 m", "10"), (4, 10), ("many", 3))]
     [0.1, 0.9, 0.0, 0.0]
@@ -213,7 +208,7 @@ def mean_relative_accuracy(predicted, truth) -> float:
 
 
 def released_relative_accuracy(predicted, truth) -> float:
-    """MRA as the paper's released code counts it: a strict <, in float32, with 1e-8 added to g.
+    """Returns MRA by the paper's released code: a strict <, in float32, with 1e-8 added to g.
 
     >>> released_relative_accuracy("1", "2"), mean_relative_accuracy("1", "2")
     (0.0, 0.1)
@@ -226,8 +221,8 @@ def released_relative_accuracy(predicted, truth) -> float:
 
 
 def open_answer(predicted, truth) -> float:
-    """How VideoMMMU grades an open question: a number by its value to two decimals, one letter by
-    the letter, other text where the answer contains it; by any item of a truth that is a list.
+    """Returns VideoMMMU's grade of an open question: a number by its value to two decimals, one
+    letter by the letter, other text by whether the answer contains it; any item of a list counts.
 
     >>> [open_answer(*pair) for pair in (("24/7", "['24/7', '3.429', '3.43]"), ("17", "['7']"),
     ...                                  ("Net income.", "net income"), ("I cannot say", "A"))]
@@ -247,15 +242,13 @@ def open_answer(predicted, truth) -> float:
 
 
 def bootstrap_mean(values, media, seed, cells=None):
-    """(mean, low, high): the mean of n values and its 95 % bootstrap interval over media.
+    """Returns (mean, low, high): the mean of n values and its 95 % bootstrap interval over media.
 
-    values[i] belongs to the medium named media[i]. With cells[i], the name of a group, the mean is
-    that of the groups' means (names that differ in LEVELS alone share one vote). A resample draws
-    M media with replacement, each with all its values. One medium alone says nothing about others:
-    its low and high are None. With few media, or equal values, the interval is too narrow.
+    values[i] belongs to the file media[i]. With cells[i], the name of a group, the mean is that of
+    the groups' means (names that differ only in LEVELS share one vote). A resample draws M files
+    with replacement, each with all its values. If M is 1, low and high are None. With few files or
+    equal values the interval is too narrow.
 
-    >>> bootstrap_mean([1.0, 1.0, 1.0], ["a", "a", "b"], seed=0)
-    (1.0, 1.0, 1.0)
     >>> bootstrap_mean([1.0, 1.0, 0.0], ["a", "a", "a"], seed=0, cells=["s", "s", "t"])
     (0.5, None, None)
     """
@@ -280,7 +273,7 @@ def bootstrap_mean(values, media, seed, cells=None):
 
 
 def grade(records, rows, threshold):
-    """A graded row for each record that has an output in `rows`, keyed by problem_id as text."""
+    """Returns a graded row for each record with an output in `rows`, {problem_id as text: row}."""
     keys = ("problem_id", "data_source", "problem_type", "path", "problem", "options", "solution",
             "groups", "pair", "output", "tokens", "truncated", "size", "prompt_tokens")
     graded = []
@@ -305,13 +298,13 @@ def grade(records, rows, threshold):
 
 
 def groups_of(record):
-    """The groups that a record, or its graded row, is scored in: {kind: name}."""
+    """Returns the groups in which a record, or its graded row, is scored: {kind: name}."""
     return {"problem_type": record["problem_type"], **record.get("groups", {
         "data_source": str(record.get("data_source"))})}
 
 
 def score_pairs(rows, tasks):
-    """A row for each pair that has both questions of all `tasks`: right where all of them are."""
+    """Returns a row for each pair that has both questions of all `tasks`: right if all are."""
     pairs = defaultdict(list)
     for row in rows:
         if groups_of(row).get("task") in tasks:
@@ -321,8 +314,7 @@ def score_pairs(rows, tasks):
 
 
 def with_score(rows, overall, ordered):
-    """The rows with their score and, where the `ordered` rows have the same question, with the
-    drop from there."""
+    """Adds to each row its score and, if `ordered` has the same question, the drop from there."""
     scored = [row | {"score": overall.score(row)} for row in rows]
     there = {str(row["problem_id"]): row for row in ordered}
     for row in scored:
@@ -332,8 +324,8 @@ def with_score(rows, overall, ordered):
 
 
 def measure(rows, metrics, seed, by=""):
-    """{metric: {"mean", "low", "high", "n"}} over the rows that have it, for each metric that a row
-    has; `by` names the groups whose means are averaged."""
+    """Returns {metric: {"mean", "low", "high", "n"}} over the rows that have it. by: the kind of
+    groups whose means are averaged."""
     found = {}
     for metric in metrics:
         if having := [row for row in rows if metric in row]:
@@ -345,9 +337,9 @@ def measure(rows, metrics, seed, by=""):
 
 
 def score(records, graded, seed, overalls=PLAIN, ordered=()):
-    """Group -> {"answered", "records", what `measure` finds}, the benchmark's own number first.
-    Groups are each of the overalls that averages over pairs, or over groups which all records
-    name, "all" and each "<kind>: <name>" of groups_of."""
+    """Returns {group: {"answered", "records", and measure's result}}, the benchmark's own first.
+    Groups: the overalls over pairs or over groups that all records name; "all"; and each
+    "<kind>: <name>" of groups_of."""
     usable = {name: overall for name, overall in overalls.items()
               if not overall.by or all(overall.by in groups_of(record) for record in records)}
     scores = {}
@@ -376,7 +368,7 @@ GROUPS_SHOWN = 30  # a kind of group with more members than this is in the resul
 
 
 def cell(value, unit=100):
-    """What `measure` found for a metric as text, "62.5 [60.1, 64.9]"; "" if it has nothing."""
+    """Returns measure's result for a metric as text, "62.5 [60.1, 64.9]", or "" for None."""
     if not value:
         return ""
     shown = [f"{value[key] * unit:.1f}" for key in ("mean", "low", "high")
@@ -385,7 +377,7 @@ def cell(value, unit=100):
 
 
 def shown_groups(scores):
-    """The groups to print, the benchmark's own first; and a line for each kind left out."""
+    """Returns the groups to print, the benchmark's own first, and a line for each hidden kind."""
     kinds = Counter(group.partition(":")[0] for group in scores)
     hidden = [kind for kind, count in kinds.items() if count > GROUPS_SHOWN]
     groups = sorted((group for group in scores if group.partition(":")[0] not in hidden),
@@ -394,17 +386,17 @@ def shown_groups(scores):
 
 
 def named(group, benchmark):
-    """A group as tables show it; of sources below the benchmark's own name, the rest of theirs."""
+    """Returns a group's name in tables: a source's without the benchmark's name in front."""
     return group.removeprefix(f"data_source: {benchmark}/")
 
 
 def model_and_order(result):
-    """The model of a result and the order of frames that it saw, for a table's heading."""
+    """Returns the model and order of a result, for a table's heading."""
     return f"{result['arguments']['model']} ({result.get('order')})"
 
 
 def table(title, scores, benchmark=""):
-    """The scores of one result as the lines of a Markdown table."""
+    """Returns the scores of one result as the lines of a Markdown table."""
     units = {metric: unit for metric, unit in METRICS.items() if unit and metric in scores["all"]}
     if all(row.get("score") == row.get("accuracy") for row in scores.values()):
         units.pop("score", None)
@@ -412,17 +404,15 @@ def table(title, scores, benchmark=""):
     rows = [[named(group, benchmark), f"{scores[group]['answered']}/{scores[group]['records']}",
              *(cell(scores[group].get(metric), unit) for metric, unit in units.items())]
             for group in groups]
-    headings = [HEADINGS.get(metric, metric) for metric in units]
+    headings = ["mra (exact)" if metric == "mra" else metric for metric in units]
     return markdown([[title, "answered", *headings], *rows]).splitlines() + hidden
 
 
 def summary(results, compare):
-    """The results in the layout of the paper's Table 1, as lines; with the paper's own rows.
-
-    A cell without n/N stands for a whole benchmark answered. Other benchmarks' results follow.
-    """
-    columns = [name for name in BENCHMARKS if name in read_file(TABLE_1)[0] or
-               any(result["benchmark"] == name for result in results)]
+    """Returns the results as lines in the layout of the paper's Table 1, then other benchmarks'.
+    compare: with the rows of the paper. A cell with n/N is of a part of the benchmark."""
+    paper, measured = read_file(ASSETS / "table1.csv"), {r["benchmark"] for r in results}
+    columns = [name for name in BENCHMARKS if name in paper[0] or name in measured]
     ours = defaultdict(lambda: dict.fromkeys(columns, ""))
     for result in results:
         name, row = result["benchmark"], result["scores"][result["overall"]]
@@ -438,20 +428,20 @@ def summary(results, compare):
     if compare:
         rows += [[f"{row['model']}, paper", row["frames"] or "-",
                   *((row[name] or "-") if name in row else "" for name in columns)]
-                 for row in read_file(TABLE_1)]
+                 for row in paper]
     heading = ["Models", "Frames", *(BENCHMARKS[name].title for name in columns)]
     return markdown([heading, *rows]).splitlines()
 
 
 def comparison(folders):
-    """What all --output folders have of both orders, a table for each result, as lines: a group's
-    score on ordered frames, on shuffled ones and the gap, a line for each folder's model."""
+    """Returns a table, as lines, for each result that all --output folders have in both orders:
+    a group's score on ordered frames, on shuffled ones and the gap."""
     names = [{path.name.rpartition("_")[0] for path in Path(folder).glob(f"*_{order}.json")}
              for folder in folders for order in ("ordered", "shuffled")]
-    if not set.intersection(*names):
+    common, lines = sorted(set.intersection(*names)), []
+    if not common:
         raise InputError(f"{' and '.join(folders)} have no <name>_<frames>_shuffled.json in common")
-    lines = []
-    for stem in sorted(set.intersection(*names)):
+    for stem in common:
         pairs = [[read_result(f"{folder}/{stem}_{order}.json")
                   for order in ("ordered", "shuffled")] for folder in folders]
         groups, hidden = shown_groups(pairs[0][0]["scores"])
@@ -469,10 +459,9 @@ def comparison(folders):
 
 
 def difference(a, b):
-    """What changed from result a to result b, as lines: paired scores, then changed questions."""
+    """Returns the changes from result a to result b as lines: paired scores, then questions."""
     if a["benchmark"] != b["benchmark"]:
-        raise InputError(f"these are results of {a['benchmark']} and of {b['benchmark']}: their "
-                         "questions cannot be paired")
+        raise InputError(f"results of {a['benchmark']} and {b['benchmark']} cannot be paired")
     before, after = ({str(row["problem_id"]): row for row in result["rows"]} for result in (a, b))
     old, new = ([rows[key] for key in before if key in after] for rows in (before, after))
     if not old:
@@ -501,7 +490,7 @@ def difference(a, b):
 # --------------------------------------------------------------------------------- data
 
 def read_records(name, path, media_root):
-    """The records of a file; a benchmark's with the groups that it is scored in."""
+    """Returns the records of a file; a benchmark's with the groups in which it is scored."""
     if Path(path).is_dir():
         raise InputError(f"{path} is a folder, not a file of records: python build_data.py convert "
                          f"{name} {path} --out {name}.json makes one of a benchmark's release")
@@ -513,7 +502,7 @@ def read_records(name, path, media_root):
 
 
 def read_benchmarks(args):
-    """--benchmark as {name: records}; InputError for what cannot be used."""
+    """Returns --benchmark as {name: records}, or raises InputError."""
     benchmarks = {}
     for text in args.benchmark:
         name, _, path = text.partition("=")
@@ -526,7 +515,7 @@ def read_benchmarks(args):
 
 
 def reorder(vision, order, seed):
-    """The medium as `order`, one of ORDERS, shows it; sizes, timing and token count are kept."""
+    """Returns the image or video in an order of ORDERS; size, timing and token count stay."""
     frames = vision.frames  # (T, C, H, W)
     if frames is None:
         grey = Image.new("RGB", vision.image.size, (GREY, GREY, GREY))
@@ -543,8 +532,8 @@ def reorder(vision, order, seed):
 
 
 def prompt_of(processor, args, order, record):
-    """A record with its encoded inputs, or (without a processor) with the messages that a server
-    gets; or the line of one whose medium cannot be used. Runs in worker processes."""
+    """Returns a record with its inputs, or (without a processor) with a server's messages, or a
+    skipped row. Runs in worker processes."""
     try:
         vision = load_vision_of(record, args, processor)
     except MediaError as error:
@@ -560,18 +549,18 @@ def prompt_of(processor, args, order, record):
 # ------------------------------------------------------------- answers, and what a run leaves
 
 def row_of(sample, answers, seconds):
-    """The row of a record's response."""
+    """Returns the row of a record's response."""
     (text, tokens, truncated), = answers
     row = {"problem_id": sample["record"]["problem_id"], "output": text, "truncated": truncated,
            "seconds": seconds, "size": sample["size"]}
-    if tokens is not None:  # a server may not tell
+    if tokens is not None:  # some servers omit it
         row["tokens"] = tokens
     return row if "messages" in sample else row | {
         "prompt_tokens": sample["inputs"]["input_ids"].shape[1]}
 
 
 def collect_rows(generator, stem, records, configuration, prompt_of):
-    """annotate.collect_responses in --output, where skipped.jsonl then names the unanswered records."""
+    """Returns annotate.collect_responses's rows, and adds skipped records to skipped.jsonl."""
     output = Path(generator.args.output)
     rows = collect_responses(generator, output, stem, records, configuration, prompt_of, row_of)
     skipped = [{"result": stem, **row} for row in rows.values() if "reason" in row]
@@ -582,13 +571,13 @@ def collect_rows(generator, stem, records, configuration, prompt_of):
 
 
 def hash_of(value):
-    """A hash of what JSON can hold, whatever the order of its keys."""
+    """Returns a hash of JSON data that does not depend on the order of keys."""
     return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()
 
 
 def plan(args, benchmarks, shared):
-    """[(name, records, configuration), ...] of the results to make. InputError where --output has
-    rows of another configuration, be it of questions beyond --limit."""
+    """Returns [(name, records, configuration), ...] of the results to make. Raises InputError if
+    --output has rows of another configuration, even beyond --limit."""
     tasks = []
     for (name, records), frames in product(benchmarks.items(), dict.fromkeys(args.frames)):
         digest = hash_of([as_in_file(record) for record in records])
@@ -600,8 +589,7 @@ def plan(args, benchmarks, shared):
 
 
 def write_result(args, name, order, records, configuration, rows):
-    """Writes <name>_<frames>_<order>.json, complete or absent, from every row that --output has,
-    and prints the scores with what is missing from them."""
+    """Writes <name>_<frames>_<order>.json from the rows in --output, and prints its scores."""
     benchmark, frames = BENCHMARKS.get(name, RECORDS), configuration["frames"]
     stem = f"{name}_{frames}_{order}"
     keys = [str(record["problem_id"]) for record in records]
@@ -611,13 +599,12 @@ def write_result(args, name, order, records, configuration, rows):
         ordered = grade(records, read_rows(args.output, f"{name}_{frames}_ordered", configuration),
                         args.correct_threshold)
     scores = score(records, graded, args.seed, benchmark.overalls, ordered)
-    answered = [row for row in rows.values() if "output" in row]
     skipped = [row for row in rows.values() if "reason" in row]
     result = {"benchmark": name, "frames": frames, "order": order,
               "overall": next(iter(scores)), "scores": scores,
               "answered": len(graded), "records": len(records),
-              "tokens": sum(row.get("tokens", 0) for row in answered),
-              "rank_seconds": sum(row["seconds"] for row in answered),  # of generation
+              "tokens": sum(row.get("tokens", 0) for row in rows.values()),
+              "rank_seconds": sum(row.get("seconds", 0) for row in rows.values()),  # generating
               "skipped": skipped, "arguments": vars(args), "configuration": configuration,
               "configuration_sha256": hash_of(configuration),
               "world_size": dist.get_world_size(),
@@ -633,7 +620,7 @@ def write_result(args, name, order, records, configuration, rows):
 
 
 def read_result(path):
-    """A result file of write_result."""
+    """Reads a result file of write_result."""
     result = read_file(Path(path))
     if not isinstance(result, dict) or not {"benchmark", "configuration", "rows"} <= result.keys():
         raise InputError(f"{path} is not a result: <name>_<frames>_<order>.json of an --output")
@@ -665,7 +652,7 @@ Reply with one word: yes or no."""
 
 
 def verdict(text):
-    """The judge's yes (True) or no (False), after its thoughts if it has any; else None.
+    """Returns the judge's yes (True) or no (False), after its thoughts, or None.
 
     >>> [verdict(text) for text in ("<think>no?</think>Yes.", "**no**", "It depends: yes and no")]
     [True, False, None]
@@ -675,7 +662,7 @@ def verdict(text):
 
 
 def judge_prompt_of(processor, record):
-    """prompt_of for the judge: a text without a medium."""
+    """Returns what prompt_of does, for the judge: a text without image or video."""
     content = [{"type": "text", "text": record["judge_prompt"]}]
     sample, messages = {"record": record, "size": []}, [{"role": "user", "content": content}]
     if processor is None:
@@ -685,7 +672,7 @@ def judge_prompt_of(processor, record):
 
 
 def verdicts(generator, configuration, stem, prompt, rows):
-    """{problem_id as text: True or False} by the judge, for the rows of a result it decides on."""
+    """Returns {problem_id as text: verdict} for the rows of a result that the judge decides."""
     records = []
     for row in rows:
         question = "\n".join([row["problem"], *(row.get("options") or [])])
@@ -699,9 +686,8 @@ def verdicts(generator, configuration, stem, prompt, rows):
 
 
 def judge(generator, configuration, path):
-    """[{"uses": whether the response uses temporal reasoning, "path" of its medium}, ...] for the
-    questions of a result file that need it. Leaves <stem>.judge.json; what the judge does not
-    decide is in neither."""
+    """Returns [{"uses", "path"}, ...]: whether the response uses temporal reasoning, for the
+    questions of a result file that need it by a decided verdict. Writes <stem>.judge.json."""
     rows = {str(row["problem_id"]): row for row in read_result(path)["rows"]}
     args, stem, ask = generator.args, Path(path).stem, partial(verdicts, generator, configuration)
     needs = ask(f"{stem}.questions", JUDGE_QUESTION, rows.values())
