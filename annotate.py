@@ -61,7 +61,7 @@ from build_data import (ANSWER_SUFFIX, TEMPLATE, UNUSABLE, FlagParser, InputErro
                         Vision, above, add_machine_flags, add_media_flags, as_in_file, at_least,
                         build_messages, encode, forbidden_tokens, generate, json_list, load_model,
                         load_processor, load_records, load_vision_of, make_folder_of, markdown,
-                        number, record_seed, require_same, row_writer, run_script,
+                        model_hash, number, record_seed, require_same, row_writer, run_script,
                         setup_distributed, skip_row, stop_tokens, whole_rows, write_whole)
 from rewards import (WORD, accuracy_reward, choice_letter, extract_answer, format_reward,
                      parse_number)
@@ -428,29 +428,6 @@ def configuration_of(generator, *more):
         "chat_template": generator.processor.chat_template}
     return {flag: getattr(args, flag) for flag in flags} | engine | {
         "template": TEMPLATE, "answer_suffix": ANSWER_SUFFIX}
-
-
-HASHED_BLOCKS, BLOCK_BYTES = 64, 4096  # of each weight file: seconds for any size of model
-
-
-def model_hash(model):
-    """Returns a hash of config.json and, of every weight file, its name, size and some blocks
-    spread evenly: it distinguishes checkpoints of a run without reading all of either."""
-    import huggingface_hub
-    try:
-        folder = model if Path(model).is_dir() else huggingface_hub.snapshot_download(
-            model, allow_patterns=["*.json", "*.safetensors"])
-        digest = hashlib.sha256((Path(folder) / "config.json").read_bytes())
-        for path in sorted(Path(folder).glob("*.safetensors")):
-            size = path.stat().st_size
-            digest.update(f"{path.name} {size}".encode())
-            with path.open("rb") as file:
-                for block in range(HASHED_BLOCKS):
-                    file.seek(size * block // HASHED_BLOCKS)
-                    digest.update(file.read(BLOCK_BYTES))
-    except (OSError, ValueError) as error:
-        raise InputError(f"cannot read --model {model}: {error}") from None
-    return digest.hexdigest()
 
 
 # ------------------------------------------------------------- a model behind a server

@@ -40,7 +40,7 @@ import zlib
 from bisect import bisect_left, bisect_right
 from collections import Counter, defaultdict
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, redirect_stdout
+from contextlib import contextmanager, redirect_stdout, suppress
 from datetime import timedelta
 from difflib import get_close_matches
 from functools import lru_cache, partial
@@ -309,6 +309,29 @@ def load_model(args, config):
     return model
 
 
+HASHED_BLOCKS, BLOCK_BYTES = 64, 4096  # of each weight file: seconds for any size of model
+
+
+def model_hash(model):
+    """Returns a hash of config.json and, of every weight file, its name, size and some blocks
+    spread evenly: it distinguishes checkpoints of a run without reading all of either."""
+    import huggingface_hub
+    try:
+        folder = model if Path(model).is_dir() else huggingface_hub.snapshot_download(
+            model, allow_patterns=["*.json", "*.safetensors"])
+        digest = hashlib.sha256((Path(folder) / "config.json").read_bytes())
+        for path in sorted(Path(folder).glob("*.safetensors")):
+            size = path.stat().st_size
+            digest.update(f"{path.name} {size}".encode())
+            with path.open("rb") as file:
+                for block in range(HASHED_BLOCKS):
+                    file.seek(size * block // HASHED_BLOCKS)
+                    digest.update(file.read(BLOCK_BYTES))
+    except (OSError, ValueError) as error:
+        raise InputError(f"cannot read --model {model}: {error}") from None
+    return digest.hexdigest()
+
+
 def wait_for_rank0_error():
     """Delays the error of a machine's other ranks. If its first rank has the same error, the
     launcher ends them meanwhile, so that the error is printed once."""
@@ -371,9 +394,14 @@ def run_script(main, parse_args):
     for worker in multiprocessing.active_children():
         worker.kill()  # it would hold our output open, for whoever reads that to its end
     if fault is not None:
-        share_error(args, fault)
-        wait_for_rank0_error()
-        print(f"{name}: {fault}", file=sys.stderr)
+        rank0 = os.environ.get("LOCAL_RANK", "0") == "0"  # of this machine
+        if rank0:
+            print(f"{name}: {fault}", file=sys.stderr)
+        with suppress(Exception):  # the other machines' ranks may be gone
+            share_error(args, fault)
+        if not rank0:
+            wait_for_rank0_error()
+            print(f"{name}: {fault}", file=sys.stderr)
     os._exit(1)
 
 

@@ -44,8 +44,8 @@ from transformers import GenerationConfig
 from build_data import (FULL_DISK, FlagParser, InputError, MediaError, above, add_machine_flags,
                         add_media_flags, as_in_file, at_least, encode, encode_blank,
                         forbidden_tokens, generate, image_as_video, load_model, load_processor,
-                        load_records, load_vision_of, pad_batch, provenance, read_file, record_seed,
-                        refuse_absent_media, require_same, rope_positions, run_script,
+                        load_records, load_vision_of, model_hash, pad_batch, provenance, read_file,
+                        record_seed, refuse_absent_media, require_same, rope_positions, run_script,
                         seeded_generator, setup_distributed, shuffle_frames, skip_row, stop_tokens,
                         to_device, whole_rows, write_whole)
 from rewards import accuracy_reward, format_reward
@@ -361,13 +361,12 @@ def open_run(args, records, parse_args, per_step) -> Run:
     end of the process where --output is finished. parse_args is the script's own: a flag that an
     older run does not have counts as its default of today."""
     config, held_out = read_deepspeed_config(args), load_held_out(args)
+    weights = model_hash(args.model)
     rank, device = setup_distributed(args)
     args.max_steps = args.max_steps or math.ceil(
         len(records) * args.num_train_epochs / (per_step * dist.get_world_size()))
-    text = json.dumps([as_in_file(record) for record in records])
-    identity = {"arguments": vars(args),
-                "records": hashlib.sha256(text.encode()).hexdigest()[:12],
-                "world_size": dist.get_world_size(),
+    identity = {"arguments": vars(args), "records": digest_of(records),
+                "model_sha256": weights, "world_size": dist.get_world_size(),
                 "zero_stage": config["zero_optimization"].get("stage", 0), **provenance()}
     run = Run(args, config, identity, rank, dist.get_world_size(), device, catch_signals(rank),
               per_step, held_out)
@@ -386,6 +385,12 @@ def open_run(args, records, parse_args, per_step) -> Run:
             raise InputError(f"--output {args.output} holds a model after {reached} steps and no "
                              "checkpoint to go on from: name another folder")
     return run
+
+
+def digest_of(records) -> str:
+    """Returns a short hash of records as their file has them."""
+    text = json.dumps([as_in_file(record) for record in records])
+    return hashlib.sha256(text.encode()).hexdigest()[:12]
 
 
 def read_deepspeed_config(args):
@@ -418,12 +423,13 @@ def read_deepspeed_config(args):
 
 
 def require_equal_ranks(run):
-    """InputError that names what differs between two ranks, as it can on two machines: records,
-    software, flags. Collective."""
+    """Raises InputError that names what differs between two ranks, as it can on two machines:
+    files, software, flags. Collective."""
     flags = {f"--{name}": value for name, value in vars(run.args).items() if name != "local_rank"}
     first, *others = gather_objects({
         "records of --data": run.identity["records"], "git commit": run.identity["git_commit"],
-        **run.identity["versions"], **flags})
+        "records of --val_data": digest_of(run.held_out), "DeepSpeed's file": run.config,
+        "weights of --model": run.identity["model_sha256"], **run.identity["versions"], **flags})
     for rank, other in enumerate(others, 1):
         differs = [f"{name} {first[name]} and {other[name]}" for name in first
                    if first[name] != other[name]]
@@ -441,15 +447,17 @@ def open_output(run) -> int:
     """
     output, resume = Path(run.args.output), run.args.resume
     probe, latest = output / "shared.probe", output / "latest"
+    tag = reason = ""
     try:
         output.mkdir(parents=True, exist_ok=True)
         tag = latest.read_text(encoding="utf-8").strip() if latest.exists() else ""
         if run.rank == 0:
             probe.touch()
     except OSError as error:
-        raise InputError(f"cannot write to --output {output}: {error}") from None
+        reason = f"cannot write to --output {output}: {error}"
     # the ranks agree before any of them writes more; one that sees another disk is found out here
-    dist.barrier()
+    if reasons := list(filter(None, gather_objects(reason))):
+        raise InputError(reasons[0])
     found = gather_objects((probe.exists(), tag))
     if run.rank == 0:
         probe.unlink()
@@ -478,14 +486,16 @@ def check_identity(run, defaults):
     def flat(line):
         return {f"--{name}": value for name, value in (defaults | line["arguments"]).items()} | {
             "records of --data": line["records"], "number of processes": line["world_size"],
-            "ZeRO stage": line["zero_stage"]}
+            "ZeRO stage": line["zero_stage"],  # older runs lack the next one
+            "weights of --model": line.get("model_sha256", run.identity["model_sha256"])}
     try:
         was = flat(whole_rows(output / "metrics.jsonl")[0])
     except (OSError, LookupError, TypeError) as error:
         raise InputError(f"the first line of {output / 'metrics.jsonl'} must say what run this is: "
                          f"{error!r}") from None
+    saves_only = run.args.max_steps == run.first_step  # the model, without another step
     constant = run.args.lr_schedule == "constant"
-    free = FREE_ARGUMENTS | (LENGTH_ARGUMENTS if constant else set())
+    free = FREE_ARGUMENTS | (LENGTH_ARGUMENTS if constant or saves_only else set())
     require_same(f"--resume: {output}", was, flat(run.identity), "Give what it had, or start "
                  "another --output from its weights (README, 'When something breaks')",
                  {f"--{name}" for name in free})
@@ -510,6 +520,8 @@ def start_engine(run, model):
                                                   load_module_strict=not args.lora_rank)
             run.skipped = state["skipped"]
         except Exception as error:  # what torch and DeepSpeed raise on a damaged file has no end
+            if "DataLoader worker" in str(error):  # torch raises wherever a worker's end is met
+                raise
             raise InputError(f"{output / tag} is damaged ({type(error).__name__}: "
                              f"{str(error).splitlines()[:1]}): remove this folder, and --resume "
                              "goes on from the checkpoint before it") from None

@@ -449,15 +449,18 @@ def start_sampler(run, forbidden_ids):
     forbid_tokens(sampler, forbidden_ids, run.device)
     for source, target in zip(module.buffers(), sampler.buffers(), strict=True):
         target.copy_(source)
+    gather_weights(run.engine, sampler, trained=False)
     return sampler
 
 
-def gather_weights(engine, sampler):
-    """Copies a sharded policy into its sampler, parameter by parameter. Collective."""
+def gather_weights(engine, sampler, trained=True):
+    """Copies a sharded policy's trained weights, or its frozen ones, into its sampler, parameter by
+    parameter. Collective."""
     if sampler is not engine.module:
         for source, target in zip(engine.module.parameters(), sampler.parameters(), strict=True):
-            with deepspeed.zero.GatheredParameters([source]):
-                target.data.copy_(source.data)
+            if source.requires_grad == trained:
+                with deepspeed.zero.GatheredParameters([source]):
+                    target.data.copy_(source.data)
 
 
 def start_reference(run, forbidden_ids, sampler):
