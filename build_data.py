@@ -1320,20 +1320,12 @@ TOY_PLAIN = {"white": (240, 240, 240), "purple": (170, 60, 200)}  # name no dire
 # The mixture of each file, in percent. "agree": the block's colour names its direction;
 # "conflict": it names the other one, in half of the direction questions but those of the cold
 # start; "plain": it names none.
-TOY_MIX = {
-    "cot": {"direction_agree": 30, "direction_plain": 10, "describe": 26, "first": 8, "end": 9,
-            "count": 5, "word": 7, "colour": 5},
-    "train": {"direction_agree": 26, "direction_conflict": 26, "describe": 10, "first": 18,
-              "end": 12, "count": 3, "word": 2, "colour": 3},
-    "test": {"direction_agree": 26, "direction_conflict": 26, "describe": 12, "first": 12,
-             "end": 8, "count": 6, "word": 4, "colour": 6},
-}
+TOY_MIX = read_file(ASSETS / "toy_mix.json")
 # Family of the toy's model: its processor, that of its videos, the side of a patch in pixels
 TOY_FAMILIES = {"qwen2_5_vl": ("Qwen2_5_VLProcessor", "Qwen2VLVideoProcessor", 14),
                 "qwen3_vl": ("Qwen3VLProcessor", "Qwen3VLVideoProcessor", 16)}
 # Qwen2.5's own special tokens, those that the model or the chat template uses.
-TOY_SPECIAL = ("<|endoftext|>", "<|im_start|>", "<|im_end|>", "<|vision_start|>", "<|vision_end|>",
-               "<|vision_pad|>", "<|image_pad|>", "<|video_pad|>")
+TOY_SPECIAL = ("<|endoftext|>", "<|im_start|>", "<|im_end|>", *FORBIDDEN_TOKENS)
 
 
 def toy_canvas(rng, count):
@@ -2129,8 +2121,8 @@ def candidates_of(entry, root, is_excluded, seen, counts):
             try:
                 drafts = list(convert(row, path))
             except MALFORMED:
-                drafts = []
                 counts["malformed row"] += 1
+                continue
             for found in drafts:
                 try:
                     record = make_record(found, entry, path.parent.name)
