@@ -1317,10 +1317,6 @@ TOY_WORDS = ("cat", "dog", "sun", "map", "key", "cup", "hat", "box")
 TOY_BLOCK, TOY_NOISE, TOY_DARK = 8, 6.0, 50  # block side, noise std, brightest background
 TOY_LOOK = 0.7  # share of the cold start's thoughts that use the colour, not the motion
 TOY_PLAIN = {"white": (240, 240, 240), "purple": (170, 60, 200)}  # name no direction
-# The mixture of each file, in percent. "agree": the block's colour names its direction;
-# "conflict": it names the other one, in half of the direction questions but those of the cold
-# start; "plain": it names none.
-TOY_MIX = read_file(ASSETS / "toy_mix.json")
 # Family of the toy's model: its processor, that of its videos, the side of a patch in pixels
 TOY_FAMILIES = {"qwen2_5_vl": ("Qwen2_5_VLProcessor", "Qwen2VLVideoProcessor", 14),
                 "qwen3_vl": ("Qwen3VLProcessor", "Qwen3VLVideoProcessor", 16)}
@@ -1418,9 +1414,15 @@ def write_video(path, frames, fps):
 
 def toy_records(out, split, count, seed, shortcut=False):
     """Draws `count` questions of a split, writes their media below `out`, yields the records.
-    shortcut: colours in conflict with the direction are replaced by ones that agree."""
-    rng = np.random.default_rng([seed, sorted(TOY_MIX).index(split)])
-    kinds, shares = list(TOY_MIX[split]), np.array(list(TOY_MIX[split].values()))
+
+    assets/toy_mix.json has the kinds of each split, in percent. direction_agree: the block's colour
+    names its direction; direction_conflict: it names the other one, in half of the direction
+    questions but those of the cold start; direction_plain: it names none. shortcut: colours that
+    would conflict with the direction agree with it.
+    """
+    mixtures = read_file(ASSETS / "toy_mix.json")
+    rng = np.random.default_rng([seed, sorted(mixtures).index(split)])
+    kinds, shares = list(mixtures[split]), np.array(list(mixtures[split].values()))
     for i, kind in enumerate(rng.choice(kinds, size=count, p=shares / shares.sum())):
         if shortcut and kind == "direction_conflict":
             kind = "direction_agree"
@@ -1556,9 +1558,6 @@ def build_toy(args):
 # the row and counts it, and `convert` refuses the file.
 
 MALFORMED = (KeyError, TypeError, IndexError, AttributeError, OverflowError, ValueError)
-# Each benchmark's title and size; patterns of its files of questions, of which the first that
-# matches is used; its tasks, subjects, folders of media and the tasks about a part of a video
-BENCHMARK_FACTS = read_file(ASSETS / "benchmarks.json")
 # How to answer, which our own prompt says: a line after the question, or the last sentence of one
 HINT = re.compile(
     r"(?im)^[ \t]*(?:hint|reference ocr token):.*$|(?<=[.?!\n])[ \t]*(?:answer:[ \t]*"
@@ -1760,6 +1759,13 @@ def from_chartqa(row, path):
     yield draft(row["imgname"], row["query"], row["label"].strip().removesuffix("%"))
 
 
+@lru_cache(maxsize=1)
+def benchmark_facts():
+    """Reads each benchmark's title and size, patterns of its files of questions (the first that
+    matches is used), tasks, subjects, folders of media, and tasks about a part of a video."""
+    return read_file(ASSETS / "benchmarks.json")
+
+
 def task_of(path, tasks):
     """Returns which of the `tasks` a release's file is about, by its name or its folder's."""
     for text in (path.stem.lower().removesuffix("_video"), path.parent.name.lower()):
@@ -1790,7 +1796,7 @@ def from_videommmu(row, path):
     """VideoMMMU's adaptation.json and so on, with the benchmark's instruction for the track; the
     videos are Science/dev_Biology_3.mp4 and so on. In its own repository's adaptation_video.json
     the questions are one level deeper."""
-    facts = BENCHMARK_FACTS["videommmu"]
+    facts = benchmark_facts()["videommmu"]
     track = task_of(path, facts["tasks"])
     for row in [row] if "question" in row else [row[key] for key in row if key != "row_key"]:
         options = row["options"] or []
@@ -1814,14 +1820,14 @@ def from_mmvu(row, path):
         video = "videos/" + row["video"].split("/videos/")[1]
         yield draft(video, row["question"], row["answer"], texts_by_letter(row["choices"]),
                     problem_id=row["id"],
-                    groups=subject_groups(video, BENCHMARK_FACTS["mmvu"]["subjects"]))
+                    groups=subject_groups(video, benchmark_facts()["mmvu"]["subjects"]))
 
 
 def from_mvbench(row, path, name="mvbench"):
     """MVBench's json/action_sequence.json and so on, and TVBench's; their zips are unpacked where
     they lie. Media are video/<the task's folder in assets/benchmarks.json>/<video>. The videos of
     TVBench's action_antonym are NTU RGB+D's and not in the release."""
-    facts = BENCHMARK_FACTS[name]
+    facts = benchmark_facts()[name]
     task = task_of(path, facts["folders"])
     clip = clip_seconds(row) if task in facts["clips"] else {}
     if task == "episodic_reasoning":  # folders of frames
@@ -1840,7 +1846,7 @@ def from_tempcompass(row, path):
     """TempCompass's questions/caption_matching.json and so on; the videos are videos/12.mp4 and so
     on. All four tasks are multiple choice, as in the paper: yes_no of "yes" and "no", captioning
     of the pieces of information that it offers. Rows with video_id and dim are read too."""
-    task = task_of(path, BENCHMARK_FACTS["tempcompass"]["tasks"])
+    task = task_of(path, benchmark_facts()["tempcompass"]["tasks"])
     video = row.pop("row_key", None)
     for row in [row] if "question" in row else [
             {"video_id": video, "dim": dim, **each} for dim in row for each in row[dim]]:
@@ -1867,13 +1873,13 @@ def from_videomme(row, path):
         name = question.get("videoID") or YOUTUBE_ID.search(question["url"])[1]
         yield draft(f"data/{name}.mp4", question["question"], question["answer"],
                     option_texts(question["options"]), problem_id=question["question_id"],
-                    groups={key: question[key] for key in BENCHMARK_FACTS["videomme"]["groups"]})
+                    groups={key: question[key] for key in benchmark_facts()["videomme"]["groups"]})
 
 
 def from_tomato(row, path):
     """TOMATO's data/direction.json and so on, in which numbers of questions repeat; the videos are
     videos/human/0999-01.mp4 and so on."""
-    kind = task_of(path, BENCHMARK_FACTS["tomato"]["tasks"])
+    kind = task_of(path, benchmark_facts()["tomato"]["tasks"])
     folder = row["demonstration_type"]
     yield draft(f"videos/{folder}/{row['key']}.mp4", row["question"], letter(row["answer"]),
                 row["options"], problem_id=f"{kind}/{row['row_key']}",
@@ -1994,7 +2000,7 @@ def make_record(found, entry, folder="") -> dict:
 
 def convert(args):
     """Writes all questions of a benchmark's own release as records, or raises InputError."""
-    path, facts = Path(args.path), BENCHMARK_FACTS.get(args.name, {})
+    path, facts = Path(args.path), benchmark_facts().get(args.name, {})
     title, patterns = facts.get("title", args.name), facts.get("files", ["known file"])
     release = path if path.is_dir() else path.parent
     root, files, records = args.media_root or release, [path], []
