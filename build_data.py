@@ -9,7 +9,7 @@ once: two copies could diverge unnoticed. The second half is the commands:
                                             records from a benchmark's own release
     python build_data.py mix --recipe assets/recipe.json --out data/train.json
                                             records from public releases, here as in Figure 2
-    python build_data.py check --data data/train.json       decodes every medium, keeps the usable
+    python build_data.py check --data data/train.json       decodes all media, keeps the usable
     python build_data.py stats --data data/train.json       the table of Figure 2
 
 Shapes: T frames, C channels, H x W pixels, L tokens, B records.
@@ -78,7 +78,7 @@ PATCH = 28  # pixels: side of a visual token where no processor says it, see tok
 # What the readers of images and videos raise on a file that they cannot use.
 MEDIA_FAULTS = (OSError, ValueError, AssertionError, RuntimeError, SyntaxError, EOFError,
                 ImportError, Image.DecompressionBombError)
-# Bytes that decoding one medium may take; 64 frames of 3840 x 2160 pixels, as floats, fit.
+# Bytes that decoding one file may take: enough for 64 frames of 3840 x 2160 pixels as floats
 DECODE_MEMORY = 16 * 2**30
 FULL_DISK = (errno.ENOSPC, errno.EDQUOT)
 
@@ -90,15 +90,14 @@ for _logger in ("DeepSpeed", "torch.utils.cpp_extension"):
 
 
 class InputError(Exception):
-    """The user's input cannot be used. Every script prints it without a traceback and exits with 1.
-    """
+    """The user's input cannot be used. Scripts print it without a traceback and exit with 1."""
 
 
 class MediaError(ValueError):
     """One file cannot be used: "path: reason". Its questions are skipped."""
 
 
-# ============================================== the ground floor: imported by every stage
+# ======================================== shared by all stages, which import it from here
 # --------------------------------------------------------------------- flags and start-up
 
 RANK0_ERROR_WAIT = 10  # seconds that other ranks wait before they print an error
@@ -1623,7 +1622,7 @@ def longest_run(marks):
 
 
 def from_video_r1(row, path):
-    """Records in this project's own form, as in the released Video-R1-260k.json."""
+    """Reads records in this project's own form, as in the released Video-R1-260k.json."""
     answer = re.fullmatch(r"\s*<answer>(.*)</answer>\s*", row["solution"], re.DOTALL)[1]
     options = row.get("options") or []
     texts = texts_by_letter(options) if isinstance(options, dict) else option_texts(options)
@@ -1636,7 +1635,7 @@ CSV_OPTION = re.compile("option.*|[a-z]")  # the column of an option: option_a, 
 
 
 def from_csv(row, path):
-    """A table of one's own: columns video (or image), question, answer, and for a choice its
+    """Reads a table of one's own: columns video (or image), question, answer, and for a choice its
     options, option_a, option_b, ... or A, B, ...; problem_type, video_start and video_end may be
     there too. Without a problem_type options make a choice, a number is numerical, else free-form.
     """
@@ -1655,7 +1654,7 @@ def from_csv(row, path):
 
 
 def from_llava(row, path):
-    """Conversations, as LLaVA-Video-178K and most image sources have them: a draft a turn."""
+    """Reads conversations, as LLaVA-Video-178K and most image sources have them: a draft a turn."""
     medium = row.get("video") or row["image"]
     if isinstance(medium, list):
         medium, = medium  # several pictures in one question are no record
@@ -1670,19 +1669,19 @@ def from_llava(row, path):
 
 @lru_cache(maxsize=1)
 def nextqa_paths(folder):
-    """NExT-QA's map from video names to their paths, a file beside its questions."""
+    """Reads NExT-QA's map from video names to their paths, a file beside its questions."""
     return read_file(folder / "map_vid_vidorID.json")
 
 
 def from_nextqa(row, path):
-    """NExT-QA's CSV; the map gives a video's folder, as in 0101/2909445186.mp4."""
+    """Reads NExT-QA's CSV. The map gives a video's folder, as in 0101/2909445186.mp4."""
     question = row["question"].strip().removesuffix("?").rstrip() + "?"
     yield draft(f"{nextqa_paths(path.parent)[row['video']]}.mp4", question, letter(row["answer"]),
                 [row[f"a{i}"] for i in range(5)])
 
 
 def from_perception_test(row, path):
-    """PerceptionTest's multiple choice, an object of videos by name."""
+    """Reads PerceptionTest's multiple choice, an object of videos by name."""
     for question in row["mc_question"]:
         yield draft(f"{row['row_key']}.mp4", question["question"], letter(question["answer_id"]),
                     question["options"])
@@ -1693,8 +1692,8 @@ CLEVRER_WORDS = (("gray", "red", "blue", "green", "brown", "cyan", "purple", "ye
 
 
 def from_clevrer(row, path):
-    """CLEVRER's questions about a video: those with exactly one correct choice, and descriptive
-    ones. An answer that is one of CLEVRER_WORDS gets that group as its options."""
+    """Reads CLEVRER's questions about a video: those with exactly one correct choice, and those
+    answered by a word, which gets its group of CLEVRER_WORDS as options."""
     start = row["scene_index"] // 1000 * 1000  # the release has a folder for each 1000 videos
     medium = f"video_{start:05d}-{start + 1000:05d}/{row['video_filename']}"
     for question in row["questions"]:
@@ -1711,7 +1710,7 @@ def from_clevrer(row, path):
 
 
 def from_star(row, path):
-    """STAR's questions, each about some seconds of a video of Charades."""
+    """Reads STAR's questions, each about some seconds of a video of Charades."""
     choices = sorted(row["choices"], key=lambda choice: choice["choice_id"])
     options = [choice["choice"] for choice in choices]
     yield draft(f"{row['video_id']}.mp4", row["question"], letter(options.index(row["answer"])),
@@ -1724,7 +1723,7 @@ def clip_seconds(row):
 
 
 def from_scienceqa(row, path):
-    """ScienceQA's training questions that have a picture: 7/image.png of the question "7"."""
+    """Reads ScienceQA's training questions that have a picture: 7/image.png of the question "7"."""
     if row["image"] and row["split"] == "train":
         problem = f"{row.get('hint') or ''}\n{row['question']}"
         yield draft(f"{row['row_key']}/{row['image']}", problem, letter(row["answer"]),
@@ -1732,30 +1731,30 @@ def from_scienceqa(row, path):
 
 
 def from_a_okvqa(row, path):
-    """A-OKVQA's questions about pictures of COCO."""
+    """Reads A-OKVQA's questions about pictures of COCO."""
     yield draft(f"{row['image_id']:012d}.jpg", row["question"],
                 letter(row["correct_choice_idx"]), row["choices"])
 
 
 def from_tabmwp(row, path):
-    """TabMWP's problems about the picture of a table, 7.png of the problem "7"."""
+    """Reads TabMWP's problems about the picture of a table, 7.png of the problem "7"."""
     unit = f" (Unit: {row['unit']})" if row.get("unit") else ""
     yield draft(f"{row['row_key']}.png", row["question"] + unit, row["answer"],
                 row["choices"] or ())
 
 
 def from_geometry3k(row, path):
-    """Geometry3K's problems, a folder with a file and a picture for each."""
+    """Reads Geometry3K's problems, a folder with a file and a picture for each."""
     yield draft("img_diagram.png", row["problem_text"], row["answer"], row["choices"])
 
 
 def from_arxivqa(row, path):
-    """ArxivQA. Its labels come in many spellings; those that mean no option are dropped."""
+    """Reads ArxivQA. Its labels come in many spellings; those that mean no option are dropped."""
     yield draft(row["image"], row["question"], row["label"], option_texts(row["options"]))
 
 
 def from_chartqa(row, path):
-    """ChartQA. Percentages lose their sign."""
+    """Reads ChartQA. Percentages lose their sign."""
     yield draft(row["imgname"], row["query"], row["label"].strip().removesuffix("%"))
 
 
@@ -1784,7 +1783,7 @@ def subject_groups(path, subjects):
 
 
 def from_vsibench(row, path):
-    """VSI-Bench's test.jsonl; the videos are scannet/scene0568_00.mp4 and so on."""
+    """Reads VSI-Bench's test.jsonl. Videos are scannet/scene0568_00.mp4 and so on."""
     options = option_texts(row["options"] or [])
     yield draft(f"{row['dataset']}/{row['scene_name']}.mp4", row["question"], row["ground_truth"],
                 options, problem_id=str(row["id"]),
@@ -1793,8 +1792,8 @@ def from_vsibench(row, path):
 
 
 def from_videommmu(row, path):
-    """VideoMMMU's adaptation.json and so on, with the benchmark's instruction for the track; the
-    videos are Science/dev_Biology_3.mp4 and so on. In its own repository's adaptation_video.json
+    """Reads VideoMMMU's adaptation.json and so on, and adds the benchmark's prompt of the track.
+    Videos are Science/dev_Biology_3.mp4 and so on. In its own repository's adaptation_video.json
     the questions are one level deeper."""
     facts = benchmark_facts()["videommmu"]
     track = task_of(path, facts["tasks"])
@@ -1814,8 +1813,8 @@ def from_videommmu(row, path):
 
 
 def from_mmvu(row, path):
-    """MMVU's validation.json; the videos are videos/Chemistry/0.mp4 and so on. Open-ended questions
-    are left out, as in the paper."""
+    """Reads MMVU's validation.json without open-ended questions, as in the paper. Videos are
+    videos/Chemistry/0.mp4 and so on."""
     if row["question_type"] == "multiple-choice":
         video = "videos/" + row["video"].split("/videos/")[1]
         yield draft(video, row["question"], row["answer"], texts_by_letter(row["choices"]),
@@ -1824,8 +1823,8 @@ def from_mmvu(row, path):
 
 
 def from_mvbench(row, path, name="mvbench"):
-    """MVBench's json/action_sequence.json and so on, and TVBench's; their zips are unpacked where
-    they lie. Media are video/<the task's folder in assets/benchmarks.json>/<video>. The videos of
+    """Reads MVBench's json/action_sequence.json and so on, and TVBench's, with their zips unpacked
+    where they lie. Videos are video/<the task's folder in assets/benchmarks.json>/<video>. Those of
     TVBench's action_antonym are NTU RGB+D's and not in the release."""
     facts = benchmark_facts()[name]
     task = task_of(path, facts["folders"])
@@ -1843,9 +1842,9 @@ TEMPCOMPASS_OPTION = re.compile(  # "A. up", "Option 2: it moves", "Information 
 
 
 def from_tempcompass(row, path):
-    """TempCompass's questions/caption_matching.json and so on; the videos are videos/12.mp4 and so
-    on. All four tasks are multiple choice, as in the paper: yes_no of "yes" and "no", captioning
-    of the pieces of information that it offers. Rows with video_id and dim are read too."""
+    """Reads TempCompass's questions/caption_matching.json and so on, or rows with video_id and dim.
+    Videos are videos/12.mp4 and so on. All four tasks are multiple choice, as in the paper: yes_no
+    of "yes" and "no", captioning of the pieces of information that it offers."""
     task = task_of(path, benchmark_facts()["tempcompass"]["tasks"])
     video = row.pop("row_key", None)
     for row in [row] if "question" in row else [
@@ -1866,7 +1865,7 @@ YOUTUBE_ID = re.compile(r"(?:v=|/)([\w-]{11})(?:[?&].*)?$")
 
 
 def from_videomme(row, path):
-    """VideoMME's questions, a row each or a list in each video's row; the videos are
+    """Reads VideoMME's questions, a row each or a list in each video's row. Videos are
     data/fFjv93ACGo8.mp4 and so on."""
     for question in row.get("questions", [row]):
         question = row | question
@@ -1877,7 +1876,7 @@ def from_videomme(row, path):
 
 
 def from_tomato(row, path):
-    """TOMATO's data/direction.json and so on, in which numbers of questions repeat; the videos are
+    """Reads TOMATO's data/direction.json and so on, which number their questions alike. Videos are
     videos/human/0999-01.mp4 and so on."""
     kind = task_of(path, benchmark_facts()["tomato"]["tasks"])
     folder = row["demonstration_type"]
@@ -1891,9 +1890,8 @@ VINOGROUND_QUESTION = re.compile(  # then a line that asks for the letter
 
 
 def from_vinoground(row, path):
-    """Vinoground's vinoground_textscore.json, one clip and two captions, and
-    vinoground_videoscore.json, one caption and a video of both clips; the videos are where the
-    rows say."""
+    """Reads Vinoground's vinoground_textscore.json (one clip, two captions) and
+    vinoground_videoscore.json (one caption, both clips in one video)."""
     files = {"vinoground_textscore": "text", "vinoground_videoscore": "video"}
     task = files[task_of(path, files)]
     pair = re.fullmatch(r"(\d+)_(?:pos|neg)", row["idx"])
@@ -2181,7 +2179,7 @@ def mix(args):
                          "with --skip_missing")
     is_excluded = benchmark_media(args.exclude, args.exclude_root, root)
     records, report = [], []
-    chosen, taken = set(), Counter()  # question keys; questions of each medium
+    chosen, taken = set(), Counter()  # question keys; questions of each file
     for i, entry in enumerate(tqdm(recipe, desc="mix")):
         rng, counts = np.random.default_rng([args.seed, i]), Counter()
         offered = candidates_of(entry, root, is_excluded, set(chosen), counts)
@@ -2227,7 +2225,7 @@ def mix_report(report) -> str:
     return markdown(rows)
 
 
-# ---------------------------------------------------- check: can every medium be decoded?
+# ------------------------------------------------------ check: can every file be decoded?
 
 def state_of(record, args):
     """Returns the file's size and time of change, and the flags of sampling. If one of them
@@ -2377,12 +2375,12 @@ def parse_args(argv=None):
         "are relative to; default: the folder of --out")
     add("--val_share", type=at_least(0, float, below=1), default=0.0,
         help="share of files held out, in <out>_val.json")
-    add("--per_medium", type=above(0, int), default=20, help="most questions on one medium")
+    add("--per_medium", type=above(0, int), default=20, help="most questions on one file")
     add("--exclude", nargs="*", default=[], help="evaluation files whose media must not be used")
     add("--exclude_root", help="folder of their media; default: each file's own")
     add("--skip_missing", action="store_true", help="do without entries that have no annotations")
     add("--seed", type=at_least(0, int), default=0, help="seed of every random draw")
-    add = command(check, "check", "decode every medium; keep what can be used")
+    add = command(check, "check", "decode every image and video; keep what can be used")
     add("--data", required=True, help="records to check, .json or .jsonl")
     add("--out", help="file of usable records to write; default: <data>_clean.json")
     add_media_flags(add)
