@@ -9,7 +9,7 @@ once: two copies could diverge unnoticed. The second half is the commands:
                                             records from a benchmark's own release
     python build_data.py mix --recipe assets/recipe.json --out data/train.json
                                             records from public releases, here as in Figure 2
-    python build_data.py check --data data/train.json       decodes every medium, keeps the usable
+    python build_data.py check --data data/train.json       decodes all media, keeps the usable
     python build_data.py stats --data data/train.json       the table of Figure 2
 
 Shapes: T frames, C channels, H x W pixels, L tokens, B records.
@@ -78,7 +78,7 @@ PATCH = 28  # pixels: side of a visual token where no processor says it, see tok
 # What the readers of images and videos raise on a file that they cannot use.
 MEDIA_FAULTS = (OSError, ValueError, AssertionError, RuntimeError, SyntaxError, EOFError,
                 ImportError, Image.DecompressionBombError)
-# Bytes that decoding one medium may take; 64 frames of 3840 x 2160 pixels, as floats, fit.
+# Bytes that decoding one file may take: enough for 64 frames of 3840 x 2160 pixels as floats
 DECODE_MEMORY = 16 * 2**30
 FULL_DISK = (errno.ENOSPC, errno.EDQUOT)
 
@@ -90,15 +90,14 @@ for _logger in ("DeepSpeed", "torch.utils.cpp_extension"):
 
 
 class InputError(Exception):
-    """The user's input cannot be used. Every script prints it without a traceback and exits with 1.
-    """
+    """The user's input cannot be used. Scripts print it without a traceback and exit with 1."""
 
 
 class MediaError(ValueError):
     """One file cannot be used: "path: reason". Its questions are skipped."""
 
 
-# ============================================== the ground floor: imported by every stage
+# ======================================== shared by all stages, which import it from here
 # --------------------------------------------------------------------- flags and start-up
 
 RANK0_ERROR_WAIT = 10  # seconds that other ranks wait before they print an error
@@ -1345,23 +1344,11 @@ TOY_WORDS = ("cat", "dog", "sun", "map", "key", "cup", "hat", "box")
 TOY_BLOCK, TOY_NOISE, TOY_DARK = 8, 6.0, 50  # block side, noise std, brightest background
 TOY_LOOK = 0.7  # share of the cold start's thoughts that use the colour, not the motion
 TOY_PLAIN = {"white": (240, 240, 240), "purple": (170, 60, 200)}  # name no direction
-# The mixture of each file, in percent. "agree": the block's colour names its direction;
-# "conflict": it names the other one, in half of the direction questions but those of the cold
-# start; "plain": it names none.
-TOY_MIX = {
-    "cot": {"direction_agree": 30, "direction_plain": 10, "describe": 26, "first": 8, "end": 9,
-            "count": 5, "word": 7, "colour": 5},
-    "train": {"direction_agree": 26, "direction_conflict": 26, "describe": 10, "first": 18,
-              "end": 12, "count": 3, "word": 2, "colour": 3},
-    "test": {"direction_agree": 26, "direction_conflict": 26, "describe": 12, "first": 12,
-             "end": 8, "count": 6, "word": 4, "colour": 6},
-}
 # Family of the toy's model: its processor, that of its videos, the side of a patch in pixels
 TOY_FAMILIES = {"qwen2_5_vl": ("Qwen2_5_VLProcessor", "Qwen2VLVideoProcessor", 14),
                 "qwen3_vl": ("Qwen3VLProcessor", "Qwen3VLVideoProcessor", 16)}
 # Qwen2.5's own special tokens, those that the model or the chat template uses.
-TOY_SPECIAL = ("<|endoftext|>", "<|im_start|>", "<|im_end|>", "<|vision_start|>", "<|vision_end|>",
-               "<|vision_pad|>", "<|image_pad|>", "<|video_pad|>")
+TOY_SPECIAL = ("<|endoftext|>", "<|im_start|>", "<|im_end|>", *FORBIDDEN_TOKENS)
 
 
 def toy_canvas(rng, count):
@@ -1454,9 +1441,15 @@ def write_video(path, frames, fps):
 
 def toy_records(out, split, count, seed, shortcut=False):
     """Draws `count` questions of a split, writes their media below `out`, yields the records.
-    shortcut: colours in conflict with the direction are replaced by ones that agree."""
-    rng = np.random.default_rng([seed, sorted(TOY_MIX).index(split)])
-    kinds, shares = list(TOY_MIX[split]), np.array(list(TOY_MIX[split].values()))
+
+    assets/toy_mix.json has the kinds of each split, in percent. direction_agree: the block's colour
+    names its direction; direction_conflict: it names the other one, in half of the direction
+    questions but those of the cold start; direction_plain: it names none. shortcut: colours that
+    would conflict with the direction agree with it.
+    """
+    mixtures = read_file(ASSETS / "toy_mix.json")
+    rng = np.random.default_rng([seed, sorted(mixtures).index(split)])
+    kinds, shares = list(mixtures[split]), np.array(list(mixtures[split].values()))
     for i, kind in enumerate(rng.choice(kinds, size=count, p=shares / shares.sum())):
         if shortcut and kind == "direction_conflict":
             kind = "direction_agree"
@@ -1592,9 +1585,6 @@ def build_toy(args):
 # the row and counts it, and `convert` refuses the file.
 
 MALFORMED = (KeyError, TypeError, IndexError, AttributeError, OverflowError, ValueError)
-# Each benchmark's title and size; patterns of its files of questions, of which the first that
-# matches is used; its tasks, subjects, folders of media and the tasks about a part of a video
-BENCHMARK_FACTS = read_file(ASSETS / "benchmarks.json")
 # How to answer, which our own prompt says: a line after the question, or the last sentence of one
 HINT = re.compile(
     r"(?im)^[ \t]*(?:hint|reference ocr token):.*$|(?<=[.?!\n])[ \t]*(?:answer:[ \t]*"
@@ -1660,7 +1650,7 @@ def longest_run(marks):
 
 
 def from_video_r1(row, path):
-    """Records in this project's own form, as in the released Video-R1-260k.json."""
+    """Reads records in this project's own form, as in the released Video-R1-260k.json."""
     answer = re.fullmatch(r"\s*<answer>(.*)</answer>\s*", row["solution"], re.DOTALL)[1]
     options = row.get("options") or []
     texts = texts_by_letter(options) if isinstance(options, dict) else option_texts(options)
@@ -1673,7 +1663,7 @@ CSV_OPTION = re.compile("option.*|[a-z]")  # the column of an option: option_a, 
 
 
 def from_csv(row, path):
-    """A table of one's own: columns video (or image), question, answer, and for a choice its
+    """Reads a table of one's own: columns video (or image), question, answer, and for a choice its
     options, option_a, option_b, ... or A, B, ...; problem_type, video_start and video_end may be
     there too. Without a problem_type options make a choice, a number is numerical, else free-form.
     """
@@ -1692,7 +1682,7 @@ def from_csv(row, path):
 
 
 def from_llava(row, path):
-    """Conversations, as LLaVA-Video-178K and most image sources have them: a draft a turn."""
+    """Reads conversations, as LLaVA-Video-178K and most image sources have them: a draft a turn."""
     medium = row.get("video") or row["image"]
     if isinstance(medium, list):
         medium, = medium  # several pictures in one question are no record
@@ -1707,19 +1697,19 @@ def from_llava(row, path):
 
 @lru_cache(maxsize=1)
 def nextqa_paths(folder):
-    """NExT-QA's map from video names to their paths, a file beside its questions."""
+    """Reads NExT-QA's map from video names to their paths, a file beside its questions."""
     return read_file(folder / "map_vid_vidorID.json")
 
 
 def from_nextqa(row, path):
-    """NExT-QA's CSV; the map gives a video's folder, as in 0101/2909445186.mp4."""
+    """Reads NExT-QA's CSV. The map gives a video's folder, as in 0101/2909445186.mp4."""
     question = row["question"].strip().removesuffix("?").rstrip() + "?"
     yield draft(f"{nextqa_paths(path.parent)[row['video']]}.mp4", question, letter(row["answer"]),
                 [row[f"a{i}"] for i in range(5)])
 
 
 def from_perception_test(row, path):
-    """PerceptionTest's multiple choice, an object of videos by name."""
+    """Reads PerceptionTest's multiple choice, an object of videos by name."""
     for question in row["mc_question"]:
         yield draft(f"{row['row_key']}.mp4", question["question"], letter(question["answer_id"]),
                     question["options"])
@@ -1730,8 +1720,8 @@ CLEVRER_WORDS = (("gray", "red", "blue", "green", "brown", "cyan", "purple", "ye
 
 
 def from_clevrer(row, path):
-    """CLEVRER's questions about a video: those with exactly one correct choice, and descriptive
-    ones. An answer that is one of CLEVRER_WORDS gets that group as its options."""
+    """Reads CLEVRER's questions about a video: those with exactly one correct choice, and those
+    answered by a word, which gets its group of CLEVRER_WORDS as options."""
     start = row["scene_index"] // 1000 * 1000  # the release has a folder for each 1000 videos
     medium = f"video_{start:05d}-{start + 1000:05d}/{row['video_filename']}"
     for question in row["questions"]:
@@ -1748,7 +1738,7 @@ def from_clevrer(row, path):
 
 
 def from_star(row, path):
-    """STAR's questions, each about some seconds of a video of Charades."""
+    """Reads STAR's questions, each about some seconds of a video of Charades."""
     choices = sorted(row["choices"], key=lambda choice: choice["choice_id"])
     options = [choice["choice"] for choice in choices]
     yield draft(f"{row['video_id']}.mp4", row["question"], letter(options.index(row["answer"])),
@@ -1761,7 +1751,7 @@ def clip_seconds(row):
 
 
 def from_scienceqa(row, path):
-    """ScienceQA's training questions that have a picture: 7/image.png of the question "7"."""
+    """Reads ScienceQA's training questions that have a picture: 7/image.png of the question "7"."""
     if row["image"] and row["split"] == "train":
         problem = f"{row.get('hint') or ''}\n{row['question']}"
         yield draft(f"{row['row_key']}/{row['image']}", problem, letter(row["answer"]),
@@ -1769,31 +1759,38 @@ def from_scienceqa(row, path):
 
 
 def from_a_okvqa(row, path):
-    """A-OKVQA's questions about pictures of COCO."""
+    """Reads A-OKVQA's questions about pictures of COCO."""
     yield draft(f"{row['image_id']:012d}.jpg", row["question"],
                 letter(row["correct_choice_idx"]), row["choices"])
 
 
 def from_tabmwp(row, path):
-    """TabMWP's problems about the picture of a table, 7.png of the problem "7"."""
+    """Reads TabMWP's problems about the picture of a table, 7.png of the problem "7"."""
     unit = f" (Unit: {row['unit']})" if row.get("unit") else ""
     yield draft(f"{row['row_key']}.png", row["question"] + unit, row["answer"],
                 row["choices"] or ())
 
 
 def from_geometry3k(row, path):
-    """Geometry3K's problems, a folder with a file and a picture for each."""
+    """Reads Geometry3K's problems, a folder with a file and a picture for each."""
     yield draft("img_diagram.png", row["problem_text"], row["answer"], row["choices"])
 
 
 def from_arxivqa(row, path):
-    """ArxivQA. Its labels come in many spellings; those that mean no option are dropped."""
+    """Reads ArxivQA. Its labels come in many spellings; those that mean no option are dropped."""
     yield draft(row["image"], row["question"], row["label"], option_texts(row["options"]))
 
 
 def from_chartqa(row, path):
-    """ChartQA. Percentages lose their sign."""
+    """Reads ChartQA. Percentages lose their sign."""
     yield draft(row["imgname"], row["query"], row["label"].strip().removesuffix("%"))
+
+
+@lru_cache(maxsize=1)
+def benchmark_facts():
+    """Reads each benchmark's title and size, patterns of its files of questions (the first that
+    matches is used), tasks, subjects, folders of media, and tasks about a part of a video."""
+    return read_file(ASSETS / "benchmarks.json")
 
 
 def task_of(path, tasks):
@@ -1814,7 +1811,7 @@ def subject_groups(path, subjects):
 
 
 def from_vsibench(row, path):
-    """VSI-Bench's test.jsonl; the videos are scannet/scene0568_00.mp4 and so on."""
+    """Reads VSI-Bench's test.jsonl. Videos are scannet/scene0568_00.mp4 and so on."""
     options = option_texts(row["options"] or [])
     yield draft(f"{row['dataset']}/{row['scene_name']}.mp4", row["question"], row["ground_truth"],
                 options, problem_id=str(row["id"]),
@@ -1823,10 +1820,10 @@ def from_vsibench(row, path):
 
 
 def from_videommmu(row, path):
-    """VideoMMMU's adaptation.json and so on, with the benchmark's instruction for the track; the
-    videos are Science/dev_Biology_3.mp4 and so on. In its own repository's adaptation_video.json
+    """Reads VideoMMMU's adaptation.json and so on, and adds the benchmark's prompt of the track.
+    Videos are Science/dev_Biology_3.mp4 and so on. In its own repository's adaptation_video.json
     the questions are one level deeper."""
-    facts = BENCHMARK_FACTS["videommmu"]
+    facts = benchmark_facts()["videommmu"]
     track = task_of(path, facts["tasks"])
     for row in [row] if "question" in row else [row[key] for key in row if key != "row_key"]:
         options = row["options"] or []
@@ -1844,20 +1841,20 @@ def from_videommmu(row, path):
 
 
 def from_mmvu(row, path):
-    """MMVU's validation.json; the videos are videos/Chemistry/0.mp4 and so on. Open-ended questions
-    are left out, as in the paper."""
+    """Reads MMVU's validation.json without open-ended questions, as in the paper. Videos are
+    videos/Chemistry/0.mp4 and so on."""
     if row["question_type"] == "multiple-choice":
         video = "videos/" + row["video"].split("/videos/")[1]
         yield draft(video, row["question"], row["answer"], texts_by_letter(row["choices"]),
                     problem_id=row["id"],
-                    groups=subject_groups(video, BENCHMARK_FACTS["mmvu"]["subjects"]))
+                    groups=subject_groups(video, benchmark_facts()["mmvu"]["subjects"]))
 
 
 def from_mvbench(row, path, name="mvbench"):
-    """MVBench's json/action_sequence.json and so on, and TVBench's; their zips are unpacked where
-    they lie. Media are video/<the task's folder in assets/benchmarks.json>/<video>. The videos of
+    """Reads MVBench's json/action_sequence.json and so on, and TVBench's, with their zips unpacked
+    where they lie. Videos are video/<the task's folder in assets/benchmarks.json>/<video>. Those of
     TVBench's action_antonym are NTU RGB+D's and not in the release."""
-    facts = BENCHMARK_FACTS[name]
+    facts = benchmark_facts()[name]
     task = task_of(path, facts["folders"])
     clip = clip_seconds(row) if task in facts["clips"] else {}
     if task == "episodic_reasoning":  # folders of frames
@@ -1873,10 +1870,10 @@ TEMPCOMPASS_OPTION = re.compile(  # "A. up", "Option 2: it moves", "Information 
 
 
 def from_tempcompass(row, path):
-    """TempCompass's questions/caption_matching.json and so on; the videos are videos/12.mp4 and so
-    on. All four tasks are multiple choice, as in the paper: yes_no of "yes" and "no", captioning
-    of the pieces of information that it offers. Rows with video_id and dim are read too."""
-    task = task_of(path, BENCHMARK_FACTS["tempcompass"]["tasks"])
+    """Reads TempCompass's questions/caption_matching.json and so on, or rows with video_id and dim.
+    Videos are videos/12.mp4 and so on. All four tasks are multiple choice, as in the paper: yes_no
+    of "yes" and "no", captioning of the pieces of information that it offers."""
+    task = task_of(path, benchmark_facts()["tempcompass"]["tasks"])
     video = row.pop("row_key", None)
     for row in [row] if "question" in row else [
             {"video_id": video, "dim": dim, **each} for dim in row for each in row[dim]]:
@@ -1896,20 +1893,20 @@ YOUTUBE_ID = re.compile(r"(?:v=|/)([\w-]{11})(?:[?&].*)?$")
 
 
 def from_videomme(row, path):
-    """VideoMME's questions, a row each or a list in each video's row; the videos are
+    """Reads VideoMME's questions, a row each or a list in each video's row. Videos are
     data/fFjv93ACGo8.mp4 and so on."""
     for question in row.get("questions", [row]):
         question = row | question
         name = question.get("videoID") or YOUTUBE_ID.search(question["url"])[1]
         yield draft(f"data/{name}.mp4", question["question"], question["answer"],
                     option_texts(question["options"]), problem_id=question["question_id"],
-                    groups={key: question[key] for key in BENCHMARK_FACTS["videomme"]["groups"]})
+                    groups={key: question[key] for key in benchmark_facts()["videomme"]["groups"]})
 
 
 def from_tomato(row, path):
-    """TOMATO's data/direction.json and so on, in which numbers of questions repeat; the videos are
+    """Reads TOMATO's data/direction.json and so on, which number their questions alike. Videos are
     videos/human/0999-01.mp4 and so on."""
-    kind = task_of(path, BENCHMARK_FACTS["tomato"]["tasks"])
+    kind = task_of(path, benchmark_facts()["tomato"]["tasks"])
     folder = row["demonstration_type"]
     yield draft(f"videos/{folder}/{row['key']}.mp4", row["question"], letter(row["answer"]),
                 row["options"], problem_id=f"{kind}/{row['row_key']}",
@@ -1921,9 +1918,8 @@ VINOGROUND_QUESTION = re.compile(  # then a line that asks for the letter
 
 
 def from_vinoground(row, path):
-    """Vinoground's vinoground_textscore.json, one clip and two captions, and
-    vinoground_videoscore.json, one caption and a video of both clips; the videos are where the
-    rows say."""
+    """Reads Vinoground's vinoground_textscore.json (one clip, two captions) and
+    vinoground_videoscore.json (one caption, both clips in one video)."""
     files = {"vinoground_textscore": "text", "vinoground_videoscore": "video"}
     task = files[task_of(path, files)]
     pair = re.fullmatch(r"(\d+)_(?:pos|neg)", row["idx"])
@@ -2030,7 +2026,7 @@ def make_record(found, entry, folder="") -> dict:
 
 def convert(args):
     """Writes all questions of a benchmark's own release as records, or raises InputError."""
-    path, facts = Path(args.path), BENCHMARK_FACTS.get(args.name, {})
+    path, facts = Path(args.path), benchmark_facts().get(args.name, {})
     title, patterns = facts.get("title", args.name), facts.get("files", ["known file"])
     release = path if path.is_dir() else path.parent
     root, files, records = args.media_root or release, [path], []
@@ -2157,8 +2153,8 @@ def candidates_of(entry, root, is_excluded, seen, counts):
             try:
                 drafts = list(convert(row, path))
             except MALFORMED:
-                drafts = []
                 counts["malformed row"] += 1
+                continue
             for found in drafts:
                 try:
                     record = make_record(found, entry, path.parent.name)
@@ -2211,7 +2207,7 @@ def mix(args):
                          "with --skip_missing")
     is_excluded = benchmark_media(args.exclude, args.exclude_root, root)
     records, report = [], []
-    chosen, taken = set(), Counter()  # question keys; questions of each medium
+    chosen, taken = set(), Counter()  # question keys; questions of each file
     for i, entry in enumerate(tqdm(recipe, desc="mix")):
         rng, counts = np.random.default_rng([args.seed, i]), Counter()
         offered = candidates_of(entry, root, is_excluded, set(chosen), counts)
@@ -2257,7 +2253,7 @@ def mix_report(report) -> str:
     return markdown(rows)
 
 
-# ---------------------------------------------------- check: can every medium be decoded?
+# ------------------------------------------------------ check: can every file be decoded?
 
 def state_of(record, args):
     """Returns the file's size and time of change, and the flags of sampling. If one of them
@@ -2407,12 +2403,12 @@ def parse_args(argv=None):
         "are relative to; default: the folder of --out")
     add("--val_share", type=at_least(0, float, below=1), default=0.0,
         help="share of files held out, in <out>_val.json")
-    add("--per_medium", type=above(0, int), default=20, help="most questions on one medium")
+    add("--per_medium", type=above(0, int), default=20, help="most questions on one file")
     add("--exclude", nargs="*", default=[], help="evaluation files whose media must not be used")
     add("--exclude_root", help="folder of their media; default: each file's own")
     add("--skip_missing", action="store_true", help="do without entries that have no annotations")
     add("--seed", type=at_least(0, int), default=0, help="seed of every random draw")
-    add = command(check, "check", "decode every medium; keep what can be used")
+    add = command(check, "check", "decode every image and video; keep what can be used")
     add("--data", required=True, help="records to check, .json or .jsonl")
     add("--out", help="file of usable records to write; default: <data>_clean.json")
     add_media_flags(add)

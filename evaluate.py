@@ -64,8 +64,8 @@ from PIL import Image
 
 from annotate import (Generator, add_generation_flags, api_messages, collect_responses,
                       configuration_of, read_rows, refuse_repeated_ids)
-from build_data import (ASSETS, BENCHMARK_FACTS, FlagParser, InputError, MediaError, above,
-                        add_machine_flags, add_media_flags, as_in_file, encode, load_records,
+from build_data import (ASSETS, FlagParser, InputError, MediaError, above, add_machine_flags,
+                        add_media_flags, as_in_file, benchmark_facts, encode, load_records,
                         load_vision_of, make_folder_of, markdown, provenance, read_file,
                         record_seed, refuse_absent_media, row_writer, run_script,
                         seeded_generator, shuffle_frames, skip_row, subject_groups, write_whole)
@@ -149,14 +149,14 @@ OVERALLS = {
                    "video score": Overall("accuracy", pairs=("video",)), **PLAIN},
 }
 BENCHMARKS = {name: Benchmark(facts["title"], facts["size"], OVERALLS.get(name, PLAIN))
-              for name, facts in BENCHMARK_FACTS.items()}
+              for name, facts in benchmark_facts().items()}
 RECORDS = Benchmark("a file of records", 0, PLAIN)
 
 
 def released_groups(name, row):
     """Returns the groups of a record of the released eval_*.json, from its fields. Rows are
     numbered from 1, equally many for each of VideoMMMU's tracks and MVBench's tasks."""
-    facts, number = BENCHMARK_FACTS[name], row["problem_id"]
+    facts, number = benchmark_facts()[name], row["problem_id"]
     folders, rows_a_task = facts.get("folders", {}), facts.get("rows_a_task", 0)
     tasks = sorted(facts.get("tasks", folders))
     task = str(row.get("original_question_type", "")).lower().replace(" ", "_")

@@ -344,7 +344,7 @@ def test_a_converted_release_lies_in_its_folder_or_has_paths_below_a_folder_abov
 
 
 def test_subjects_of_like_names_are_distinguished():
-    subjects = build_data.BENCHMARK_FACTS["videommmu"]["subjects"]
+    subjects = build_data.benchmark_facts()["videommmu"]["subjects"]
     assert sum(map(len, subjects.values())) == 30
     for discipline, names in subjects.items():
         for name in names:
@@ -392,7 +392,7 @@ def test_mvbench_keeps_folders_apart_and_times_with_the_question(mvbench, tmp_pa
     assert records["action_sequence/0"]["video_end"] == 6.0
     assert records["action_sequence/0"]["solution"] == "<answer>B</answer>"
     assert records["episodic_reasoning/0"]["video_fps"] == 3
-    assert len(build_data.BENCHMARK_FACTS["mvbench"]["folders"]) == 20
+    assert len(build_data.benchmark_facts()["mvbench"]["folders"]) == 20
 
 
 def test_mvbench_s_mp4_webm_avi_and_folders_of_frames_show_the_seconds_asked_about(
