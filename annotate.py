@@ -73,7 +73,7 @@ RUN = 6  # words: a shorter run is shared with the prompt, or repeated, by chanc
 
 SPEECH = re.compile(r"\"[^\"\n]*\"|(?<!\w)'(?=\w).{1,200}?'(?!\w)")  # in quotation marks
 VIDEO = r"(?:(?:the|this|any|your) )?(?:video|image|clip|picture|frame)s?\b"
-VIEW = rf"(?:see|view|watch|access|open|process) {VIDEO}"
+VIEW = rf"(?:\w+ly )?(?:see|view|watch|access|open|process) {VIDEO}"
 REFUSAL = re.compile("|".join([
     r"\bi(?:'m| am) sorry", r"\bi apologi[sz]e\b", r"\bmy apologies", r"\bas an ai,",
     r"\b(?:language|text-based) model\b", r"\bi (?:can't|cannot) assist\b",
@@ -83,7 +83,7 @@ REFUSAL = re.compile("|".join([
     rf"\b(?:no|any) {VIDEO} (?:is |was |were )?(?:provided|attached)\b",
     rf"\b{VIDEO} (?:is|was|were)(?: not|n't) (?:provided|attached|available)\b",
     "抱歉,", "(?:作为|是)(?:一个)?(?:人工智能|语言模型)",
-    "(?:无法|不能)(?:查看|观看|看到)(?:视频|图片|图像)", "(?:视频|图片|图像)(?:没有|未)提供",
+    "(?:无法|不能)(?:直接)?(?:查看|观看|看到)(?:视频|图片|图像)", "(?:视频|图片|图像)(?:没有|未)提供",
 ]), re.IGNORECASE)
 
 
@@ -560,7 +560,7 @@ def read_text(reply, deadline):
             raise ValueError(f"the reply has more than {LARGEST_REPLY} bytes")
         if time.monotonic() > deadline:
             raise requests.Timeout("the reply was not complete within --api_timeout")
-    return data.decode(errors="replace")
+    return data.decode(errors="strict" if reply.status_code == 200 else "replace")
 
 
 def retry_after(retries, text, reason):
@@ -636,7 +636,8 @@ def generate_on_server(args, samples, row_of, write, answered=False):
             return error
         write([row_of(sample, responses, time.perf_counter() - started)])
 
-    with ThreadPoolExecutor(args.concurrency, initializer=begin) as pool:
+    pool = ThreadPoolExecutor(args.concurrency, initializer=begin)
+    try:
         for sample in chain(samples, [None]):  # None: the last ones are waited for
             if sample:
                 running.add(pool.submit(work, sample))
@@ -650,6 +651,8 @@ def generate_on_server(args, samples, row_of, write, answered=False):
                     if failed >= MOST_FAILURES:
                         raise InputError(f"{failed} requests in a row failed, the last: {error} "
                                          "(--api_body changes what a request holds)")
+    finally:  # after an error nobody waits for the pauses of the others
+        pool.shutdown(wait=False, cancel_futures=True)
 
 
 # -------------------------------------------------------------- a model on this machine

@@ -96,7 +96,7 @@ SPELLINGS = [(re.compile(pattern), spelling) for pattern, spelling in (
     (r"(?<=[\d}])(?=\\[a-z]?frac)", " "),                                   # "1\frac12" is 1 1/2
     (rf"\\[a-z]?frac{ARGUMENT}{ARGUMENT}", r"\1\2/\3\4 "), (r"\\over(?![a-z])", "/"),
     (r"\\(?:times|cdot)(?![a-z])", "×"), (r"\^?\{?\\(?:circ|degree)(?![a-z])", "°"),
-    (r"(?<=\w)\*\*(?=[-\d])", "^"), (r"\^ ?[({] ?([-+]?\d+) ?[)}]", r"^\1 "),  # "m**2", "10^{3}"
+    (r"(?<=\w)\*\*(?=[-\d])", "^"), (r"([_^]) ?[({] ?([-+]?\d+) ?[)}]", r"\1\2 "),  # "m**2"
     (rf"(?<![^\s(\[{{:$])[{MARKER}]+(?=[^\s{MARKER}])"                      # markdown, quotes
      rf"|(?<=[^\s{MARKER}])[{MARKER}]+(?![^\s.,;:!?)\]}}$])", ""),
     (r"\$([^$]*)\$", r" \1 "), ("[{}]", " "))]                              # formulas, groups
@@ -149,7 +149,8 @@ SECOND = re.compile(r"""(?<![\w'-])([A-Za-z])(?:
     |(?<=[B-HJ-Z])(?![\w'-]))                  # any capital, but "A" and "I" are words
     """, re.VERBOSE | re.ASCII)
 VERDICT = re.compile(  # "B) is wrong", "B. Not sure", "B. No.", but "B. No doubt"
-    r"\W*(?:that |which )?(?:(?:is|was|seems|looks|can|could|does|would|should)(?: |(?=n't)))?"
+    r"\W*(?:(?:that|which|this|i)(?:'[sm])? )?"
+    r"(?:(?:am|is|was|seems|looks|can|could|do|does|would|should)(?: |(?=n't)))?"
     r"(?:not|no(?! [a-z])|nor|or|wrong|incorrect|false|unlikely|maybe|perhaps|n't|cannot|错|不)"
     r"(?![a-z])", re.IGNORECASE)
 
@@ -169,14 +170,15 @@ def named_by_text(text, spelled, bodies):
     """
     line, fits = comparable(text), {}  # (length, exact length) -> letters, "" for a contradiction
     for letter, body in bodies.items():
-        before, found, after = line.rpartition(comparable(plain(body))) if body else ("", "", "")
+        own = comparable(plain(body))  # "" for "<br>" or "{", which only dress
+        before, found, after = line.rpartition(own) if own else ("", "", "")
         around = BEFORE.fullmatch(before), AFTER.fullmatch(after)
         signed = before.rstrip().endswith(("-", "+", "<", ">")) and found[:1].isdigit()
         if found and all(around) and not signed:  # "- 5" may be -5
             agrees = {match["letter"] for match in around} <= {None, letter.lower()}
             if re.fullmatch("[a-z]", found) and around[1]["letter"]:
                 agrees = False  # "A - C" names two options, even if the text of C is "A"
-            fit = len(found), len(body) if body in spelled else 0
+            fit = len(found), len(body) if body in spelled else 0, plain(body) in text
             fits.setdefault(fit, set()).add(letter if agrees else "")
     if not fits:
         return None
@@ -229,14 +231,15 @@ def multiple_choice(predicted, truth, options=()):
 # ------------------------------------------------------------------------------- numbers
 
 # what is counted: a plural, but no number ("thirds", "hundreds"), nor "less", "plus" or "is"
-THING = (r"(?!(?:halv|third|quarter|ten|hundred|thousand|dozen|[a-z]*illion|[a-z]+th)e?s\b)"
+THING = (r"(?!(?:halv|third|quarter|ten|hundred|thousand|dozen|[a-z]*illion|lakh|crore"
+         r"|[a-z]+th)e?s\b)"
          r"(?:[a-z]{2,}[^\W\d_sui]s|people|men|women|children)\b")
 UNIT = r"""(?:(?:square|cubic)[ ])?(?:
     (?:(?:kilo|centi|milli)?(?:met(?:er|re)|gram|lit(?:er|re))|mile|foot|yard|second|minute|hour|day
       |week|month|year|degree|pound|dollar|euro|cent|ton)s? | feet | inch(?:es)? | percent
   | (?-i: [kcmnμ]?m | [kmμ]?g | [mnμ]?s | ft | in | mi | mph | lb | oz | min | hr | px | [mc][lL]
     | [kmM][VAWNJ] | (?<=[ /])[hlLVAWNJ] | [kM]?(?:Pa|Hz|eV|Wh|cal|Ω) | [kKMGT]B)  # "2 N", not "2N"
-  )(?:\^?-?[1-3])?(?![a-z\d])"""
+  )(?:\^-?[1-3]|[23])?(?![a-z\d])"""
 NUMBER = re.compile(rf"""
     (?: (?: (?:(?:so|therefore),?[ ])?(?:the[ ])?(?:(?:final|correct|total)[ ])?      # lead-in
             (?:answer|result|total|value|number|count|height|length|distance|area|speed|time|age)
@@ -256,7 +259,7 @@ NUMBER = re.compile(rf"""
     (?: % | °[CF]? | [ ]?[$€£¥₹₩] | [ ]{THING}                  # what is measured or counted
       | [ ]?[个只辆人名位条张本块次步米秒天年岁度元克升] | [ ]?(?:[千厘毫]米|公[里斤]|千克|分钟|小时)
       | [ ]?{UNIT}(?:(?:[ ]?/[ ]?|[ ]per[ ]|[ ×]){UNIT}){{0,2}}(?:[ ](?:long|wide|high|tall|old))?)?
-    \.?""", re.VERBOSE | re.IGNORECASE)
+    [ ]?\.?""", re.VERBOSE | re.IGNORECASE)
 
 CENT = Decimal("0.01")
 # The largest float has 309 digits before the point. Half-even on the shortest decimal form:

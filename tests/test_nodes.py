@@ -157,7 +157,7 @@ def test_data_workers_are_forked_before_a_model_is_loaded(toy, tmp_path, script)
 def test_only_a_full_disk_is_said_to_be_one(tmp_path, error, words):
     def fail(*_, **__):
         raise error
-    state = SimpleNamespace(args=SimpleNamespace(output=tmp_path), saved=0, skipped=0,
+    state = SimpleNamespace(args=SimpleNamespace(output=tmp_path, lora_rank=0), saved=0, skipped=0,
                             engine=SimpleNamespace(save_checkpoint=fail))
     with pytest.raises(InputError, match="cannot write .*Checkpoints before it are whole") as found:
         sft.save_checkpoint(state, 1)

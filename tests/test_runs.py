@@ -269,8 +269,9 @@ def opened(tmp_path, monkeypatch):
     """Calls open_run with these flags, on one rank, in tmp_path/run."""
     monkeypatch.setattr(sft, "setup_distributed", lambda args: (0, torch.device("cpu")))
     monkeypatch.setattr(sft, "catch_signals", lambda rank: [])
-    monkeypatch.setattr(sft.dist, "get_rank", lambda: 0)
-    monkeypatch.setattr(sft.dist, "get_world_size", lambda: 1)
+    monkeypatch.setattr(sft, "model_hash", lambda model: "weights")
+    monkeypatch.setattr(sft.dist, "get_rank", lambda **_: 0)
+    monkeypatch.setattr(sft.dist, "get_world_size", lambda **_: 1)
     monkeypatch.setattr(sft.dist, "barrier", lambda: None)
     monkeypatch.setattr(sft, "gather_objects", lambda value: [value])
 

@@ -17,7 +17,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import sft  # noqa: E402
 import tgrpo  # noqa: E402
 from build_data import (encode, encode_blank, load_model, load_processor,  # noqa: E402
-                        load_records, load_vision, setup_distributed, token_side)
+                        load_records, load_vision, setup_distributed, token_side, write_whole)
 
 # (ZeRO stage, chunk size of five responses, groups a rank)
 SETTINGS = [(3, 2, 1), (3, 5, 1), (3, 5, 2), (2, 5, 1), (2, 2, 2), (1, 5, 2), (0, 5, 1)]
@@ -41,10 +41,10 @@ def cases(toy, processor):
 def gradients(toy, out, groups, blank, stage, chunk_size, count, recompute=False):
     """Full averaged gradients of the first `count` groups, by parameter name: in the second step,
     when those of the first must be gone. The learning rate is 0."""
-    config_file = out / f"ds{stage}.json"
+    config_file = out.parent / f"ds{stage}.json"  # one path for all ranks, which may write at once
     zero = {"stage": stage, "stage3_param_persistence_threshold": 0}  # shard small ones too
-    config_file.write_text(json.dumps({"zero_optimization": zero,
-                                       "zero_allow_untested_optimizer": True}))
+    write_whole({config_file: [json.dumps({"zero_optimization": zero,
+                                           "zero_allow_untested_optimizer": True})]})
     args = tgrpo.parse_args(["--model", str(toy / "model"), "--data", str(toy / "train.json"),
                              "--output", str(out.parent / f"{stage}.{chunk_size}.{count}.{recompute}"),
                              "--deepspeed_config", str(config_file), "--learning_rate", "0"])
