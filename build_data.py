@@ -2363,7 +2363,7 @@ def parse_args(argv=None):
     add = command(convert, "convert", "a benchmark's own release as records for evaluate.py")
     add("name", choices=CONVERTERS, metavar="NAME", help=", ".join(CONVERTERS))
     add("path", metavar="PATH", help="the release's folder, or the file of its questions; where "
-        "its media go: the function from_NAME")
+        "its media go: NAME's function in CONVERTERS")
     add("--out", required=True, help="file of records to write")
     add("--media_root", help="folder above the release that the records' paths are relative to; "
         "default: the release's own")
