@@ -392,7 +392,7 @@ def provenance() -> dict:
 
 # What a tokenizer reads as pixels or the end of a turn: "<|video_pad|>", "<|im_end|>"
 SPECIAL_TOKEN = re.compile(r"<\|(\w+)\|>")
-# One block and nothing else
+# One block and nothing else: of several, any could be the answer
 SOLUTION = re.compile(r"\s*<answer>(?:(?!</?answer>).)*</answer>\s*", re.DOTALL)
 SURELY_TEXT = 100  # characters of a free-form solution, which then has a word in it
 # An option's letter, "A", "(A" or "Option A", and what sets it apart from the text: ".", ")", "、"
