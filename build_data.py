@@ -420,7 +420,7 @@ def provenance() -> dict:
 
 # What a tokenizer reads as pixels or the end of a turn: "<|video_pad|>", "<|im_end|>"
 SPECIAL_TOKEN = re.compile(r"<\|(\w+)\|>")
-# One block and nothing else
+# One block and nothing else: of several, any could be the answer
 SOLUTION = re.compile(r"\s*<answer>(?:(?!</?answer>).)*</answer>\s*", re.DOTALL)
 SURELY_TEXT = 100  # characters of a free-form solution, which then has a word in it
 # An option's letter, "A", "(A" or "Option A", and what sets it apart from the text: ".", ")", "、"
@@ -2391,7 +2391,7 @@ def parse_args(argv=None):
     add = command(convert, "convert", "a benchmark's own release as records for evaluate.py")
     add("name", choices=CONVERTERS, metavar="NAME", help=", ".join(CONVERTERS))
     add("path", metavar="PATH", help="the release's folder, or the file of its questions; where "
-        "its media go: the function from_NAME")
+        "its media go: NAME's function in CONVERTERS")
     add("--out", required=True, help="file of records to write")
     add("--media_root", help="folder above the release that the records' paths are relative to; "
         "default: the release's own")
