@@ -1,0 +1,157 @@
+"""One step of each training at the widths of the published models, with few layers.
+
+The models have two layers of Qwen2.5-VL's language model, four blocks of its tower, its vocabulary
+and random weights. A pair of the clip's 16 frames is 128 visual tokens. No GPU is needed. A run
+takes gigabytes of memory and disk, and minutes to hours: a CPU without bf16 instructions takes
+six times as long in bf16. Run with -s to see seconds and peak memory.
+"""
+import json
+import math
+import multiprocessing
+import os
+import shutil
+import subprocess
+import sys
+import time
+
+import numpy as np
+import pytest
+import torch
+from safetensors import safe_open
+from transformers import (AutoModelForImageTextToText, Qwen2VLImageProcessor, Qwen2VLVideoProcessor,
+                          Qwen2_5_VLProcessor)
+
+import bench
+from build_data import (PATCH, TOY_CHAT_TEMPLATE, build_messages, load_records, toy_tokenizer,
+                        write_video)
+from conftest import ROOT
+
+LAYERS, BLOCKS, FRAMES = 2, 4, 16
+HEIGHT, WIDTH = 8, 16  # of a frame, in units of 28 pixels
+RECORD = {"problem_id": 1, "problem": "Which way does the light move?", "data_type": "video",
+          "problem_type": "multiple choice", "options": ["A. left", "B. right"],
+          "solution": "<answer>B</answer>", "path": "./clip.mp4",
+          "process": "<think>it starts left and ends right</think>"}
+FLAGS = {"sft": ["--num_train_epochs=1", "--gradient_accumulation_steps=1"],
+         "tgrpo": ["--max_steps=1", "--G=2", "--G_tilde=2", "--max_new_tokens=24",
+                   "--correct_threshold=0", "--l_min=12", "--l_max=24", "--rollout_steps=1"]}
+# Adapters or all weights, ZeRO stage, precision: bf16 where fp32 needs more than 14 GB
+RUNS = [("Qwen2.5-VL-3B", 0, 0, "float32"), ("Qwen2.5-VL-3B", 0, 3, "bfloat16"),
+        ("Qwen2.5-VL-3B", 16, 0, "float32"), ("Qwen2.5-VL-3B", 16, 3, "float32"),
+        ("Qwen2.5-VL-7B", 16, 0, "bfloat16"), ("Qwen2.5-VL-7B", 16, 3, "bfloat16")]
+
+
+def true_config(name, tokenizer):
+    """The config of a published model, with so few layers and the ids of this tokenizer."""
+    kind, tied, (hidden, mlp, _, *heads), (_, *tower) = bench.SHAPES[name]
+    config = bench.shape(kind, tied, (hidden, mlp, LAYERS, *heads), (BLOCKS, *tower))
+    config.vision_config.fullatt_block_indexes = [BLOCKS - 1]
+    config.text_config.rope_parameters = {
+        "rope_type": "default", "rope_theta": 1e6, "mrope_section": [16, 24, 24]}
+    for kind in ("image", "video"):
+        setattr(config, f"{kind}_token_id", tokenizer.convert_tokens_to_ids(f"<|{kind}_pad|>"))
+    for side in ("start", "end"):
+        setattr(config, f"vision_{side}_token_id",
+                tokenizer.convert_tokens_to_ids(f"<|vision_{side}|>"))
+    return config
+
+
+def save_start(name, dtype, folder):
+    """Writes a random model of these shapes with a processor of default sizes. Every 20th token of
+    the small tokenizer is an end token, so that responses differ in length."""
+    prompt = build_messages(RECORD | {"media_path": ""})[0]["content"][1]["text"]
+    tokenizer = toy_tokenizer([f"{prompt}\n{RECORD['process']}\n{RECORD['solution']}"])
+    torch.manual_seed(0)
+    model = AutoModelForImageTextToText.from_config(true_config(name, tokenizer), dtype=dtype)
+    model.generation_config.eos_token_id = list(range(0, len(tokenizer), 20))
+    model.generation_config.pad_token_id = tokenizer.pad_token_id
+    model.save_pretrained(folder)
+    Qwen2_5_VLProcessor(
+        image_processor=Qwen2VLImageProcessor(), video_processor=Qwen2VLVideoProcessor(),
+        tokenizer=tokenizer, chat_template=TOY_CHAT_TEMPLATE).save_pretrained(folder)
+
+
+@pytest.fixture(scope="module")
+def start(tmp_path_factory):
+    """Makes the models to start from, one for each shape and precision, in processes of their own:
+    a child's peak would include this one's memory."""
+    kept = {}
+
+    def make(name, dtype):
+        if (name, dtype) not in kept:
+            folder = kept[name, dtype] = tmp_path_factory.mktemp("start") / "model"
+            process = multiprocessing.get_context("spawn").Process(
+                target=save_start, args=(name, getattr(torch, dtype), folder))
+            process.start()
+            process.join()
+            assert process.exitcode == 0
+        return kept[name, dtype]
+    yield make
+    for folder in kept.values():
+        shutil.rmtree(folder)
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory):
+    """The file of one record, beside a clip of twice the width and height that a model sees."""
+    folder = tmp_path_factory.mktemp("data")
+    size = (2 * HEIGHT * PATCH, 2 * WIDTH * PATCH)
+    frames = np.zeros((FRAMES, *size, 3), np.uint8)
+    for t in range(FRAMES):  # a light that crosses the picture, on noise
+        frames[t] = np.random.default_rng(t).integers(0, 60, (*size, 3))
+        frames[t, 200:260, 50 * t:50 * t + 60] = 230
+    write_video(folder / "clip.mp4", frames, fps=2)
+    (folder / "data.json").write_text(json.dumps([RECORD]))
+    assert load_records(folder / "data.json")
+    return folder / "data.json"
+
+
+def measured(*command):
+    """Runs a script as a user would. Returns its output, seconds and peak resident bytes."""
+    start = time.perf_counter()
+    process = subprocess.Popen([sys.executable, *map(str, command)], cwd=ROOT, text=True,
+                               stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
+    printed = process.stdout.read()
+    _, status, usage = os.wait4(process.pid, 0)
+    process.returncode = os.waitstatus_to_exitcode(status)
+    assert process.returncode == 0, printed[-4000:]
+    return printed, time.perf_counter() - start, usage.ru_maxrss * 1024
+
+
+def moved(before, after):
+    """The names of the weights that differ between two models' folders of the same shapes."""
+    with (safe_open(before / "model.safetensors", "pt") as first,
+          safe_open(after / "model.safetensors", "pt") as second):
+        assert first.keys() == second.keys()
+        return {name for name in first.keys()
+                if not torch.equal(first.get_tensor(name), second.get_tensor(name))}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("script", FLAGS)
+@pytest.mark.parametrize("name, lora_rank, stage, dtype", RUNS)
+def test_a_step_at_true_widths(start, data, tmp_path, name, lora_rank, stage, dtype, script):
+    config, output, model = tmp_path / "ds.json", tmp_path / "run", start(name, dtype)
+    config.write_text(json.dumps({"zero_optimization": {"stage": stage},
+                                  "bf16": {"enabled": dtype == "bfloat16"},
+                                  "zero_allow_untested_optimizer": True}))
+    printed, seconds, peak = measured(
+        f"{script}.py", "--model", model, "--data", data, "--output", output, "--deepspeed_config",
+        config, f"--lora_rank={lora_rank}", "--learning_rate=1e-3", "--save_steps=0",
+        "--num_workers=1", *FLAGS[script])
+    print(f"\n{script} {name} {dtype}, rank {lora_rank}, ZeRO-{stage}: {seconds:.0f} s, "
+          f"{peak / 1e9:.1f} GB")
+    assert f"{FRAMES // 2} x {2 * HEIGHT} x {2 * WIDTH} patches" in printed
+    row = json.loads((output / "metrics.jsonl").read_text().splitlines()[-1])
+    assert row["step"] == 1 and math.isfinite(row["optim/loss"])
+    changed = moved(model, output)
+    if script == "sft":  # the target is as likely as any token of the whole vocabulary
+        assert row["optim/loss"] == pytest.approx(math.log(151_936), rel=0.1)
+        assert changed and (not lora_rank or all("_proj." in weight for weight in changed))
+    else:
+        tokens = json.loads((model / "tokenizer.json").read_text())
+        known = len(tokens["model"]["vocab"]) + len(tokens["added_tokens"])
+        assert 0 < row["policy/entropy"] < math.log(known)  # no id beyond the tokenizer
+        assert row["policy/kl"] == pytest.approx(0, abs=1e-5)  # the reference is the start
+        assert 1 <= row["response/tokens"] <= 24
+    shutil.rmtree(output)
