@@ -426,8 +426,9 @@ SURELY_TEXT = 100  # characters of a free-form solution, which then has a word i
 # An option's letter, "A", "(A" or "Option A", and what sets it apart from the text: ".", ")", "、"
 LETTER = r"(?:(?i:option|choice|选项)[ _]?)?[(（\[【]?([A-ZＡ-Ｚ])"
 AFTER_LETTER = r"[.):\]．）：】、]+"
-OPTION_MARK = re.compile(  # of an option that stands alone; or a number: "1. "
-    rf"\s*(?:{LETTER}(?:{AFTER_LETTER}|\s+[-–—]\s)|[(（]?(\d+)[.):）、]+\s)\s*", re.IGNORECASE)
+OPTION_MARK = re.compile(  # of a whole option; or a number: "1. "
+    rf"\s*(?:{LETTER}(?:{AFTER_LETTER}|\s+[-–—]\s)|[(（]?(\d+)[.)）、]+\s)\s*",
+    re.IGNORECASE)
 FRAMES_FPS = 3  # of MVBench's task that is released as folders of frames
 
 
@@ -562,21 +563,29 @@ def plain_mark(text) -> str:
     return unicodedata.normalize("NFKC", text).upper()
 
 
+def without_letters(options) -> list[str]:
+    """Returns the options' texts without letters. Only A, B, C, ... in order are letters."""
+    marks = [OPTION_MARK.match(option) for option in options]
+    found = [plain_mark(mark[1] or mark[2]) if mark else "" for mark in marks]
+    if found != [letter(i) for i in range(len(options))]:
+        return [option.strip() for option in options]
+    return [option[mark.end():].strip() for option, mark in zip(options, marks)]
+
+
 def option_texts(options) -> list[str]:
-    """Returns the options' texts without letters. Only A, B, C, ... in order are letters.
+    """Returns the options' texts without letters, as without_letters does.
 
     Raises ValueError if an option is empty, or if several begin with other letters or numbers in
-    rising order. "E. coli" before "C. elegans" is a text.
+    rising order from the first ones: "1." and "2.", "A." twice. "E. coli" is a text.
 
     >>> option_texts(["(A) a cat", "(B) a dog"]), option_texts(["E. coli", "C. elegans"])
     (['a cat', 'a dog'], ['E. coli', 'C. elegans'])
     """
-    marks = [OPTION_MARK.match(option) for option in options]
-    found = [plain_mark(mark[1] or mark[2]) for mark in marks if mark]
-    texts = [option.strip() for option in options]
-    if found == list(map(letter, range(len(options)))):
-        texts = [option[mark.end():].strip() for option, mark in zip(options, marks)]
-    elif len(found) > 1 and found == sorted(found):
+    texts = without_letters(options)
+    marks = [mark for mark in map(OPTION_MARK.match, options) if mark and mark[0][-1].isspace()]
+    found = [plain_mark(mark[1] or mark[2]) for mark in marks]
+    if texts == [option.strip() for option in options] and len(found) > 1 and (
+            found == sorted(found) and found[0] in ("A", "B", "0", "1")):
         raise ValueError(f"options begin with {', '.join(found)}, not with A, B, C, ... in order")
     if not all(texts):
         raise ValueError("an option is empty")
@@ -948,6 +957,8 @@ def index_by_packets(path) -> VideoIndex:
                                                 packet.pts + (packet.duration or 0))
             if packet.stream is not stream:
                 continue
+            if packet.is_corrupt and container.format.name == "mpegts":
+                raise WrongPacketTimes  # or two streams were joined: decoding tells
             if packet.is_corrupt:
                 raise ValueError(DAMAGED)
             if packet.size and not packet.is_discard:  # by an edit list
@@ -980,7 +991,7 @@ def ends_within_packet(path) -> bool:
 def seconds_of(times, container, stream) -> list[float]:
     """Returns seconds from a file's beginning. Its sound may begin before its pictures."""
     starts = [other.start_time * other.time_base for other in container.streams
-              if other.type in ("audio", "video") and other.start_time is not None]
+              if other.type == "audio" and other.start_time is not None]
     first = min(times, default=0) * stream.time_base
     beginning = min(first, max(0, min(starts, default=first)))
     return [float(time * stream.time_base - beginning) for time in times]
@@ -1600,12 +1611,12 @@ AROUND = re.compile(r"(?i)^question:|(?:options|choices|选项)\s*[:：]$")  # a
 
 def draft(medium, problem, answer, options=(), **fields):
     """Returns a question as its source has it, which make_record checks. medium: a path below the
-    media folder. answer: a letter or a text. options: without letters. fields: the record's, and
+    media folder. answer: a letter or a text. options: lettered or not. fields: the record's, and
     "part", the part of the source that data_source names."""
     if isinstance(options, str) or not all(isinstance(text, (str, int, float)) for text in options):
         raise ValueError(f"the options are not texts: {options!r}")
     return {"medium": os.path.normpath(medium), "problem": problem.strip(),
-            "answer": str(answer).strip(), "options": [str(text).strip() for text in options],
+            "answer": str(answer).strip(), "options": without_letters(list(map(str, options))),
             **fields}
 
 
@@ -2028,10 +2039,13 @@ def convert(args):
     """Writes all questions of a benchmark's own release as records, or raises InputError."""
     path, facts = Path(args.path), benchmark_facts().get(args.name, {})
     title, patterns = facts.get("title", args.name), facts.get("files", ["known file"])
-    release = path if path.is_dir() else path.parent
+    depth = next((pattern.count("/") for pattern in patterns if path.match(pattern)), 0)
+    release = path if path.is_dir() else Path(os.path.abspath(path)).parents[depth]
     root, files, records = args.media_root or release, [path], []
     if path.is_dir():  # an earlier --out may lie there
-        found = ({*path.glob(pattern)} - {Path(args.out)} for pattern in patterns)
+        out = Path(args.out).resolve()
+        found = ([file for file in path.glob(pattern) if file.resolve() != out]
+                 for pattern in patterns)
         files = sorted(next(filter(None, found), ()))
     if not files:
         raise InputError(f"{path} has no {' or '.join(patterns)} of {title}: give the file of its "

@@ -83,8 +83,9 @@ def test_another_version_of_a_package_is_refused_by_name(monkeypatch):
     def refuse(**changed):
         monkeypatch.setattr(sft, "gather_objects", lambda mine: [mine, mine, mine | changed])
         sft.require_equal_ranks(SimpleNamespace(
-            args=SimpleNamespace(seed=0, local_rank=1),
-            identity={"records": "a", "git_commit": None, "versions": {"torch": "2", "av": "5.0"}}))
+            args=SimpleNamespace(seed=0, local_rank=1), held_out=[], config={},
+            identity={"records": "a", "model_sha256": "b", "git_commit": None,
+                      "versions": {"torch": "2", "av": "5.0"}}))
     refuse()
     refuse(**{"--local_rank": 0})
     with pytest.raises(InputError, match="^ranks 0 and 2 differ: av 5.0 and 5.1; --seed 0 and 1. "):
