@@ -520,8 +520,8 @@ def update_activations(config, args, size):
         "prompt, language model": prompt * (prompt_tokens + layers * 2 * keys * size),
         "chunk, layers": tokens * of_tokens,
         "chunk, keys and values": (tokens + min(args.chunk_size, args.G) * prompt) * joined,
-        # with their gradients; three float32 forms of a piece
-        "chunk, logits": 2 * logits + 3 * 4 * tgrpo.PIECE * text.vocab_size}
+        # with their gradients; three float32 forms of a piece, or those gradients joined at the end
+        "chunk, logits": 2 * logits + max(logits, 3 * 4 * tgrpo.PIECE * text.vocab_size)}
 
 
 def rollout_activations(config, args, size):

@@ -1,6 +1,8 @@
 """The benchmark runs, its two forms do the same work, and what it computes of memory is so."""
 import json
+import multiprocessing
 import re
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
@@ -169,6 +171,34 @@ def test_an_update_takes_at_its_peak_what_is_computed(form, more):
     config = bench.Case(args, 16).model.config
     computed = sum(bench.update_activations(config, flags(*SEEN, *more), 4).values())
     assert computed == pytest.approx(measured, rel=1 / 5)
+
+
+def grow_by_logits(pipe, rows, length, vocabulary):
+    """Sends the bytes by which the log-probs of a chunk and their backward grow this process."""
+    def backward(rows, length):
+        hidden = torch.zeros(rows, length, 8, requires_grad=True)
+        logits = torch.nn.functional.linear(hidden, torch.ones(vocabulary, 8))  # (n, L, V)
+        ids = torch.zeros(rows, length, dtype=torch.long)
+        tgrpo.token_logps(logits, ids, 1.0).sum().backward()
+    backward(1, 1)  # what torch takes at its first use
+    Path("/proc/self/clear_refs").write_text("5")
+    before = bench.resident_maximum()
+    backward(rows, length)
+    pipe.send(bench.resident_maximum() - before)
+
+
+def test_the_logits_of_a_long_chunk_take_what_is_computed():
+    """Of 8 x 384 tokens, in float32: the pieces' gradients outweigh a piece's float32 forms."""
+    config = bench.shape("qwen2_5_vl", True, (64, 64, 1, 2, 1, 20_000), (1, 64, 64, {}))
+    args = flags("--G=8", "--chunk_size=8", "--max_new_tokens=384")
+    spawn = multiprocessing.get_context("spawn")
+    pipe, its = spawn.Pipe()
+    process = spawn.Process(target=grow_by_logits, args=(its, 8, 384, 20_000))
+    process.start()
+    measured = pipe.recv()
+    process.join()
+    computed = bench.update_activations(config, args, 4)["chunk, logits"]
+    assert computed == pytest.approx(measured, rel=1 / 10)
 
 
 def test_the_readme_table_is_what_the_function_computes_and_fits_the_cards():

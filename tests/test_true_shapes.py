@@ -34,7 +34,8 @@ RECORD = {"problem_id": 1, "problem": "Which way does the light move?", "data_ty
           "process": "<think>it starts left and ends right</think>"}
 FLAGS = {"sft": ["--num_train_epochs=1", "--gradient_accumulation_steps=1"],
          "tgrpo": ["--max_steps=1", "--G=2", "--G_tilde=2", "--max_new_tokens=24",
-                   "--correct_threshold=0", "--l_min=12", "--l_max=24", "--rollout_steps=1"]}
+                   "--correct_threshold=0", "--l_min=8", "--l_max=24",
+                   "--temporal_to=advantage"]}  # so that equal rewards have a gradient, too
 # Adapters or all weights, ZeRO stage, precision: bf16 where fp32 needs more than 14 GB
 RUNS = [("Qwen2.5-VL-3B", 0, 0, "float32"), ("Qwen2.5-VL-3B", 0, 3, "bfloat16"),
         ("Qwen2.5-VL-3B", 16, 0, "float32"), ("Qwen2.5-VL-3B", 16, 3, "float32"),
@@ -57,13 +58,13 @@ def true_config(name, tokenizer):
 
 
 def save_start(name, dtype, folder):
-    """Writes a random model of these shapes with a processor of default sizes. Every 20th token of
+    """Writes a random model of these shapes with a processor of default sizes. Every tenth token of
     the small tokenizer is an end token, so that responses differ in length."""
     prompt = build_messages(RECORD | {"media_path": ""})[0]["content"][1]["text"]
     tokenizer = toy_tokenizer([f"{prompt}\n{RECORD['process']}\n{RECORD['solution']}"])
     torch.manual_seed(0)
     model = AutoModelForImageTextToText.from_config(true_config(name, tokenizer), dtype=dtype)
-    model.generation_config.eos_token_id = list(range(0, len(tokenizer), 20))
+    model.generation_config.eos_token_id = list(range(0, len(tokenizer), 10))
     model.generation_config.pad_token_id = tokenizer.pad_token_id
     model.save_pretrained(folder)
     Qwen2_5_VLProcessor(
@@ -145,9 +146,9 @@ def test_a_step_at_true_widths(start, data, tmp_path, name, lora_rank, stage, dt
     row = json.loads((output / "metrics.jsonl").read_text().splitlines()[-1])
     assert row["step"] == 1 and math.isfinite(row["optim/loss"])
     changed = moved(model, output)
+    assert changed and (not lora_rank or all("_proj." in weight for weight in changed))
     if script == "sft":  # the target is as likely as any token of the whole vocabulary
         assert row["optim/loss"] == pytest.approx(math.log(151_936), rel=0.1)
-        assert changed and (not lora_rank or all("_proj." in weight for weight in changed))
     else:
         tokens = json.loads((model / "tokenizer.json").read_text())
         known = len(tokens["model"]["vocab"]) + len(tokens["added_tokens"])
