@@ -957,8 +957,6 @@ def index_by_packets(path) -> VideoIndex:
                                                 packet.pts + (packet.duration or 0))
             if packet.stream is not stream:
                 continue
-            if packet.is_corrupt and container.format.name == "mpegts":
-                raise WrongPacketTimes  # or two streams were joined: decoding tells
             if packet.is_corrupt:
                 raise ValueError(DAMAGED)
             if packet.size and not packet.is_discard:  # by an edit list
