@@ -490,7 +490,7 @@ def check_identity(run, defaults):
             "weights of --model": line.get("model_sha256", run.identity["model_sha256"])}
     try:
         was = flat(whole_rows(output / "metrics.jsonl")[0])
-    except (OSError, LookupError, TypeError) as error:
+    except (InputError, OSError, LookupError, TypeError) as error:
         raise InputError(f"the first line of {output / 'metrics.jsonl'} must say what run this is: "
                          f"{error!r}") from None
     saves_only = run.args.max_steps == run.first_step  # the model, without another step

@@ -344,7 +344,8 @@ def test_without_a_damaged_checkpoint_a_run_goes_on_from_the_one_before(tmp_path
 
 
 def test_an_output_that_a_node_does_not_share_is_found_at_the_start(monkeypatch, opened):
-    monkeypatch.setattr(sft, "gather_objects", lambda value: [value, (False, "")])
+    monkeypatch.setattr(sft, "gather_objects", lambda value: [
+        value, (False, "") if isinstance(value, tuple) else value])
     with pytest.raises(InputError, match="storage that all nodes share"):
         opened()
 
