@@ -203,7 +203,7 @@ def test_the_logits_of_a_long_chunk_take_what_is_computed():
 
 def test_the_readme_table_is_what_the_function_computes_and_fits_the_cards():
     """With a tenth of the card to spare."""
-    section = (ROOT / "README.md").read_text(encoding="utf-8").split("\n## One GPU\n")[1]
+    section = (ROOT / "README.md").read_text(encoding="utf-8").split("\n### One GPU\n")[1]
     row = r"\| (8 x )?(\d+) GB \| (\S+) \| (?:`(.*)`)? ?\| `(\S+)` \| (\d+) \| (\d+) \|"
     table = re.findall(row, section.split("\n## ")[0])
     assert {card for _, card, *_ in table} == {"16", "24", "48", "80"} and len(table) == 7

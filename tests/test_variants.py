@@ -169,26 +169,26 @@ def worked_example() -> tuple[list, list]:
     form = re.search("`(<think>.*</answer>)`", EXAMPLE)[1].replace("\\n", "\n")
     cells = [[cell.strip() for cell in line.strip("|").split("|")] for line in EXAMPLE.splitlines()
              if re.match(r"\| ~?\d", line)]
-    rows = [(re.sub("(?s)5(.+)3(.+)8", rf"{starts}\g<1>{ends}\g<2>{answer}", form),
+    rows = [(re.sub("(?s)0(.+)3(.+)7", rf"{starts}\g<1>{ends}\g<2>{answer}", form),
              *(float(n) for n in numbers if n)) for _, starts, ends, answer, *numbers in cells]
-    return rows[:8], rows[8:]
+    return rows[:4], rows[4:]
 
 
 def test_the_worked_example_is_what_the_code_computes():
     ordered, shuffled = worked_example()
-    assert len(ordered) == 8 and len(shuffled) == 4
-    record = {"problem_id": 1230, "problem_type": "regression", "solution": "<answer>7</answer>"}
+    assert len(ordered) == 4 and len(shuffled) == 2
+    record = {"problem_id": 922, "problem_type": "regression", "solution": "<answer>8</answer>"}
     length = int(re.search(r"response has (\d+)", EXAMPLE)[1])
     group, without = (graded(tgrpo, record, [row[0] for row in ordered],
-                             [row[0] for row in shuffled], [length] * 8, alpha=alpha, l_min=16,
+                             [row[0] for row in shuffled], [length] * 4, alpha=alpha, l_min=16,
                              l_max=24) for alpha in (0.3, 0))
     parts = group["parts"]
     columns = [parts["accuracy"], parts["format"], parts["temporal"], parts["length"], group["R"],
                group["A"], without["A"]]
     for i, values in enumerate(zip(*(column.tolist() for column in columns))):
         assert list(ordered[i][1:]) == pytest.approx(values, abs=0.0051), i
-    assert (parts["p"], parts["p_tilde"], parts["r_t"]) == (0.625, 0.5, 0.3)
-    assert all(words in EXAMPLE for words in ("5/8", "2/4", "$r_t = 0.3$"))
+    assert (parts["p"], parts["p_tilde"], parts["r_t"]) == (0.5, 0.5, 0.3)
+    assert all(words in EXAMPLE for words in ("2/4", "1/2", "$r_t = 0.3$"))
     mean, spread = group["R"].mean().item(), group["R"].std().item()
     assert f"{mean:.3f}" in EXAMPLE and f"{spread:.3f}" in EXAMPLE
-    assert [row[1] for row in shuffled] == pytest.approx([0.43, 0.71, 0.71, 0.43])
+    assert [row[1] for row in shuffled] == pytest.approx([0.38, 0.75])
