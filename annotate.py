@@ -57,8 +57,9 @@ from tqdm import tqdm
 from urllib3.exceptions import HTTPError, InvalidHeader, MaxRetryError
 from urllib3.util import Retry
 
-from build_data import (ANSWER_SUFFIX, TEMPLATE, UNUSABLE, FlagParser, InputError, MediaError,
-                        Vision, above, add_machine_flags, add_media_flags, as_in_file, at_least,
+from build_data import (ANSWER_SUFFIX, SAMPLING_FLAGS, TEMPLATE, UNUSABLE, FlagParser, InputError,
+                        MediaError, Vision, above, add_machine_flags, add_media_flags, as_in_file,
+                        at_least,
                         build_messages, encode, forbidden_tokens, generate, json_list, load_model,
                         load_processor, load_records, load_vision_of, make_folder_of, markdown,
                         model_hash, number, record_seed, require_same, row_writer, run_script,
@@ -419,9 +420,7 @@ def read_rows(output, stem, configuration):
 def configuration_of(generator, *more):
     """Returns what responses depend on, with these flags more."""
     args = generator.args
-    flags = ("model", "min_frames", "fps", "min_pixels", "max_pixels", "image_min_pixels",
-             "image_max_pixels", "video_reader", "temperature", "top_p", "max_new_tokens", "seed",
-             *more)
+    flags = ("model", *SAMPLING_FLAGS, "temperature", "top_p", "max_new_tokens", "seed", *more)
     engine = {"engine": "api", "api_body": args.api_body} if args.api_base else {
         "engine": "transformers", "model_sha256": model_hash(args.model),
         "dtype": str(precision()), "attn_implementation": args.attn_implementation,

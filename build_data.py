@@ -167,6 +167,11 @@ def number(kind, fits, words):
 most_pixels = number(int, lambda value: value >= PATCH**2, f"at least {PATCH**2}: {IN_PIXELS}")
 
 
+# With max_frames, what decides the frames and pixels that a model sees
+SAMPLING_FLAGS = ("min_frames", "fps", "min_pixels", "max_pixels", "image_min_pixels",
+                  "image_max_pixels", "video_reader")
+
+
 def add_media_flags(add, max_frames=16, max_pixels=128 * 28 * 28):
     """Which frames and pixels a model sees; `add` is a parser's add_argument."""
     if max_frames:  # evaluate.py has a list of them
@@ -2272,9 +2277,7 @@ def state_of(record, args):
     changes, the file is decoded again."""
     path = record["media_path"]
     file = [os.path.getsize(path), os.path.getmtime(path)] if os.path.exists(path) else []
-    flags = ("max_frames", "min_frames", "fps", "min_pixels", "max_pixels", "image_min_pixels",
-             "image_max_pixels", "video_reader")
-    return file + [getattr(args, name) for name in flags]
+    return file + [getattr(args, name) for name in ("max_frames", *SAMPLING_FLAGS)]
 
 
 def judge_medium(args, record):
