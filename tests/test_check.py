@@ -1,5 +1,4 @@
 """Checking media: broken files are found, one hang or crash costs one file, a kill is resumed."""
-import errno
 import importlib
 import json
 import os
@@ -68,47 +67,14 @@ def test_a_second_run_decodes_only_what_failed_or_changed(data):
     ids, report = check(data)
     assert ids == [0, 1, 4, 5] and "absent" not in report
     assert logged(data)[5:] == ["good.mp4", "noise.mp4", "empty.png", "absent.png"]
-
-
-def test_media_are_decoded_again_for_other_limits(data):
-    assert check(data)[0] == [0, 1, 5]
-    assert check(data, "--min_pixels", 5 * 28 * 28)[0] == [0, 1, 5]
-    assert logged(data)[5:].count("good.mp4") == 1
+    assert check(data, "--min_pixels", 5 * 28 * 28)[0] == [0, 1, 4, 5]  # other limits
+    assert logged(data)[9:].count("good.mp4") == 1
 
 
 def test_a_damaged_log_is_named(data):
     (data / "a_clean.media.jsonl").write_text("no row\n")
     with pytest.raises(InputError, match="a_clean.media.jsonl is damaged, remove it"):
         check(data)
-
-
-class FullDisk:
-    """A file on a disk that has nine bytes left."""
-
-    def __init__(self, file):
-        self.file, self.name, self.truncate, self.left = file, file.name, file.truncate, 9
-
-    def write(self, data):
-        if not self.left:
-            raise OSError(errno.ENOSPC, "No space left on device")
-        written, self.left = self.file.write(data[:self.left]), 0
-        return written
-
-
-@pytest.mark.parametrize("at", [0, 1, 4])
-def test_a_full_disk_keeps_whole_rows_and_is_one_clear_sentence(data, monkeypatch, at):
-    append, calls = build_data.append_rows, []
-
-    def full(file, rows):
-        calls.append(rows)
-        append(FullDisk(file) if len(calls) > at else file, rows)
-    monkeypatch.setattr(build_data, "append_rows", full)
-    with pytest.raises(InputError, match="^cannot write .*media.jsonl: No space left on device. "
-                       "The rows in it are whole: make room and repeat the command$"):
-        check(data)
-    assert len(logged(data)) == at and not (data / "a_clean.json").exists()
-    monkeypatch.setattr(build_data, "append_rows", append)
-    assert check(data)[0] == [0, 1, 5]
 
 
 def test_a_folder_that_cannot_be_is_told_before_the_work(data):
@@ -118,8 +84,7 @@ def test_a_folder_that_cannot_be_is_told_before_the_work(data):
 
 
 def test_a_decoder_that_hangs_or_crashes_costs_one_medium(data, monkeypatch):
-    for name in ("av", "qwen_vl_utils"):  # each new decoder would import them, slowly
-        importlib.import_module(name)
+    importlib.import_module("qwen_vl_utils")  # each new decoder would import it, slowly
     real = build_data.load_vision
 
     def load_vision(record, **limits):
@@ -143,12 +108,9 @@ def test_a_cut_video_is_named_with_its_reason_and_another_reader_is_another_verd
         record(0, "good.mp4"), record(1, "cut.mkv", data_type="video")]))
     ids, report = check(data)
     assert ids == [0] and "| cut off: 20 s by its header, but it ends at" in report
-    verdicts = len(logged(data))
-    check(data)
-    assert len(logged(data)) == verdicts + 1  # only what failed
     pytest.importorskip("decord")
     assert check(data, "--video_reader", "decord")[0][0] == 0
-    assert logged(data)[verdicts + 1:] == ["good.mp4", "cut.mkv"]
+    assert logged(data)[2:] == ["good.mp4", "cut.mkv"]
 
 
 def test_parts_of_one_video_are_checked_one_by_one(data):
