@@ -16,7 +16,7 @@ import evaluate
 from build_data import InputError, MediaError, build_messages, load_vision, write_video
 from conftest import LIMITS, ROOT, Server, reply, run_here
 from rewards import extract_answer
-from test_evaluate import flags, parsed
+from test_evaluate import answered, choice, flags, parsed
 
 
 def converted(name, path, out, *more):
@@ -235,12 +235,6 @@ def open_question(truth):
                 "problem_type": build_data.CONVERTED_TYPES})
 
 
-def graded_open(record, text):
-    row, = evaluate.grade([record], {"adaptation/0": {
-        "output": f"<answer>{text}</answer>", "tokens": 1, "truncated": False}}, 0.5)
-    return row
-
-
 @pytest.mark.parametrize("truth, answers", [
     ("12.97", {"12.9701": 1, "about 12.97 g": 1, "12.9": 0, "112.97": 0}),
     ("Net Income", {"the net income.": 1, "income": 0, "": 0}),
@@ -255,11 +249,12 @@ def graded_open(record, text):
 def test_videommmu_grades_an_open_answer_by_number_letter_text_or_any_item(truth, answers):
     record = open_question(truth)
     for text, score in answers.items():
-        assert evaluate.Overall("contains").score(graded_open(record, text)) == score, text
+        row, = answered([record], [text])
+        assert evaluate.Overall("contains").score(row) == score, text
 
 
 def test_what_videommmu_grades_as_contained_is_graded_as_free_form_text_elsewhere():
-    row = graded_open(open_question("Net Income"), "the net income.")
+    row, = answered([open_question("Net Income")], ["the net income."])
     assert row["contains"] == 1 and 0 < row["accuracy"] < 1  # ROUGE
 
 
@@ -450,22 +445,18 @@ def test_what_is_no_release_is_refused_by_name(tmp_path, monkeypatch):
 
 # ---------------------------------------------------------------------------------- scores
 
-def graded(task, problem_type, solution, answers):
-    """Rows as they are graded, one for each answer, with a medium of its own."""
-    records = [{"problem_id": f"{task}{i}", "path": f"{task}{i}", "problem": "Q?",
-                "problem_type": problem_type, "groups": {"task": task},
-                "options": ["A. x", "B. y"] if problem_type == "multiple choice" else [],
-                "solution": f"<answer>{solution}</answer>"} for i in range(len(answers))]
-    rows = {record["problem_id"]: {"output": f"<answer>{answer}</answer>", "tokens": 1,
-                                   "truncated": False} for record, answer in zip(records, answers)}
-    return records, evaluate.grade(records, rows, 0.5)
+def graded(task, solution, answers, **fields):
+    """Questions of a task, one for each answer, and their rows as they are graded."""
+    records = [choice(f"{task}{i}", groups={"task": task}, solution=f"<answer>{solution}</answer>",
+                      **fields) for i in range(len(answers))]
+    return records, answered(records, answers)
 
 
 def test_vsi_bench_s_two_overalls_are_those_computed_by_hand():
-    parts = [graded(task, "multiple choice", "A", answers) for task, answers in (
-        ("object_rel_direction_easy", "AAAA"), ("object_rel_direction_medium", "AB"),
-        ("object_rel_direction_hard", "B"), ("route_planning", "AAAB"))]
-    parts.append(graded("object_counting", "regression", "2", ["2", "1"]))
+    parts = [graded("object_counting", "2", ["2", "1"], problem_type="regression"), *(
+        graded(task, "A", answers) for task, answers in (
+            ("object_rel_direction_easy", "AAAA"), ("object_rel_direction_medium", "AB"),
+            ("object_rel_direction_hard", "B"), ("route_planning", "AAAB")))]
     records, rows = (sum(both, []) for both in zip(*parts))
     scores = evaluate.score(records, rows, 0, evaluate.BENCHMARKS["vsibench"].overalls)
     # mra: 1 and .1 (the boundary counts); as released: 1 and 0
@@ -479,10 +470,9 @@ def test_vsi_bench_s_two_overalls_are_those_computed_by_hand():
 
 
 def test_a_benchmark_without_task_names_falls_back_to_the_plain_mean():
-    records, rows = graded("t", "multiple choice", "A", "AAB")
-    for record in records + rows:
-        record["groups"] = {}
-    scores = evaluate.score(records, rows, 0, evaluate.BENCHMARKS["mvbench"].overalls)
+    records = [choice(number, groups={}) for number in range(3)]
+    scores = evaluate.score(records, answered(records, "AAB"), 0,
+                            evaluate.BENCHMARKS["mvbench"].overalls)
     assert list(scores) == ["all", "problem_type: multiple choice"]  # the first is the headline
     assert scores["all"]["score"]["mean"] == pytest.approx(2 / 3)
 
@@ -490,28 +480,21 @@ def test_a_benchmark_without_task_names_falls_back_to_the_plain_mean():
 def vinoground_graded(answers):
     """Records and graded rows of pairs: {pair: letters for text pos, text neg, video pos, video
     neg}, where A is right and a blank unanswered."""
-    cells = [(f"{task}/{pair}_{side}", pair, task) for pair in answers
-             for task in ("text", "video") for side in ("pos", "neg")]
-    records = [{"problem_id": key, "pair": pair, "path": f"{key}.mp4", "problem": "?",
-                "problem_type": "multiple choice", "options": ["A. x", "B. y"],
-                "solution": "<answer>A</answer>", "groups": {"task": task}}
-               for key, pair, task in cells]
-    rows = {key: {"output": f"<answer>{letter}</answer>", "tokens": 1, "truncated": False}
-            for (key, *_), letter in zip(cells, "".join(answers.values())) if letter != " "}
-    return records, evaluate.grade(records, rows, 0.5)
+    records = [choice(f"{task}/{pair}_{side}", pair=pair, groups={"task": task})
+               for pair in answers for task in ("text", "video") for side in ("pos", "neg")]
+    letters = [None if letter == " " else letter for letter in "".join(answers.values())]
+    return records, answered(records, letters)
 
 
 def test_vinoground_counts_pairs_with_intervals_over_pairs_and_their_drop():
     overalls = evaluate.BENCHMARKS["vinoground"].overalls
-    pairs = {"1": "AAAA", "2": "AABA", "3": "ABAA", "4": "AAA "}
-    records, rows = vinoground_graded(pairs)
+    records, rows = vinoground_graded({"1": "AAAA", "2": "AABA", "3": "ABAA", "4": "AAA "})
     scores = evaluate.score(records, rows, 0, overalls)
-    assert list(scores)[0] == "group score"  # the headline
     # text: pairs 1, 2, 4 of four; video: 1, 3 of three; group: 1 of three
-    for name, mean, answered in (("text", 3 / 4, 4), ("video", 2 / 3, 3), ("group", 1 / 3, 3)):
+    for name, mean, count in (("text", 3 / 4, 4), ("video", 2 / 3, 3), ("group", 1 / 3, 3)):
         whole = scores[f"{name} score"]
         assert whole["score"]["mean"] == pytest.approx(mean)
-        assert (whole["answered"], whole["records"], whole["score"]["n"]) == (answered, 4, answered)
+        assert (whole["answered"], whole["records"], whole["score"]["n"]) == (count, 4, count)
     assert scores["all"]["score"]["mean"] == pytest.approx(13 / 15)  # questions
     alone = evaluate.score(*vinoground_graded({"1": "AAAB"}), 0, overalls)["group score"]["score"]
     assert alone == {"mean": 0, "low": None, "high": None, "n": 1}  # four videos, one pair
@@ -522,27 +505,31 @@ def test_vinoground_counts_pairs_with_intervals_over_pairs_and_their_drop():
     # video pairs 1, 2, 3 that both answered: 1 - 1, 0 - 0, 1 - 0
     assert drops["video score"]["drop"]["mean"] == pytest.approx(1 / 3)
     assert drops["group score"]["drop"]["mean"] == pytest.approx(1 / 3)
-    text = {"benchmark": "vinoground", "rows": vinoground_graded({"1": "AA  "})[1],
-            "configuration": {}, "order": "ordered", "arguments": {"seed": 0, "model": "m"}}
-    groups = [line.split("|")[1:4] for line in evaluate.difference(text, text) if "score" in line]
-    assert [[cell.strip() for cell in row] for row in groups] == [
-        ["group score", "0", ""], ["text score", "1", "100.0"], ["video score", "0", ""]]
+
+
+def test_vinoground_s_scores_of_pairs_come_first_in_its_tables():
+    records, rows = vinoground_graded({"1": "AA  "})
+    scores = evaluate.score(records, rows, 0, evaluate.BENCHMARKS["vinoground"].overalls)
+    assert list(scores)[0] == "group score"  # the headline
     printed = [line.split("|")[1].strip() for line in evaluate.table("v", scores)[2:]]
     assert printed == ["group score", "text score", "video score", "all",
                        "problem_type: multiple choice", "task: text", "task: video"]
+    text = {"benchmark": "vinoground", "rows": rows, "configuration": {}, "order": "ordered",
+            "arguments": {"seed": 0, "model": "m"}}
+    groups = [line.split("|")[1:4] for line in evaluate.difference(text, text) if "score" in line]
+    assert [[cell.strip() for cell in row] for row in groups] == [
+        ["group score", "0", ""], ["text score", "1", "100.0"], ["video score", "0", ""]]
 
 
 def test_tvbench_s_headline_is_the_mean_of_its_tasks_with_their_coverage():
-    parts = [graded("action_sequence", "multiple choice", "A", "AAAB"),
-             graded("object_count", "multiple choice", "A", "AB"),
-             (graded("action_antonym", "multiple choice", "A", "AA")[0], [])]  # no videos
+    parts = [graded("action_sequence", "A", "AAAB"), graded("object_count", "A", "AB"),
+             graded("action_antonym", "A", [None, None])]  # no videos
     records, rows = (sum(both, []) for both in zip(*parts))
     scores = evaluate.score(records, rows, 0, evaluate.BENCHMARKS["tvbench"].overalls)
     first = next(iter(scores))
     assert first == "mean of tasks" and scores[first]["score"]["mean"] == (0.75 + 0.5) / 2
-    assert (scores[first]["answered"], scores[first]["records"]) == (6, 8)
-    assert (scores["task: action_antonym"]["answered"], scores["task: action_antonym"]["records"]
-            ) == (0, 2)
+    for group, coverage in ((first, (6, 8)), ("task: action_antonym", (0, 2))):
+        assert (scores[group]["answered"], scores[group]["records"]) == coverage
 
 
 def test_order_benchmarks_follow_table_1_s_columns_where_there_are_results():
@@ -559,10 +546,8 @@ def test_order_benchmarks_follow_table_1_s_columns_where_there_are_results():
 
 
 def test_reflections_are_counted():
-    text = "Wait, that is red. Hmm... Let me check. Let's verify this. The waiter awaits."
-    records = [{"problem_id": 1, "path": "m", "problem_type": "numerical",
-                "solution": "<answer>1</answer>"}]
-    row, = evaluate.grade(records, {"1": {"output": text, "tokens": 1, "truncated": False}}, 0.5)
+    row, = answered([choice(1)], ["Wait, that is red. Hmm... Let me check. Let's verify this. "
+                                  "The waiter awaits."])
     assert row["reflections"] == 4
 
 
@@ -603,15 +588,12 @@ def test_a_release_is_answered_and_stands_in_the_paper_s_table(toy, mmvu, tmp_pa
     assert row["prompt_tokens"] > 0 and len(result["configuration_sha256"]) == 64
     printed = capsys.readouterr().out
     assert "mmvu: 6 questions; MMVU (mc) has 625" in printed
-    lines = printed.splitlines()
-    head = next(line for line in lines if line.startswith("| Models"))
-    columns = [text.strip() for text in head.strip("|").split("|")]
-    assert columns == ["Models", "Frames", "VSI-Bench", "VideoMMMU", "MMVU (mc)", "MVBench",
-                       "TempCompass", "VideoMME (wo sub)"]
-    ours, theirs = lines[lines.index(head) + 2], lines[-1]
-    assert " 5/625" in ours.split("|")[5] and f"{toy}/model (ordered) " in ours
-    assert [x.strip() for x in theirs.strip("|").split("|")] == [
-        "Video-R1-7B, paper", "64", "37.1", "52.4", "63.8", "64.8", "73.2", "61.4"]
+    head, _, ours, *_, theirs = [[text.strip() for text in line.strip("|").split("|")] for line in
+                                 printed[printed.index("| Models"):].splitlines()]
+    assert head == ["Models", "Frames", "VSI-Bench", "VideoMMMU", "MMVU (mc)", "MVBench",
+                    "TempCompass", "VideoMME (wo sub)"]
+    assert ours[4].endswith(" 5/625") and ours[0] == f"{toy}/model (ordered)"
+    assert theirs == ["Video-R1-7B, paper", "64", "37.1", "52.4", "63.8", "64.8", "73.2", "61.4"]
 
 
 def test_a_file_of_records_beside_a_benchmark_of_a_like_name_stays_out_of_its_table(
@@ -625,23 +607,19 @@ def test_a_file_of_records_beside_a_benchmark_of_a_like_name_stays_out_of_its_ta
     assert (tmp_path / "mmvu_again_8_ordered.json").exists()
 
 
-def result_file(path, outputs, seed=0):
+def result_file(path, answers, seed=0):
     """A result over four questions whose answer is A, on three videos."""
-    records = [{"problem_id": i, "path": media, "problem": f"Which {i}?", "data_source": "s",
-                "problem_type": "multiple choice", "options": ["A. up", "B. down"],
-                "solution": "<answer>A</answer>"} for i, media in enumerate("aabc")]
-    rows = {str(i): {"output": f"<answer>{text}</answer>", "tokens": 1, "truncated": False}
-            for i, text in enumerate(outputs) if text != " "}
-    graded = evaluate.grade(records, rows, 0.5)
-    path.write_text(json.dumps({"benchmark": "toy", "rows": graded, "configuration": {"frames": 8},
-                                "order": "ordered", "arguments": {"seed": seed, "model": "m"}}))
+    rows = answered([choice(number, path=medium) for number, medium in enumerate("aabc")],
+                    [None if letter == " " else letter for letter in answers])
+    put(path, {"benchmark": "toy", "rows": rows, "configuration": {"frames": 8},
+               "order": "ordered", "arguments": {"seed": seed, "model": "m"}})
     return str(path)
 
 
 def test_two_results_are_compared_by_question_without_a_model(tmp_path, capsys, monkeypatch):
     monkeypatch.setattr(evaluate, "Generator", None)
-    files = [result_file(tmp_path / "a.json", "ABB "), result_file(tmp_path / "b.json", "BAAA")]
-    run_here(evaluate, "--diff", *files)
+    run_here(evaluate, "--diff", result_file(tmp_path / "a.json", "ABB "),
+             result_file(tmp_path / "b.json", "BAAA"))
     lines = capsys.readouterr().out.splitlines()
     row = next(line for line in lines if line.startswith("| all"))
     # 1 of 3 right, then 2 of 3; by video: a 0, b +1 over 2 and 1 questions
@@ -655,15 +633,11 @@ def test_two_results_are_compared_by_question_without_a_model(tmp_path, capsys, 
 
 def results_folder(folder, model, **answers):
     """An --output with a result for each order: four questions whose answer is A, by source."""
-    records = [{"problem_id": i, "path": f"{i}.mp4", "problem": "Which?", "data_source": source,
-                "problem_type": "multiple choice", "options": ["A. x", "B. y"],
-                "solution": "<answer>A</answer>"}
-               for i, source in enumerate(("toy/conflict", "toy/conflict", "toy/agree", "other"))]
+    records = [choice(number, data_source=source) for number, source in enumerate(
+        ("toy/conflict", "toy/conflict", "toy/agree", "other"))]
     ordered = ()
     for order, letters in answers.items():  # ordered first
-        rows = evaluate.grade(records, {str(i): {
-            "output": f"<answer>{letter}</answer>", "tokens": 1, "truncated": False}
-            for i, letter in enumerate(letters)}, 0.5)
+        rows = answered(records, letters)
         put(folder / f"toy_8_{order}.json", {
             "benchmark": "toy", "frames": 8, "order": order, "rows": rows,
             "scores": evaluate.score(records, rows, 0, ordered=ordered),

@@ -217,41 +217,6 @@ def test_pixels_stay_within_their_bounds(tmp_path, height, width):
     assert 4 * 784 <= frames.shape[2] * frames.shape[3] <= 16 * 784
 
 
-def broken_files(folder):
-    """Makes files that are no whole image or video. Returns their names, and one without a file."""
-    whole = clip(folder / "good.mp4").read_bytes()
-    Image.new("RGB", (900, 3)).save(folder / "thin.png")
-    clip(folder / "one.mp4", count=1)
-    for name, data in (("cut.mp4", whole[:len(whole) // 2]), ("empty.mp4", b""), ("empty.png", b""),
-                       ("text.mp4", b"not a video"), ("text.png", b"not a picture")):
-        (folder / name).write_bytes(data)
-    return [path.name for path in folder.iterdir() if path.name != "good.mp4"] + [
-        "absent.mp4", "absent.png"]
-
-
-def test_a_broken_medium_is_a_media_error_that_names_file_and_reason(tmp_path):
-    for name in broken_files(tmp_path):
-        data_type = "image" if name.endswith("png") else "video"
-        with pytest.raises(MediaError) as error:
-            load_vision(record_of(tmp_path / name, data_type), **LIMITS)
-        message = str(error.value)
-        assert message.startswith(str(tmp_path / name) + ": ") and "\n" not in message
-        assert "read_video" not in message and len(message) > len(str(tmp_path / name)) + 5
-
-
-def test_a_link_out_of_media_root_is_refused(tmp_path):
-    (tmp_path / "root").mkdir()
-    clip(tmp_path / "outside.mp4")
-    os.symlink(tmp_path / "outside.mp4", tmp_path / "root" / "link.mp4")
-    with pytest.raises(MediaError, match="media_root"):
-        load_vision(record_of(tmp_path / "root" / "link.mp4"), **LIMITS)
-
-
-def test_a_path_with_spaces_and_other_letters_is_read(tmp_path):
-    vision = load_vision(record_of(clip(tmp_path / "ein schöner 视频.mp4")), **LIMITS)
-    assert len(vision.frames) == 8
-
-
 # --------------------------------------------------------------------------------- files
 
 class FullDisk:

@@ -102,11 +102,11 @@ def test_the_interval_of_two_media_is_exact():
 
 def test_the_interval_of_a_share_is_the_binomial_one():
     # 400 media, half of them right: 1.96 * sqrt(.5 * .5 / 400) = .049
-    mean, low, high = evaluate.bootstrap_mean([0.0, 1.0] * 200, [str(i) for i in range(400)], 0)
+    values, media = [0.0, 1.0] * 200, [str(i) for i in range(400)]
+    mean, low, high = evaluate.bootstrap_mean(values, media, 0)
     assert mean == 0.5 and low == pytest.approx(0.451, abs=0.006)
     assert high == pytest.approx(0.549, abs=0.006)
-    assert (mean, low, high) == evaluate.bootstrap_mean(  # the same seed, the same interval
-        [0.0, 1.0] * 200, [str(i) for i in range(400)], 0)
+    assert (mean, low, high) == evaluate.bootstrap_mean(values, media, 0)  # the same seed
 
 
 def test_questions_that_share_videos_widen_the_interval_as_much_as_they_repeat_each_other():
@@ -126,14 +126,25 @@ def test_the_interval_of_a_mean_of_tasks_is_the_formula_s():
     assert high - low == pytest.approx(2 * 1.96 * (0.34 / 400) ** 0.5 / 2, rel=0.1)
 
 
+def answered(records, answers):
+    """The graded rows of records, given the text of each one's answer, or None without one."""
+    return evaluate.grade(records, {str(record["problem_id"]): {
+        "output": f"<answer>{text}</answer>", "tokens": 1, "truncated": False}
+        for record, text in zip(records, answers) if text is not None}, 0.5)
+
+
+def choice(number, **fields):
+    """A question whose answer is A."""
+    return {"problem_id": number, "path": f"{number}.mp4", "problem": f"Which {number}?",
+            "data_source": "s", "problem_type": "multiple choice", "options": ["A. x", "B. y"],
+            "solution": "<answer>A</answer>", **fields}
+
+
 def rows_for_scores():
     """Two videos, three questions: one right, one 8 for 10, one wrong and cut off."""
-    choice = {"problem_type": "multiple choice", "options": ["A. x", "B. y"], "data_source": "s"}
-    records = [{"problem_id": 1, "path": "a", "solution": "<answer>A</answer>", **choice},
-               {"problem_id": 2, "path": "a", "problem_type": "regression", "data_source": "t",
-                "solution": "<answer>10</answer>"},
-               {"problem_id": "3", "path": "b", "solution": "<answer>A</answer>", **choice},
-               {"problem_id": 4, "path": "c", "solution": "<answer>A</answer>", **choice}]
+    records = [choice(1, path="a"), choice("3"), choice(4),
+               choice(2, path="a", problem_type="regression", data_source="t",
+                      solution="<answer>10</answer>")]
     rows = {"1": {"output": "<think>t</think><answer>A</answer>", "tokens": 6, "truncated": False},
             "2": {"output": "<answer>8</answer>", "tokens": 4, "truncated": False},
             "3": {"output": "<think>hm", "tokens": 8, "truncated": True},

@@ -337,17 +337,6 @@ def test_options_by_letter_are_sorted_and_those_that_a_question_lacks_left_out(o
     assert texts_by_letter(options) == texts
 
 
-@pytest.mark.parametrize("options", ["A. x\nB. y", ["x", None], [["x"], ["y"]], [{"A": "x"}],
-                                     {"1": "x", "2": "y"}, {"A": "x", "B": "", "C": "z"},
-                                     ["A. x", "A. y"], ["B. x", "C. y", "D. z"], ["x", " "],
-                                     ["1. x", "2. y"], ["A. x", "y", "C. z"], ["A. x", "B."],
-                                     {"A": {"text": "x"}, "B": {"text": "y"}}])
-def test_options_of_another_kind_cost_their_row(tmp_path, options):
-    write(tmp_path / "a.json", [{"problem": "Which?", "problem_type": "multiple choice", "options":
-                                 options, "solution": "<answer>A</answer>", "path": "./7.mp4"}])
-    assert convert(tmp_path, "video_r1", "a.json") == ([], {"rows": 1, "malformed row": 1})
-
-
 def test_a_table_of_one_s_own_becomes_records_by_the_recipe_for_it(tmp_path):
     """As spreadsheets write it: a byte order mark, empty cells where a question needs none."""
     (tmp_path / "mine.csv").write_text(
@@ -450,33 +439,30 @@ def test_a_new_problem_type_is_one_entry_in_one_table(tmp_path, monkeypatch):
     assert annotate.has_form("3-5", record) and not annotate.has_form("", record)
 
 
-def test_malformed_rows_cost_themselves_and_are_counted(tmp_path):
-    good = llava("1.png", "What?\nA. x\nB. y", "A")
-    write(tmp_path / "a.json", [good, {}, {"image": 3}, llava("2.png", "no answer"), "text", None,
-                                good | {"image": ["1.png", "2.png"]}])
-    records, report = mix(tmp_path, [entry("llava", "a.json", count=3)])
-    assert len(records) == 1
-    assert "| S | multiple choice, numerical, OCR, free-form, regression | 3 | 1 | 2 | 7 | " \
-           "6 malformed row |" in report
+OKVQA = {"image_id": 7, "question": "What?", "choices": ["cat", "dog"], "correct_choice_idx": 1}
+CHART = {"imgname": "1.png", "query": "How many?", "label": "3"}
+LETTERED = llava("1.png", "What?\nA. x\nB. y", "A")
+RELEASED = {"problem": "Which?", "problem_type": "multiple choice", "options": ["x", "y"],
+            "solution": "<answer>A</answer>", "path": "1.mp4"}
 
 
-def test_a_field_of_another_kind_costs_its_row_and_not_the_run(tmp_path):
-    """What json reads and a record cannot hold: no text, no path, half of a character."""
-    row = {"image_id": 7, "question": "What?", "choices": ["cat", "dog"], "correct_choice_idx": 1}
-    write(tmp_path / "a.json", [row, row | {"question": None}, row | {"question": 3},
-                                row | {"question": "What \ud83d?"},
-                                row | {"choices": ["cat", "\udc00 dog"]}])
-    write(tmp_path / "b.json", [{"imgname": None, "query": "How many?", "label": "3"},
-                                {"imgname": "1\0.png", "query": "How many?", "label": "3"}])
-    released = {"problem": "How many?", "problem_type": "numerical", "path": "1.mp4",
-                "solution": "<answer>3</answer>"}
-    write(tmp_path / "c.json", [released | {"data_type": "audio"},
-                                released | {"data_type": "video", "video_start": "0:12"}])
-    recipe = [entry("a_okvqa", "a.json"), entry("chartqa", "b.json"), entry("video_r1", "c.json")]
-    records, report = mix(tmp_path, recipe)
-    assert [r["path"] for r in records] == ["./000000000007.jpg"]
-    assert [f"{n} malformed row" in report for n in (4, 2)] == [True, True]
-    assert load_records(tmp_path / "out.json")
+@pytest.mark.parametrize("form, good, changes", [
+    ("llava", LETTERED, [{"image": ["1.png", "2.png"]}, {"image": 3}, {"conversations": []}]),
+    # what json reads and a record cannot hold: no text, no path, half of a character
+    ("a_okvqa", OKVQA, [{"question": None}, {"question": 3}, {"question": "What \ud83d?"},
+                        {"choices": ["cat", "\udc00 dog"]}]),
+    ("chartqa", CHART, [{"imgname": None}, {"imgname": "1\0.png"}]),
+    ("video_r1", RELEASED, [{"data_type": "audio"}, {"video_start": "0:12"}, *(
+        {"options": options} for options in (
+            "A. x\nB. y", ["x", None], [["x"], ["y"]], [{"A": "x"}], {"1": "x", "2": "y"},
+            {"A": "x", "B": "", "C": "z"}, ["A. x", "A. y"], ["B. x", "C. y", "D. z"], ["x", " "],
+            ["1. x", "2. y"], ["A. x", "y", "C. z"], ["A. x", "B."],
+            {"A": {"text": "x"}, "B": {"text": "y"}}))])])
+def test_malformed_rows_cost_themselves_and_are_counted(tmp_path, form, good, changes):
+    bad = [{}, "text", None, *(good | change for change in changes)]
+    write(tmp_path / "a.json", [good, *bad])
+    records, counts = convert(tmp_path, form, "a.json")
+    assert len(records) == 1 and counts == {"rows": 1 + len(bad), "malformed row": len(bad)}
 
 
 # ------------------------------------------------------------------ duplicates, benchmarks
@@ -498,8 +484,7 @@ def test_exact_and_near_duplicates_go_and_other_questions_stay(tmp_path):
 
 def test_a_question_that_was_not_drawn_is_no_duplicate_for_the_next_entry(tmp_path):
     write(tmp_path / "a.json", [llava(f"{i}.png", "What?", f"text {i}") for i in range(10)])
-    recipe = [entry("llava", "a.json", count=4), entry("llava", "a.json", count=9)]
-    records, _ = mix(tmp_path, recipe)
+    records, _ = mix(tmp_path, [entry("llava", "a.json", count=count) for count in (4, 9)])
     assert len(records) == 10 and len({r["path"] for r in records}) == 10
 
 
@@ -578,9 +563,9 @@ def test_options_that_stand_for_themselves_are_shuffled(option):
     assert any(record["options"] == [f"A. {option}", "B. right"] for record in found)
 
 
-@pytest.mark.parametrize("more", [{"problem": "Why is option B wrong?"},
-                                  {"problem": "Why not choice 2?"}, {"problem": "Is it A or B?"},
-                                  {"process": "<think>so A</think>"}])
+@pytest.mark.parametrize("more", [
+    {"problem": "Why is option B wrong?"}, {"problem": "Why not choice 2?"},
+    {"problem": "Is it A or B?"}, {"process": "<think>so A</think>"}])
 def test_a_question_or_a_thought_that_names_letters_keeps_its_options(more):
     assert all(shuffled("A. right", "B. red", seed=seed, **more)["solution"] ==
                "<answer>A</answer>" for seed in range(9))

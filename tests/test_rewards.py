@@ -3,6 +3,7 @@
 import math
 import random
 import time
+from string import ascii_uppercase
 
 import jiwer
 import pytest
@@ -18,33 +19,19 @@ SECONDS = 1.0  # processor time that one call on them may take
 
 
 @pytest.mark.parametrize("text, answer", [
-    ("<answer>B</answer>", "B"),
-    ("<think>x</think>\n<answer> B \n</answer>\n", "B"),
-    ("<answer>B</answer><|im_end|>", "B"),
-    ("<answer>B</answer>\n<|im_end|>\n<|endoftext|>", "B"),
-    ("<answer>two\nlines</answer>", "two\nlines"),
-    ("<answer>a < b</answer>", "a < b"),
-    ("B", ""),
-    ("", ""),
-    ("<answer></answer>", ""),
-    ("<answer>B", ""),
-    ("B</answer>", ""),
-    ("</answer>B<answer>", ""),
-    ("</answer><answer>B", ""),
-    ("<answer>A</answer><answer>B</answer>", ""),
+    ("<answer>B</answer>", "B"), ("<think>x</think>\n<answer> B \n</answer>\n", "B"),
+    ("<answer>B</answer><|im_end|>", "B"), ("<answer>B</answer>\n<|im_end|>\n<|endoftext|>", "B"),
+    ("<answer>two\nlines</answer>", "two\nlines"), ("<answer>a < b</answer>", "a < b"),
     ("<answer>B</answer><answer>B</answer>", "B"),
     ("<answer>B</answer>\n<answer> B\n</answer><|im_end|>", "B"),
     ("<think><answer>B</answer></think><answer>B</answer>", "B"),
-    ("<answer>B</answer><answer>B.</answer>", ""),
-    ("<answer>B</answer><answer>B</answer><answer>A</answer>", ""),
-    ("<answer>B</answer><answer></answer>", ""),
-    ("<answer>B</answer><answer>B", ""),
-    ("<answer>B</answer>B</answer>", ""),
-    ("<answer>A<answer>B</answer></answer>", ""),
-    ("<answer>A<answer>B</answer>", ""),
-    ("<answer>B</answer></answer>", ""),
-    ("<Answer>B</Answer>", ""),
-])
+    *((text, "") for text in (
+        "B", "", "<answer></answer>", "<answer>B", "B</answer>", "</answer>B<answer>",
+        "</answer><answer>B", "<answer>A</answer><answer>B</answer>",
+        "<answer>B</answer><answer>B.</answer>", "<answer>B</answer><answer></answer>",
+        "<answer>B</answer><answer>B</answer><answer>A</answer>", "<answer>B</answer><answer>B",
+        "<answer>B</answer>B</answer>", "<answer>A<answer>B</answer></answer>",
+        "<answer>A<answer>B</answer>", "<answer>B</answer></answer>", "<Answer>B</Answer>"))])
 def test_the_answer_is_the_one_text_that_the_answer_blocks_hold(text, answer):
     assert rewards.extract_answer(text) == answer
 
@@ -82,25 +69,26 @@ def test_any_other_format_has_no_reward(response):
 
 
 @pytest.mark.parametrize("options", [(), OPTIONS, None], ids=["no options", "options", "null"])
-def test_a_letter_may_be_spelt_in_many_ways(options):
-    for text in (
-            "B", "b", "B.", "b.", "(B)", "(b)", "[B]", "B)", "B:", " B\n", "**B**", "**B.**", "`B`",
-            '"B"', "'B'", "‘B’", "$B$", "\\boxed{B}", "$\\boxed{\\text{B}}$", "B</s>",
-            "B<|im_end|>", "B。", "（B）", "Option B", "option b", "Answer: B", "The answer is B.",
-            "The correct answer is (B)", "Final answer: **B**", "The correct option is B",
-            "B. text", "B) text", "(B) text", "B: text", "B - text", "**B.** text", "**B**: text",
-            "B. a dog", "B) A DOG.", "**B. a dog**", "Option B: a dog", "B. the answer is B",
-            # a lead-in within the emphasis, bracket or LaTeX
-            "**Answer: B**", "**Answer:** B", "(Option B)", "[Answer: B]", "\\boxed{Option B}",
-            "**The answer is B**", "Answer:\nB", "\\text{Answer: (B)}", "{B}", "«B»", "„B“", "<B>",
-            "\\(B\\)", "\\[B\\]", "\\textbf{B}", "\\mathbf{B}", "\\text{\\textbf{(B)}}", "$$B$$",
-            "Therefore, the answer is B.", "So the answer is (B)", "Hence, B", "I choose B",
-            "I pick option B", "It is B", "It's B.", "It’s (B)", "B!", "B,", "B; ", "B...", "B, B",
-            "B. B", "B\nB", "B\nThe animal barks twice.", "(B)\n\nIt is not a cat.",
-            "Answer: B\nIt barks.", "Ｂ", "（ｂ）", "Ｂ．", "【B】", "答案：B", "答案是B", "正确答案为B。",
-            "选B", "我选 B", "故选：B", "选项 (B)", "B选项", "【答案】B", "B项。", "Ans: B", "Ans. B",
-            "I would choose B", "I'd pick (B)", "It would be B", "That's B", "\ufeffB", "B\u200b",
-            "\u200eB\u00ad"):
+@pytest.mark.parametrize("texts", [
+    ["B", "b", "B.", "b.", "(B)", "(b)", "[B]", "B)", "B:", " B\n", "**B**", "**B.**", "`B`", '"B"',
+     "'B'", "‘B’", "$B$", "\\boxed{B}", "$\\boxed{\\text{B}}$", "B</s>", "B<|im_end|>", "B。",
+     "（B）", "Option B", "option b", "Answer: B", "The answer is B.", "The correct answer is (B)",
+     "Final answer: **B**", "The correct option is B", "B. text", "B) text", "(B) text", "B: text",
+     "B - text", "**B.** text", "**B**: text", "B. a dog", "B) A DOG.", "**B. a dog**",
+     "Option B: a dog", "B. the answer is B"],
+    # a lead-in within the emphasis, bracket or LaTeX
+    ["**Answer: B**", "**Answer:** B", "(Option B)", "[Answer: B]", "\\boxed{Option B}",
+     "**The answer is B**", "Answer:\nB", "\\text{Answer: (B)}", "{B}", "«B»", "„B“", "<B>",
+     "\\(B\\)", "\\[B\\]", "\\textbf{B}", "\\mathbf{B}", "\\text{\\textbf{(B)}}", "$$B$$"],
+    ["Therefore, the answer is B.", "So the answer is (B)", "Hence, B", "I choose B",
+     "I pick option B", "It is B", "It's B.", "It’s (B)", "B!", "B,", "B; ", "B...", "B, B", "B. B",
+     "B\nB", "B\nThe animal barks twice.", "(B)\n\nIt is not a cat.", "Answer: B\nIt barks.",
+     "Ans: B", "Ans. B", "I would choose B", "I'd pick (B)", "It would be B", "That's B"],
+    ["Ｂ", "（ｂ）", "Ｂ．", "【B】", "答案：B", "答案是B", "正确答案为B。", "选B", "我选 B", "故选：B",
+     "选项 (B)", "B选项", "【答案】B", "B项。", "\ufeffB", "B\u200b", "\u200eB\u00ad"]],
+    ids=["plain", "within", "led in", "Unicode"])
+def test_a_letter_may_be_spelt_in_many_ways(texts, options):
+    for text in texts:
         assert rewards.multiple_choice(text, "B", options) == 1.0, text
         assert rewards.multiple_choice(text, "C", options) == 0.0, text
 
@@ -167,76 +155,46 @@ def test_an_options_own_text_letter_for_letter_is_its_letter_and_no_others(texts
             assert rewards.choice_letter(f"{other}. {text}", options) == "", (other, text)
 
 
-def test_an_options_text_may_lack_the_dress_that_the_option_has():
-    options = ["A. $\\frac{1}{2}$", "B. $\\sqrt{3}$", "C. *3* cm", "D. “None”"]
-    answers = ["\\frac{1}{2}", "\\boxed{\\sqrt{3}}", "3 cm", "none"]
-    assert [rewards.choice_letter(text, options) for text in answers] == ["A", "B", "C", "D"]
-    options = ["A. 15 per share", "D. $15 per share."]
-    assert rewards.choice_letter("A. $15 per share.", options) == ""
-    assert rewards.choice_letter("cafe\u0301", ["A. café", "B. cafe"]) == "A"
+A_TO_Z = [f"{letter}. text {letter}" for letter in ascii_uppercase]
 
 
-def test_a_word_that_may_lead_in_is_an_options_text_first():
-    options = ["A. left", "B. right"]
-    assert [rewards.choice_letter(t, options) for t in ("right", "right (B)", "right (A)")] == [
-        "B", "B", ""]
-
-
-def test_a_single_letter_that_is_no_options_letter_may_be_an_options_text():
-    assert [rewards.choice_letter(t, ["A. x", "B. $y$", "C. C"]) for t in "xyC"] == ["A", "B", "C"]
-
-
-def test_without_options_a_letter_inside_a_word_means_nothing():
-    assert [rewards.choice_letter(t) for t in ("A dog", "AB", "Bird", "A-frame", "ı")] == [""] * 5
-
-
-def test_a_letter_wins_over_an_option_whose_text_is_that_letter():
-    options = ["A. B", "B. C", "C. A"]
-    assert [rewards.choice_letter(t, options) for t in ("A", "(b)", "C.")] == ["A", "B", "C"]
-    assert [rewards.choice_letter(t, options) for t in ("A. B", "B. C", "A. C")] == ["A", "B", ""]
-
-
-def test_an_options_text_glued_to_its_letter_or_an_empty_option_means_nothing():
-    assert rewards.choice_letter("Adog", ["A. dog", "B. "]) == ""
-    assert rewards.choice_letter("", ["A. dog", "B. "]) == ""
-
-
-def test_letters_and_texts_are_read_in_any_alphabet_of_unicode_and_markdown():
-    for text in ("𝐁", "𝑩", "𝗕", "𝖡", "𝙱", "Ⓑ", "⒝", "Ｂ", "- B", "* B", "> B", "# B", "- **B**",
-                 "| B |",
-                 "- B. a dog", "<strong>B</strong>", "B<br>", "-> B", "→ B", "Answer - B",
-                 "Answer — B", "Answer → B", "Option-B", "option_B", "a dog - B", "a dog: B",
-                 "a dog, option B"):
-        assert rewards.choice_letter(text, OPTIONS) == "B", text
-    for text in ("A - B", "A -> B", "| A | B |", "cat - B", "cat, option B", "<del>B</del>",
-                 "~~B~~",
-                 "\\neg B", "B) It's the cat", "Hepatitis B"):
-        assert rewards.choice_letter(text, OPTIONS + ["E. the cat"]) == "", text
-
-
-def test_an_options_text_may_be_spelt_with_other_signs():
-    for options, text, letter in (
-            (["A. 0.5", "B. 5", "C. 50%"], "50 \\%", "C"), (["A. 90°", "B. 45°"], "45^{\\circ}",
-            "B"),
-            (["A. $\\frac{1}{2}$", "B. 2"], "½", "A"), (["A. x", "B. x^{3}", "C. x3"], "x³", "B"),
-            (["A. H₂O", "B. CO₂"], "H2O", "A"), (["A. r → b", "B. b → r"], "r -> b", "A"),
-            (["A. 2,000", "B. 20,000"], "2000", "A"), (["A. 2,000", "B. 2000"], "2000", "B"),
-            (["A. 5", "B. -5"], "- 5", ""), (["A. 5", "B. 6"], "- 5", ""),
-            (["A. 2ⁿ", "B. 2n"], "2^n", "A"), (["A. 𝐱", "B. x"], "𝐱", "A")):
-        assert rewards.choice_letter(text, options) == letter, text
-
-
-def test_a_text_that_two_options_share_names_neither():
-    assert rewards.choice_letter("same", ["A. same", "B. same"]) == ""
-    assert rewards.choice_letter("B. same", ["A. same", "B. same"]) == "B"
-
-
-def test_a_letter_beyond_the_options_means_nothing_but_all_of_a_to_z_can_exist():
-    options = [f"{chr(65 + i)}. text {i}" for i in range(26)]
-    assert [rewards.choice_letter(chr(65 + i), options) for i in range(26)] == [
-        chr(65 + i) for i in range(26)]
-    assert rewards.choice_letter("text 25", options) == "Z"
-    assert rewards.choice_letter("Z", options[:25]) == ""
+@pytest.mark.parametrize("claim, options, letters", [
+    ("a text may lack the dress that the option has",
+     ["A. $\\frac{1}{2}$", "B. $\\sqrt{3}$", "C. *3* cm", "D. “None”"],
+     {"\\frac{1}{2}": "A", "\\boxed{\\sqrt{3}}": "B", "3 cm": "C", "none": "D"}),
+    ("a dress that another option has is no dress", ["A. 15 per share", "D. $15 per share."],
+     {"A. $15 per share.": ""}),
+    ("one form of Unicode", ["A. café", "B. cafe"], {"cafe\u0301": "A"}),
+    ("a word that may lead in is a text first", ["A. left", "B. right"],
+     {"right": "B", "right (B)": "B", "right (A)": ""}),
+    ("a single letter may be a text", ["A. x", "B. $y$", "C. C"], {"x": "A", "y": "B", "C": "C"}),
+    ("without options a letter inside a word means nothing", (),
+     dict.fromkeys(["A dog", "AB", "Bird", "A-frame", "ı"], "")),
+    ("a letter wins over a text that is that letter", ["A. B", "B. C", "C. A"],
+     {"A": "A", "(b)": "B", "C.": "C", "A. B": "A", "B. C": "B", "A. C": ""}),
+    ("a text glued to its letter, or an empty option, means nothing", ["A. dog", "B. "],
+     {"Adog": "", "": ""}),
+    ("a text that two options share names neither", ["A. same", "B. same"],
+     {"same": "", "B. same": "B"}),
+    ("all of A to Z can exist", A_TO_Z, {**dict(zip(ascii_uppercase, ascii_uppercase)),
+                                         "text Z": "Z"}),
+    ("a letter beyond the options means nothing", A_TO_Z[:25], {"Z": ""}),
+    ("any alphabet of Unicode, and markdown", OPTIONS, dict.fromkeys([
+        "𝐁", "𝑩", "𝗕", "𝖡", "𝙱", "Ⓑ", "⒝", "Ｂ", "- B", "* B", "> B", "# B", "- **B**", "| B |",
+        "- B. a dog", "<strong>B</strong>", "B<br>", "-> B", "→ B", "Answer - B", "Answer — B",
+        "Answer → B", "Option-B", "option_B", "a dog - B", "a dog: B", "a dog, option B"], "B")),
+    ("two letters in markdown", [*OPTIONS, "E. the cat"], dict.fromkeys([
+        "A - B", "A -> B", "| A | B |", "cat - B", "cat, option B", "<del>B</del>", "~~B~~",
+        "\\neg B", "B) It's the cat", "Hepatitis B"], "")),
+    *(("other signs", options, {text: letter}) for options, text, letter in (
+        (["A. 0.5", "B. 5", "C. 50%"], "50 \\%", "C"), (["A. 90°", "B. 45°"], "45^{\\circ}", "B"),
+        (["A. $\\frac{1}{2}$", "B. 2"], "½", "A"), (["A. x", "B. x^{3}", "C. x3"], "x³", "B"),
+        (["A. H₂O", "B. CO₂"], "H2O", "A"), (["A. r → b", "B. b → r"], "r -> b", "A"),
+        (["A. 2,000", "B. 20,000"], "2000", "A"), (["A. 2,000", "B. 2000"], "2000", "B"),
+        (["A. 5", "B. -5"], "- 5", ""), (["A. 5", "B. 6"], "- 5", ""),
+        (["A. 2ⁿ", "B. 2n"], "2^n", "A"), (["A. 𝐱", "B. x"], "𝐱", "A")))])
+def test_letters_and_options_texts_in_the_company_of_other_options(claim, options, letters):
+    assert {text: rewards.choice_letter(text, options) for text in letters} == letters, claim
 
 
 @pytest.mark.parametrize("truth", ["B", "B.", "(B)", "b", "B. a dog", "a dog"])
