@@ -324,7 +324,8 @@ def test_a_sample_of_the_released_rows_has_groups_a_prompt_and_a_record_in_a_mix
     mixed = [found for row in json.loads(source.read_text())
              for found in build_data.from_video_r1(row, source)]
     assert [(r["options"], r["answer"]) for r in mixed] == [
-        (build_data.option_texts(r["options"] or []), extract_answer(r["solution"])) for r in records]
+        (build_data.option_texts(r["options"] or []), extract_answer(r["solution"]))
+        for r in records]
 
 
 def test_a_converted_release_lies_in_its_folder_or_has_paths_below_a_folder_above(

@@ -447,7 +447,8 @@ RELEASED = {"problem": "Which?", "problem_type": "multiple choice", "options": [
 
 
 @pytest.mark.parametrize("form, good, changes", [
-    ("llava", LETTERED, [{"image": ["1.png", "2.png"]}, {"image": 3}, {"conversations": []}]),
+    ("llava", LETTERED, [{"image": ["1.png", "2.png"]}, {"image": 3},
+                         {"conversations": LETTERED["conversations"][:1]}]),
     # what json reads and a record cannot hold: no text, no path, half of a character
     ("a_okvqa", OKVQA, [{"question": None}, {"question": 3}, {"question": "What \ud83d?"},
                         {"choices": ["cat", "\udc00 dog"]}]),
