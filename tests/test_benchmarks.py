@@ -58,30 +58,8 @@ def folder_of_frames(folder, count):
 
 # -------------------------------------------------------------------------------- releases
 
-VIDEOMMMU_OPTIONS = [f"option {i}" for i in range(14)]
-MMVU_VIDEOS = "https://huggingface.co/datasets/yale-nlp/MMVU/resolve/main/videos"
-VIDEO_MME = {"video_id": "001", "duration": "short", "domain": "Knowledge",
-             "sub_category": "Astronomy", "url": "https://www.youtube.com/watch?v=fFjv93ACGo8"}
-VIDEO_MME_QUESTION = {"question_id": "001-1", "task_type": "Counting", "question": "How many?",
-                      "options": ["A. 1", "B. 2"], "answer": "B"}
-VIDEO_MME_FLAT = [{**VIDEO_MME, **VIDEO_MME_QUESTION, "videoID": "fFjv93ACGo8"}]
-VIDEO_MME_RECORD = {"001-1": {
-    "path": "./data/fFjv93ACGo8.mp4", "options": ["A. 1", "B. 2"], "solution": "<answer>B</answer>",
-    "groups": {"duration": "short", "domain": "Knowledge", "sub_category": "Astronomy",
-               "task_type": "Counting"}}}
-
-
 def videommmu_row(video, options, answer):
     return {"id": video, "question": "Q?", "options": options, "answer": answer}
-
-
-def tempcompass(task, question, answer, options, letter):
-    """A row of RELEASES with one question of a task of TempCompass."""
-    return ("tempcompass", {f"questions/{task}.json": {
-        "1034419625": {"direction": [{"question": question, "answer": answer}]}}}, {f"{task}/0": {
-            "problem": question.split("\n")[0], "options": options, "groups": {
-                "task": task, "dimension": "direction"}, "path": "./videos/1034419625.mp4",
-            "problem_type": "multiple choice", "solution": f"<answer>{letter}</answer>"}})
 
 
 def tomato_row(answer, key, demonstration, kind):
@@ -98,129 +76,22 @@ def vinoground_row(idx, task, answer):
                         "choices directly."}
 
 
-RELEASES = {  # claim -> benchmark, its release's files, fields of every record by problem_id
-    "vsi_bench_has_choices_and_numbers": ("vsibench", {"test.jsonl": [
-        {"id": 0, "dataset": "scannet", "scene_name": "scene0568_00", "options": None,
-         "question_type": "object_counting", "question": "How many chairs?", "ground_truth": "4"},
-        {"id": 1, "dataset": "scannet", "scene_name": "scene0568_00",
-         "options": ["A. left", "B. right"], "question_type": "route_planning",
-         "question": "Which way?", "ground_truth": "B"}]}, {
-        "0": {"problem_type": "regression", "solution": "<answer>4</answer>", "options": []},
-        "1": {"problem_type": "multiple choice", "options": ["A. left", "B. right"],
-              "groups": {"task": "route_planning", "dataset": "scannet"},
-              "path": "./scannet/scene0568_00.mp4"}}),
-    "videommmu_has_an_instruction_for_each_track_and_open_questions": ("videommmu", {
-        "adaptation.json": {
-            "0": videommmu_row("dev_Biology_3", VIDEOMMMU_OPTIONS, "N"),
-            "1": videommmu_row("validation_Basic_Medical_Science_6", [], "12.97")},
-        "comprehension.json": {"0": videommmu_row("dev_Biology_3", ["up", "down"], "A")},
-        "perception.json": {"0": videommmu_row("dev_Biology_3", ["up", "down"], "B")}}, {
-        "adaptation/0": {
-            "options": [f"{letter}. {option}" for letter, option in
-                        zip("ABCDEFGHIJKLMN", VIDEOMMMU_OPTIONS)],
-            "path": "./Science/dev_Biology_3.mp4", "groups": {
-                "track": "adaptation", "subject": "Biology", "discipline": "Science"},
-            "problem": "You should watch and learn the video content. Then apply what you learned "
-                       "to answer the following multi-choice question. The image for this question "
-                       "is at the end of the video.\nQ?"},
-        "adaptation/1": {"problem_type": "numerical", "groups": {
-            "track": "adaptation", "subject": "Basic_Medical_Science", "discipline": "Medicine"},
-            "problem": "You should watch and learn the video content. Then apply what you learned "
-                       "to answer the following open-ended question. The image for this question "
-                       "is at the end of the video.\nQ?"},
-        **{f"{track}/0": {"problem": "Q?\nPlease ignore the Quiz question in last frame of the "
-                                     "video."} for track in ("comprehension", "perception")}}),
-    "videommmu_of_its_own_repository": ("videommmu", {
-        "adaptation_video.json": {"Adaptation": {
-            "0": videommmu_row("validation_Physics_21", ["", "", "", ""], "A"),
-            "1": videommmu_row("validation_Math_15", [], "['24/7', '3.429', '3.43]")}},
-        "comprehension_video.json": {"Comprehension": {
-            "0": videommmu_row("dev_Biology_3", ["up", "down"], "B")}}}, {
-        "adaptation/0": {"problem_type": "free-form", "options": [],
-                         "solution": "<answer>A</answer>"},
-        "adaptation/1": {"problem_type": "free-form",
-                         "solution": "<answer>['24/7', '3.429', '3.43]</answer>"},
-        "comprehension/0": {"options": ["A. up", "B. down"], "groups": {
-            "track": "comprehension", "subject": "Biology", "discipline": "Science"}}}),
-    "mmvu_keeps_its_multiple_choice_questions": ("mmvu", {"validation.json": [
-        {"id": "validation_0", "video": f"{MMVU_VIDEOS}/Art/0.mp4", "question_type": "open-ended",
-         "question": "Which?", "choices": dict.fromkeys("ABCDE", ""), "answer": "Dolly Zoom"},
-        {"id": "validation_1", "video": f"{MMVU_VIDEOS}/Chemistry/0.mp4",
-         "question_type": "multiple-choice", "question": "How many grams?", "answer": "D",
-         "choices": {"A": "10.0", "B": "5.0", "C": "12.0", "D": "15.0", "E": ""}}]}, {
-        "validation_1": {"path": "./videos/Chemistry/0.mp4", "solution": "<answer>D</answer>",
-                         "options": ["A. 10.0", "B. 5.0", "C. 12.0", "D. 15.0"],
-                         "groups": {"subject": "Chemistry", "discipline": "Science"}}}),
-    "tempcompass_multi_choice": tempcompass(
-        "multi-choice", "What is it?\nA. up\nB. down", "B. down", ["A. up", "B. down"], "B"),
-    "tempcompass_option_lines_with_blanks_around": tempcompass(
-        "multi-choice", "Where?\nA. to us \nB. left\n C. right\n\tD. away from us",
-        "D. away from us ", ["A. to us", "B. left", "C. right", "D. away from us"], "D"),
-    "tempcompass_yes_no_is_multiple_choice": tempcompass(
-        "yes_no", "Does it move?", "no", ["A. yes", "B. no"], "B"),
-    "tempcompass_caption_matching_of_options": tempcompass(
-        "caption_matching", "Which fits?\nOption 1: It moves.\nOption 2: It rests.",
-        "Option 2: It rests.", ["A. It moves.", "B. It rests."], "B"),
-    "tempcompass_caption_matching_of_sentences": tempcompass(
-        "caption_matching", "Which fits?\nSentence A: It moves.\nSentence B: It rests.",
-        "Sentence A: It moves.", ["A. It moves.", "B. It rests."], "A"),
-    "tempcompass_captioning_is_multiple_choice": tempcompass(
-        "captioning", "Which fits?\nInformation A: {'speed': 'fast'}\nInformation B: {'speed': "
-        "'slow'}\nGenerated Caption:", "B. slow",
-        ["A. {'speed': 'fast'}", "B. {'speed': 'slow'}"], "B"),
-    "tvbench_has_clips_in_two_tasks_and_numbers_as_texts": ("tvbench", {
-        "json/action_sequence.json": [{"video": "clip_12.mp4", "question": "What happens first?",
-                                       "candidates": ["He sits.", "He stands."],
-                                       "answer": "He sits.", "start": 3.2, "end": 11}],
-        "json/object_count.json": [{"video": "v.mp4", "question": "How many?", "answer": "1",
-                                    "candidates": ["2", "1", "0", "3"], "start": 1, "end": 2}],
-        "json/action_count.json": [{"video": "v.mp4", "question": "How often?", "answer": 3,
-                                    "candidates": [4, 3]}]}, {
-        "action_count/0": {"options": ["A. 4", "B. 3"], "solution": "<answer>B</answer>"},
-        "action_sequence/0": {
-            "path": "./video/action_sequence/clip_12.mp4", "solution": "<answer>A</answer>",
-            "options": ["A. He sits.", "B. He stands."], "groups": {"task": "action_sequence"},
-            "video_start": 3.2, "video_end": 11.0},
-        "object_count/0": {"solution": "<answer>B</answer>",
-                           "path": "./video/object_count/v.mp4"}}),
-    "tomato_is_keyed_by_file_and_number": ("tomato", {
-        "data/direction.json": {"4": tomato_row(1, "0999-01", "human", "direction")},
-        "data/shape&trend.json": {"4": tomato_row(6, "0209-04", "simulated", "shape&trend")}}, {
-        "direction/4": {"path": "./videos/human/0999-01.mp4", "solution": "<answer>B</answer>",
-                        "groups": {"type": "direction", "demonstration": "human"}},
-        "shape&trend/4": {"path": "./videos/simulated/0209-04.mp4", "options": [
-            f"{letter}. Way {i}." for i, letter in enumerate("ABCDEFG")],
-            "solution": "<answer>G</answer>"}}),
-    "vinoground_s_options_are_in_its_questions": ("vinoground", {
-        "vinoground_textscore.json": [vinoground_row("12_pos", "text", "B")],
-        "vinoground_videoscore.json": [vinoground_row("12_neg", "video", "A")]}, {
-        "text/12_pos": {"problem": "Which caption fits?\nLook well.", "pair": "12",
-                        "options": ["A. he sits, then stands", "B. he stands, then sits"],
-                        "solution": "<answer>B</answer>", "groups": {"task": "text"},
-                        "path": "./vinoground_videos/12_pos.mp4"},
-        "video/12_neg": {"solution": "<answer>A</answer>", "groups": {"task": "video"},
-                         "path": "./vinoground_videos_concated/12_neg.mp4"}}),
-    "vinoground_with_each_file_beside_its_videos": ("vinoground", {
-        "vinoground_videos/vinoground_textscore.json": [vinoground_row("12_pos", "text", "B")]}, {
-        "text/12_pos": {"path": "./vinoground_videos/12_pos.mp4"}}),
-    "video_mme_nested": ("videomme", {
-        "nested.json": [{**VIDEO_MME, "questions": [VIDEO_MME_QUESTION]}]}, VIDEO_MME_RECORD),
-    "video_mme_flat": ("videomme", {"flat.json": VIDEO_MME_FLAT}, VIDEO_MME_RECORD),
-    "video_mme_lines": ("videomme", {"flat.jsonl": VIDEO_MME_FLAT}, VIDEO_MME_RECORD),
-}
+# {"benchmarks": {claim: a release's format, its files and fields of every record by problem_id}}
+RELEASES = json.loads((ROOT / "tests/releases.json").read_text(encoding="utf-8"))
 
 
-@pytest.mark.parametrize("name, files, expected", RELEASES.values(), ids=RELEASES)
-def test_a_release_is_read_as_records(name, files, expected, tmp_path):
-    folder = tmp_path / "release"
+@pytest.mark.parametrize("claim", RELEASES["benchmarks"])
+def test_a_release_is_read_as_records(claim, tmp_path):
+    name, files, expected = RELEASES["benchmarks"][claim].values()
     for file, content in files.items():
-        put(folder / file, content)
-    records = read(name, converted(name, folder, tmp_path / "a.json"), folder)
+        put(tmp_path / "release" / file, content)
+    records = read(name, converted(name, tmp_path / "release", tmp_path / "a.json"),
+                   tmp_path / "release")
     assert list(records) == list(expected)
     for problem_id, fields in expected.items():
         record = records[problem_id]
         assert {key: record[key] for key in fields} == fields
-        assert record["media_path"] == f"{folder}/{record['path'].removeprefix('./')}"
+        assert record["media_path"] == f"{tmp_path}/release/{record['path'].removeprefix('./')}"
 
 
 MATH_15 = "['24/7', '3.429', '3.43]"  # as released: no well-formed list

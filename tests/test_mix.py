@@ -122,103 +122,15 @@ def question(path, problem, answer, *options, kind="multiple choice", **more):
     return {"problem": problem, "problem_type": kind, "options": list(options), "path": path,
             "data_type": "video" if path.endswith("mp4") else "image",
             "solution": f"<answer>{answer}</answer>", "data_source": "S", **more}
+# {"sources": {claim: a release's format, annotation files, media folder, files and records}}
+RELEASES = json.loads((ROOT / "tests/releases.json").read_text(encoding="utf-8"))["sources"]
 
 
-def choices(*answers):
-    """CLEVRER's choices."""
-    return [{"choice_id": i, "choice": f"event {i}", "program": [], "answer": answer}
-            for i, answer in enumerate(answers)]
-
-
-SCIENCEQA = {"question": "Which is it?", "choices": ["cat", "dog"], "answer": 1, "hint": "",
-             "image": "image.png", "split": "train", "grade": "grade2"}
-TABMWP = {"table": "", "unit": None, "split": "train", "table_title": None, "solution": ""}
-LLAVA = {"id": "7", "data_source": "0_30_s_academic_v0_1", "video": "academic/7.mp4"}
-# Of each format: its file and what is in it, the media folder, and the records of it.
-CONVERTED = {
-    "perception_test, several questions a video": (
-        "perception_test", "a.json", {"video_7": {
-            "metadata": {"split": "train"}, "object_tracking": [], "mc_question": [
-                {"id": 0, "question": "What moves?", "options": ["cat", "dog", "hat"],
-                 "answer_id": 2, "area": "physics", "reasoning": "descriptive", "tag": ["motion"]},
-                {"id": 1, "question": "What rests?", "options": ["cat", "dog", "hat"],
-                 "answer_id": 0}]}}, "videos",
-        [question("./videos/video_7.mp4", "What moves?", "C", "A. cat", "B. dog", "C. hat"),
-         question("./videos/video_7.mp4", "What rests?", "A", "A. cat", "B. dog", "C. hat")]),
-    "clevrer keeps choices with one right and makes choices of words": (
-        "clevrer", "train.json", [{"scene_index": 42, "video_filename": "video_00042.mp4",
-                                   "questions": [
-            {"question": "What comes next?", "question_type": "predictive",
-             "choices": choices("wrong", "correct")},
-            {"question": "Why?", "choices": choices("correct", "correct", "wrong")},
-            {"question": "Why not?", "choices": choices("wrong", "wrong")},
-            {"question": "How many?", "question_type": "descriptive", "answer": "3"},
-            {"question": "Does it move?", "question_type": "descriptive", "answer": "no"}]}],
-        "video_train/v",
-        [question(path := "./video_train/v/video_00000-01000/video_00042.mp4",
-                  "What comes next?", "B", "A. event 0", "B. event 1"),
-         question(path, "How many?", "3", kind="numerical"),
-         question(path, "Does it move?", "B", "A. yes", "B. no")]),
-    "star keeps the part of the video and sorts choices": (
-        "star", "a.json", [{
-            "question_id": "Interaction_T1_13", "video_id": "6H78U", "start": 11.1, "end": 19.6,
-            "question": "What moves?", "answer": "The dog.", "situations": {}, "choices": [
-                {"choice_id": 2, "choice": "The dog."}, {"choice_id": 0, "choice": "The cat."},
-                {"choice_id": 1, "choice": "The hat."}]}], "Charades_v1_480",
-        [question("./Charades_v1_480/6H78U.mp4", "What moves?", "C", "A. The cat.", "B. The hat.",
-                  "C. The dog.", video_start=11.1, video_end=19.6)]),
-    "scienceqa keeps training rows with a picture": (
-        "scienceqa", "a.json", {"5": SCIENCEQA, "6": SCIENCEQA | {"image": None},
-                                "7": SCIENCEQA | {"split": "test"}}, "images/train",
-        [question("./images/train/5/image.png", "Which is it?", "B", "A. cat", "B. dog")]),
-    "a_okvqa": (
-        "a_okvqa", "a.json", [{
-            "split": "train", "image_id": 299207, "question_id": "22M", "question": "What moves?",
-            "choices": ["cat", "dog", "hat", "car"], "correct_choice_idx": 3,
-            "direct_answers": ["car"] * 10, "difficult_direct_answer": False}], "train2017",
-        [question("./train2017/000000299207.jpg", "What moves?", "D", "A. cat", "B. dog", "C. hat",
-                  "D. car")]),
-    "tabmwp has choices, numbers and units": (
-        "tabmwp", "a.json", {
-            "1": TABMWP | {"question": "Which?", "choices": ["cat", "dog"], "answer": "dog",
-                           "ques_type": "multi_choice", "ans_type": "extractive_text"},
-            "2": TABMWP | {"question": "How much?", "choices": None, "answer": "1,200.50",
-                           "unit": "$", "ques_type": "free_text", "ans_type": "decimal_number"}},
-        "tables",
-        [question("./tables/1.png", "Which?", "B", "A. cat", "B. dog"),
-         question("./tables/2.png", "How much? (Unit: $)", "1,200.50", kind="numerical")]),
-    "geometry3k has a file and a folder a problem": (
-        "geometry3k", "train/17/data.json", {
-            "problem_text": "Find x.", "choices": ["1", "2.5", "3", "4"], "answer": "B", "id": 17,
-            "problem_type_graph": ["Triangle"], "problem_type_goal": ["Length"]},
-        "train/{folder}",
-        [question("./train/17/img_diagram.png", "Find x.", "B", "A. 1", "B. 2.5", "C. 3", "D. 4")]),
-    "chartqa strips percent": (
-        "chartqa", "a.json", [{"imgname": "1.png", "query": "How many percent?", "label": "12%"}],
-        "png", [question("./png/1.png", "How many percent?", "12", kind="numerical")]),
-    "llava, multiple choice": (
-        "llava", "0_30_s/x.json", [LLAVA | {"conversations": [
-            {"from": "human", "value": "<image>\nWhat moves?\nA. A cat.\nB. A dog.\nC. A car.\n"
-             "D. A hat.\nPlease respond with only the letter of the correct answer."},
-            {"from": "gpt", "value": "B."}]}], "V/{folder}",
-        [question("./V/0_30_s/academic/7.mp4", "What moves?", "B", "A. A cat.", "B. A dog.",
-                  "C. A car.", "D. A hat.", data_source="S/0_30_s_academic_v0_1")]),
-    "llava, several free turns": (
-        "llava", "x.json", [LLAVA | {"conversations": [
-            {"from": "human", "value": "<image>\nWhat happens?"},
-            {"from": "gpt", "value": "A dog crosses 2 streets."},
-            {"from": "human", "value": "And then?"}, {"from": "gpt", "value": "It sits."}]}], ".",
-        [question("./academic/7.mp4", "What happens?", "A dog crosses 2 streets.", kind="OCR",
-                  data_source="S/0_30_s_academic_v0_1"),
-         question("./academic/7.mp4", "And then?", "It sits.", kind="OCR",
-                  data_source="S/0_30_s_academic_v0_1")]),
-}
-
-
-@pytest.mark.parametrize("form, name, data, media, expected", CONVERTED.values(), ids=CONVERTED)
-def test_a_release_becomes_records(tmp_path, form, name, data, media, expected):
-    write(tmp_path / name, data)
-    annotation = name.replace("17/", "*/").replace("0_30_s/", "*/")
+@pytest.mark.parametrize("claim", RELEASES)
+def test_a_release_becomes_records(claim, tmp_path):
+    form, annotation, media, files, expected = RELEASES[claim].values()
+    for name, content in files.items():
+        write(tmp_path / name, content)
     assert convert(tmp_path, form, annotation, media)[0] == expected
 
 
