@@ -62,12 +62,6 @@ def videommmu_row(video, options, answer):
     return {"id": video, "question": "Q?", "options": options, "answer": answer}
 
 
-def tomato_row(answer, key, demonstration, kind):
-    return {"question": "Which way?", "options": [f"Way {i}." for i in range(7)], "answer": answer,
-            "key": key, "video_source_url": "", "motion_type": kind, "variation": {"zoom": 1},
-            "demonstration_type": demonstration, "note": ""}
-
-
 def vinoground_row(idx, task, answer):
     folder = "vinoground_videos" + ("" if task == "text" else "_concated")
     return {"idx": idx, "video_name": f"{folder}/{idx}.mp4", "GT": answer,
@@ -77,6 +71,8 @@ def vinoground_row(idx, task, answer):
 
 
 # {"benchmarks": {claim: a release's format, its files and fields of every record by problem_id}}
+# {"benchmarks": {claim: a release's format, its files and fields of every record by problem_id},
+#  "refused": {claim: a format, a file of no release, and why}}
 RELEASES = json.loads((ROOT / "tests/releases.json").read_text(encoding="utf-8"))
 
 
@@ -273,33 +269,9 @@ def test_a_folder_without_frames_or_rate_costs_its_record(tmp_path):
         load_vision({**record, "video_fps": None}, **LIMITS)
 
 
-@pytest.mark.parametrize("name, file, content, message", [
-    ("tvbench", "action_sequence.json", [{"video": "1.mp4", "question": "?", "answer": "a",
-                                          "candidates": ["a", "b"]}], "KeyError.'start'"),
-    ("tvbench", "object_count.json", [{"video": "1.mp4", "question": "?", "answer": "0",
-                                       "candidates": ["2", "1"]}], "'0' is not in list"),
-    ("tvbench", "object_count.json", [{"video": "1.mp4", "question": "?", "answer": "1",
-                                       "candidates": "['2', '1']"}],
-     "the options are not texts.*after 0 questions"),
-    ("tvbench", "episodic_reasoning.json", [{}], "none of action_antonym, "),
-    ("tomato", "count.json", {"0": tomato_row(7, "1", "human", "count")},
-     "answer is not one of the options.*after 0 questions"),
-    ("tomato", "count.json", {"0": {"question": "?"}}, "KeyError.'demonstration_type'"),
-    ("vinoground", "vinoground_textscore.json", [vinoground_row("12", "text", "A")],
-     "question 12 is not <pair>_pos"),
-    ("vinoground", "vinoground_textscore.json", [vinoground_row("1_pos", "text", "C")],
-     "answer is not one of the options"),
-    ("vinoground", "vinoground_textscore.json", [
-        {**vinoground_row("1_pos", "text", "A"), "question": "Which?\nA) x\nB) y"}],
-     "question 1_pos is not .* with options A. and B."),
-    ("videommmu", "perception.json", {"0": videommmu_row("dev_Alchemy_3", ["up", "down"], "A")},
-     "the id 'dev_Alchemy_3' names no subject of VideoMMMU"),
-    ("videommmu", "other.json", [{}], "its name, or its folder's, is none of adaptation"),
-    ("vsibench", "other.json", [{"question": "Which?"}], "KeyError"),
-    ("vinoground", "vinoground.json", [{}], "none of vinoground_textscore, "),
-])
-def test_what_a_release_would_not_have_is_refused_by_name(
-        name, file, content, message, tmp_path):
+@pytest.mark.parametrize("claim", RELEASES["refused"])
+def test_what_a_release_would_not_have_is_refused_by_name(claim, tmp_path):
+    name, file, content, message = RELEASES["refused"][claim].values()
     put(tmp_path / file, content)
     with pytest.raises(InputError, match=f"{file} is not as .* is released: .*{message}"):
         converted(name, tmp_path / file, tmp_path / "a.json")
