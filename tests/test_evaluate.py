@@ -309,7 +309,8 @@ def test_a_killed_run_goes_on_to_the_rows_of_an_uninterrupted_one(
     append, rows = build_data.append_rows, []
 
     def killed(file, new):
-        if rows.extend(new) or len(rows) > 10:
+        rows.extend(new)
+        if len(rows) > 10:
             raise KeyboardInterrupt
         append(file, new)
     with monkeypatch.context() as patched, pytest.raises(KeyboardInterrupt):

@@ -158,9 +158,9 @@ def test_arxivqa_labels_are_normalised_or_dropped(tmp_path, label, solution):
         "id": "q-1", "image": "images/1.jpg", "question": "What grows?", "rationale": "",
         "options": ["A) x grows", "B) y grows"], "label": label}) + "\n\n")
     records, counts = convert(tmp_path, "arxivqa", "a.jsonl")
-    assert records == [question("./images/1.jpg", "What grows?", solution, "A. x grows",
-                                "B. y grows")] * bool(solution)
-    assert counts["answer is not one of the options"] == (not solution)
+    expected = question("./images/1.jpg", "What grows?", solution, "A. x grows", "B. y grows")
+    assert records == ([expected] if solution else [])
+    assert counts["answer is not one of the options"] == (0 if solution else 1)
 
 
 def test_questions_of_other_types_than_the_wanted_are_counted(tmp_path):
