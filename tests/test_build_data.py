@@ -1,4 +1,5 @@
 """Records, prompt, frames and inputs; the toy."""
+import doctest
 import errno
 import filecmp
 import json
@@ -13,10 +14,10 @@ import torch
 import annotate
 import build_data
 import evaluate
+import rewards
 from build_data import (FlagParser, InputError, above, add_media_flags, at_least, build_messages,
                         encode, load_records, load_vision, pad_batch)
 from conftest import LIMITS, ROOT, run
-from rewards import GRADERS
 
 RECORD = {"problem_id": 7, "problem": "What moves?", "data_type": "video",
           "problem_type": "multiple choice", "options": ["A. a cat", "B. a dog"],
@@ -305,7 +306,7 @@ def test_the_toy_repeats_for_a_seed_and_differs_for_another(tmp_path):
 def test_the_toy_holds_every_problem_type_and_both_media(toy):
     records = [record for split in ("cot", "train", "test")
                for record in load_records(toy / f"{split}.json")]
-    assert {record["problem_type"] for record in records} == set(GRADERS)
+    assert {record["problem_type"] for record in records} == set(rewards.GRADERS)
     assert {record["data_type"] for record in records} == {"image", "video"}
     sources = {record["data_source"] for record in load_records(toy / "cot.json")}
     assert "toy/direction_conflict" not in sources  # the shortcut always works in the cold start
@@ -388,35 +389,31 @@ def test_help_shows_the_defaults_that_are_values(capsys):
     assert "be fast" in text and "default: None" not in text and "default: False" not in text
 
 
-# Of each script, what a run needs; then values that its flags cannot have, and the words of each.
+# What a run of each script needs
 NEEDED = {"check": ["--data", "a.json"], "mix": ["--recipe", "a.json", "--out", "b.json"],
           "toy": ["--out", "toy"], "annotate": ["--model", "m", "--data", "d", "--out", "o.json"],
           "evaluate": ["--model", "m", "--benchmark", "a=b.json", "--output", "o"]}
+OUT_OF_BOUNDS = {
+    "toy": ["--cot -1"], "mix": ["--val_share 1.0", "--val_share nan"],
+    "check": ["--max_frames 0", "--fps nan", "--num_workers -1", "--max_pixels 128",
+              "--image_max_pixels 128"],
+    "annotate": ["--temperature -1", "--top_p 0", "--top_p nan", "--top_p 1.5", "--samples 0",
+                 "--api_retries -1", "--limit 0", "--concurrency 0", "--api_base host:8000"],
+    "evaluate": ["--batch_size 0", "--frames 0", "--limit 0"]}
 REFUSED = [
-    ("toy", "--cot -1", "--cot: -1 must be at least 0"),
-    ("mix", "--val_share 1.0", "--val_share: 1.0 must be at least 0 and below 1"),
-    ("mix", "--val_share nan", "--val_share: nan must be at least 0 and below 1"),
+    *((script, more, f"argument {more.replace(' ', ': ')} must be ")
+      for script, values in OUT_OF_BOUNDS.items() for more in values),
+    ("mix", "--val_share 1.0", "1.0 must be at least 0 and below 1"),
+    ("check", "--max_frames 0", "0 must be above 0"),
+    ("check", "--max_pixels 128", "128 must be at least 784: 128 visual tokens are 128 * 28 * 28"),
     ("check", "--unknown", "unrecognized arguments: --unknown"),
     ("check", "@absent.args", "No such file or directory: 'absent.args'"),
-    ("check", "--max_frames x", "argument --max_frames: invalid int value: 'x'"),
     ("check", "--max_frames 2.5", "argument --max_frames: invalid int value: '2.5'"),
-    ("check", "--max_frames 0", "argument --max_frames: 0 must be above 0"),
-    ("check", "--fps nan", "argument --fps: nan must be above 0"),
-    ("check", "--num_workers -1", "--num_workers: -1 must be at least 0"),
     ("check", "--min_frames 99", "--min_frames 99 is above --max_frames 16"),
     ("check", "--max_pixels 784", "--min_pixels 3136 is above --max_pixels 784"),
     ("check", "--image_max_pixels 784", "--image_min_pixels 3136 is above --image_max_pixels 784"),
-    ("check", "--max_pixels 128", "128 must be at least 784: 128 visual tokens are 128 * 28 * 28"),
-    ("check", "--image_max_pixels 128", "--image_max_pixels: 128 must be at least 784"),
-    ("annotate", "--api_base host:8000", "--api_base: host:8000 must be a URL that begins with h"),
-    ("annotate", "--temperature -1", "--temperature: -1 must be at least 0"),
-    ("annotate", "--top_p 0", "--top_p: 0 must be above 0 and at most 1"),
-    ("annotate", "--top_p nan", "--top_p: nan must be above 0 and at most 1"),
-    ("annotate", "--top_p 1.5", "--top_p: 1.5 must be above 0 and at most 1"),
-    ("annotate", "--samples 0", "--samples: 0 must be above 0"),
-    ("annotate", "--api_retries -1", "--api_retries: -1 must be at least 0"),
-    ("annotate", "--limit 0", "--limit: 0 must be above 0"),
-    ("annotate", "--concurrency 0", "--concurrency: 0 must be above 0"),
+    ("annotate", "--top_p 1.5", "1.5 must be above 0 and at most 1"),
+    ("annotate", "--api_base host:8000", "must be a URL that begins with http://"),
     ("annotate", "--api_body seed", "seed is not a JSON object: Expecting value"),
     ("annotate", '--api_body {"top_p":NaN}', "is not a JSON object: Out of range"),
     ("annotate", "--api_body [1]", "[1] is not a JSON object"),
@@ -426,9 +423,7 @@ REFUSED = [
     ("annotate", "--out cot.jsonl", "--out cot.jsonl must end in .json"),
     ("evaluate", "--benchmark test.json", "--benchmark: test.json is not NAME=FILE"),
     ("evaluate", "--benchmark a/b=test.json", "a/b=test.json is not NAME=FILE"),
-    ("evaluate", "--batch_size 0", "--batch_size: 0 must be above 0"),
-    ("evaluate", "--frames 16 0", "--frames: 0 must be above 0"),
-    ("evaluate", "--frames 2", "--frames 2 is below --min_frames 4"),
+    ("evaluate", "--frames 16 2", "--frames 2 is below --min_frames 4"),
     ("evaluate", "--output=", "--model and --output are needed"),
     ("evaluate", "--judge a.json", "--judge: not allowed with argument --benchmark")]
 
@@ -506,6 +501,11 @@ def test_a_fault_ends_the_script_at_once_although_a_worker_ignores_its_signal(
         assert first == words and not others
     else:
         assert first == "Traceback (most recent call last):" and others[-1] == words
+
+
+@pytest.mark.parametrize("script", [annotate, build_data, evaluate, rewards])
+def test_worked_examples_in_the_docstrings_hold(script):
+    assert doctest.testmod(script).failed == 0
 
 
 def test_importing_a_script_does_nothing(tmp_path):
