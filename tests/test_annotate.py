@@ -562,18 +562,19 @@ def test_a_full_disk_ends_the_run_and_keeps_the_answers_that_had_come(
         assert len(server.requests) - asked == 32 - 6
 
 
-def test_killed_in_the_middle_it_loses_no_answer_that_had_come(toy, right, tmp_path):
+def test_killed_in_the_middle_it_loses_no_answer_that_had_come(toy, tmp_path):
     """A server that answers 6 requests and then is silent; the process is killed and repeated. Its
     workers, whose pictures fill a pipe by then, and their decoders end with it."""
     out, rows = tmp_path / "cot.json", tmp_path / "cot.rank0.jsonl"
+    large = "--min_pixels", "50176", "--max_pixels", "50176"  # a video fills a pipe
 
     def answer(body, number):
-        return right(body, number) if number < 6 else sleep(30)
+        return reply("x") if number < 6 else sleep(30)
     with Server(answer) as server:
         process = subprocess.Popen([
             sys.executable, "annotate.py", "--model", "m", "--data", str(toy / "train.json"),
-            "--out", str(out), *SMALL, "--concurrency", "3", "--api_base", server.base], cwd=ROOT,
-            stderr=subprocess.DEVNULL, stdout=subprocess.DEVNULL)
+            "--out", str(out), *SMALL, *large, "--concurrency", "3", "--api_base", server.base],
+            cwd=ROOT, stderr=subprocess.DEVNULL, stdout=subprocess.DEVNULL)
         deadline = time.monotonic() + 60
         while time.monotonic() < deadline and len(server.requests) < 9:
             sleep(0.05)
@@ -585,8 +586,8 @@ def test_killed_in_the_middle_it_loses_no_answer_that_had_come(toy, right, tmp_p
     assert len(rows.read_text().splitlines()) == 1 + 6  # and the configuration
     with open(rows, "a") as file:
         file.write('{"problem_id": 3, "outp')  # a torn line
-    with Server(right) as server:
-        annotate_toy(toy, out, server)
+    with Server(lambda body, number: reply("x")) as server:
+        annotate_toy(toy, out, server, *large)
         assert len(server.requests) == 32 - 6
 
 
