@@ -323,36 +323,16 @@ def test_a_response_is_kept_or_rejected_for_the_reason_given(reason, response, r
     assert judge(response, record) == reason
 
 
+ANSWERS = json.loads((ROOT / "tests/answers.json").read_text(encoding="utf-8"))
 LOOK = " The picture shows a street, two cars and a shop; first he is at the left edge."
 
 
-@pytest.mark.parametrize("said", [
-    "I’m sorry, but I can’t view the video. I will guess.", "I can´t view the video.",
-    "I'm unable to watch videos, so I will guess.", "I cannot see any video, so I guess right.",
-    "I don't have access to the video.", "I do not actually have access to the video content.",
-    "The video is not provided, so I guess right.", "The video isn’t attached.",
-    "There is no video attached, so I guess.", "I don’t see any image attached.",
-    "No images were provided.", "I'm currently not able to process images.",
-    "I wasn't able to view the video.", "I lack the ability to watch videos.",
-    "Without access to the video, I will guess.", "I can’t assist with that.",
-    "As an AI, I can only guess.", "As a large language model I have no eyes.",
-    "I am a text-based model.", "My apologies, there is no clip.", "I apologize, but I guess.",
-    "抱歉，我无法查看视频。", "很抱歉，没有视频。", "由于无法看到视频，我只能猜测。", "我是一个语言模型。",
-    "作为一个人工智能，我没有眼睛。", "视频没有提供，所以我猜右边。"])
+@pytest.mark.parametrize("said", ANSWERS["a refusal"])
 def test_a_thought_that_says_it_cannot_see_or_help_is_a_refusal(said):
     assert judge(thought(said + LOOK)) == "refusal"
 
 
-@pytest.mark.parametrize("said", [
-    "The man says \"I'm sorry\" to the shopkeeper and goes.", "The man says ‘I’m sorry’ and goes.",
-    "He says “I’m sorry, I can’t see the video” and goes.", "It says „Pst, I'm sorry“ in red.",
-    "He says 'I'm sorry, I can't see the video' and goes.", "A T-shirt with «I am sorry» is there.",
-    "The caption says no image was given a prize; he goes.", "The sign 'Sorry, closed' is red.",
-    "The robot on the poster introduces itself as an AI assistant; he goes.",
-    "He can't see the video on her phone.", "She apologizes and goes.", "He is sorry.",
-    "I can't help but notice that he goes right.", "I don't see any obstacle, so he goes on.",
-    "I can't see the man at first, then he is at the right.", "I have access to all frames.",
-    "男人说“对不起”。", "男人对店主感到抱歉。", "他无法看到画面外的球。", "字幕写着「我无法观看视频」。"])
+@pytest.mark.parametrize("said", ANSWERS["no refusal"])
 def test_what_somebody_in_the_video_says_or_cannot_do_is_no_refusal(said):
     assert judge(thought(said + LOOK), CHOICE, False, "--min_language", "0") is None
 
