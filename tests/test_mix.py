@@ -117,6 +117,8 @@ def question(path, problem, answer, *options, kind="multiple choice", **more):
     return {"problem": problem, "problem_type": kind, "options": list(options), "path": path,
             "data_type": "video" if path.endswith("mp4") else "image",
             "solution": f"<answer>{answer}</answer>", "data_source": "S", **more}
+
+
 # {"sources": {claim: a release's format, annotation files, media folder, files and records}}
 RELEASES = json.loads((ROOT / "tests/releases.json").read_text(encoding="utf-8"))["sources"]
 
@@ -171,9 +173,6 @@ def test_questions_of_other_types_than_the_wanted_are_counted(tmp_path):
     ("[A] x\n[B] y", ["x", "y"]), ("a) x\nb) y", ["x", "y"]), ("- A. x\n- B. y", ["x", "y"]),
     ("**A.** x\n**B.** y\nAnswer:", ["x", "y"]),
     ("(A) x\n(B) y\nAnswer with the option's letter from the given choices directly.", ["x", "y"]),
-    ("Options: A. x B. y", ["x", "y"]), ("Options: A: x, B: y, C: z", ["x", "y", "z"]),
-    ("A. x; B. y or C. z", ["x", "y", "z"]),
-    ("(A) x (B) see A. Lee (C) z", ["x", "see A. Lee", "z"]),
     ("A: see C. elegans\nB: y\nC: z", ["see C. elegans", "y", "z"]),
     ("A. int x;\nB. int y;", ["int x;", "int y;"]), ("A. and\nB. or\nC. not", ["and", "or", "not"]),
     ("A. E. coli\nB. C. elegans", ["E. coli", "C. elegans"]),
@@ -188,6 +187,10 @@ def test_options_are_taken_out_of_a_question(options, texts):
 @pytest.mark.parametrize("text, problem, options", [
     ("Hint: Please answer the question and provide the correct option letter, e.g., A, B, C, D, at "
      "the end.\nQuestion: What?\nChoices:\n(A) 3\n(B) 4", "What?", ["3", "4"]),
+    ("What? Options: A. x B. y", "What?", ["x", "y"]),
+    ("What? Options: A: x, B: y, C: z", "What?", ["x", "y", "z"]),
+    ("What? A. x; B. y or C. z", "What?", ["x", "y", "z"]),
+    ("What? (A) x (B) see A. Lee (C) z", "What?", ["x", "see A. Lee", "z"]),
     ("Where is John A. Lee?\nA. x\nB. Sam A. Ray\nC. z", "Where is John A. Lee?",
      ["x", "Sam A. Ray", "z"]),
     ("Is it vitamin A. or not?", "Is it vitamin A. or not?", []),
@@ -197,7 +200,7 @@ def test_options_are_taken_out_of_a_question(options, texts):
     ("什么？选项：A：猫；B：狗", "什么？", ["猫", "狗"]),
     ("点A、B、C在圆上，求角度", "点A、B、C在圆上，求角度", []),
     ("Of\nA. p\nB. q\nwhat? (A) x (B) y (C) z", "Of\nA. p\nB. q\nwhat?", ["x", "y", "z"])])
-def test_hints_are_taken_out_of_a_question_and_its_own_letters_stay(text, problem, options):
+def test_options_in_its_line_and_hints_are_taken_out_and_a_question_s_own_letters_stay(text, problem, options):
     assert split_options(text) == (problem, options)
 
 
