@@ -65,7 +65,7 @@ def test_a_request_carries_the_sampling_and_the_key_and_answers_come_with_their_
 @pytest.mark.parametrize("fault", [
     (500, {}, "out of memory"), (429, {}, "slow down"), (503, {}, ""), (204, {}, ""), None, "[",
     "[]", "{}", {"choices": []}, {"choices": [{}], "usage": {"completion_tokens": 1}},
-    reply([{"type": "text", "text": "a"}]), reply("half \ud83d"),
+    reply([{"type": "text", "text": "a"}]), reply("half \ud83d"), reply("", finish="abort"),
     (200, {"Content-Length": "5000"}, '{"choices": [{"mess')])
 def test_a_fault_that_passes_costs_a_repeated_request(fault):
     with Server(lambda body, number: fault if number == 0 else reply("a")) as server:
