@@ -36,7 +36,6 @@ CURVES = {  # of a page: {title: metrics of metrics.jsonl that share a scale}
     "held-out gap": ("val/gap",), "share correct": ("group/p", "group/p_tilde"),
     "KL": ("policy/kl",), "response tokens": ("response/tokens",),
     "groups of zero spread": ("group/zero_std_rate",)}
-GAINS = ("accuracy", "held-out accuracy", "held-out gap")  # curves whose gain the page states
 POINTS = 30  # of a curve, at most
 SHOWN = 8  # held-out questions, and groups, at most
 FRAME_SIDE, IMAGE_SIDE = 128, 384  # pixels of the longer side, at most
@@ -112,13 +111,12 @@ def group_row(row):
 def validation_row(row):
     """Returns what the page shows of a row of validation.jsonl, in the form of a group: the answer
     to the frames in order is its first part, a video's to shuffled frames its second."""
-    def answers(order):
-        if f"response{order}" not in row:
-            return []
+    def answer(order):
         graded = response(row[f"response{order}"], accuracy=float(row[f"accuracy{order}"]))
-        return [graded | {"step": int(row["step"])}]
+        return graded | {"step": int(row["step"])}
     return {"problem_id": row["problem_id"], "path": row["path"], "frame_order": [],
-            "first": answers(""), "second": answers("_shuffled")}
+            "first": [answer("")],
+            "second": [answer("_shuffled")] if "response_shuffled" in row else []}
 
 
 def key_of(row):
@@ -126,17 +124,16 @@ def key_of(row):
     return str(row["problem_id"]), str(row["path"])
 
 
-def with_records(rows, data, media_root):
-    """Returns (record, row) of the rows whose question is in the data. Raises InputError if there
-    are rows, but none of the data's questions."""
-    if not rows:
-        return []
-    records = {key_of(record): record for record in load_records(data, media_root)}
-    found = [(records[key_of(row)], row) for row in rows if key_of(row) in records]
-    if not found:
-        raise InputError(f"{data} has no question of the run; name the run's records with --data "
+def read_questions(path, convert, data, media_root):
+    """Returns the converted rows of a file, each with its record of the data. Raises InputError if
+    the file has rows, but none of the data's questions."""
+    rows = read_lines(path, convert)
+    records = {key_of(record): record for record in load_records(data, media_root)} if rows else {}
+    questions = [row | {"record": records[key_of(row)]} for row in rows if key_of(row) in records]
+    if rows and not questions:
+        raise InputError(f"{data} has no question of {path}; name the run's records with --data "
                          "and --val_data")
-    return found
+    return questions
 
 
 # -------------------------------------------------------------------------------- what is shown
@@ -159,41 +156,26 @@ def curve(rows, metric):
             for part in parts.values()]
 
 
-def gain_of(curves):
-    """Returns the gains from the first to the last point of a run's curves, in words."""
-    gains = []
-    for title in GAINS:
-        for points in [*curves.get(title, {}).values()][:1]:
-            first, last = points[0][1], points[-1][1]
-            gains.append(f"{title} {first:.3g} → {last:.3g} ({last - first:+.2g})")
-    return ", ".join(gains)
-
-
-def merge_validations(found):
-    """Returns (record, row) of each held-out question. The row has the answers of all validations,
-    in order."""
+def merge_validations(rows):
+    """Returns one question for each held-out question, with its answers of all validations."""
     questions = {}
-    for record, row in found:
-        if key_of(row) in questions:
-            _, merged = questions[key_of(row)]
-            merged["first"] += row["first"]
-            merged["second"] += row["second"]
-        else:
-            questions[key_of(row)] = record, row
+    for row in rows:
+        question = questions.setdefault(key_of(row), row | {"first": [], "second": []})
+        question["first"] += row["first"]
+        question["second"] += row["second"]
     return [*questions.values()]
 
 
 def has_changed(question, threshold):
     """Returns whether a held-out question was correct at one validation and wrong at another."""
-    _, row = question
-    return len({answer["earned"]["accuracy"] >= threshold for answer in row["first"]}) > 1
+    return len({answer["earned"]["accuracy"] >= threshold for answer in question["first"]}) > 1
 
 
 def spread_groups(groups):
     """Returns up to SHOWN groups at equal distances over the run, of those with unequal rewards:
     only they have advantages."""
-    unequal = [(record, row) for record, row in groups
-               if any(first["earned"]["A"] for first in row["first"])]
+    unequal = [group for group in groups
+               if any(response["earned"]["A"] for response in group["first"])]
     shown = unequal or groups
     return shown[::math.ceil(len(shown) / SHOWN) or 1]
 
@@ -215,19 +197,19 @@ def pictures(record, order, flags):
 
 
 def question_data(question, flags):
-    """Returns a (record, row) as the page's script reads it. A group's second part is graded here,
+    """Returns a question as the page's script reads it. A group's second part is graded here,
     because the run logs only its share of correct responses."""
-    record, row = question
-    for response in row["second"]:
+    record = question["record"]
+    for response in question["second"]:
         response["earned"] = response["earned"] or {
             "accuracy": accuracy_reward(response["text"], record),
             "format": format_reward(response["text"])}
-    data = row | {
-        "problem": record["problem"], "answer": extract_answer(record["solution"]),
-        "options": record["options"] if record["problem_type"] == "multiple choice" else [],
-        "problem_type": record["problem_type"], "data_type": record["data_type"]}
+    data = question | {
+        "record": {name: record[name] for name in ("problem", "problem_type", "data_type")},
+        "answer": extract_answer(record["solution"]),
+        "options": record["options"] if record["problem_type"] == "multiple choice" else []}
     try:
-        return data | {"pictures": pictures(record, row["frame_order"], flags)}
+        return data | {"pictures": pictures(record, question["frame_order"], flags)}
     except MediaError as error:
         return data | {"fault": str(error)}
 
@@ -254,13 +236,13 @@ SECOND = 556  # where the second group begins
 
 
 def pick_group(groups):
-    """Returns the (record, row) to draw: p is furthest above p_tilde, and not every response is
-    correct, so that the advantages differ."""
-    drawable = [(record, row) for record, row in groups
-                if row["frame_order"] and row["second"] and 0 < row["p"] < 1]
+    """Returns the group to draw: p is furthest above p_tilde, and not every response is correct, so
+    that the advantages differ."""
+    drawable = [group for group in groups
+                if group["frame_order"] and group["second"] and 0 < group["p"] < 1]
     if not drawable:
         raise InputError("--picture needs a video with correct and wrong responses: there is none")
-    return max(drawable, key=lambda group: group[1]["p"] - group[1]["p_tilde"])
+    return max(drawable, key=lambda group: group["p"] - group["p_tilde"])
 
 
 def method_picture(group, threshold):
@@ -271,10 +253,10 @@ def method_picture(group, threshold):
     order, first, second = group["frame_order"], group["first"], group["second"]
     end = 190 + ROW * max(len(first), len(second))
     sign = ">" if group["p"] > group["p_tilde"] else "<" if group["p"] < group["p_tilde"] else "="
-    problem = shorten(f"{group['problem']} {', '.join(group['options'])}", 90, placeholder="…")
+    problem = f"{group['record']['problem']} {', '.join(group['options'])}"
     answer = shorten(group["answer"], 24, placeholder="…")
     elements = [
-        text_line(16, 28, f"{problem} Answer: {answer}", "bold"),
+        text_line(16, 28, f"{shorten(problem, 90, placeholder='…')} Answer: {answer}", "bold"),
         text_line(16, 58, "First group: the frames in order"),
         text_line(SECOND, 58, "Second group: compared with, never trained on"),
         *frame_row(16, group["pictures"], range(len(group["pictures"]))),
@@ -328,25 +310,23 @@ def main(args):
     folder = Path(args.run)
     flags, metrics = read_metrics(folder / "metrics.jsonl")
     flags |= {name: value for name, value in vars(args).items() if value is not None}
-    groups = with_records(read_lines(folder / "rollouts.jsonl", group_row),
-                          flags["data"], flags["media_root"])
-    held_out = merge_validations(with_records(
-        read_lines(folder / "validation.jsonl", validation_row),
-        flags["val_data"], flags["media_root"]))
+    groups = read_questions(folder / "rollouts.jsonl", group_row,
+                            flags["data"], flags["media_root"])
+    held_out = merge_validations(read_questions(
+        folder / "validation.jsonl", validation_row, flags["val_data"], flags["media_root"]))
     if not groups and not held_out:
         raise InputError(f"{folder} has no rollouts.jsonl or validation.jsonl yet; repeat this "
                          "after the run's first step")
     threshold = float(flags["correct_threshold"])
-    changed = [has_changed(question, threshold) for question in held_out]
-    held_out.sort(key=lambda question: not has_changed(question, threshold))
+    changed = [question for question in held_out if has_changed(question, threshold)]
+    same = [question for question in held_out if not has_changed(question, threshold)]
     path = Path(args.output or folder, "report.html")
     make_folder_of(path)
-    curves = read_curves(metrics)
     data = {
-        "folder": str(folder), "gain": gain_of(curves), "curves": curves,
-        "logged": {"held_out": len(held_out), "changed": sum(changed), "groups": len(groups)},
+        "folder": str(folder), "curves": read_curves(metrics),
+        "logged": {"held_out": len(held_out), "changed": len(changed), "groups": len(groups)},
         "flags": {name: str(flags[name]) for name in (*FRAME_FLAGS, *REWARD_FLAGS)},
-        "held_out": [question_data(question, flags) for question in held_out[:SHOWN]],
+        "held_out": [question_data(question, flags) for question in (changed + same)[:SHOWN]],
         "groups": [question_data(group, flags) for group in spread_groups(groups)]}
     page = fill((ROOT / "assets/report.html").read_text(encoding="utf-8"), data)
     write_whole({path: [page]})

@@ -24,14 +24,12 @@ in_a_browser = pytest.mark.skipif(BROWSER is None, reason="no chromium on this m
 TEMPLATE = (report.ROOT / "assets/report.html").read_text(encoding="utf-8")
 HOSTILE = (  # what a model may write
     "<think></script><script>document.title = 'taken'</script></think><answer>A</answer>",
-    "<img src=x onerror=\"document.title='taken'\"><answer>B</answer>",
-    "\"'>\" ' & &lt; &amp;lt; <!-- <script> <![CDATA[ {run} {style_hash} {0} ${1} %s \\ \\u003c",
-    "NUL \0, escape \x1b[31m, a lone surrogate \ud800, a tab\t and\na new line",
-    "line separators \u2028 and \u2029, a pair of surrogates \U0001f600",
-    "right to left \u202e\u202bdetrever\u2067 and \u200f unclosed",
+    "\"'><img src=x onerror=\"document.title='taken'\"> &lt; &amp;lt; <!-- <![CDATA[ {run} \\u003c",
+    "NUL \0, escape \x1b[31m, a lone surrogate \ud800, a pair \U0001f600, a tab\t and\na new line",
+    "separators \u2028 and \u2029, right to left \u202e\u202bdetrever\u2067 and \u200f unclosed",
     "x" * 5000, "<answer><answer></think>")
 SEEN = [re.sub("[\0\x1b\ud800]", "\ufffd", text) for text in HOSTILE]  # what a page can show
-RIGHT, WRONG = "<think>look</think><answer>{}</answer>", "<think>look</think><answer>?</answer>"
+WRONG = "<think>look</think><answer>?</answer>"
 ORDERS = [3, 1, 0, 2, 5, 4, 7, 6], [7, 6, 5, 4, 3, 2, 1, 0]
 FLAGS = {"max_frames": 8, "min_frames": 4, "fps": 2.0, "min_pixels": 784, "max_pixels": 784,
          "image_min_pixels": 784, "image_max_pixels": 784, "video_reader": "av",
@@ -71,33 +69,33 @@ class Page(HTMLParser):
         return [attributes for name, attributes in self.elements if name == tag]
 
 
-def rollout(record, step, first, second, order=None):
-    """A line of rollouts.jsonl: correct responses have a good length, and A is R - mean."""
-    def correct(texts):
-        return [accuracy_reward(text, record) >= 0.5 for text in texts]
-    parts = {"accuracy": [accuracy_reward(text, record) for text in first],
-             "format": [format_reward(text) for text in first],
-             "length": [0.2 * good for good in correct(first)]}
-    shares = {"p": np.mean(correct(first))}
+def right(record):
+    """Returns a correct response."""
+    return WRONG.replace("?", extract_answer(record["solution"]))
+
+
+def rollout(record, step, first, second=(), order=None):
+    """Returns a line of rollouts.jsonl. A is R - mean; the length reward is 0.2 if correct."""
+    accuracy = np.array([accuracy_reward(text, record) for text in first])
+    in_format = np.array([format_reward(text) for text in first])
+    parts, shares = {"accuracy": accuracy, "format": in_format, "length": 0.2 * accuracy}, {}
     if second:
-        shares["p_tilde"] = np.mean(correct(second))
-        shares["r_t"] = 0.3 * float(shares["p"] >= shares["p_tilde"])
-        parts["temporal"] = [shares["r_t"] * good for good in correct(first)]
-    R = np.sum([*parts.values()], axis=0)
+        p_tilde = np.mean([accuracy_reward(text, record) for text in second])
+        shares = {"p_tilde": p_tilde, "r_t": 0.3 * float(accuracy.mean() >= p_tilde)}
+        parts["temporal"] = shares["r_t"] * accuracy
+    parts["R"] = sum(parts.values())
+    parts["A"] = parts["R"] - parts["R"].mean()
     return {"step": step, "problem_id": record["problem_id"], "path": record["path"],
-            "frame_order": order, "responses": first, "responses_shuffled": second, **parts,
-            **shares, "R": R.tolist(), "A": (R - R.mean()).tolist()}
+            "frame_order": order, "responses": first, "responses_shuffled": list(second),
+            "p": accuracy.mean(), **shares,
+            **{name: values.tolist() for name, values in parts.items()}}
 
 
-def validation(record, step, response, shuffled=None):
-    """A line of validation.jsonl."""
-    row = {"step": step, "problem_id": record["problem_id"], "path": record["path"],
-           "problem": record["problem"], "solution": record["solution"],
-           "response": response, "accuracy": accuracy_reward(response, record)}
-    if shuffled:
-        row |= {"response_shuffled": shuffled,
-                "accuracy_shuffled": accuracy_reward(shuffled, record)}
-    return row
+def validation(record, step, response, shuffled):
+    """Returns a line of validation.jsonl."""
+    return {"step": step, **{name: record[name] for name in ("problem_id", "path", "problem")},
+            "response": response, "accuracy": accuracy_reward(response, record),
+            "response_shuffled": shuffled, "accuracy_shuffled": accuracy_reward(shuffled, record)}
 
 
 METRICS = [{"step": step, "reward/accuracy": accuracy, "group/p": accuracy, "group/p_tilde": 0.25,
@@ -124,10 +122,6 @@ def reported(folder, *more):
     return json.loads(island), text
 
 
-def right(record):
-    return RIGHT.format(extract_answer(record["solution"]))
-
-
 @pytest.fixture(scope="module")
 def records(toy):
     """Returns {"video", "image"}: a question of each, the video's with options."""
@@ -140,9 +134,7 @@ def records(toy):
 
 @pytest.fixture(scope="module")
 def held_out(toy):
-    """Returns the toy's held-out videos."""
-    return [record for record in load_records(toy / "test.json")
-            if record["data_type"] == "video"]
+    return [row for row in load_records(toy / "test.json") if row["data_type"] == "video"]
 
 
 @pytest.fixture(scope="module")
@@ -155,17 +147,16 @@ def plain(records):
 def run(toy, records, held_out, tmp_path_factory):
     """A run with two validations of two videos, of which the second changed, and six groups."""
     video, image, (same, changed) = records["video"], records["image"], held_out[:2]
-    folder = tmp_path_factory.mktemp("run")
+    folder, good = tmp_path_factory.mktemp("run"), right(video)
     absent = video | {"problem_id": "absent", "path": "./media/absent.mp4"}
     (folder / "data.json").write_text(json.dumps([video, image, absent]))
     return write_run(folder, toy, [
-        rollout(video, 2, [right(video)] * 2 + [WRONG] * 6, [right(video)] * 2 + [WRONG] * 2,
-                ORDERS[0]),
-        rollout(image, 3, [WRONG] * 7 + [right(image)], []),
+        rollout(video, 2, [good] * 2 + [WRONG] * 6, [good] * 2 + [WRONG] * 2, ORDERS[0]),
+        rollout(image, 3, [WRONG] * 7 + [right(image)]),
         rollout(video, 4, [WRONG] * 8, [WRONG] * 4, ORDERS[0]),  # equal rewards
         rollout(video, 5, list(HOSTILE), [WRONG] * 4, [5, 5]),  # a fork's second group
-        rollout(absent, 6, [right(video), WRONG] * 4, [WRONG] * 4, None),
-        rollout(video, 90, [right(video)] * 7 + [WRONG], [right(video)] + [WRONG] * 3, ORDERS[1])],
+        rollout(absent, 6, [good, WRONG] * 4, [WRONG] * 4),
+        rollout(video, 90, [good] * 7 + [HOSTILE[2]], [good] + [WRONG] * 3, ORDERS[1])],
         [validation(same, 0, right(same), right(same)),
          validation(changed, 0, WRONG, right(changed)),
          validation(same, 50, right(same), right(same)),
@@ -192,8 +183,7 @@ def test_a_held_out_question_has_its_answers_at_every_validation(run, held_out):
 
 
 def test_held_out_questions_that_changed_come_first(toy, held_out, tmp_path):
-    assert len(held_out) > 9
-    rows = [validation(record, step, right(record) if step or i != 8 else WRONG)
+    rows = [validation(record, step, right(record) if step or i != 8 else WRONG, WRONG)
             for step in (0, 25) for i, record in enumerate(held_out[:9])]
     data, _ = reported(write_run(tmp_path, toy, validations=rows))
     assert data["logged"] == {"held_out": 9, "changed": 1, "groups": 0}
@@ -202,32 +192,23 @@ def test_held_out_questions_that_changed_come_first(toy, held_out, tmp_path):
 
 
 def test_groups_are_at_equal_distances_and_have_advantages():
-    groups = [({}, {"step": step, "first": [{"earned": {"A": float(step % 2)}}]})
-              for step in range(1, 21)]
-    assert [row["step"] for _, row in report.spread_groups(groups)] == [1, 5, 9, 13, 17]
-    assert [row["step"] for _, row in report.spread_groups(groups[1:16:2])] == [*range(2, 17, 2)]
-    assert report.spread_groups([]) == []
-
-
-def test_a_run_without_validation_has_its_groups(toy, plain, tmp_path):
-    folder = write_run(tmp_path, toy, [plain], val_data=None)
-    (folder / "validation.jsonl").unlink()
-    data, _ = reported(folder)
-    assert data["held_out"] == [] and len(data["groups"]) == 1
+    groups = [{"step": step, "first": [{"earned": {"A": step % 2}}]} for step in range(1, 21)]
+    assert [group["step"] for group in report.spread_groups(groups)] == [1, 5, 9, 13, 17]
+    without = groups[1:17:2]
+    assert report.spread_groups(without) == without and report.spread_groups([]) == []
 
 
 def test_every_response_has_its_rewards(run):
     data, _ = reported(run)
-    row = group_at(90, data)
-    # 7 right of 8 earn 1 + 1 + 0.3 + 0.2, the last 1: mean 2.3125
-    earned = [response["earned"] for response in row["first"]]
-    assert [*earned[0]] == ["accuracy", "format", "temporal", "length", "R", "A"]
-    assert [*earned[0].values()] == pytest.approx([1, 1, 0.3, 0.2, 2.5, 0.1875])
-    assert [*earned[7].values()] == pytest.approx([0, 1, 0, 0, 1, -1.3125])
+    first, *_, last = [response["earned"] for response in group_at(90, data)["first"]]
+    # 7 right of 8 earn 1 + 1 + 0.3 + 0.2, the last 0: mean 2.1875
+    assert first == pytest.approx({"accuracy": 1, "format": 1, "temporal": 0.3, "length": 0.2,
+                                   "R": 2.5, "A": 0.3125})
+    assert last == pytest.approx(dict.fromkeys(first, 0) | {"A": -2.1875})
     # the run logs only the share of the second group's correct ones: they are graded again
-    assert [response["earned"] for response in row["second"]] == [
+    assert [response["earned"] for response in group_at(90, data)["second"]] == [
         {"accuracy": 1, "format": 1}] + 3 * [{"accuracy": 0, "format": 1}]
-    assert [*group_at(3, data)["first"][0]["earned"]] == ["accuracy", "format", "length", "R", "A"]
+    assert "temporal" not in group_at(3, data)["first"][0]["earned"]  # an image has one group
 
 
 def test_frames_are_those_of_the_run(run, records):
@@ -239,39 +220,26 @@ def test_frames_are_those_of_the_run(run, records):
     assert group["frame_order"] == ORDERS[1]
 
 
-def test_big_pictures_are_made_small(toy, tmp_path):
-    rng = np.random.default_rng(0)
-    write_video(tmp_path / "big.mp4", rng.integers(0, 255, (8, 560, 1120, 3), np.uint8), 2)
-    record = load_records(toy / "train.json")[0] | {
-        "problem_id": "big", "path": "big.mp4", "data_type": "video"}
+def test_big_pictures_are_made_small(toy, records, tmp_path):
+    noise = np.random.default_rng(0).integers(0, 255, (8, 560, 1120, 3), np.uint8)
+    write_video(tmp_path / "big.mp4", noise, 2)
+    record = records["video"] | {"path": "big.mp4"}
     (tmp_path / "data.json").write_text(json.dumps([record]))
-    data, _ = reported(write_run(tmp_path / "run", toy, [rollout(record, 1, [WRONG] * 8, [])],
-                                 data=str(tmp_path / "data.json"), media_root=None,
-                                 max_pixels=400 * 784))
+    data, _ = reported(write_run(tmp_path, toy, [rollout(record, 1, [WRONG] * 8)], media_root=None,
+                                 data=str(tmp_path / "data.json"), max_pixels=400 * 784))
     for url in data["groups"][0]["pictures"]:
         assert max(decoded(url).size) == report.FRAME_SIDE and url.startswith("data:image/jpeg;")
         assert len(url) < 30_000  # noise, which JPEG cannot make smaller
 
 
-# title: {metric: its points}; 90 steps make 30 points, each the mean of three neighbours
-@pytest.mark.parametrize("rows, curves", [
-    ([{"step": 1, "optim/loss": 1.0}], {}),
-    ([{"step": i, "response/tokens": i // 3} for i in range(90)],
-     {"response tokens": {"response/tokens": [[3 * i + 1, i] for i in range(30)]}}),
-    ([{"step": 1, "group/p": 1}, {"step": 2}, {"step": 3, "group/p": float("nan")},
-      {"step": 4, "group/p": float("inf")}, {"step": 5, "group/p": 0.5, "group/p_tilde": 1 / 3}],
-     {"share correct": {"group/p": [[1, 1], [5, 0.5]], "group/p_tilde": [[5, 0.333333]]}})])
-def test_curves_are_means_of_the_metrics_that_a_run_has(toy, plain, tmp_path, rows, curves):
-    assert reported(write_run(tmp_path, toy, [plain], metrics=rows))[0]["curves"] == curves
-
-
-def test_the_gains_of_a_run_are_stated(toy, plain, tmp_path):
-    rows = [{"step": 0, "val/accuracy": 0.7, "val/gap": 0.25}, *METRICS,
-            {"step": 3, "val/accuracy": 0.65, "val/gap": 0.5}]
+def test_curves_are_means_of_the_metrics_that_a_run_has(toy, plain, tmp_path):
+    rows = [{"step": i, "response/tokens": i // 3} for i in range(90)]
+    rows[0] |= {"group/p": 1}
+    rows[1] |= {"group/p": float("nan"), "group/p_tilde": 1 / 3}
     data, _ = reported(write_run(tmp_path, toy, [plain], metrics=rows))
-    assert data["gain"] == ("accuracy 0.25 → 0.875 (+0.62), held-out accuracy 0.7 → 0.65 (-0.05), "
-                            "held-out gap 0.25 → 0.5 (+0.25)")
-    assert reported(write_run(tmp_path, toy, [plain], metrics=[]))[0]["gain"] == ""
+    assert data["curves"] == {  # 30 points, each the mean of three neighbours
+        "share correct": {"group/p": [[0, 1]], "group/p_tilde": [[1, 0.333333]]},
+        "response tokens": {"response/tokens": [[3 * i + 1, i] for i in range(30)]}}
 
 
 # ------------------------------------------------------------------------------- one group as SVG
@@ -284,34 +252,24 @@ def drawn(folder, path):
             [element.attrib["href"] for element in elements if element.tag.endswith("image")])
 
 
-def test_the_picture_shows_the_group_whose_p_is_furthest_above_p_tilde(run, records, tmp_path):
+def test_the_picture_shows_the_group_whose_p_is_furthest_above_p_tilde(run, tmp_path):
     texts, images = drawn(run, tmp_path / "new/method.svg")
-    frames = group_at(90, reported(run)[0])["pictures"]
-    assert images == frames + [frames[place] for place in ORDERS[1]]
-    truth = extract_answer(records["video"]["solution"])
-    for text in ("p = 0.875", "p_tilde = 0.25", f"✓ {truth}", "✗ ?", "look", "2.5", "0.188",
-                 *records["video"]["options"][:1], f"Answer: {truth}", "p > p_tilde", "r_t = 0.3."):
+    group = group_at(90, reported(run)[0])
+    places = [*range(8), *ORDERS[1]]
+    assert images == [group["pictures"][place] for place in places]
+    for text in ("p = 0.875", "p_tilde = 0.25", "look", "2.5", "0.312", group["options"][0],
+                 f"Answer: {group['answer']}", "p > p_tilde", "r_t = 0.3.", "NUL \ufffd"):
         assert any(text in line for line in texts), text
-    assert [line[0] for line in texts if line[0] in "✓✗"] == [*"✓✓✓✓✓✓✓✗", *"✓✗✗✗"]
-    assert [line for line in texts if line.isdigit()][:16] == [
-        str(place + 1) for place in [*range(8), *ORDERS[1]]]
-
-
-def test_a_picture_holds_any_text(toy, records, tmp_path):
-    video = records["video"]
-    row = rollout(video, 1, [right(video), *HOSTILE[:7]], [*HOSTILE[4:]], ORDERS[0])
-    texts, _ = drawn(write_run(tmp_path, toy, [row]), tmp_path / "method.svg")
-    assert max(map(len, texts)) < 150 and any(text.startswith("NUL \ufffd") for text in texts)
+    assert [line[0] for line in texts if line[0] in "✓✗"] == [*"✓✓✓✓✓✓✓✗✓✗✗✗"]
+    assert [line for line in texts if line.isdigit()][:16] == [str(i + 1) for i in places]
 
 
 def test_a_run_without_a_group_to_draw_is_refused(run, toy, plain, records, tmp_path):
-    video = records["video"]
-    rows = [plain, rollout(video, 1, [right(video)] * 8, [WRONG] * 4, ORDERS[0]),
-            rollout(video, 3, [right(video), WRONG] * 4, [], None)]
+    good = right(records["video"])
+    rows = [plain, rollout(records["video"], 1, [good] * 8, [WRONG] * 4, ORDERS[0]),
+            rollout(records["video"], 3, [good, WRONG] * 4)]
     with pytest.raises(InputError, match="--picture needs a video with correct and wrong resp"):
         drawn(write_run(tmp_path / "run", toy, rows), tmp_path / "method.svg")
-    with pytest.raises(InputError, match="cannot write"):
-        drawn(run, tmp_path / "run/rollouts.jsonl/method.svg")
     with pytest.raises(InputError, match="--picture: .*No such file"):
         report.main(report.parse_args([str(run), "--output", str(tmp_path), "--media_root",
                                        str(tmp_path), "--picture", str(tmp_path / "method.svg")]))
@@ -324,12 +282,13 @@ def hostile(toy, tmp_path_factory):
     """A run in which every text is hostile."""
     folder = tmp_path_factory.mktemp("hostile")
     record = load_records(toy / "train.json")[0] | {
-        "problem": HOSTILE[0], "options": [f"A. {HOSTILE[1]}", f"B. {HOSTILE[2]}"],
+        "problem": HOSTILE[0], "options": [f"A. {HOSTILE[1]}", "B. red"],
         "problem_type": "multiple choice", "problem_id": '"><script>', "data_type": "video",
-        "solution": f"<answer>{HOSTILE[2]}</answer>", "path": "a\"'><img src=y onerror=z>.mp4"}
+        "solution": f"<answer>{HOSTILE[1]}</answer>", "path": "a\"'><img src=y onerror=z>.mp4"}
     (folder / "data.json").write_text(json.dumps([record]))
-    row = rollout(record, 1, list(HOSTILE), list(HOSTILE), ORDERS[0]) | {"A": [0.0] * 8}
-    return write_run(folder / "a <b> & \"c\"", toy, [row], [validation(record, 0, HOSTILE[0])],
+    row = rollout(record, 1, list(HOSTILE), list(HOSTILE), ORDERS[0]) | {"A": [0.0] * len(HOSTILE)}
+    answer = validation(record, 0, HOSTILE[0], HOSTILE[2])
+    return write_run(folder / "a <b> & \"c\"", toy, [row], [answer],
                      data=str(folder / "data.json"), val_data=str(folder / "data.json"),
                      media_root=str(folder), temporal_test="</script><script>")
 
@@ -343,19 +302,8 @@ def test_no_text_of_a_model_or_a_record_becomes_markup(hostile):
     assert [tag for tag, _ in Page(text).elements] == [tag for tag, _ in Page(TEMPLATE).elements]
 
 
-def test_the_script_makes_text_nodes_and_loads_nothing():
-    template = TEMPLATE.replace("http://www.w3.org/2000/svg", "")  # a name
-    for markup in ("innerHTML", "outerHTML", "insertAdjacentHTML", "document.write", "setHTML",
-                   "DOMParser", "createContextualFragment", "eval(", "Function(", "srcdoc",
-                   "fetch(", "XMLHttpRequest", "import(", "@import", "url(", "http:", "https:"):
-        assert markup not in template
-
-
 def test_the_page_allows_nothing_but_its_own_style_and_script(run):
     page = Page(reported(run)[1])
-    for _, attributes in page.elements:
-        assert not {"src", "href", "action", "data", "srcset", "style"} & attributes.keys()
-        assert not any(name.startswith("on") for name in attributes)
     policy = next(meta["content"] for meta in page.all("meta") if "http-equiv" in meta)
     rules = dict(rule.split(None, 1) for rule in policy.split(";"))
     assert rules["default-src"] == rules["base-uri"] == rules["form-action"] == "'none'"
@@ -374,58 +322,45 @@ def test_every_number_and_its_equation_is_explained():
 
 # -------------------------------------------------------------------------------------- bad input
 
-@pytest.mark.parametrize("name, content, message", [
-    ("metrics.jsonl", "", "does not begin with the flags of a tgrpo.py run: data, val_data,"),
-    ("metrics.jsonl", json.dumps({"arguments": FLAGS}) + "\n", "run: data, val_data, media_root not"),
-    ("metrics.jsonl", json.dumps({"arguments": FLAGS}) + '\n{"step": 1, "group/p": "x"}\n',
-     "metrics.jsonl, line 2, is damaged: TypeError"),
-    ("rollouts.jsonl", "{\n", "rollouts.jsonl, line 1, is damaged: JSONDecodeError"),
-    ("rollouts.jsonl", '{"step": 1}\n', "rollouts.jsonl, line 1, is damaged: KeyError"),
-    ("validation.jsonl", "[]\n", "validation.jsonl, line 1, is damaged: TypeError")])
-def test_a_damaged_file_is_named_with_its_line(run, tmp_path, name, content, message):
-    shutil.copytree(run, tmp_path / "run")
-    (tmp_path / "run" / name).write_text(content)
+@pytest.mark.parametrize("name, line, message", [
+    ("metrics", {"arguments": FLAGS}, "flags of a tgrpo.py run: data, val_data, media_root not"),
+    ("rollouts", {"R": [1.0]}, "rollouts.jsonl, line 1, is damaged: ValueError.*zip"),
+    ("rollouts", {"A": [float("nan")] * 8}, "line 1, is damaged: ValueError"),
+    ("rollouts", {"responses": [1] * 8}, "line 1, is damaged: AttributeError"),
+    ("validation", {"step": 1}, "validation.jsonl, line 1, is damaged: KeyError"),
+    ("validation", [], "validation.jsonl, line 1, is damaged: TypeError")])
+def test_a_damaged_file_is_named_with_its_line(toy, plain, tmp_path, name, line, message):
+    folder = write_run(tmp_path, toy, [plain])
+    row = plain | line if name == "rollouts" else line
+    (folder / f"{name}.jsonl").write_text(json.dumps(row) + "\n")
     with pytest.raises(InputError, match=message):
-        reported(tmp_path / "run")
-
-
-@pytest.mark.parametrize("change, message", [
-    ({"R": [1.0]}, "ValueError.*zip"), ({"A": [float("nan")] * 8}, "ValueError"),
-    ({"responses": [1] * 8}, "AttributeError"), ({"r_t": None}, "TypeError"),
-    ({"frame_order": "no"}, "ValueError")])
-def test_a_damaged_group_is_named(toy, plain, tmp_path, change, message):
-    folder = write_run(tmp_path, toy, [plain, plain | change])
-    with pytest.raises(InputError, match=f"rollouts.jsonl, line 2, is damaged: {message}"):
         reported(folder)
 
 
 def test_a_line_that_is_being_written_is_left_out(toy, plain, tmp_path):
-    folder = write_run(tmp_path, toy, [plain])
-    with (folder / "rollouts.jsonl").open("a") as file:
-        file.write('{"step": 91, "problem')
-    assert len(reported(folder)[0]["groups"]) == 1
-    (folder / "rollouts.jsonl").write_text('{"step": 91, "problem')
+    folder = write_run(tmp_path, toy, [plain], val_data=None)
+    (folder / "validation.jsonl").write_text('{"step": 91, "problem')
+    data, _ = reported(folder)
+    assert data["held_out"] == [] and len(data["groups"]) == 1
+    (folder / "rollouts.jsonl").unlink()  # and a file that is not there yet is empty
     with pytest.raises(InputError, match="has no rollouts.jsonl or validation.jsonl yet"):
         reported(folder)
 
 
 def test_a_file_other_than_the_runs_is_named_in_its_place(run, records, tmp_path):
-    root = tmp_path / "moved"
-    (root / "media").mkdir(parents=True)
-    more = "--output", run, "--media_root", root
-    for group in reported(run, *more)[0]["groups"]:
-        assert "No such file" in group["fault"] and len(group["first"]) == 8
-    write_video(root / records["video"]["path"], np.zeros((4, 28, 28, 3), np.uint8), 2)
-    assert group_at(90, reported(run, *more)[0])["fault"].endswith(
-        "has 4 frames, not those of the run")
+    (tmp_path / "media").mkdir()
+    write_video(tmp_path / records["video"]["path"], np.zeros((4, 28, 28, 3), np.uint8), 2)
+    data, _ = reported(run, "--media_root", tmp_path)
+    assert "No such file" in group_at(3, data)["fault"] and len(group_at(3, data)["first"]) == 8
+    assert group_at(90, data)["fault"].endswith("has 4 frames, not those of the run")
 
 
-def test_records_of_another_run_are_refused_and_output_is_obeyed(run, toy, tmp_path):
-    with pytest.raises(InputError, match="has no question of the run; name the run's records"):
+def test_records_of_another_run_are_refused(run, toy):
+    with pytest.raises(InputError, match="has no question of .*; name the run's records"):
         reported(run, "--data", toy / "cot.json")
-    (tmp_path / "file").write_text("")
-    with pytest.raises(InputError, match="cannot write .*file/report.html"):
-        report.main(report.parse_args([str(run), "--output", str(tmp_path / "file")]))
+
+
+def test_output_is_another_folder(run, tmp_path):
     report.main(report.parse_args([str(run), "--output", str(tmp_path / "new")]))
     assert (tmp_path / "new/report.html").read_text() == reported(run)[1]
 
@@ -460,53 +395,38 @@ def seen(run, tmp_path_factory):
 @in_a_browser
 def test_the_browser_shows_held_out_answers_before_groups(seen, held_out):
     page, sections = seen
-    assert [*sections] == ["Held-out question 1", "Held-out question 2", *(
-        f"Training step {step}" for step in (2, 3, 5, 6, 90))]
     assert page.texts("a") == ["1", "2", "2", "3", "5", "6", "90"]
-    first, second = (sections[f"Held-out question {i}"] for i in (1, 2))
+    assert [*sections][1:3] == ["Held-out question 2", "Training step 2"]
+    section = sections["Held-out question 1"]
     truth = extract_answer(held_out[1]["solution"])
-    assert first.texts("h3") == ["Answers to the frames in order", "Answers to shuffled frames"]
-    assert first.texts("summary") == ["step 0: wrong ?0", f"step 50: correct {truth}1",
-                                      f"step 0: correct {truth}1", "step 50: wrong ?0"]
-    assert all("correct" in text for text in second.texts("summary"))
-    assert "2 of the 2 held-out questions in validation.jsonl. The 1 that are" in page.texts(
-        "header")[0]
+    assert section.texts("h3") == ["Answers to the frames in order", "Answers to shuffled frames"]
+    assert section.texts("summary") == ["step 0: wrong ?0", f"step 50: correct {truth}1",
+                                        f"step 0: correct {truth}1", "step 50: wrong ?0"]
+    assert "2 of the 2 held-out questions" in page.texts("header")[0]
 
 
 @in_a_browser
-def test_the_browser_shows_both_parts_of_a_group(run, seen, records):
-    group, record = seen[1]["Training step 90"], records["video"]
-    truth = extract_answer(record["solution"])
-    frames = group_at(90, reported(run)[0])["pictures"]
-    assert group.texts("h2") == [f"Training step 90: {record['problem']}"]
-    assert group.texts("ul") == ["".join(record["options"])]
-    for i, order in enumerate((range(8), ORDERS[1])):
-        assert group.texts("video")[i] == "".join(str(place + 1) for place in order)
-        assert [image["src"] for image in group.all("img")[8 * i:8 * i + 8]] == [
-            frames[place] for place in order]
-    assert [float(meter["value"]) for meter in group.all("meter")] == [0.875, 0.25]
-    assert ("p > p_tilde, so r_t = 0.3 for every correct response of the first group."
-            in group.texts("p"))
-    assert group.texts("h3") == ["First group: 8 responses to the video",
-                                 "Second group: 4 responses, not trained on"]
-    assert group.texts("numbers")[0] == "answeraccuracyformattemporallengthRA"
-    numbers = [f"{span['title']} {span['text']}" for tag, span in group.elements
-               if tag == "/span" and span.get("title") in report.PARTS]
-    assert numbers[:6] == ["accuracy 1", "format 1", "temporal 0.3", "length 0.2", "R 2.5",
-                           "A 0.188"]
-    assert numbers[42:52] == [
-        "accuracy 0", "format 1", "temporal 0", "length 0", "R 1", "A -1.31",
-        "accuracy 1", "format 1", "accuracy 0", "format 1"]
-    assert [text.split()[0] for text in group.texts("summary")] == [
-        *["correct"] * 7, "wrong", "correct", *["wrong"] * 3]
-    assert group.texts("think") == ["look"] * 12  # apart from the answer
-    assert group.texts("answer")[:2] == [truth, truth]  # the record's, then a response's
+def test_the_browser_shows_both_parts_of_a_group(run, seen):
+    section, group = seen[1]["Training step 90"], group_at(90, reported(run)[0])
+    assert section.texts("h2") == [f"Training step 90: {group['record']['problem']}"]
+    assert section.texts("ul") == ["".join(group["options"])]
+    places = [*range(8), *ORDERS[1]]
+    assert "".join(section.texts("video")) == "".join(str(place + 1) for place in places)
+    assert [image["src"] for image in section.all("img")] == [
+        group["pictures"][place] for place in places]
+    assert [float(meter["value"]) for meter in section.all("meter")] == [0.875, 0.25]
+    assert "p > p_tilde, so r_t = 0.3 for every correct response of the first group." in (
+        section.texts("p"))
+    assert section.texts("numbers")[0] == "answeraccuracyformattemporallengthRA"
+    assert section.texts("summary")[:8] == (
+        [f"correct {group['answer']}110.30.22.50.313"] * 7 + ["wrong 00000-2.19"])
+    assert section.texts("summary")[8:] == [f"correct {group['answer']}11"] + ["wrong ?01"] * 3
+    assert section.texts("think") == ["look"] * 11  # apart from the answer
 
 
 @in_a_browser
 def test_the_browser_shows_what_is_special_about_a_group(seen):
-    page, sections = seen
-    image, fork, absent = (sections[f"Training step {step}"] for step in (3, 5, 6))
+    image, fork, absent = (seen[1][f"Training step {step}"] for step in (3, 5, 6))
     assert len(image.all("img")) == 1 and len(image.texts("h3")) == 1
     assert "No second group: images, and runs with alpha 0, have none." in image.texts("p")
     assert fork.texts("video") == ["12345678", "66"]
@@ -515,21 +435,16 @@ def test_the_browser_shows_what_is_special_about_a_group(seen):
             assert ("open" in attributes) == ("x" * 5000 not in attributes["text"])
     assert any(text.startswith("The video cannot be shown:") for text in absent.texts("p"))
     assert "The input of the second group is not in rollouts.jsonl." in absent.texts("p")
-    assert "temporal_test ge" in page.texts("header")[0]
 
 
 @in_a_browser
 def test_the_browser_draws_the_curves(run, seen):
     page = seen[0]
     assert page.texts("h1") == [f"T-GRPO at work: {run}"]
-    assert page.texts("figcaption")[:3] == [
-        "accuracy 0.25 → 0.875", "share correctp 0.25 → 0.875p_tilde 0.25 → 0.25",
-        "KL 0.001 → 0.003"]
-    assert "accuracy 0.25 → 0.875 (+0.62)" in page.texts("p")
+    assert page.texts("figcaption")[1] == "share correctp 0.25 → 0.875p_tilde 0.25 → 0.25"
     # 240 x 80, the largest value on top: from the first point to itself, then on
-    assert [path["d"] for path in page.all("path")] == [
-        "M0 80L0 80L120 48L240 0", "M0 80L0 80L120 48L240 0", "M0 80L0 80L120 80L240 80",
-        "M0 80L0 80L120 40L240 0"]
+    assert [path["d"] for path in page.all("path")[1:3]] == [
+        "M0 80L0 80L120 48L240 0", "M0 80L0 80L120 80L240 80"]
     assert page.texts("text")[:4] == ["0.875", "0.25", "step 1", "3"]
 
 
@@ -538,44 +453,28 @@ def test_in_a_browser_hostile_text_is_shown_to_the_letter_and_does_nothing(hosti
     page, sections = shown(hostile, tmp_path)
     assert page.texts("title") == ["T-GRPO at work"]  # which the texts would change
     assert len(page.all("script")) == 2 and page.all("img") == []
-    assert {tag.strip("/") for tag, _ in page.elements} == set(
-        "html head meta title style body header h1 p details summary dl dt dd main section h2 bdi "
-        "ul li b div label meter h3 ol strong span nav button a script figure figcaption svg path "
-        "text".split())
     assert not any(name.startswith("on") or name in ("style", "src")
                    for _, attributes in page.elements for name in attributes)
     group = sections["Training step 1"]
     assert group.texts("text") == SEEN * 2  # but for what no page can show
     assert group.texts("bdi") == [HOSTILE[0]]
-    assert group.texts("ul") == [f"A. {HOSTILE[1]}B. {HOSTILE[2]}"]
-    assert group.texts("answer")[0] == HOSTILE[2]
+    assert group.texts("ul") == [f"A. {HOSTILE[1]}B. red"]
+    assert group.texts("answer")[0] == HOSTILE[1]
     assert "All rewards are equal, so every A is 0." in group.texts("p")
-    assert sections["Held-out question 1"].texts("text") == SEEN[:1]
+    assert sections["Held-out question 1"].texts("text") == [SEEN[0], SEEN[2]]
     assert f"T-GRPO at work: {hostile}" in page.texts("h1")
-
-
-@in_a_browser
-def test_the_policy_is_no_ornament(run, tmp_path):
-    text = reported(run)[1]
-    (tmp_path / "broken.html").write_text(text.replace("</main>", "<script>1</script></main>"))
-    _, console = browse(tmp_path / "broken.html", tmp_path / "profile")
-    assert any("Content Security Policy" in line for line in console)
 
 
 @in_a_browser
 def test_the_page_can_be_read_without_seeing_it(seen):
     page, _ = seen
     levels = [int(tag[1]) for tag, _ in page.elements if re.fullmatch(r"h\d", tag)]
-    assert levels[0] == 1 and levels.count(1) == 1
-    assert all(after - before <= 1 for before, after in zip(levels, levels[1:]))
+    assert levels[:2] == [1, 2] and {*levels[2:]} == {2, 3}
     assert all(image["alt"] for image in page.all("img"))
-    ids = [attributes["id"] for tag, attributes in page.elements if "id" in attributes
-           and tag[0] != "/"]
-    assert len(set(ids)) == len(ids)
-    assert {link["href"][1:] for link in page.all("a")} <= set(ids)
-    assert len(page.all("main")) == len(page.all("nav")) == 1 and page.all("html")[0]["lang"]
-    for tag in ("section", "button", "a"):
-        assert all(element["aria-label"] for element in page.all(tag))
+    assert [link["href"][1:] for link in page.all("a")] == [
+        section["id"] for section in page.all("section")]
+    assert all(element["aria-label"] for tag in ("section", "button", "a", "nav")
+               for element in page.all(tag))
     assert ["hidden" in section for section in page.all("section")] == [False] + [True] * 6
     assert [link.get("aria-current") for link in page.all("a")] == ["true"] + [None] * 6
 
@@ -587,12 +486,10 @@ const press = (key, ctrlKey = false) => document.body.dispatchEvent(
 const found = {width: innerWidth, overflow: [], walk: []};
 const note = async () => { await wait(); found.walk.push(
   [...document.querySelectorAll("section")].filter(s => !s.hidden).map(s => s.id).join()
-  + " " + document.activeElement.tagName
-  + " " + document.querySelector("[aria-current]").hash); };
+  + " " + document.activeElement.tagName); };
 (async () => {
-  for (const key of ["Tab", "j", "ArrowRight", "k", "ArrowLeft", "k"]) { press(key); await note(); }
+  for (const key of ["j", "ArrowRight", "k", "ArrowLeft", "k"]) { press(key); await note(); }
   press("j", true); await note();
-  document.querySelector("nav button:last-child").click(); await note();
   document.querySelectorAll("nav a")[3].click(); await note();
   document.querySelectorAll("section").forEach(s => { s.hidden = false; });
   document.querySelectorAll("details").forEach(d => { d.open = true; });
@@ -612,17 +509,18 @@ def test_in_a_browser_keys_lead_through_the_questions_and_nothing_overflows(run,
     copy = re.sub(r"<meta http-equiv=[^>]*>", "", reported(run)[1]).replace(
         "</body>", f"<script>{PROBE}</script></body>")
     (tmp_path / "copy.html").write_text(copy, encoding="utf-8")
-    # a headless window has a least width, a frame has none
-    frames = "".join(f'<iframe src="copy.html" style="width: {width}px; height: 640px; border: 0">'
-                     "</iframe>" for width in (390, 1280, 1920))
-    (tmp_path / "frames.html").write_text(
-        f"{frames}<script>const all = []; onmessage = e => {{ all.push(e.data);"
-        " document.documentElement.dataset.found = JSON.stringify(all); }</script>")
+    # a headless window has a least width, a frame has none; one at a time has the focus
+    (tmp_path / "frames.html").write_text("""<iframe style="border: 0; height: 640px"></iframe>
+<script>const widths = [390, 1280, 1920], all = [], frame = document.querySelector("iframe");
+const next = () => { frame.style.width = widths[all.length] + "px"; frame.src = "copy.html"; };
+onmessage = e => { all.push(e.data); if (all.length < widths.length) next();
+  document.documentElement.dataset.found = JSON.stringify(all); };
+next();</script>""")
     dom, console = browse(tmp_path / "frames.html", tmp_path / "profile")
     assert console == []
     found = json.loads(Page(dom).all("html")[0]["data-found"])
-    assert sorted(page["width"] for page in found) == [390, 1280, 1920]
+    assert [page["width"] for page in found] == [390, 1280, 1920]
     for page in found:
         assert page["scroll"] <= page["width"] and page["overflow"] == []
-        assert page["walk"] == ["q1 BODY #q1", *(f"q{i} H2 #q{i}" for i in (2, 3, 2, 1, 7, 7, 1, 4))]
+        assert page["walk"] == [f"q{i} H2" for i in (2, 3, 2, 1, 7, 7, 4)]
         assert page["frame"] >= 44 and page["smoothing"] == "pixelated"
