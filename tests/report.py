@@ -1,10 +1,10 @@
 """Writes a T-GRPO run as one page that needs no network: its curves, then questions.
 
-Held-out questions come first, with their frames and the answers at each validation. Groups of
+Held-out questions come first, with their frames and the answers at each validation. Rollouts of
 training follow, with both frame orders and every response's rewards.
 
     python tests/report.py toy/tgrpo            # writes toy/tgrpo/report.html
-    python tests/report.py toy/tgrpo --picture assets/method.svg    # and one group as a picture
+    python tests/report.py toy/tgrpo --picture assets/method.svg    # and one rollout as a picture
 
 assets/report.html is the template. This script inserts the run's data, as JSON.
 """
@@ -35,9 +35,9 @@ CURVES = {  # of a page: {title: metrics of metrics.jsonl that share a scale}
     "held-out accuracy": ("val/accuracy", "val/accuracy_shuffled"),
     "held-out gap": ("val/gap",), "share correct": ("group/p", "group/p_tilde"),
     "KL": ("policy/kl",), "response tokens": ("response/tokens",),
-    "groups of zero spread": ("group/zero_std_rate",)}
+    "groups with equal rewards": ("group/zero_std_rate",)}
 POINTS = 30  # of a curve, at most
-SHOWN = 8  # held-out questions, and groups, at most
+SHOWN = 8  # held-out questions, and rollouts, at most
 FRAME_SIDE, IMAGE_SIDE = 128, 384  # pixels of the longer side, at most
 TINY = 64  # pixels of a side up to which a picture is a PNG, which the page enlarges to squares
 PARTS = ("accuracy", "format", "temporal", "length", "R", "A")  # of a response in rollouts.jsonl
@@ -56,7 +56,7 @@ def parse_args(argv=None):
     add("--val_data", help="its held-out records; default: the run's --val_data")
     add("--media_root", help="folder that the records' paths are relative to; default: the run's")
     add("--output", help="folder to write report.html to; default: the run's")
-    add("--picture", metavar="FILE.svg", help="also draw one group: the method as a picture")
+    add("--picture", metavar="FILE.svg", help="also draw one rollout: the method as a picture")
     add("--decode_timeout", type=above(0, float), default=120,
         help="timeout for a file, in seconds")
     return parser.parse_args(argv)
@@ -94,7 +94,7 @@ def response(text, **earned):
     return {"text": text, "answer": extract_answer(text), "earned": earned}
 
 
-def group_row(row):
+def rollout_row(row):
     """Returns what the page shows of a row of rollouts.jsonl."""
     first, second = row["responses"], row["responses_shuffled"]
     parts = [part for part in PARTS if second or part != "temporal"]
@@ -109,8 +109,8 @@ def group_row(row):
 
 
 def validation_row(row):
-    """Returns what the page shows of a row of validation.jsonl, in the form of a group: the answer
-    to the frames in order is its first part, a video's to shuffled frames its second."""
+    """Returns what the page shows of a row of validation.jsonl. As in a rollout, "first" has the
+    answer to the frames in order; "second" has the answer to a video's shuffled frames."""
     def answer(order):
         graded = response(row[f"response{order}"], accuracy=float(row[f"accuracy{order}"]))
         return graded | {"step": int(row["step"])}
@@ -171,12 +171,12 @@ def has_changed(question, threshold):
     return len({answer["earned"]["accuracy"] >= threshold for answer in question["first"]}) > 1
 
 
-def spread_groups(groups):
-    """Returns up to SHOWN groups at equal distances over the run, of those with unequal rewards:
+def spread_rollouts(rollouts):
+    """Returns up to SHOWN rollouts at equal distances over the run, of those with unequal rewards:
     only they have advantages."""
-    unequal = [group for group in groups
-               if any(response["earned"]["A"] for response in group["first"])]
-    shown = unequal or groups
+    unequal = [rollout for rollout in rollouts
+               if any(response["earned"]["A"] for response in rollout["first"])]
+    shown = unequal or rollouts
     return shown[::math.ceil(len(shown) / SHOWN) or 1]
 
 
@@ -197,7 +197,7 @@ def pictures(record, order, flags):
 
 
 def question_data(question, flags):
-    """Returns a question as the page's script reads it. A group's second part is graded here,
+    """Returns a question as the page's script reads it. The second group is graded here,
     because the run logs only its share of correct responses."""
     record = question["record"]
     for response in question["second"]:
@@ -224,7 +224,7 @@ def fill(page, data):
     return page.replace("{run}", json.dumps(data, allow_nan=False).replace("<", "\\u003c"))
 
 
-# ------------------------------------------------------------------- one group, as an SVG file
+# ----------------------------------------------------------------- one rollout, as an SVG file
 
 STYLE = ("text { font: 14px system-ui, sans-serif; fill: #1f2328 } .bold { font-weight: bold } "
          ".number { text-anchor: end } .grey { font-size: 13px; fill: #59636e } "
@@ -235,37 +235,38 @@ COLUMNS = {"accuracy": 396, "R": 446, "A": 498}  # where these numbers end
 SECOND = 556  # where the second group begins
 
 
-def pick_group(groups):
-    """Returns the group to draw: p is furthest above p_tilde, and not every response is correct, so
-    that the advantages differ."""
-    drawable = [group for group in groups
-                if group["frame_order"] and group["second"] and 0 < group["p"] < 1]
+def pick_rollout(rollouts):
+    """Returns the rollout to draw: p is furthest above p_tilde, and not every response is correct,
+    so that the advantages differ."""
+    drawable = [rollout for rollout in rollouts
+                if rollout["frame_order"] and rollout["second"] and 0 < rollout["p"] < 1]
     if not drawable:
         raise InputError("--picture needs a video with correct and wrong responses: there is none")
-    return max(drawable, key=lambda group: group["p"] - group["p_tilde"])
+    return max(drawable, key=lambda rollout: rollout["p"] - rollout["p_tilde"])
 
 
-def method_picture(group, threshold):
-    """Returns a group as an SVG file: frames, responses and their rewards, both parts side by
+def method_picture(rollout, threshold):
+    """Returns a rollout as an SVG file: frames, responses and their rewards, both groups side by
     side. The background is white, also on a dark page."""
-    if "fault" in group:
-        raise InputError(f"--picture: {group['fault']}")
-    order, first, second = group["frame_order"], group["first"], group["second"]
+    if "fault" in rollout:
+        raise InputError(f"--picture: {rollout['fault']}")
+    order, first, second = rollout["frame_order"], rollout["first"], rollout["second"]
     end = 190 + ROW * max(len(first), len(second))
-    sign = ">" if group["p"] > group["p_tilde"] else "<" if group["p"] < group["p_tilde"] else "="
-    problem = f"{group['record']['problem']} {', '.join(group['options'])}"
-    answer = shorten(group["answer"], 24, placeholder="…")
+    p, p_tilde = rollout["p"], rollout["p_tilde"]
+    sign = ">" if p > p_tilde else "<" if p < p_tilde else "="
+    problem = f"{rollout['record']['problem']} {', '.join(rollout['options'])}"
+    answer = shorten(rollout["answer"], 24, placeholder="…")
     elements = [
         text_line(16, 28, f"{shorten(problem, 90, placeholder='…')} Answer: {answer}", "bold"),
         text_line(16, 58, "First group: the frames in order"),
         text_line(SECOND, 58, "Second group: compared with, never trained on"),
-        *frame_row(16, group["pictures"], range(len(group["pictures"]))),
-        *frame_row(SECOND, group["pictures"], order),
+        *frame_row(16, rollout["pictures"], range(len(rollout["pictures"]))),
+        *frame_row(SECOND, rollout["pictures"], order),
         *response_rows(16, first, threshold), *response_rows(SECOND, second, threshold),
-        text_line(16, end, f"p = {group['p']:.3g}", "bold"),
-        text_line(SECOND, end, f"p_tilde = {group['p_tilde']:.3g}", "bold"),
+        text_line(16, end, f"p = {p:.3g}", "bold"),
+        text_line(SECOND, end, f"p_tilde = {p_tilde:.3g}", "bold"),
         text_line(16, end + 26, f"p {sign} p_tilde, so each correct response of the first group "
-                  f"earns r_t = {group['r_t']:.3g}. R is all that a response earns;"),
+                  f"earns r_t = {rollout['r_t']:.3g}. R is all that a response earns;"),
         text_line(16, end + 46, "A is R against the mean of its group: the update makes responses "
                   "with A > 0 likelier, with A < 0 less likely.")]
     return (f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 970 {end + 64}">'
@@ -310,11 +311,11 @@ def main(args):
     folder = Path(args.run)
     flags, metrics = read_metrics(folder / "metrics.jsonl")
     flags |= {name: value for name, value in vars(args).items() if value is not None}
-    groups = read_questions(folder / "rollouts.jsonl", group_row,
+    rollouts = read_questions(folder / "rollouts.jsonl", rollout_row,
                             flags["data"], flags["media_root"])
     held_out = merge_validations(read_questions(
         folder / "validation.jsonl", validation_row, flags["val_data"], flags["media_root"]))
-    if not groups and not held_out:
+    if not rollouts and not held_out:
         raise InputError(f"{folder} has no rollouts.jsonl or validation.jsonl yet; repeat this "
                          "after the run's first step")
     threshold = float(flags["correct_threshold"])
@@ -324,17 +325,17 @@ def main(args):
     make_folder_of(path)
     data = {
         "folder": str(folder), "curves": read_curves(metrics),
-        "logged": {"held_out": len(held_out), "changed": len(changed), "groups": len(groups)},
+        "logged": {"held_out": len(held_out), "changed": len(changed), "rollouts": len(rollouts)},
         "flags": {name: str(flags[name]) for name in (*FRAME_FLAGS, *REWARD_FLAGS)},
         "held_out": [question_data(question, flags) for question in (changed + same)[:SHOWN]],
-        "groups": [question_data(group, flags) for group in spread_groups(groups)]}
+        "rollouts": [question_data(rollout, flags) for rollout in spread_rollouts(rollouts)]}
     page = fill((ROOT / "assets/report.html").read_text(encoding="utf-8"), data)
     write_whole({path: [page]})
     if args.picture:
         make_folder_of(args.picture)
-        drawing = method_picture(question_data(pick_group(groups), flags), threshold)
+        drawing = method_picture(question_data(pick_rollout(rollouts), flags), threshold)
         write_whole({Path(args.picture): [drawing]})
-    print(f"{path}: {len(data['held_out'])} held-out questions, {len(data['groups'])} groups, "
+    print(f"{path}: {len(data['held_out'])} held-out questions, {len(data['rollouts'])} rollouts, "
           f"{len(page) / 1e6:.1f} MB")
 
 

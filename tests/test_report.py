@@ -145,7 +145,7 @@ def plain(records):
 
 @pytest.fixture(scope="module")
 def run(toy, records, held_out, tmp_path_factory):
-    """A run with two validations of two videos, of which the second changed, and six groups."""
+    """A run with two validations of two videos, of which the second changed, and six rollouts."""
     video, image, (same, changed) = records["video"], records["image"], held_out[:2]
     folder, good = tmp_path_factory.mktemp("run"), right(video)
     absent = video | {"problem_id": "absent", "path": "./media/absent.mp4"}
@@ -163,8 +163,8 @@ def run(toy, records, held_out, tmp_path_factory):
          validation(changed, 50, right(changed), WRONG)], data=str(folder / "data.json"))
 
 
-def group_at(step, data):
-    return next(group for group in data["groups"] if group["step"] == step)
+def rollout_at(step, data):
+    return next(row for row in data["rollouts"] if row["step"] == step)
 
 
 def decoded(url):
@@ -186,38 +186,38 @@ def test_held_out_questions_that_changed_come_first(toy, held_out, tmp_path):
     rows = [validation(record, step, right(record) if step or i != 8 else WRONG, WRONG)
             for step in (0, 25) for i, record in enumerate(held_out[:9])]
     data, _ = reported(write_run(tmp_path, toy, validations=rows))
-    assert data["logged"] == {"held_out": 9, "changed": 1, "groups": 0}
+    assert data["logged"] == {"held_out": 9, "changed": 1, "rollouts": 0}
     assert [question["problem_id"] for question in data["held_out"]] == [
         held_out[i]["problem_id"] for i in (8, 0, 1, 2, 3, 4, 5, 6)]
 
 
-def test_groups_are_at_equal_distances_and_have_advantages():
-    groups = [{"step": step, "first": [{"earned": {"A": step % 2}}]} for step in range(1, 21)]
-    assert [group["step"] for group in report.spread_groups(groups)] == [1, 5, 9, 13, 17]
-    without = groups[1:17:2]
-    assert report.spread_groups(without) == without and report.spread_groups([]) == []
+def test_rollouts_are_at_equal_distances_and_have_advantages():
+    rows = [{"step": step, "first": [{"earned": {"A": step % 2}}]} for step in range(1, 21)]
+    assert [row["step"] for row in report.spread_rollouts(rows)] == [1, 5, 9, 13, 17]
+    without = rows[1:17:2]
+    assert report.spread_rollouts(without) == without and report.spread_rollouts([]) == []
 
 
 def test_every_response_has_its_rewards(run):
     data, _ = reported(run)
-    first, *_, last = [response["earned"] for response in group_at(90, data)["first"]]
+    first, *_, last = [response["earned"] for response in rollout_at(90, data)["first"]]
     # 7 right of 8 earn 1 + 1 + 0.3 + 0.2, the last 0: mean 2.1875
     assert first == pytest.approx({"accuracy": 1, "format": 1, "temporal": 0.3, "length": 0.2,
                                    "R": 2.5, "A": 0.3125})
     assert last == pytest.approx(dict.fromkeys(first, 0) | {"A": -2.1875})
     # the run logs only the share of the second group's correct ones: they are graded again
-    assert [response["earned"] for response in group_at(90, data)["second"]] == [
+    assert [response["earned"] for response in rollout_at(90, data)["second"]] == [
         {"accuracy": 1, "format": 1}] + 3 * [{"accuracy": 0, "format": 1}]
-    assert "temporal" not in group_at(3, data)["first"][0]["earned"]  # an image has one group
+    assert "temporal" not in rollout_at(3, data)["first"][0]["earned"]  # an image has one group
 
 
 def test_frames_are_those_of_the_run(run, records):
-    group = group_at(90, reported(run)[0])
+    row = rollout_at(90, reported(run)[0])
     vision = load_vision(records["video"], max_frames=8, min_frames=4, fps=2, min_pixels=784,
                          max_pixels=784)
-    shown = np.stack([np.asarray(decoded(url)) for url in group["pictures"]])
+    shown = np.stack([np.asarray(decoded(url)) for url in row["pictures"]])
     assert torch.equal(torch.from_numpy(shown), vision.frames.permute(0, 2, 3, 1))
-    assert group["frame_order"] == ORDERS[1]
+    assert row["frame_order"] == ORDERS[1]
 
 
 def test_big_pictures_are_made_small(toy, records, tmp_path):
@@ -227,7 +227,7 @@ def test_big_pictures_are_made_small(toy, records, tmp_path):
     (tmp_path / "data.json").write_text(json.dumps([record]))
     data, _ = reported(write_run(tmp_path, toy, [rollout(record, 1, [WRONG] * 8)], media_root=None,
                                  data=str(tmp_path / "data.json"), max_pixels=400 * 784))
-    for url in data["groups"][0]["pictures"]:
+    for url in data["rollouts"][0]["pictures"]:
         assert max(decoded(url).size) == report.FRAME_SIDE and url.startswith("data:image/jpeg;")
         assert len(url) < 30_000  # noise, which JPEG cannot make smaller
 
@@ -242,7 +242,7 @@ def test_curves_are_means_of_the_metrics_that_a_run_has(toy, plain, tmp_path):
         "response tokens": {"response/tokens": [[3 * i + 1, i] for i in range(30)]}}
 
 
-# ------------------------------------------------------------------------------- one group as SVG
+# ------------------------------------------------------------------------------- one rollout as SVG
 
 def drawn(folder, path):
     """Returns the texts and the images' addresses of the picture that the command draws."""
@@ -252,19 +252,19 @@ def drawn(folder, path):
             [element.attrib["href"] for element in elements if element.tag.endswith("image")])
 
 
-def test_the_picture_shows_the_group_whose_p_is_furthest_above_p_tilde(run, tmp_path):
+def test_the_picture_shows_the_rollout_whose_p_is_furthest_above_p_tilde(run, tmp_path):
     texts, images = drawn(run, tmp_path / "new/method.svg")
-    group = group_at(90, reported(run)[0])
+    row = rollout_at(90, reported(run)[0])
     places = [*range(8), *ORDERS[1]]
-    assert images == [group["pictures"][place] for place in places]
-    for text in ("p = 0.875", "p_tilde = 0.25", "look", "2.5", "0.312", group["options"][0],
-                 f"Answer: {group['answer']}", "p > p_tilde", "r_t = 0.3.", "NUL \ufffd"):
+    assert images == [row["pictures"][place] for place in places]
+    for text in ("p = 0.875", "p_tilde = 0.25", "look", "2.5", "0.312", row["options"][0],
+                 f"Answer: {row['answer']}", "p > p_tilde", "r_t = 0.3.", "NUL \ufffd"):
         assert any(text in line for line in texts), text
     assert [line[0] for line in texts if line[0] in "✓✗"] == [*"✓✓✓✓✓✓✓✗✓✗✗✗"]
     assert [line for line in texts if line.isdigit()][:16] == [str(i + 1) for i in places]
 
 
-def test_a_run_without_a_group_to_draw_is_refused(run, toy, plain, records, tmp_path):
+def test_a_run_without_a_rollout_to_draw_is_refused(run, toy, plain, records, tmp_path):
     good = right(records["video"])
     rows = [plain, rollout(records["video"], 1, [good] * 8, [WRONG] * 4, ORDERS[0]),
             rollout(records["video"], 3, [good, WRONG] * 4)]
@@ -296,7 +296,7 @@ def hostile(toy, tmp_path_factory):
 def test_no_text_of_a_model_or_a_record_becomes_markup(hostile):
     data, text = reported(hostile)
     for name in ("first", "second"):
-        assert [response["text"] for response in data["groups"][0][name]] == [*HOSTILE]
+        assert [response["text"] for response in data["rollouts"][0][name]] == [*HOSTILE]
     island, = re.findall(r'id="run">(.*)</script>', text)
     assert island.isascii() and not {"<", "\0"} & {*island}
     assert [tag for tag, _ in Page(text).elements] == [tag for tag, _ in Page(TEMPLATE).elements]
@@ -341,7 +341,7 @@ def test_a_line_that_is_being_written_is_left_out(toy, plain, tmp_path):
     folder = write_run(tmp_path, toy, [plain], val_data=None)
     (folder / "validation.jsonl").write_text('{"step": 91, "problem')
     data, _ = reported(folder)
-    assert data["held_out"] == [] and len(data["groups"]) == 1
+    assert data["held_out"] == [] and len(data["rollouts"]) == 1
     (folder / "rollouts.jsonl").unlink()  # and a file that is not there yet is empty
     with pytest.raises(InputError, match="has no rollouts.jsonl or validation.jsonl yet"):
         reported(folder)
@@ -351,8 +351,8 @@ def test_a_file_other_than_the_runs_is_named_in_its_place(run, records, tmp_path
     (tmp_path / "media").mkdir()
     write_video(tmp_path / records["video"]["path"], np.zeros((4, 28, 28, 3), np.uint8), 2)
     data, _ = reported(run, "--media_root", tmp_path)
-    assert "No such file" in group_at(3, data)["fault"] and len(group_at(3, data)["first"]) == 8
-    assert group_at(90, data)["fault"].endswith("has 4 frames, not those of the run")
+    assert "No such file" in rollout_at(3, data)["fault"] and len(rollout_at(3, data)["first"]) == 8
+    assert rollout_at(90, data)["fault"].endswith("has 4 frames, not those of the run")
 
 
 def test_records_of_another_run_are_refused(run, toy):
@@ -393,7 +393,7 @@ def seen(run, tmp_path_factory):
 
 
 @in_a_browser
-def test_the_browser_shows_held_out_answers_before_groups(seen, held_out):
+def test_the_browser_shows_held_out_answers_before_rollouts(seen, held_out):
     page, sections = seen
     assert page.texts("a") == ["1", "2", "2", "3", "5", "6", "90"]
     assert [*sections][1:3] == ["Held-out question 2", "Training step 2"]
@@ -406,26 +406,26 @@ def test_the_browser_shows_held_out_answers_before_groups(seen, held_out):
 
 
 @in_a_browser
-def test_the_browser_shows_both_parts_of_a_group(run, seen):
-    section, group = seen[1]["Training step 90"], group_at(90, reported(run)[0])
-    assert section.texts("h2") == [f"Training step 90: {group['record']['problem']}"]
-    assert section.texts("ul") == ["".join(group["options"])]
+def test_the_browser_shows_both_groups_of_a_rollout(run, seen):
+    section, row = seen[1]["Training step 90"], rollout_at(90, reported(run)[0])
+    assert section.texts("h2") == [f"Training step 90: {row['record']['problem']}"]
+    assert section.texts("ul") == ["".join(row["options"])]
     places = [*range(8), *ORDERS[1]]
     assert "".join(section.texts("video")) == "".join(str(place + 1) for place in places)
     assert [image["src"] for image in section.all("img")] == [
-        group["pictures"][place] for place in places]
+        row["pictures"][place] for place in places]
     assert [float(meter["value"]) for meter in section.all("meter")] == [0.875, 0.25]
     assert "p > p_tilde, so r_t = 0.3 for every correct response of the first group." in (
         section.texts("p"))
     assert section.texts("numbers")[0] == "answeraccuracyformattemporallengthRA"
     assert section.texts("summary")[:8] == (
-        [f"correct {group['answer']}110.30.22.50.313"] * 7 + ["wrong 00000-2.19"])
-    assert section.texts("summary")[8:] == [f"correct {group['answer']}11"] + ["wrong ?01"] * 3
+        [f"correct {row['answer']}110.30.22.50.313"] * 7 + ["wrong 00000-2.19"])
+    assert section.texts("summary")[8:] == [f"correct {row['answer']}11"] + ["wrong ?01"] * 3
     assert section.texts("think") == ["look"] * 11  # apart from the answer
 
 
 @in_a_browser
-def test_the_browser_shows_what_is_special_about_a_group(seen):
+def test_the_browser_shows_what_is_special_about_a_rollout(seen):
     image, fork, absent = (seen[1][f"Training step {step}"] for step in (3, 5, 6))
     assert len(image.all("img")) == 1 and len(image.texts("h3")) == 1
     assert "No second group: images, and runs with alpha 0, have none." in image.texts("p")
@@ -455,12 +455,12 @@ def test_in_a_browser_hostile_text_is_shown_to_the_letter_and_does_nothing(hosti
     assert len(page.all("script")) == 2 and page.all("img") == []
     assert not any(name.startswith("on") or name in ("style", "src")
                    for _, attributes in page.elements for name in attributes)
-    group = sections["Training step 1"]
-    assert group.texts("text") == SEEN * 2  # but for what no page can show
-    assert group.texts("bdi") == [HOSTILE[0]]
-    assert group.texts("ul") == [f"A. {HOSTILE[1]}B. red"]
-    assert group.texts("answer")[0] == HOSTILE[1]
-    assert "All rewards are equal, so every A is 0." in group.texts("p")
+    section = sections["Training step 1"]
+    assert section.texts("text") == SEEN * 2  # but for what no page can show
+    assert section.texts("bdi") == [HOSTILE[0]]
+    assert section.texts("ul") == [f"A. {HOSTILE[1]}B. red"]
+    assert section.texts("answer")[0] == HOSTILE[1]
+    assert "All rewards are equal, so every A is 0." in section.texts("p")
     assert sections["Held-out question 1"].texts("text") == [SEEN[0], SEEN[2]]
     assert f"T-GRPO at work: {hostile}" in page.texts("h1")
 
@@ -487,7 +487,7 @@ const found = {width: innerWidth, overflow: [], walk: []};
 const note = async () => { await wait(); found.walk.push(
   [...document.querySelectorAll("section")].filter(s => !s.hidden).map(s => s.id).join()
   + " " + document.activeElement.tagName); };
-(async () => {
+onload = async () => {
   for (const key of ["j", "ArrowRight", "k", "ArrowLeft", "k"]) { press(key); await note(); }
   press("j", true); await note();
   document.querySelectorAll("nav a")[3].click(); await note();
@@ -497,10 +497,8 @@ const note = async () => { await wait(); found.walk.push(
   document.querySelectorAll("body *").forEach(e => {
     if (e.getBoundingClientRect().right > innerWidth + 1) found.overflow.push(e.outerHTML); });
   found.scroll = document.documentElement.scrollWidth;
-  found.frame = document.querySelector(".video img").getBoundingClientRect().width;
-  found.smoothing = getComputedStyle(document.querySelector(".video img")).imageRendering;
   parent.postMessage(found, "*");
-})();
+};
 """
 
 
@@ -523,4 +521,3 @@ next();</script>""")
     for page in found:
         assert page["scroll"] <= page["width"] and page["overflow"] == []
         assert page["walk"] == [f"q{i} H2" for i in (2, 3, 2, 1, 7, 7, 4)]
-        assert page["frame"] >= 44 and page["smoothing"] == "pixelated"
