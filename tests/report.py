@@ -310,11 +310,12 @@ def main(args):
     """Writes report.html into the run's folder or --output, and --picture."""
     folder = Path(args.run)
     flags, metrics = read_metrics(folder / "metrics.jsonl")
+    # --data and the like replace the run's own flags
     flags |= {name: value for name, value in vars(args).items() if value is not None}
     rollouts = read_questions(folder / "rollouts.jsonl", rollout_row,
-                            flags["data"], flags["media_root"])
-    held_out = merge_validations(read_questions(
-        folder / "validation.jsonl", validation_row, flags["val_data"], flags["media_root"]))
+                              flags["data"], flags["media_root"])
+    held_out = merge_validations(read_questions(folder / "validation.jsonl", validation_row,
+                                                flags["val_data"], flags["media_root"]))
     if not rollouts and not held_out:
         raise InputError(f"{folder} has no rollouts.jsonl or validation.jsonl yet; repeat this "
                          "after the run's first step")

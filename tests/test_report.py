@@ -38,35 +38,33 @@ FLAGS = {"max_frames": 8, "min_frames": 4, "fps": 2.0, "min_pixels": 784, "max_p
 
 
 class Page(HTMLParser):
-    """A page's elements as (tag, attributes), and the texts of those of one class or tag."""
-    EMPTY = {"meta", "img"}
+    """A page's elements in order: {"tag", "text", and its attributes}."""
 
     def __init__(self, text):
-        super().__init__(convert_charrefs=True)
-        self.elements, self.open, self.pieces = [], [], []
+        super().__init__()
+        self.elements, self.open = [], []
         self.feed(text)
         self.close()
 
     def handle_starttag(self, tag, attributes):
-        self.elements.append((tag, dict(attributes)))
-        if tag not in self.EMPTY:
-            self.open.append((tag, dict(attributes), len(self.pieces)))
+        self.elements.append({"tag": tag, "text": "", **dict(attributes)})
+        if tag not in ("meta", "img"):
+            self.open.append(self.elements[-1])
 
     def handle_data(self, data):
-        self.pieces.append(data)
+        for element in self.open:
+            element["text"] += data
 
     def handle_endtag(self, tag):
-        opened, attributes, start = self.open.pop()
-        assert opened == tag, f"<{opened}> is closed by </{tag}>"
-        self.elements.append((f"/{tag}", attributes | {"text": "".join(self.pieces[start:])}))
+        assert self.open.pop()["tag"] == tag
+
+    def all(self, name):
+        """Returns the elements of a tag or a class."""
+        return [element for element in self.elements
+                if name in (element["tag"], element.get("class"))]
 
     def texts(self, name):
-        """The texts of the elements of a tag or a class, in order."""
-        return [attributes["text"] for tag, attributes in self.elements
-                if tag == f"/{name}" or tag[0] == "/" and attributes.get("class") == name]
-
-    def all(self, tag):
-        return [attributes for name, attributes in self.elements if name == tag]
+        return [element["text"] for element in self.all(name)]
 
 
 def right(record):
@@ -299,7 +297,8 @@ def test_no_text_of_a_model_or_a_record_becomes_markup(hostile):
         assert [response["text"] for response in data["rollouts"][0][name]] == [*HOSTILE]
     island, = re.findall(r'id="run">(.*)</script>', text)
     assert island.isascii() and not {"<", "\0"} & {*island}
-    assert [tag for tag, _ in Page(text).elements] == [tag for tag, _ in Page(TEMPLATE).elements]
+    assert [element["tag"] for element in Page(text).elements] == [
+        element["tag"] for element in Page(TEMPLATE).elements]
 
 
 def test_the_page_allows_nothing_but_its_own_style_and_script(run):
@@ -430,9 +429,8 @@ def test_the_browser_shows_what_is_special_about_a_rollout(seen):
     assert len(image.all("img")) == 1 and len(image.texts("h3")) == 1
     assert "No second group: images, and runs with alpha 0, have none." in image.texts("p")
     assert fork.texts("video") == ["12345678", "66"]
-    for tag, attributes in fork.elements:  # a long response is folded
-        if tag == "/details":
-            assert ("open" in attributes) == ("x" * 5000 not in attributes["text"])
+    for details in fork.all("details"):  # a long response is folded
+        assert ("open" in details) == ("x" * 5000 not in details["text"])
     assert any(text.startswith("The video cannot be shown:") for text in absent.texts("p"))
     assert "The input of the second group is not in rollouts.jsonl." in absent.texts("p")
 
@@ -454,7 +452,7 @@ def test_in_a_browser_hostile_text_is_shown_to_the_letter_and_does_nothing(hosti
     assert page.texts("title") == ["T-GRPO at work"]  # which the texts would change
     assert len(page.all("script")) == 2 and page.all("img") == []
     assert not any(name.startswith("on") or name in ("style", "src")
-                   for _, attributes in page.elements for name in attributes)
+                   for element in page.elements for name in element)
     section = sections["Training step 1"]
     assert section.texts("text") == SEEN * 2  # but for what no page can show
     assert section.texts("bdi") == [HOSTILE[0]]
@@ -468,7 +466,8 @@ def test_in_a_browser_hostile_text_is_shown_to_the_letter_and_does_nothing(hosti
 @in_a_browser
 def test_the_page_can_be_read_without_seeing_it(seen):
     page, _ = seen
-    levels = [int(tag[1]) for tag, _ in page.elements if re.fullmatch(r"h\d", tag)]
+    levels = [int(element["tag"][1]) for element in page.elements
+              if re.fullmatch(r"h\d", element["tag"])]
     assert levels[:2] == [1, 2] and {*levels[2:]} == {2, 3}
     assert all(image["alt"] for image in page.all("img"))
     assert [link["href"][1:] for link in page.all("a")] == [
