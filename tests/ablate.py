@@ -8,7 +8,8 @@
 
 `run` makes one cold start per seed. From it, it trains each of CONFIGS in each of SETTINGS, and
 evaluates every model on ordered and on shuffled frames. Each diff in tests/variants/ is a
-configuration: a copy of tgrpo.py to which git has applied the diff.
+configuration: a copy of tgrpo.py to which git has applied the diff. The contrast by likelihood has
+more (SECOND_ROUND), of several diffs and flags.
 
     OUT/variants/margin/tgrpo.py             the changed copies
     OUT/seed0/sft  OUT/seed0/plain/tgrpo     models, their metrics.jsonl, and in eval/ their scores
@@ -35,15 +36,30 @@ sys.path.insert(0, str(ROOT))
 from build_data import (FlagParser, InputError, above, at_least, markdown, run_script,  # noqa: E402
                         write_whole)
 
-VARIANTS = {path.stem: path for path in sorted((ROOT / "tests/variants").glob("*.diff"))}
-# name: description, extra flags of tgrpo.py; a variant's description is its diff's first line
+DIFFS = ROOT / "tests/variants"
+VARIANTS = {path.stem: path for path in sorted(DIFFS.glob("*.diff"))}
+# name: description, extra flags of tgrpo.py, diffs to apply one after the other
+SECOND_ROUND = {
+    "likelihood_1": ("likelihood, alpha 1", "--alpha 1", ["likelihood"]),
+    "likelihood_2": ("likelihood, alpha 2", "--alpha 2", ["likelihood"]),
+    "centred": ("likelihood, alpha 1, centred", "--alpha 1", ["likelihood", "likelihood/centred"]),
+    "thought": ("likelihood, alpha 1, of the thought", "--alpha 1",
+                ["likelihood", "likelihood/thought"]),
+    "opposite": ("likelihood, alpha 1, against reversed frames", "--alpha 1",
+                 ["likelihood", "reversed"]),
+    "opposite_centred": ("likelihood, alpha 1, against reversed frames, centred", "--alpha 1",
+                         ["likelihood", "likelihood/centred", "reversed"]),
+    "unscaled": ("the same, without dividing by the standard deviation",
+                 "--alpha 1 --scale_advantages none",
+                 ["likelihood", "likelihood/centred", "reversed"])}
 CONFIGS = {
-    "grpo": ("GRPO: no temporal reward", "--alpha 0"),
-    "tgrpo": ("T-GRPO as written", ""),
-    "strict": ("the strict test, p > p_tilde", "--temporal_test gt"),
-    "advantage": ("temporal reward in the advantage", "--temporal_to advantage"),
-    **{name: (path.read_text(encoding="utf-8").splitlines()[0].strip("# ."), "")
-       for name, path in VARIANTS.items()}}
+    "grpo": ("GRPO: no temporal reward", "--alpha 0", []),
+    "tgrpo": ("T-GRPO as written", "", []),
+    "strict": ("the strict test, p > p_tilde", "--temporal_test gt", []),
+    "advantage": ("temporal reward in the advantage", "--temporal_to advantage", []),
+    **{name: (path.read_text(encoding="utf-8").splitlines()[0].strip("# ."), "", [name])
+       for name, path in VARIANTS.items()},  # described by their first lines
+    **SECOND_ROUND}
 BASE = "grpo"  # every other configuration is compared with it
 # name: suffix of the folder with the training questions, description
 SETTINGS = {
@@ -52,11 +68,13 @@ SETTINGS = {
 # measure in the results file: heading; tests/ablations.md explains them
 MEASURES = {"ordered": "ordered, %", "shuffled": "shuffled, %", "gap": "gap",
             "order": "needs order, %", "static": "does not, %", "conflict": "conflict, %",
-            "agree": "agree, %", "tokens": "tokens"}
+            "agree": "agree, %", "tokens": "tokens", "watch": "watch, %"}
 COMPARED = ("ordered", "gap", "order", "conflict")  # measures in the tables of differences
 ORDERS = ("ordered", "shuffled")
 # Kinds of toy questions (build_data.py's toy_question) that need the order of the frames
 ORDER_KINDS = ("direction_agree", "direction_conflict", "describe", "first", "end")
+# In the thoughts of build_data.py's toy_question: which it takes, and that it is of a direction
+WATCH, DIRECTION = "watch:", ", so "
 # Student's t that leaves 2.5 % on either side, for 1, 2, ... degrees of freedom
 T_95 = (12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262, 2.228, 2.201, 2.179, 2.160,
         2.145, 2.131)
@@ -98,51 +116,50 @@ def all_runs(settings, names) -> list[str]:
 
 
 def steps_of(args, seed, run) -> list[tuple]:
-    """The steps of a run, training and an evaluation per order: (command, the file that stands when
-    it is finished)."""
+    """The steps of a run, training and evaluation: (command, the last file that it writes)."""
     model = Path(args.out, f"seed{seed}", run)
     train = ["--seed", seed, "--output", model, "--resume", "--val_steps", 0]
     if run == "sft":
         train = [ROOT / "sft.py", f"@{args.toy}/sft.args", *train]
     else:
         setting, name = run.split("/")
-        folder = Path(args.out, "variants", name) if name in VARIANTS else ROOT
+        _, flags, diffs = CONFIGS[name]
+        folder = Path(args.out, "variants", name) if diffs else ROOT
         train = [folder / "tgrpo.py", f"@{args.toy}{SETTINGS[setting][0]}/tgrpo.args", *train,
                  "--model", f"{args.out}/seed{seed}/sft", "--max_steps", args.steps,
-                 "--num_workers", 1, *CONFIGS[name][1].split()]
-    steps = [(train, model / "config.json")]  # the last file of a model
-    for order in ORDERS:
-        evaluate = [ROOT / "evaluate.py", f"@{args.toy}/evaluate.args", "--model", model,
-                    "--output", model / "eval", "--order", order]
-        steps.append((evaluate, model / f"eval/toy_8_{order}.json"))
-    return steps
+                 "--num_workers", 1, *flags.split()]
+    evaluate = [ROOT / "evaluate.py", f"@{args.toy}/evaluate.args", "--model", model,
+                "--output", model / "eval", "--order", *ORDERS]
+    return [(train, model / "config.json"), (evaluate, model / f"eval/toy_8_{ORDERS[-1]}.json")]
 
 
 def make_variant(out, name) -> Path:
-    """Writes the copy of tgrpo.py with a variant's diff. Raises InputError if the folder has
+    """Writes the copy of tgrpo.py with a configuration's diffs. Raises InputError if the folder has
     another copy, since its runs would be mixed with this one's."""
     script = Path(out, "variants", name, "tgrpo.py").resolve()
     before = script.read_bytes() if script.exists() else None
     script.parent.mkdir(parents=True, exist_ok=True)
     shutil.copy(ROOT / "tgrpo.py", script)
+    diffs = [DIFFS / f"{diff}.diff" for diff in CONFIGS[name][2]]
     # below the ceiling git finds no repository, in whose top folder it would look for tgrpo.py
-    done = subprocess.run(["git", "apply", VARIANTS[name]], cwd=script.parent, text=True,
+    done = subprocess.run(["git", "apply", *diffs], cwd=script.parent, text=True,
                           env={**os.environ, "GIT_CEILING_DIRECTORIES": str(script.parents[1])},
                           stderr=subprocess.PIPE)
     after = script.read_bytes()
     if done.returncode or before not in (None, after):
         script.unlink() if before is None else script.write_bytes(before)
-        raise InputError(done.stderr and f"{VARIANTS[name]} does not fit tgrpo.py: {done.stderr}"
-                         or f"{out} has runs of another {name}: its diff or tgrpo.py has changed. "
-                         "Name another --out")
+        raise InputError(done.stderr and f"the diffs of {name} do not fit tgrpo.py: {done.stderr}"
+                         or f"{out} has runs of another {name}: its diffs or tgrpo.py have "
+                         "changed. Name another --out")
     return script
 
 
 def run_all(args):
     """Runs every configuration in every setting with every seed; skips what is finished."""
     names = [name for name in CONFIGS if name in args.only]
-    for name in VARIANTS.keys() & set(names):
-        make_variant(args.out, name)
+    for name in names:
+        if CONFIGS[name][2]:
+            make_variant(args.out, name)
     for seed, run in product(range(args.first_seed, args.first_seed + args.seeds),
                              all_runs(args.settings, names)):
         folder = Path(args.out, f"seed{seed}", run)
@@ -174,33 +191,59 @@ def short(number):
 
 
 def scores_of(results) -> dict:
-    """MEASURES of a model, from evaluate.py's {order: result}; accuracies in %."""
-    def score(order, *kinds):
-        return statistics.fmean(100 * row["accuracy"] for row in results[order]["rows"]
-                                if row["data_source"].removeprefix("toy/") in kinds)
+    """MEASURES of a model, from evaluate.py's {order: result}; accuracies and "watch" in %."""
+    rows = [row | {"kind": row["data_source"].removeprefix("toy/")}
+            for row in results["ordered"]["rows"]]
+    kinds = {row["kind"] for row in rows}
 
-    kinds = {row["data_source"].removeprefix("toy/") for row in results["ordered"]["rows"]}
-    ordered, shuffled = (score(order, *kinds) for order in ORDERS)
-    tokens = statistics.fmean(row["tokens"] for row in results["ordered"]["rows"])
-    values = (ordered, shuffled, ordered - shuffled, score("ordered", *ORDER_KINDS),
-              score("ordered", *kinds.difference(ORDER_KINDS)),
-              score("ordered", "direction_conflict"), score("ordered", "direction_agree"), tokens)
+    def score(*kinds):
+        return statistics.fmean(100 * row["accuracy"] for row in rows if row["kind"] in kinds)
+
+    ordered = score(*kinds)
+    shuffled = statistics.fmean(100 * row["accuracy"] for row in results["shuffled"]["rows"])
+    conflict = [row for row in rows if row["kind"] == "direction_conflict"]
+    values = (ordered, shuffled, ordered - shuffled, score(*ORDER_KINDS),
+              score(*kinds.difference(ORDER_KINDS)), score("direction_conflict"),
+              score("direction_agree"), statistics.fmean(row["tokens"] for row in rows),
+              100 * statistics.fmean(WATCH in row["output"] for row in conflict))
     return dict(zip(MEASURES, map(short, values), strict=True))
+
+
+def development(path, parts=4) -> dict:
+    """How thoughts about a direction change in training, from rollouts.jsonl, over equal parts of
+    the run: {"watch": share of "watch" among them in %; "d_watch", "d_look": mean nats that the
+    correct ones lose by another order of frames, if the configuration has d}."""
+    found = []  # (step, is watch, d or None)
+    for row in map(json.loads, path.read_text(encoding="utf-8").splitlines()):
+        ds = row.get("d", [None] * len(row["responses"]))
+        found += [(row["step"], WATCH in text, d if accuracy == 1 else None)
+                  for text, accuracy, d in zip(row["responses"], row["accuracy"], ds)
+                  if DIRECTION in text]
+    last = max(step for step, *_ in found)
+    series = {"watch": [], "d_watch": [], "d_look": []}
+    for part in range(parts):
+        inside = [(watch, d) for step, watch, d in found if (step - 1) * parts // last == part]
+        series["watch"].append(short(100 * statistics.fmean(watch for watch, _ in inside)))
+        for name, kind in (("d_watch", True), ("d_look", False)):
+            ds = [d for watch, d in inside if watch == kind and d is not None]
+            series[name].append(short(statistics.fmean(ds)) if ds else None)
+    return series
 
 
 def read_run(args, seed, run) -> dict | None:
     """One run as a line of the results file, with its "header"; None if it is unfinished."""
-    model, *evaluations = [result for _, result in steps_of(args, seed, run)]
-    if not all(path.exists() for path in (model, *evaluations)):
+    (_, model), (_, evaluation) = steps_of(args, seed, run)
+    if not (model.exists() and evaluation.exists()):
         return None
-    results = {order: json.loads(path.read_text(encoding="utf-8"))
-               for order, path in zip(ORDERS, evaluations)}
+    results = {order: json.loads((evaluation.parent / f"toy_8_{order}.json").read_text(
+        encoding="utf-8")) for order in ORDERS}
     log = (model.parent / "metrics.jsonl").read_text(encoding="utf-8")
     header, *steps = map(json.loads, log.splitlines())
     setting, _, name = run.rpartition("/")  # the cold start has no setting: "sft"
     skipped = sum(row["data/skipped"] for row in steps) + sum(
         len(result["skipped"]) for result in results.values())
-    return {"setting": setting, "config": name, "seed": seed, **scores_of(results),
+    changes = development(model.parent / "rollouts.jsonl") if setting else {}
+    return {"setting": setting, "config": name, "seed": seed, **scores_of(results), **changes,
             "seconds": short(sum(row["time/step"] for row in steps)), "skipped": skipped,
             "header": header}
 
