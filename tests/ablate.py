@@ -3,13 +3,12 @@
     python build_data.py toy --out toy
     python build_data.py toy --out toy_shortcut --shortcut
     python tests/ablate.py run           # hours; the same command skips what is finished
-    python tests/ablate.py table         # tests/ablations.md, from tests/ablations.json
-    python tests/ablate.py plot          # assets/*.png; needs matplotlib
+    python tests/ablate.py table         # tests/ablations.md, from tests/ablations/*.json
+    python tests/ablate.py plot          # assets/advantages.png; needs matplotlib
 
 `run` makes one cold start per seed. From it, it trains each of CONFIGS in each of SETTINGS, and
 evaluates every model on ordered and on shuffled frames. Each diff in tests/variants/ is a
-configuration: a copy of tgrpo.py to which git has applied the diff. The contrast by likelihood has
-more (SECOND_ROUND), of several diffs and flags.
+configuration: a copy of tgrpo.py to which git has applied the diff.
 
     OUT/variants/margin/tgrpo.py             the changed copies
     OUT/seed0/sft  OUT/seed0/plain/tgrpo     models, their metrics.jsonl, and in eval/ their scores
@@ -68,7 +67,7 @@ SETTINGS = {
 # measure in the results file: heading; tests/ablations.md explains them
 MEASURES = {"ordered": "ordered, %", "shuffled": "shuffled, %", "gap": "gap",
             "order": "needs order, %", "static": "does not, %", "conflict": "conflict, %",
-            "agree": "agree, %", "tokens": "tokens", "watch": "watch, %"}
+            "agree": "agree, %", "tokens": "tokens", "watch_conflict": "watch, %"}
 COMPARED = ("ordered", "gap", "order", "conflict")  # measures in the tables of differences
 ORDERS = ("ordered", "shuffled")
 # Kinds of toy questions (build_data.py's toy_question) that need the order of the frames
@@ -96,15 +95,13 @@ def parse_args(argv=None):
                      help=f"these of {', '.join(CONFIGS)}; the cold starts too")
     run.add_argument("--settings", nargs="+", choices=SETTINGS, default=list(SETTINGS),
                      help="these only")
-    table = commands.add_parser("table", help="the results as Markdown, beside the results file")
-    plot = commands.add_parser("plot", help="the differences as a picture; needs matplotlib")
-    plot.add_argument("--folder", default=ROOT / "assets", type=Path,
-                      help="where differences.png and advantages.png are written")
-    for command, function in ((run, run_all), (table, write_table), (plot, plot_all)):
+    table = commands.add_parser("table", help="all results as Markdown")
+    table.add_argument("--results", default=ROOT / "tests/ablations", type=Path,
+                       help="folder of results files; the tables are written to FOLDER.md")
+    plot = commands.add_parser("plot", help="advantages against alpha; needs matplotlib")
+    plot.add_argument("--out", default=ROOT / "assets/advantages.png", type=Path)
+    for command, function in ((run, run_all), (table, write_table), (plot, plot_advantages)):
         command.set_defaults(function=function)
-    for command in (table, plot):
-        command.add_argument("--json", default=ROOT / "tests/ablations.json", type=Path,
-                             help="the results file")
     return parser.parse_args(argv)
 
 
@@ -265,12 +262,6 @@ def write_results(args):
     write_whole({f"{args.out}.json": [f'{head[:-1]}, "runs": [\n{lines}\n]}}\n']})
 
 
-def read_results(path) -> dict:
-    if not path.exists():
-        raise InputError(f"{path} is missing: python tests/ablate.py run makes it")
-    return json.loads(path.read_text(encoding="utf-8"))
-
-
 # ------------------------------------------------------------------ statistics, tables
 
 def standard_error(values) -> float:
@@ -311,10 +302,10 @@ def comparisons(runs) -> dict:
 
 
 def cell(values) -> str:
-    """Mean and standard error as text; one seed shows no spread."""
-    middle = statistics.fmean(values)
-    return f"{middle:.1f} (1 seed)" if len(values) < 2 else \
-        f"{middle:.1f} ± {standard_error(values):.1f}"
+    """Mean and standard error as text; a dash if the measure is not in the results."""
+    if len(values) < 2:
+        return f"{values[0]:.1f} (1 seed)" if values else "-"
+    return f"{statistics.fmean(values):.1f} ± {standard_error(values):.1f}"
 
 
 def bounds_cell(bounds) -> str:
@@ -333,15 +324,17 @@ def tables_of(results) -> str:
             found = by_seed(runs, setting, name).values()
             if not found:
                 continue
-            means.append([f"`{name}`", *(cell([run[measure] for run in found])
-                                         for measure in MEASURES),
-                          f"{min(run['seconds'] for run in found):.0f}", str(len(found))])
-            if name not in ("sft", BASE):
+            means.append([
+                f"`{name}`", *(cell([run[measure] for run in found if measure in run])
+                               for measure in MEASURES),
+                f"{min(run['seconds'] for run in found):.0f}", str(len(found))])
+            if paired(runs, setting, name, COMPARED[0]) and name not in ("sft", BASE):
                 differences.append([
                     f"`{name}`: {CONFIGS[name][0]}",
                     *(bounds_cell(compared.get((setting, name, measure))) for measure in COMPARED),
                     str(len(paired(runs, setting, name, COMPARED[0])))])
-        parts += [f"## {heading}", markdown(means).strip(), markdown(differences).strip()]
+        if len(means) > 2:  # more than the cold start
+            parts += [f"### {heading}", markdown(means).strip(), markdown(differences).strip()]
     apart = [f"{setting}, `{name}`, {measure} {bounds_cell(bounds)}"
              for (setting, name, measure), bounds in compared.items()
              if bounds[1] > 0 or bounds[2] < 0]
@@ -355,56 +348,34 @@ def tables_of(results) -> str:
 
 
 def write_table(args):
-    """Writes the tables of a results file as Markdown beside it. What stands there above the first
-    heading of a table stays."""
-    path, tables = args.json.with_suffix(".md"), tables_of(read_results(args.json))
+    """Writes the tables of a folder's results files to FOLDER.md, each file below a heading of its
+    name. What stands there above the first such heading stays."""
+    path = args.results.with_suffix(".md")
     about = path.read_text(encoding="utf-8").partition("\n## ")[0].strip() if path.exists() else \
         "# Forms of the temporal reward at toy scale"
-    write_whole({path: [f"{about}\n\n{tables}\n"]})
+    parts = [f"## {file.stem}\n\n{tables_of(json.loads(file.read_text(encoding='utf-8')))}"
+             for file in sorted(args.results.glob("*.json"))]
+    write_whole({path: ["\n\n".join([about, *parts]) + "\n"]})
     print(path)
 
 
-# ---------------------------------------------------------------------------- pictures
+# ----------------------------------------------------------------------------- picture
 
-def plot_all(args):
-    """Draws the differences, from the results, and the advantages, from tgrpo.py's own grading."""
+def plot_advantages(args):
+    """Draws advantages against alpha in five cases, by tgrpo.py's own grading, and the chance of
+    passing the temporal test."""
     try:
         import matplotlib
     except ImportError:
         raise InputError("plot needs matplotlib: pip install matplotlib") from None
     matplotlib.use("Agg")
     from matplotlib import pyplot
+
+    import tgrpo
+    from grading import graded, pass_rate
     pyplot.rcParams.update({"font.size": 13, "axes.spines.top": False, "axes.spines.right": False,
                             "lines.linewidth": 2.2, "axes.grid": True, "grid.alpha": 0.25,
                             "figure.constrained_layout.use": True})
-    args.folder.mkdir(parents=True, exist_ok=True)
-    draw_advantages(pyplot).savefig(args.folder / "advantages.png", dpi=90)
-    compared = comparisons(read_results(args.json)["runs"])
-    draw_differences(pyplot, compared).savefig(args.folder / "differences.png", dpi=90)
-
-
-def draw_differences(pyplot, compared):
-    """Every comparison with BASE: a row of panels per setting, a panel per measure."""
-    names = [name for name in CONFIGS if name != BASE][::-1]  # the first on top
-    figure, axes = pyplot.subplots(len(SETTINGS), len(COMPARED), figsize=(13, 7), sharey=True)
-    for axis, (setting, measure) in zip(axes.flat, product(SETTINGS, COMPARED)):
-        for y, name in enumerate(names):
-            if bounds := compared.get((setting, name, measure)):
-                middle, low, high = bounds
-                colour = STYLES[0][0] if low <= 0 <= high else STYLES[1][0]
-                axis.errorbar(middle, y, xerr=[[middle - low], [high - middle]], fmt="o",
-                              color=colour, capsize=3)
-        axis.axvline(0, color="0.4", linewidth=1)
-        axis.set_title(f"{setting}: {MEASURES[measure]}", fontsize=13)
-        axis.set_yticks(range(len(names)), names)
-    figure.supxlabel(f"difference to {BASE} in points, 95 % interval over seeds")
-    return figure
-
-
-def draw_advantages(pyplot):
-    """Advantages against alpha in five cases, and the chance of passing the temporal test."""
-    import tgrpo
-    from grading import graded, pass_rate
     two = [("A", 9)] * 3 + [("B", 9)] * 5  # (answer, tokens) of responses; the first is right
     three = [("A", 20)] * 2 + [("A", 9)] * 2 + [("B", 9)] * 4
     numbers = [(answer, 9) for answer in ("10", "8", "5", "4", "1")]
@@ -437,7 +408,7 @@ def draw_advantages(pyplot):
     for axis in axes.flat:
         axis.title.set_fontsize(13)
         axis.legend(fontsize=10)
-    return figure
+    figure.savefig(args.out, dpi=90)
 
 
 if __name__ == "__main__":
