@@ -4,7 +4,6 @@
     python build_data.py toy --out toy_shortcut --shortcut
     python tests/ablate.py run           # hours; the same command skips what is finished
     python tests/ablate.py table         # tests/ablations.md, from tests/ablations/*.json
-    python tests/ablate.py plot          # assets/advantages.png; needs matplotlib
 
 `run` makes one cold start per seed. From it, it trains each of CONFIGS in each of SETTINGS, and
 evaluates every model on ordered and on shuffled frames. Each diff in tests/variants/ is a
@@ -77,9 +76,6 @@ WATCH, DIRECTION = "watch:", ", so "
 # Student's t that leaves 2.5 % on either side, for 1, 2, ... degrees of freedom
 T_95 = (12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262, 2.228, 2.201, 2.179, 2.160,
         2.145, 2.131)
-# Okabe and Ito's colours, which most colour-blind people can tell apart, and dashes
-STYLES = (("#0072B2", "-"), ("#D55E00", "--"), ("#009E73", "-."), ("#CC79A7", (0, (5, 1, 1, 1))),
-          ("#000000", (0, (3, 2))))
 
 
 def parse_args(argv=None):
@@ -98,10 +94,8 @@ def parse_args(argv=None):
     table = commands.add_parser("table", help="all results as Markdown")
     table.add_argument("--results", default=ROOT / "tests/ablations", type=Path,
                        help="folder of results files; the tables are written to FOLDER.md")
-    plot = commands.add_parser("plot", help="advantages against alpha; needs matplotlib")
-    plot.add_argument("--out", default=ROOT / "assets/advantages.png", type=Path)
-    for command, function in ((run, run_all), (table, write_table), (plot, plot_advantages)):
-        command.set_defaults(function=function)
+    run.set_defaults(function=run_all)
+    table.set_defaults(function=write_table)
     return parser.parse_args(argv)
 
 
@@ -357,58 +351,6 @@ def write_table(args):
              for file in sorted(args.results.glob("*.json"))]
     write_whole({path: ["\n\n".join([about, *parts]) + "\n"]})
     print(path)
-
-
-# ----------------------------------------------------------------------------- picture
-
-def plot_advantages(args):
-    """Draws advantages against alpha in five cases, by tgrpo.py's own grading, and the chance of
-    passing the temporal test."""
-    try:
-        import matplotlib
-    except ImportError:
-        raise InputError("plot needs matplotlib: pip install matplotlib") from None
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
-
-    import tgrpo
-    from grading import graded, pass_rate
-    pyplot.rcParams.update({"font.size": 13, "axes.spines.top": False, "axes.spines.right": False,
-                            "lines.linewidth": 2.2, "axes.grid": True, "grid.alpha": 0.25,
-                            "figure.constrained_layout.use": True})
-    two = [("A", 9)] * 3 + [("B", 9)] * 5  # (answer, tokens) of responses; the first is right
-    three = [("A", 20)] * 2 + [("A", 9)] * 2 + [("B", 9)] * 4
-    numbers = [(answer, 9) for answer in ("10", "8", "5", "4", "1")]
-    right, shares = {0: "correct", 7: "wrong"}, {0: "1.0", 1: "0.8", 2: "0.5", 3: "0.4", 4: "0.1"}
-    window = {0: "correct, in the window", 2: "correct, outside it", 7: "wrong"}
-    cases = (("two values: alpha cancels", right, two, {}),
-             ("length reward: three values", window, three, {}),
-             ("continuous rewards 1.0 to 0.1", shares, numbers, {}),
-             ("two values, --temporal_to advantage", right, two, {"temporal_to": "advantage"}),
-             ("two values, --scale_advantages none", right, two, {"scale_advantages": "none"}))
-    figure, axes = pyplot.subplots(2, 3, figsize=(13, 7.4))
-    alphas, chances = [i / 20 for i in range(21)], [i / 50 for i in range(51)]
-    for axis, (title, lines, responses, flags) in zip(axes.flat, cases):
-        kind = "regression" if responses is numbers else "multiple choice"
-        record = {"problem_id": 0, "problem_type": kind,
-                  "solution": f"<answer>{responses[0][0]}</answer>"}
-        texts = [f"<think>so</think><answer>{answer}</answer>" for answer, _ in responses]
-        groups = [graded(tgrpo, record, texts, texts[-1:] * 4, [tokens for _, tokens in responses],
-                         alpha=alpha, l_min=16, l_max=24, **flags) for alpha in alphas]
-        for (i, label), (colour, style) in zip(lines.items(), STYLES):
-            axis.plot(alphas, [group["A"][i].item() for group in groups], color=colour,
-                      linestyle=style, label=label)
-        axis.set(title=title, xlabel="alpha", ylabel="advantage")
-        axis.axvline(0.3, color="0.6", linewidth=1)  # the paper's alpha
-    for test, label, (colour, style) in zip(("ge", "gt"), ("p >= p_tilde", "p > p_tilde"), STYLES):
-        axes[1, 2].plot(chances, [100 * pass_rate(chance, test=test) for chance in chances],
-                        color=colour, linestyle=style, label=label)
-    axes[1, 2].set(title="passed by chance, 8 against 4, %", xlabel="accuracy, order ignored",
-                   ylim=(0, 105))
-    for axis in axes.flat:
-        axis.title.set_fontsize(13)
-        axis.legend(fontsize=10)
-    figure.savefig(args.out, dpi=90)
 
 
 if __name__ == "__main__":

@@ -169,9 +169,3 @@ def test_the_readmes_figures_of_the_ablations_stand_in_the_tables():
     figures = re.findall(rf"\d+\.\d ± \d+\.\d|{number} \[{number}, {number}\]", section)
     tables = (ROOT / "tests/ablations.md").read_text()
     assert len(figures) == 2 * 4 and [each for each in figures if each not in tables] == []
-
-
-def test_the_picture_is_drawn(tmp_path):
-    pytest.importorskip("matplotlib")
-    main("plot", "--out", tmp_path / "picture.png")
-    assert (tmp_path / "picture.png").stat().st_size > 10_000
