@@ -9,7 +9,6 @@ from pathlib import Path
 import pytest
 
 import ablate
-import build_data
 import tgrpo
 from build_data import InputError
 from conftest import ROOT, run
