@@ -81,6 +81,12 @@ def cells(path):
     return re.sub(" +", " ", path.read_text(encoding="utf-8"))
 
 
+def table_rows(lines):
+    """Returns the cells of each row of a printed Markdown table, the heading first."""
+    return [[cell.strip() for cell in line.strip("|").split("|")] for line in lines
+            if line.startswith("|") and set(line) - set("|- ")]
+
+
 def break_media(toy, split, out, name, every=1):
     """Writes the toy's records of a split to a file and returns them. The first of each `every`
     names a file of the media folder that cannot be decoded."""

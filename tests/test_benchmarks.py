@@ -14,7 +14,7 @@ import annotate
 import build_data
 import evaluate
 from build_data import InputError, MediaError, build_messages, load_vision, write_video
-from conftest import LIMITS, ROOT, Server, reply, run_here
+from conftest import LIMITS, ROOT, Server, reply, run_here, table_rows
 from rewards import extract_answer
 from test_evaluate import answered, choice, flags, parsed
 
@@ -355,13 +355,12 @@ def test_vinoground_s_scores_of_pairs_come_first_in_its_tables():
     records, rows = vinoground_graded({"1": "AA  "})
     scores = evaluate.score(records, rows, 0, evaluate.BENCHMARKS["vinoground"].overalls)
     assert list(scores)[0] == "group score"  # the headline
-    printed = [line.split("|")[1].strip() for line in evaluate.table("v", scores)[2:]]
-    assert printed == ["group score", "text score", "video score", "all",
-                       "problem_type: multiple choice", "task: text", "task: video"]
+    names = [row[0] for row in table_rows(evaluate.table("v", scores))[1:]]
+    assert names == ["group score", "text score", "video score", "all",
+                     "problem_type: multiple choice", "task: text", "task: video"]
     text = {"benchmark": "vinoground", "rows": rows, "configuration": {}, "order": "ordered",
             "arguments": {"seed": 0, "model": "m"}}
-    groups = [line.split("|")[1:4] for line in evaluate.difference(text, text) if "score" in line]
-    assert [[cell.strip() for cell in row] for row in groups] == [
+    assert [row[:3] for row in table_rows(evaluate.difference(text, text))[1:4]] == [
         ["group score", "0", ""], ["text score", "1", "100.0"], ["video score", "0", ""]]
 
 
@@ -380,12 +379,11 @@ def test_order_benchmarks_follow_table_1_s_columns_where_there_are_results():
     result = {"benchmark": "tvbench", "frames": 16, "order": "ordered", "answered": 6, "records": 6,
               "overall": "all", "scores": {"all": {"score": {"mean": 0.5, "low": 0.25, "high": 1}}},
               "arguments": {"model": "m"}}
-    head, _, row, *paper = evaluate.summary([result], "paper")
-    assert [text.strip() for text in head.strip("|").split("|")][-2:] == [
-        "VideoMME (wo sub)", "TVBench"]
+    head, row, *paper = table_rows(evaluate.summary([result], "paper"))
+    assert head[-2:] == ["VideoMME (wo sub)", "TVBench"]
     # the whole of its file, but not of the benchmark
-    assert row.startswith("| m (ordered) ") and "| 50.0 [25.0, 100.0] 6/2525 |" in row
-    assert len({line.count("|") for line in (head, row, *paper)}) == 1
+    assert row[0] == "m (ordered)" and row[-1] == "50.0 [25.0, 100.0] 6/2525"
+    assert {len(cells) for cells in (row, *paper)} == {len(head)}
     assert "TVBench" not in evaluate.summary([], "paper")[0]
 
 
@@ -432,8 +430,7 @@ def test_a_release_is_answered_and_stands_in_the_paper_s_table(toy, mmvu, tmp_pa
     assert row["prompt_tokens"] > 0 and len(result["configuration_sha256"]) == 64
     printed = capsys.readouterr().out
     assert "mmvu: 6 questions; MMVU (mc) has 625" in printed
-    head, _, ours, *_, theirs = [[text.strip() for text in line.strip("|").split("|")] for line in
-                                 printed[printed.index("| Models"):].splitlines()]
+    head, ours, *_, theirs = table_rows(printed[printed.index("| Models"):].splitlines())
     assert head == ["Models", "Frames", "VSI-Bench", "VideoMMMU", "MMVU (mc)", "MVBench",
                     "TempCompass", "VideoMME (wo sub)"]
     assert ours[4].endswith(" 5/625") and ours[0] == f"{toy}/model (ordered)"
@@ -465,12 +462,11 @@ def test_two_results_are_compared_by_question_without_a_model(tmp_path, capsys, 
     run_here(evaluate, "--diff", result_file(tmp_path / "a.json", "ABB "),
              result_file(tmp_path / "b.json", "BAAA"))
     lines = capsys.readouterr().out.splitlines()
-    row = next(line for line in lines if line.startswith("| all"))
+    head, row, *_ = table_rows(lines)
     # 1 of 3 right, then 2 of 3; by video: a 0, b +1 over 2 and 1 questions
-    assert [x.strip().split()[0] for x in row.strip("|").split("|")] == [
-        "all", "3", "33.3", "66.7", "33.3"]
-    assert "33.3 [0.0, 100.0]" in row
-    assert "| A: m (ordered) " in lines[0] and "| B: m (ordered) " in lines[0]
+    assert [cell.split()[0] for cell in row] == ["all", "3", "33.3", "66.7", "33.3"]
+    assert row[-1] == "33.3 [0.0, 100.0]"
+    assert head[2:4] == ["A: m (ordered)", "B: m (ordered)"]
     assert [line.split(":")[0] for line in lines if "->" in line] == ["0", "1", "2"]
     assert lines[-1] == "3 questions compared; 0 only in A, 1 only in B"
 
@@ -496,7 +492,7 @@ def test_two_folders_are_compared_in_one_table_of_ordered_shuffled_and_gap(tmp_p
     run_here(evaluate, "--diff", *folders)
     lines = capsys.readouterr().out.splitlines()
     assert len({len(line) for line in lines}) == 1
-    head, _, *rows = [[text.strip() for text in line.strip("|").split("|")] for line in lines]
+    head, *rows = table_rows(lines)
     assert head == ["toy_8: score, %", "answered", "model", "ordered", "shuffled", "gap"]
     assert [row[:3] for row in rows] == [
         ["all", "4", "toy/sft"], ["", "4", "toy/tgrpo"],
@@ -567,9 +563,8 @@ def test_released_files_of_two_benchmarks_are_asked_and_graded_in_one_command(
         scores = json.loads((tmp_path / f"out/{name}_8_ordered.json").read_text())["scores"]
         assert scores["all"]["answered"] == 3
         assert scores["all"]["score"]["mean"] == pytest.approx(2 / 3)
-    ours, = (line for line in capsys.readouterr().out.splitlines() if line.startswith("| served"))
-    cells = [text.strip() for text in ours.strip("|").split("|")]
-    assert cells[3].endswith(" 3/900") and cells[4].endswith(" 3/625") and cells[5] == ""
+    cells = table_rows(capsys.readouterr().out.splitlines())[-1]
+    assert cells[0] == "served (ordered)" and cells[3].endswith(" 3/900") and cells[4].endswith(" 3/625") and cells[5] == ""
 
 
 def test_vinoground_is_asked_scored_by_pairs_and_compared_with_reversed_frames(
