@@ -134,10 +134,10 @@ def released_row(number, path, **more):
 
 @pytest.mark.parametrize("name, rows, groups", [
     ("videommmu", [released_row(number, "./dev_Biology_3.mp4") for number in
-                   (1, 300, 301, 600, 601, 900, 901)],
+                   (1, 300, 301, 600, 601, 900, 901, 0)],
      [{**({"track": track} if track else {}), "subject": "Biology", "discipline": "Science"}
       for track in ("adaptation", "adaptation", "comprehension", "comprehension", "perception",
-                    "perception", None)]),
+                    "perception", None, None)]),
     ("videomme", [released_row(1, "./videos/x.mp4", duration="long", domain="Knowledge",
                                sub_category="Law", task_type="Action Reasoning"),
                   released_row(2, "./videos/x.mp4", duration="long")],

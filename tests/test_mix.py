@@ -388,9 +388,10 @@ def test_exact_and_near_duplicates_go_and_other_questions_stay(tmp_path):
         ask("2.png", "Is the car red?"),  # another medium
         ask("1.png", "Is the car left of the tree?"), ask("1.png", "Is the tree left of the car?"),
         ask("1.png", "Which?", "x", "y"), ask("1.png", "Which?", "y", "x"),  # order of options
-        ask("1.png", "Which?", "x", "z")])
+        ask("1.png", "Which?", "x", "z"), ask("1.png", "Which one?", "x", "X")])
     records, report = mix(tmp_path, [entry("llava", "a.json"), entry("llava", "*.json")])
     assert len(records) == 6 and "3 duplicate" in report and "9 duplicate" in report
+    assert report.count("1 options are equal") == 2
 
 
 def test_a_question_that_was_not_drawn_is_no_duplicate_for_the_next_entry(tmp_path):
