@@ -90,10 +90,8 @@ class Help(argparse.ArgumentDefaultsHelpFormatter):
 
 
 class FlagParser(argparse.ArgumentParser):
-    """Reads flags from the command line and from @files, and prints errors in one line.
-
-    An @file has one `--flag=value` a line. Blank lines and # comments are allowed.
-    """
+    """Reads flags from the command line and from @files: one `--flag=value` a line, blank lines and
+    # comments allowed. Prints errors in one line."""
 
     def __init__(self, **options):
         super().__init__(fromfile_prefix_chars="@", formatter_class=Help, **options)
@@ -157,12 +155,10 @@ def add_media_flags(add, max_frames=16, max_pixels=128 * 28 * 28):
     if max_frames:  # evaluate.py has --frames instead
         add("--max_frames", type=above(0, int), default=max_frames, help="most frames of a video")
     add("--min_frames", type=above(0, int), default=4, help="fewest frames of a video")
-    add("--fps", type=above(0, float), default=2.0,
-        help="frames sampled per second of video, within these bounds")
-    add("--min_pixels", type=above(0, int), default=4 * 28 * 28,
-        help="fewest pixels of a video frame")
+    add("--fps", type=above(0, float), default=2.0, help="frames per second, within these bounds")
+    add("--min_pixels", type=above(0, int), default=4 * 28 * 28, help="fewest pixels of a frame")
     add("--max_pixels", type=most_pixels, default=max_pixels,
-        help="most pixels of a video frame (a visual token is 28 x 28, in Qwen3-VL 32 x 32)")
+        help="most pixels of a frame (a visual token is 28 x 28, in Qwen3-VL 32 x 32)")
     add("--image_min_pixels", type=above(0, int), default=4 * 28 * 28,
         help="fewest pixels of an image")
     add("--image_max_pixels", type=most_pixels, default=512 * 28 * 28,
@@ -171,18 +167,15 @@ def add_media_flags(add, max_frames=16, max_pixels=128 * 28 * 28):
         help="av: the frames that a player shows; decord: the frames that the released code read")
     add("--media_root", help="folder of the media, to which the records' paths are relative; "
         "default: the folder of the records' file")
-    add("--num_workers", type=at_least(0, int), default=2,
-        help="processes that decode files in advance")
-    add("--decode_timeout", type=above(0, float), default=120,
-        help="timeout per file, in seconds")
+    add("--num_workers", type=at_least(0, int), default=2, help="processes that decode in advance")
+    add("--decode_timeout", type=above(0, float), default=120, help="timeout per file, in seconds")
 
 
 def add_machine_flags(add):
     """Adds the flags of model, ranks and seed by `add`, a parser's add_argument."""
     add("--attn_implementation", default="sdpa", help="sdpa, eager or flash_attention_2")
     add("--seed", type=at_least(0, int), default=0, help="seed of every random draw")
-    add("--timeout_minutes", type=above(0, float), default=30,
-        help="timeout of a rank that waits for another, in minutes")
+    add("--timeout_minutes", type=above(0, float), default=30, help="timeout between ranks")
     add("--local_rank", type=int, default=-1, help="set by the deepspeed launcher; not used")
 
 
@@ -298,10 +291,8 @@ HASHED_BLOCKS, BLOCK_BYTES = 64, 4096  # read of each weight file: takes seconds
 
 
 def model_hash(model):
-    """Returns a hash that distinguishes the checkpoints of a run, without reading a whole one.
-
-    It covers config.json and, of every weight file, its name, size and evenly spread blocks.
-    """
+    """Returns a hash of config.json and, of every weight file, its name, size and evenly spread
+    blocks. It distinguishes the checkpoints of a run without reading a whole one."""
     import huggingface_hub
     try:
         folder = model if Path(model).is_dir() else huggingface_hub.snapshot_download(
@@ -339,10 +330,8 @@ def print_error(script, error, args=None):
 
 
 class LastingOutput(io.FileIO):
-    """Writes to a standard stream, and to /dev/null after its first failed write.
-
-    A lost terminal must not end a run. The output of C libraries goes to /dev/null, too.
-    """
+    """Writes to a standard stream, and to /dev/null after a failed write: a lost terminal must not
+    end a run. The output of C libraries then goes there, too."""
 
     def write(self, data):
         try:
@@ -558,8 +547,8 @@ def plain_mark(text) -> str:
 def option_texts(options, strict=True) -> list[str]:
     """Returns the options' texts without letters. Only A, B, C, ... in order are letters.
 
-    If `strict`, an empty option raises ValueError. So do options of which several begin with
-    letters or numbers that only look like a list's: "1." and "2.", or "A." twice.
+    If `strict`, raises ValueError if an option is empty, or if the options seem to be lettered or
+    numbered in another way: "1." and "2.", or "A." twice.
 
     >>> option_texts(["(A) a cat", "(B) a dog"]), option_texts(["E. coli", "C. elegans"])
     (['a cat', 'a dog'], ['E. coli', 'C. elegans'])
@@ -686,7 +675,7 @@ def load_vision_isolated(record, timeout, **limits) -> Vision:
     """Returns load_vision's result from another process, the decoder. Raises MediaError if that
     crashes, needs more than DECODE_MEMORY, or takes longer than `timeout` seconds."""
     path, me = record["media_path"], os.getpid()
-    for attempt in (1, 2):  # a decoder that was killed between two records costs no record
+    for _ in range(2):  # the decoder may have been killed since its last record: start another
         if me not in DECODERS:  # the first record, one after a fault, or a newly forked process
             DECODERS.clear()  # a fork must not share its parent's decoder
             DECODERS[me] = start_decoder()
@@ -737,8 +726,8 @@ def start_decoder():
 
 
 def decode_records(pipe):
-    """Receives records until the pipe closes. Sends for each the parts of a Vision, or the text of
-    a MediaError."""
+    """Receives records until the pipe closes. For each, sends a Vision's parts or a MediaError's
+    text."""
     torch.set_num_threads(1)  # a fork does not have its parent's threads
     signal.signal(signal.SIGTERM, signal.SIG_IGN)  # the parent decides when to stop
     signal.signal(signal.SIGINT, signal.SIG_IGN)
@@ -805,10 +794,7 @@ def resized(height, width, min_pixels, max_pixels, factor) -> tuple[int, int]:
 
 
 class VideoIndex(NamedTuple):
-    """Holds when each of a video's N frames is shown, and a function that decodes some of them.
-
-    Frames are numbered in the order in which a player shows them.
-    """
+    """Holds the times of a video's N frames, in a player's order, and a function to decode some."""
     seconds: list[float]          # (N,) from the file's beginning, ascending
     rate: float                   # frames a second, as the file states
     pictures: Callable[[list[int]], Iterator[np.ndarray]]  # ascending numbers to (H, W, 3) uint8
@@ -836,11 +822,8 @@ def installed_reader(name):
 
 
 def read_by_decord(path, *, min_pixels, max_pixels, factor, **sampling) -> Vision:
-    """Returns decord's frames by qwen-vl-utils, as the released code read them.
-
-    For H.264 in AVI, transport streams and cut clips, some frames differ from a player's. Damage is
-    not noticed.
-    """
+    """Returns decord's frames by qwen-vl-utils, as the released code read them. For H.264 in AVI,
+    transport streams and cut clips some differ from a player's. Damage is not noticed."""
     import decord
     from qwen_vl_utils import vision_process
     with opened(path):  # raises if the format is not in FORMATS
@@ -951,10 +934,10 @@ def opened(path):
 def index_by_packets(path) -> VideoIndex:
     """Indexes a video file by the times of its packets, without decoding them.
 
-    `pictures` then decodes only from a key frame to each wanted frame. This function or `pictures`
-    raises WrongPacketTimes if frames have other times: H.264 in AVI, a stream without a container,
-    or a file that begins between key frames. Raises ValueError if a packet is damaged, or if the
-    file ends earlier than its header states.
+    Its `pictures` decode only from a key frame to each wanted frame. Raises WrongPacketTimes, here
+    or in `pictures`, if frames have other times: H.264 in AVI, a stream without a container, or a
+    file that begins between key frames. Raises ValueError if a packet is damaged, or if the file
+    ends earlier than its header states.
     """
     times, keys, position, ends = [], [], 0, Counter()
     with opened(path) as (container, stream):
@@ -975,7 +958,7 @@ def index_by_packets(path) -> VideoIndex:
         end = max((float(container.streams[i].time_base * ends[i]) for i in ends), default=0)
         if container.format.name == "mpegts" and ends_within_packet(path):
             raise ValueError(DAMAGED)
-        if length - end > MOST_MISSING * length + 2 / (rate or RAW_FPS):  # two frames more
+        if length - end > MOST_MISSING * length + 2 / (rate or RAW_FPS):  # and 2 frames
             raise ValueError(f"cut off: {length:g} s by its header, but it ends at {end:g} s")
         if None in times or len(set(times)) < len(times):
             raise WrongPacketTimes
@@ -1031,9 +1014,9 @@ def ascending(times) -> bool:
 def decode_frames(path, times, entries, indices):
     """Yields the frames `indices` of a video file, (H, W, 3) uint8.
 
-    times: of every frame, in the order in which a player shows them. entries: (frame, packet)
-    pairs at which decoding can begin; it begins at the last one before each wanted frame. Raises
-    WrongPacketTimes if a decoded frame has another time.
+    times: those of all frames, in the order in which a player shows them. entries: the (frame,
+    packet) numbers at which decoding can begin. It begins at the last entry before a wanted frame.
+    Raises WrongPacketTimes if a decoded frame has another time.
     """
     wanted = list(indices)
     with opened(path) as (container, stream):
@@ -1144,7 +1127,7 @@ def encode_blank(processor) -> dict[str, torch.Tensor]:
 
 def pad_batch(samples, pad_values, side) -> dict[str, torch.Tensor]:
     """Joins B encoded records into one batch. Entries in pad_values, each (1, L), are padded with
-    its value on `side`, "left" or "right". Others are concatenated.
+    that value on `side`, "left" or "right". Others are concatenated.
 
     >>> a, b = {"input_ids": torch.tensor([[5, 6]])}, {"input_ids": torch.tensor([[7]])}
     >>> pad_batch([a, b], {"input_ids": 0}, "left")["input_ids"].tolist()
@@ -1214,11 +1197,8 @@ def stop_tokens(model, tokenizer):
 
 
 def forbidden_tokens(model, tokenizer):
-    """Returns the ids that must not be sampled.
-
-    They are FORBIDDEN_TOKENS, ids without a token, and all special tokens except the end tokens:
-    a decoded text omits them, but its length counts them.
-    """
+    """Returns the ids that must not be sampled: FORBIDDEN_TOKENS, ids without a token, and special
+    tokens except end tokens. A decoded text omits the last, but its length counts them."""
     ids = {*tokenizer.convert_tokens_to_ids(list(FORBIDDEN_TOKENS)), *tokenizer.all_special_ids}
     beyond = range(len(tokenizer), model.config.get_text_config().vocab_size)
     return sorted((ids | set(beyond)) - {None, *stop_tokens(model, tokenizer)})
@@ -1566,8 +1546,8 @@ def toy_model(tokenizer, seed, hidden=96, layers=3, heads=4, kv_heads=2, mlp=256
 
 
 def copy_toy_files(out, side):
-    """Copies assets/toy (each stage's flags, and run.sh) to the toy's folder. Replaces {out} by that
-    folder and {pixels} by side * side: a frame is one visual token."""
+    """Copies assets/toy (each stage's flags, and run.sh) to the folder `out`. Replaces {out} by its
+    name and {pixels} by side * side: a frame is one visual token."""
     for path in (ASSETS / "toy").iterdir():
         folder = shlex.quote(str(out)) if path.suffix == ".sh" else str(out)
         text = path.read_text(encoding="utf-8").replace("{out}", folder)
@@ -1619,12 +1599,12 @@ HINT = re.compile(
     r"(?im)^[ \t]*(?:hint|reference ocr token):.*$|(?<=[.?!\n])[ \t]*(?:answer:[ \t]*"
     r"|(?:please )?(?:answer|respond|provide|select|choose|give)\b[^\n]{0,200}\b"
     r"(?:letter|options?|choices|single word or phrase|short|directly|multiple-choice)\b[^\n]*)$")
-# Options begin at such marks: of either case at the start of a line, capital within one
+# Marks at which options begin: in either case at the start of a line, in capitals within one
 LINE_MARK = re.compile(rf"^[ \t*•-]*{LETTER}{AFTER_LETTER}[*]*\s*", re.MULTILINE | re.IGNORECASE)
 INLINE_MARK = re.compile(rf"(?<![^\s:：;；,，?？。]){LETTER}{AFTER_LETTER}\s*")
-# The end of an option before the next one in its line: "A: a cat, B: a dog or C: a hat"
+# How an option ends if another follows in its line: "A: a cat, B: a dog or C: a hat"
 SEPARATOR = re.compile(r"[,，;；、](?:\s*(?:and|or))?$|\s(?:and|or)$")
-AROUND = re.compile(r"(?i)^question:|(?:options|choices|选项)\s*[:：]$")  # around a question
+AROUND = re.compile(r"(?i)^question:|(?:options|choices|选项)\s*[:：]$")  # before and after it
 
 
 def draft(file, problem, answer, options=(), **fields):
@@ -1694,12 +1674,10 @@ CSV_OPTION = re.compile("option.*|[a-z]")  # the column of an option: option_a, 
 
 
 def from_csv(row, path):
-    """Reads a table of your own. Its columns are video (or image), question and answer.
-
-    Columns for options are option_a, option_b, ... or A, B, ...; problem_type, video_start,
-    video_end and video_fps may be added. Without problem_type, options make a question multiple
-    choice, a number as its answer makes it numerical, and others are free-form.
-    """
+    """Reads a table of your own: columns video (or image), question, answer, and for options
+    option_a, option_b, ... or A, B, ...; problem_type, video_start, video_end and video_fps may be
+    added. Without problem_type, options make a question multiple choice, a number as its answer
+    makes it numerical, and others are free-form."""
     row = {(name or "").strip().lower(): cell for name, cell in row.items()}
     if not {"question", "answer"} <= row.keys() or row.keys().isdisjoint(("video", "image")):
         raise InputError(f"{path} has the columns {', '.join(row)}: it needs the columns video or "
@@ -1718,7 +1696,7 @@ def from_llava(row, path):
     """Reads conversations, as LLaVA-Video-178K and most image sources have them: a draft a turn."""
     file = row.get("video") or row["image"]
     if isinstance(file, list):
-        file, = file  # raises for several pictures: a record has one
+        file, = file  # a ValueError for several pictures: a record has one
     turns = row["conversations"]
     for question, answer in zip(turns[::2], turns[1::2], strict=True):
         if (question["from"], answer["from"]) != ("human", "gpt"):
@@ -1742,7 +1720,7 @@ def from_nextqa(row, path):
 
 
 def from_perception_test(row, path):
-    """Reads PerceptionTest's multiple choice, an object of videos by name."""
+    """Reads PerceptionTest's multiple choice, an object {video: its questions}."""
     for question in row["mc_question"]:
         yield draft(f"{row['row_key']}.mp4", question["question"], letter(question["answer_id"]),
                     question["options"])
@@ -1779,7 +1757,7 @@ def from_star(row, path):
 
 
 def clip_seconds(row):
-    """Returns the clip's fields of a record whose release has "start" and "end" in seconds."""
+    """Returns the clip's fields of a row with "start" and "end" in seconds."""
     return {"video_start": float(row["start"]), "video_end": float(row["end"])}
 
 
@@ -1805,13 +1783,12 @@ def from_tabmwp(row, path):
 
 
 def from_geometry3k(row, path):
-    """Reads Geometry3K's problems, a folder with a file and a picture for each."""
+    """Reads Geometry3K's problems. Each has a folder with its file and a picture."""
     yield draft("img_diagram.png", row["problem_text"], row["answer"], row["choices"])
 
 
 def from_arxivqa(row, path):
-    """Reads ArxivQA. A label has one of many spellings; if it names no option, the row is
-    dropped."""
+    """Reads ArxivQA. Labels are spelled in many ways; a row without an option is dropped."""
     yield draft(row["image"], row["question"], row["label"], option_texts(row["options"]))
 
 
@@ -1855,10 +1832,8 @@ def from_vsibench(row, path):
 
 def from_videommmu(row, path):
     """Reads VideoMMMU's adaptation.json and so on, and adds the benchmark's prompt of the track.
-
     Videos are Science/dev_Biology_3.mp4 and so on. In the benchmark's own repository, the questions
-    of adaptation_video.json are one level deeper.
-    """
+    of adaptation_video.json are one level deeper."""
     facts = benchmark_facts()["videommmu"]
     track = task_of(path, facts["tasks"])
     for row in [row] if "question" in row else [row[key] for key in row if key != "row_key"]:
@@ -1868,7 +1843,7 @@ def from_videommmu(row, path):
         before, after = facts["prompts"][track]
         kind = "multi-choice" if options else "open-ended"
         groups = subject_groups(f"{row['id']}.mp4", facts["subjects"])
-        if "discipline" not in groups:  # the folder of its video
+        if "discipline" not in groups:  # which is the folder of the video
             raise ValueError(f"the id {row['id']!r} names no subject of VideoMMMU")
         yield draft(f"{groups['discipline']}/{row['id']}.mp4",
                     before.replace("{kind}", kind) + row["question"] + after, row["answer"],
@@ -1887,12 +1862,9 @@ def from_mmvu(row, path):
 
 
 def from_mvbench(row, path, name="mvbench"):
-    """Reads MVBench's json/action_sequence.json and so on, and TVBench's. Unpack the zips of videos
-    where they lie.
-
-    Videos are video/<the task's folder in assets/benchmarks.json>/<video>. TVBench's release lacks
-    those of action_antonym, which are in NTU RGB+D.
-    """
+    """Reads MVBench's json/action_sequence.json and so on, and TVBench's. Unpack their zips where
+    they lie. Videos are video/<the task's folder in assets/benchmarks.json>/<video>. TVBench's
+    release lacks the videos of action_antonym, which are NTU RGB+D's."""
     facts = benchmark_facts()[name]
     task = task_of(path, facts["folders"])
     clip = clip_seconds(row) if task in facts["clips"] else {}
@@ -1910,10 +1882,8 @@ TEMPCOMPASS_OPTION = re.compile(  # "A. up", "Option 2: it moves", "Information 
 
 def from_tempcompass(row, path):
     """Reads TempCompass's questions/caption_matching.json and so on, or rows with video_id and dim.
-
-    Videos are videos/12.mp4 and so on. All four tasks are multiple choice, as in the paper: the
-    options of yes_no are yes and no, those of captioning are the pieces of information in it.
-    """
+    Videos are videos/12.mp4 and so on. All four tasks are multiple choice, as in the paper. The
+    options of yes_no are yes and no; captioning's are the pieces of information in the question."""
     task = task_of(path, benchmark_facts()["tempcompass"]["tasks"])
     video = row.pop("row_key", None)
     for row in [row] if "question" in row else [
@@ -2004,7 +1974,7 @@ MEASURE = re.compile(r"(?<![\w.])(\d+(?:\.\d+)?) ?(m|cm|mm|km|ft|meters?|metres?
                      r"centimetres?|millimeters?|kilometers?|feet|foot|inch(?:es)?)\b")
 VIDEO_SUFFIXES = {".mp4", ".webm", ".avi", ".mkv", ".mov", ".m4v"}
 KEPT_FIELDS = ("process", *CLIP_FIELDS, "groups", "pair")  # a record has them if its draft has
-# The types of `convert`. A text without options is of the first of them that it can be
+# The types of `convert`, in the order in which wanted_type tries them
 CONVERTED_TYPES = ("multiple choice", "numerical", "free-form", "regression", "OCR")
 
 
@@ -2028,8 +1998,8 @@ def wanted_type(answer, options, wanted):
 
 
 def make_record(found, entry, folder="") -> dict:
-    """Returns the record, without problem_id, of a draft by an entry of a recipe. Raises Dropped if
-    the question cannot be graded, or if the entry does not want its type."""
+    """Returns the record of a draft, without problem_id, as an entry of a recipe wants it. Raises
+    Dropped if the question cannot be graded, or if the entry does not want its type."""
     problem, answer, wanted = found["problem"], found["answer"], entry["problem_type"]
     media = entry["media"].replace("{folder}", folder)
     path = os.path.normpath(os.path.join(media, found["file"]))
@@ -2074,7 +2044,7 @@ def convert(args):
     release = path if path.is_dir() else Path(os.path.abspath(path)).parents[depth]
     root, files, records = args.media_root or release, [path], []
     if path.is_dir():
-        out = Path(args.out).resolve()  # not to be read as a release's file, if it is in its folder
+        out = Path(args.out).resolve()  # an earlier one may be in the release's folder
         found = ([file for file in path.glob(pattern) if file.resolve() != out]
                  for pattern in patterns)
         files = sorted(next(filter(None, found), ()))
@@ -2110,7 +2080,7 @@ ENTRY = {"source": str, "category": str, "format": str, "annotation": str, "medi
 # A single letter ("B", "(a) and (b)"), except the words "A" and "I" and units; or "option 2"
 NAMED_LETTER = re.compile(r"(?<![\w'’])(?<!\d )(?:[b-hj-zB-HJ-Z]|[AI](?! [a-z]))(?![\w'’])"
                           r"|\([ai]\)|(?i:\b(?:option|choice|answer)s? \d)")
-# Words that refer to other options. One too many does no harm: those options keep their order
+# Words that refer to other options. A word too many is safe: the options then keep their order
 OTHERS = re.compile(
     r"\b(?:all|none|both|neither|either|any|above|below|former|latter|other|others|these|those"
     r"|same|only|listed|mentioned|given|options?|choices?|answers?|(?:one|two) of)\b"
@@ -2172,11 +2142,9 @@ def content_hash(path) -> bytes:
 
 
 def benchmark_media(files, media_root, root):
-    """Returns is_excluded(path), which returns whether a file below root is in a benchmark.
-
-    files: the benchmarks' evaluation files. Their media are recognised by the tails of their paths
-    and, if they are on this machine, by their content.
-    """
+    """Returns is_excluded(path): whether a file below root is in a benchmark. files: the evaluation
+    files of benchmarks. Their media are recognised by the tails of their paths and, if they are on
+    this machine, by their content."""
     media = {record["media_path"] for file in files for record in load_records(file, media_root)}
     there = [path for path in media if os.path.isfile(path)]
     tails, sizes = set(map(tail, media)), set(map(os.path.getsize, there))
@@ -2196,7 +2164,7 @@ def benchmark_media(files, media_root, root):
 
 def candidates_of(entry, root, is_excluded, seen, counts):
     """Yields the records of an entry's files, each question once. Counts rows, and dropped
-    questions by reason, in `counts`. seen: keys of questions that are dropped as duplicates."""
+    questions by reason, in `counts`. seen: keys of questions that earlier entries have drawn."""
     convert = CONVERTERS[entry["format"]]
     for path in sorted(Path(root).glob(entry["annotation"])):
         for row in tqdm(release_rows(path), desc=entry["source"], unit=" rows", leave=False):
@@ -2235,11 +2203,9 @@ def spread(records, count, per_medium, rng, taken=()):
 
 
 def shuffle_options(record, rng) -> dict:
-    """Returns the record with its options in a random order, lettered A, B, C, ...
-
-    A record with a thought is not changed. Nor is one of which the question or an option may name
-    a letter, or an option may refer to others.
-    """
+    """Returns the record with its options in a random order, lettered A, B, C, ... Three kinds
+    of records are not changed: with a thought, with a letter in the question or an option, and with
+    an option that may refer to others."""
     texts = [option.partition(" ")[2] for option in record["options"]]
     names_letter = any(map(NAMED_LETTER.search, [record["problem"], *texts]))
     if not texts or "process" in record or names_letter or any(map(OTHERS.search, texts)):
@@ -2310,8 +2276,8 @@ def mix_report(report) -> str:
 # ------------------------------------------------------ check: can every file be decoded?
 
 def state_of(record, args):
-    """Returns the file's size and time of change, and the flags of sampling. If one of them
-    changes, the file is decoded again."""
+    """Returns a file's size and time of change, and the flags of sampling: if one has changed, the
+    file is decoded again."""
     path = record["media_path"]
     file = [os.path.getsize(path), os.path.getmtime(path)] if os.path.exists(path) else []
     return file + [getattr(args, name) for name in ("max_frames", *SAMPLING_FLAGS)]
@@ -2374,7 +2340,7 @@ def plain(name):
 
 def figure_rows(records):
     """Returns {(category, source, types): [records, Figure 2's count]}. Sources that are not in
-    Figure 2 count 0. A record's source is a folder of that name in data_source or path."""
+    Figure 2 count 0. A record is of a source if a part of its data_source or path has that name."""
     rows = {(e["category"], e["source"], ", ".join(e["problem_type"])): [0, e["count"]]
             for e in read_recipe(FIGURE_2)}
     by_source = defaultdict(list)
