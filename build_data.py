@@ -939,12 +939,11 @@ def index_by_packets(path) -> VideoIndex:
     file that begins between key frames. Raises ValueError if a packet is damaged, or if the file
     ends earlier than its header states.
     """
-    times, keys, position, ends = [], [], 0, Counter()
+    times, keys, position, end = [], [], 0, 0.0  # end: of the last packet, in seconds
     with opened(path) as (container, stream):
         for packet in container.demux():
-            if packet.pts is not None:
-                ends[packet.stream.index] = max(ends[packet.stream.index],
-                                                packet.pts + (packet.duration or 0))
+            if packet.pts is not None:  # a packet of any stream: pictures or sound
+                end = max(end, (packet.pts + (packet.duration or 0)) * float(packet.time_base))
             if packet.stream is not stream:
                 continue
             if packet.is_corrupt:
@@ -955,7 +954,6 @@ def index_by_packets(path) -> VideoIndex:
                     keys.append((packet.pts, position))
             position += 1
         rate, length = float(stream.average_rate or 0), (container.duration or 0) / 10**6
-        end = max((float(container.streams[i].time_base * ends[i]) for i in ends), default=0)
         if container.format.name == "mpegts" and ends_within_packet(path):
             raise ValueError(DAMAGED)
         if length - end > MOST_MISSING * length + 2 / (rate or RAW_FPS):  # and 2 frames
