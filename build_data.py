@@ -165,8 +165,7 @@ def add_media_flags(add, max_frames=16, max_pixels=128 * 28 * 28):
         help="most pixels of an image")
     add("--video_reader", type=installed_reader, choices=("av", "decord"), default="av",
         help="av: the frames that a player shows; decord: the frames that the released code read")
-    add("--media_root", help="folder of the media, to which the records' paths are relative; "
-        "default: the folder of the records' file")
+    add("--media_root", help="folder to which the records' paths are relative; default: the data's")
     add("--num_workers", type=at_least(0, int), default=2, help="processes that decode in advance")
     add("--decode_timeout", type=above(0, float), default=120, help="timeout per file, in seconds")
 
@@ -225,8 +224,8 @@ def find_model(name):
     folder = Path(name)
     if folder.is_dir():
         if not (folder / "config.json").exists() and any(folder.glob("**/*_states.pt")):
-            raise InputError(f"--model {name} holds a run's checkpoint and no model: end the run "
-                             "with --resume, or see 'When something breaks' in the README")
+            raise InputError(f"--model {name} holds a run's checkpoint and no model: finish the "
+                             "run with --resume, or see 'When something breaks' in the README")
         return
     if name.count("/") != 1 or folder.parent.is_dir():  # not organisation/model
         raise InputError(f"--model {name}: no such folder; a training run writes its model at its "
@@ -408,8 +407,7 @@ SURELY_TEXT = 100  # a free-form solution of more characters contains a word
 LETTER = r"(?:(?i:option|choice|选项)[ _]?)?[(（\[【]?([A-ZＡ-Ｚ])"
 AFTER_LETTER = r"[.):\]．）：】、]+"
 OPTION_MARK = re.compile(  # how an option begins: such a letter, "A - ", or a number, "1. "
-    rf"\s*(?:{LETTER}(?:{AFTER_LETTER}|\s+[-–—]\s)|[(（]?(\d+)[.)）、]+\s)\s*",
-    re.IGNORECASE)
+    rf"\s*(?:{LETTER}(?:{AFTER_LETTER}|\s+[-–—]\s)|[(（]?(\d+)[.)）、]+\s)\s*", re.IGNORECASE)
 
 
 def load_records(path, media_root=None) -> list[dict]:
@@ -421,10 +419,10 @@ def load_records(path, media_root=None) -> list[dict]:
     """
     records = read_file(path)
     if not isinstance(records, list) or not records:
-        raise InputError(f"{path} must be a list of records, at least one")
+        raise InputError(f"{path} has no records: it must be a list of them")
     root = os.path.abspath(media_root or Path(path).parent)
     if not os.path.isdir(root):
-        raise InputError(f"media_root {root} is not a folder")
+        raise InputError(f"--media_root {root} is not a folder")
     for i, record in enumerate(records):
         if isinstance(record, dict) and record.get("data_type") == "frame":
             # MVBench's released rows with a folder of frames. The start and end of other released
@@ -1240,7 +1238,7 @@ def whole_rows(path):
     try:
         return [json.loads(line) for line in whole_lines(path).splitlines()]
     except ValueError as error:
-        raise InputError(f"{path} is damaged, remove it: {error}") from None
+        raise InputError(f"{path} is damaged: {error}; remove it") from None
 
 
 VALUE_SHOWN = 200  # characters of a value in an error
@@ -2302,8 +2300,7 @@ def check(args):
     make_folder_of(out)
     good = {tuple(row["clip"]): row["state"] for row in whole_rows(log) if not row["reason"]}
     clips = {clip_of(record): record for record in records}
-    todo = [record for clip, record in clips.items()
-            if good.get(clip) != state_of(record, args)]
+    todo = [record for clip, record in clips.items() if good.get(clip) != state_of(record, args)]
     reasons = {}  # {clip that cannot be used: reason}
     loader = torch.utils.data.DataLoader(
         todo, batch_size=None, collate_fn=partial(check_clip, args), in_order=False,
@@ -2430,8 +2427,7 @@ def parse_args(argv=None):
     add_media_flags(add)
     add = command(stats, "stats", "the table of Figure 2 for a file of records")
     add("--data", required=True, help="records, .json or .jsonl")
-    add("--media_root", help="folder of the media, to which the records' paths are relative; "
-        "default: the folder of --data")
+    add("--media_root", help="folder to which the records' paths are relative; default: the data's")
     add("--out", help="Markdown file to write; default: print only")
     return parser.parse_args(argv)
 
