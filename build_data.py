@@ -545,12 +545,16 @@ def plain_mark(text) -> str:
 def option_texts(options, strict=True) -> list[str]:
     """Returns the options' texts without letters. Only A, B, C, ... in order are letters.
 
-    If `strict`, raises ValueError if an option is empty, or if the options seem to be lettered or
+    options: a list, or an object {letter: text}, of which empty texts are left out. If `strict`,
+    raises ValueError if an option of a list is empty, or if the options seem to be lettered or
     numbered in another way: "1." and "2.", or "A." twice.
 
     >>> option_texts(["(A) a cat", "(B) a dog"]), option_texts(["E. coli", "C. elegans"])
     (['a cat', 'a dog'], ['E. coli', 'C. elegans'])
     """
+    if isinstance(options, dict):  # a text may begin with its letter again
+        options = option_texts([f"{key}. " + options[key] for key in sorted(options)
+                                if options[key]])
     marks = [OPTION_MARK.match(option) for option in options]
     labels = [plain_mark(mark[1] or mark[2]) if mark else "" for mark in marks]
     if labels == [letter(i) for i in range(len(options))]:
@@ -1614,12 +1618,6 @@ def draft(file, problem, answer, options=(), **fields):
             "answer": str(answer).strip(), "options": texts, **fields}
 
 
-def texts_by_letter(options) -> list[str]:
-    """Returns the options of an object {letter: text}, without the empty ones."""
-    texts = option_texts([f"{key}. " + options[key] for key in sorted(options) if options[key]])
-    return option_texts(texts)  # a text may begin with its letter again
-
-
 def split_options(text):
     """Returns (question, options).
 
@@ -1659,11 +1657,9 @@ def longest_run(marks):
 def from_video_r1(row, path):
     """Reads records in this project's own form, as in the released Video-R1-260k.json."""
     answer = re.fullmatch(r"\s*<answer>(.*)</answer>\s*", row["solution"], re.DOTALL)[1]
-    options = row.get("options") or []
-    texts = texts_by_letter(options) if isinstance(options, dict) else option_texts(options)
-    yield draft(row["path"], row["problem"], answer, texts, **{
-        field: row.get(field) for field in
-        ("problem_type", "data_source", "data_type", "process", *CLIP_FIELDS)})
+    fields = ("problem_type", "data_source", "data_type", "process", *CLIP_FIELDS)
+    yield draft(row["path"], row["problem"], answer, option_texts(row.get("options") or []),
+                **{field: row.get(field) for field in fields})
 
 
 CSV_OPTION = re.compile("option.*|[a-z]")  # the column of an option: option_a, or A
@@ -1680,7 +1676,7 @@ def from_csv(row, path):
                          "image, question and answer, separated by commas")
     # Cells beyond the heading are a list, which has no strip: a comma without quotes costs its row
     row = {name: (cell or "").strip() for name, cell in row.items()}
-    options = texts_by_letter({name: row[name] for name in row if CSV_OPTION.fullmatch(name)})
+    options = option_texts({name: row[name] for name in row if CSV_OPTION.fullmatch(name)})
     types = ("multiple choice", "numerical", "free-form")
     yield draft(row.get("video") or row.get("image"), row["question"], row["answer"], options,
                 data_type="video" if row.get("video") else "image",
@@ -1852,7 +1848,7 @@ def from_mmvu(row, path):
     videos/Chemistry/0.mp4 and so on."""
     if row["question_type"] == "multiple-choice":
         video = "videos/" + row["video"].split("/videos/")[1]
-        yield draft(video, row["question"], row["answer"], texts_by_letter(row["choices"]),
+        yield draft(video, row["question"], row["answer"], option_texts(row["choices"]),
                     problem_id=row["id"],
                     groups=subject_groups(video, benchmark_facts()["mmvu"]["subjects"]))
 

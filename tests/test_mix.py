@@ -16,7 +16,7 @@ import build_data
 import rewards
 from build_data import (FIGURE_2, Dropped, InputError, draft, figure_rows, load_records,
                         make_record, option_texts, read_recipe, release_rows, shuffle_options,
-                        split_options, spread, texts_by_letter, wanted_type)
+                        split_options, spread, wanted_type)
 from conftest import ROOT, cells, run
 
 ALL_TYPES = ["multiple choice", "numerical", "OCR", "free-form", "regression"]
@@ -354,7 +354,7 @@ def test_letters_are_taken_off_options_where_all_have_theirs(options, texts):
     ({"A": "A. x", "B": "B. y"}, ["x", "y"]), ({"A": "x", "B": "y", "C": None}, ["x", "y"]),
     ({"option_a": "x", "option_b": "y"}, ["x", "y"]), ({}, [])])
 def test_options_by_letter_are_sorted_and_those_that_a_question_lacks_left_out(options, texts):
-    assert texts_by_letter(options) == texts
+    assert option_texts(options) == texts
 
 
 @pytest.mark.parametrize("options", ["A. x\nB. y", ["x", None], [["x"], ["y"]], [{"A": "x"}],
