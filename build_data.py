@@ -2157,12 +2157,12 @@ def benchmark_media(files, media_root, root):
 def candidates_of(entry, root, is_excluded, seen, counts):
     """Yields the records of an entry's files, each question once. Counts rows, and dropped
     questions by reason, in `counts`. seen: keys of questions that earlier entries have drawn."""
-    convert = CONVERTERS[entry["format"]]
+    converter = CONVERTERS[entry["format"]]
     for path in sorted(Path(root).glob(entry["annotation"])):
         for row in tqdm(release_rows(path), desc=entry["source"], unit=" rows", leave=False):
             counts["rows"] += 1
             try:
-                drafts = list(convert(row, path))
+                drafts = list(converter(row, path))
             except MALFORMED:
                 counts["malformed row"] += 1
                 continue
@@ -2288,7 +2288,7 @@ def check_clip(args, record):
 
 def check(args):
     """Decodes every image and video of a file of records, as training will. Writes the records that
-    can be used and whose solution an answer can match. The same command resumes."""
+    decode and that an answer can match. If interrupted, the same command resumes."""
     records = load_records(args.data, args.media_root)
     out = args.out or f"{os.path.splitext(args.data)[0]}_clean.json"
     stem = out.removesuffix(".json")
@@ -2400,7 +2400,7 @@ def parse_args(argv=None):
     add = command(convert, "convert", "a benchmark's own release as records for evaluate.py")
     add("name", choices=CONVERTERS, metavar="NAME", help=", ".join(CONVERTERS))
     add("path", metavar="PATH", help="the release's folder, or the file of its questions; the "
-        "function of NAME in CONVERTERS says where its media go")
+        "function of NAME in CONVERTERS shows where its media go")
     add("--out", required=True, help="file of records to write")
     add("--media_root", help="the release's folder or one above it, to which the records' paths "
         "are relative; default: the release's folder")
@@ -2413,7 +2413,7 @@ def parse_args(argv=None):
     add("--val_share", type=at_least(0, float, below=1), default=0.0,
         help="share of files held out, in <out>_val.json")
     add("--per_medium", type=above(0, int), default=20, help="most questions on one file")
-    add("--exclude", nargs="*", default=[], help="evaluation files whose media must not be used")
+    add("--exclude", nargs="*", default=[], help="evaluation files: their media must not be used")
     add("--exclude_root", help="folder of their media; default: each file's own")
     add("--skip_missing", action="store_true", help="skip entries that have no annotation files")
     add("--seed", type=at_least(0, int), default=0, help="seed of every random draw")
