@@ -1966,7 +1966,7 @@ MEASURE = re.compile(r"(?<![\w.])(\d+(?:\.\d+)?) ?(m|cm|mm|km|ft|meters?|metres?
                      r"centimetres?|millimeters?|kilometers?|feet|foot|inch(?:es)?)\b")
 VIDEO_SUFFIXES = {".mp4", ".webm", ".avi", ".mkv", ".mov", ".m4v"}
 KEPT_FIELDS = ("process", *CLIP_FIELDS, "groups", "pair")  # a record has them if its draft has
-# The types of `convert`, in the order in which wanted_type tries them
+# The types of `convert`: a text without options is numerical or else free-form
 CONVERTED_TYPES = ("multiple choice", "numerical", "free-form", "regression", "OCR")
 
 
@@ -2032,17 +2032,18 @@ def convert(args):
     """Writes all questions of a benchmark's own release as records, or raises InputError."""
     path, facts = Path(args.path), benchmark_facts().get(args.name, {})
     title, patterns = facts.get("title", args.name), facts.get("files", ["known file"])
-    depth = next((pattern.count("/") for pattern in patterns if path.match(pattern)), 0)
-    release = path if path.is_dir() else Path(os.path.abspath(path)).parents[depth]
-    root, files, records = args.media_root or release, [path], []
     if path.is_dir():
-        out = Path(args.out).resolve()  # an earlier one may be in the release's folder
-        found = ([file for file in path.glob(pattern) if file.resolve() != out]
-                 for pattern in patterns)
-        files = sorted(next(filter(None, found), ()))
+        release, out = path, Path(args.out).resolve()  # an earlier --out may be in that folder
+        matches = ([file for file in path.glob(pattern) if file.resolve() != out]
+                   for pattern in patterns)
+        files = sorted(next(filter(None, matches), ()))
+    else:
+        depth = next((pattern.count("/") for pattern in patterns if path.match(pattern)), 0)
+        release, files = Path(os.path.abspath(path)).parents[depth], [path]
     if not files:
         raise InputError(f"{path} has no {' or '.join(patterns)} of {title}: give the file of its "
                          "questions")
+    root, records = args.media_root or release, []
     media = os.path.relpath(release, root)
     if media.startswith(".."):
         raise InputError(f"--media_root {root} is not above {release}: give that folder or one "
