@@ -1604,7 +1604,7 @@ LINE_MARK = re.compile(rf"^[ \t*•-]*{LETTER}{AFTER_LETTER}[*]*\s*", re.MULTILI
 INLINE_MARK = re.compile(rf"(?<![^\s:：;；,，?？。]){LETTER}{AFTER_LETTER}\s*")
 # How an option ends if another follows in its line: "A: a cat, B: a dog or C: a hat"
 SEPARATOR = re.compile(r"[,，;；、](?:\s*(?:and|or))?$|\s(?:and|or)$")
-AROUND = re.compile(r"(?i)^question:|(?:options|choices|选项)\s*[:：]$")  # before and after it
+AROUND = re.compile(r"(?i)^question:|(?:options|choices|选项)\s*[:：]$")  # before, after a question
 
 
 def draft(file, problem, answer, options=(), **fields):
