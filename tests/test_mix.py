@@ -99,12 +99,12 @@ def test_the_paper_s_recipe_says_what_is_missing_below_the_folder_of_the_records
 @pytest.mark.parametrize("change, words", [
     ({"count": "5"}, "count must be of type int, not '5'"),
     ({"count": -1}, "count must be at least 0, not -1"),
-    ({"format": "x"}, "format must be one of"),
-    ({"problem_type": ["mc"]}, "problem_type must be one or more of"),
-    ({"problem_type": []}, "problem_type must be one or more of"),
+    ({"format": "x"}, f"format must be one of {list(build_data.CONVERTERS)}, not 'x'"),
+    ({"problem_type": ["mc"]}, f"must be one or more of {[*rewards.GRADERS]}, not ['mc']"),
+    ({"problem_type": []}, f"problem_type must be one or more of {[*rewards.GRADERS]}, not []"),
     ({"media": None}, "media must be of type str, not None"),
-    ({"annotation": ""}, "annotation must be a path below"),
-    ({"annotation": "/data/a.json"}, "annotation must be a path below")])
+    ({"annotation": ""}, "annotation must be a path below --media_root, not ''"),
+    ({"annotation": "/data/a.json"}, "a path below --media_root, not '/data/a.json'")])
 def test_a_wrong_recipe_names_entry_and_key(tmp_path, change, words):
     write(tmp_path / "recipe.json", [entry("llava", "a.json"), entry("llava", "a.json") | change])
     with pytest.raises(InputError) as error:
