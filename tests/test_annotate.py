@@ -220,16 +220,6 @@ def test_a_request_has_a_total_time_however_slowly_its_reply_comes():
     assert time.monotonic() - started < 5
 
 
-def test_a_reply_without_end_and_a_text_too_long_are_malformed(monkeypatch):
-    monkeypatch.setattr(annotate, "LARGEST_REPLY", 2**17)
-    monkeypatch.setattr(annotate, "LONGEST_TEXT", 10)
-    with Server(lambda body, number: (200, {}, pieces("x" * 2**16, 0, 10**9))) as server:
-        with pytest.raises(ApiError, match="no whole reply: .* more than 131072 bytes"):
-            ask(server)
-    with Server(lambda body, number: reply("x" * (11 if number == 0 else 10))) as server:
-        assert ask(server) == [("x" * 10, 7, False)]
-
-
 @pytest.mark.parametrize("status", [301, 302, 307, 308])
 def test_a_redirect_is_named_and_not_followed(status):
     with Server(lambda body, number: reply("a")) as other:
@@ -247,18 +237,14 @@ def times_of_requests(answer, *more):
     return [after - before for before, after in zip(times, times[1:])]
 
 
-def test_retry_after_is_honoured_as_seconds_and_as_a_date_and_printed(capsys):
-    from email.utils import formatdate
-    waits = ["1", formatdate(time.time() + 3, usegmt=True)]
-    first, second = times_of_requests(lambda body, number: (
-        429, {"Retry-After": waits[number]}, "slow down") if number < 2 else reply("a"))
-    assert 1 <= first < 1.5 and 0 < second < 3
-    printed = capsys.readouterr().err
-    assert all(f"HTTP 429: slow down. It asks to wait (Retry-After: {wait})" in printed
-               for wait in waits)
+def test_retry_after_is_honoured_in_seconds_and_printed_once(capsys):
+    pauses = times_of_requests(lambda body, number: (
+        429, {"Retry-After": "1"}, "slow down") if number < 2 else reply("a"))
+    assert len(pauses) == 2 and all(1 <= pause < 1.5 for pause in pauses)
+    assert capsys.readouterr().err.count("HTTP 429: slow down (Retry-After: 1)") == 1
 
 
-@pytest.mark.parametrize("wait", ["601", "86400", "Wed, 21 Oct 2099 07:28:00 GMT"])
+@pytest.mark.parametrize("wait", ["601", "86400"])
 def test_a_retry_after_of_hours_ends_the_run_with_what_the_server_said(wait):
     with Server(lambda body, number: (429, {"Retry-After": wait}, "daily budget spent")) as server:
         with pytest.raises(InputError, match=f"HTTP 429: daily budget spent.*Retry-After: {wait}"):
@@ -267,18 +253,18 @@ def test_a_retry_after_of_hours_ends_the_run_with_what_the_server_said(wait):
 
 
 @pytest.mark.parametrize("text", ["", "soon", "-3", "nan", "9e9", "1.5", "9" * 5000,
-                                  "Wed, 21 Oct 99999 07:28:00 GMT"])
-def test_a_retry_after_that_is_neither_means_the_usual_pause(text):
+                                  "Wed, 21 Oct 2099 07:28:00 GMT"])
+def test_any_other_retry_after_means_the_usual_pause(text):
     pauses = times_of_requests(lambda body, number: (429, {"Retry-After": text}, "")
                                if number < 2 else reply("a"))
     assert len(pauses) == 2 and max(pauses) < 1
 
 
-def test_a_request_is_repeated_at_once_and_then_after_pauses_that_double(monkeypatch):
+def test_a_request_is_repeated_after_pauses_that_double(monkeypatch):
     monkeypatch.setattr(annotate, "FIRST_PAUSE", 0.2)
     first, second, third = times_of_requests(
         lambda body, number: (500, {}, "") if number < 3 else reply("a"), "--api_retries", "3")
-    assert first < 0.2 <= second and 0.4 <= third
+    assert 0.2 <= first < 0.5 and 0.4 <= second < 0.7 and 0.8 <= third
 
 
 def test_the_last_error_is_told_without_the_key():
