@@ -19,14 +19,12 @@ rejects a response for the first of these reasons:
     language      too few words of the thought are in the question's script (Latin, Han, ...)
     repetition    too many of the thought's 6-grams occurred before in it
 
-A record gets the most accurate response that passes. The filter cannot see whether a thought is
-true.
+A record gets the most accurate response that passes. Whether a thought is true is not checked.
 
---out is a file of records with `process`, the input of sft.py. Three files beside it begin with
-its name: `cot.rank<r>.jsonl` has every response, `cot.rejected.jsonl` the responses to records
-that got none, with the reasons, and `cot.report.md` the counts. The same command resumes, on any
-number of ranks: it generates only the responses that are missing or failed. With other thresholds
-it filters the same responses again.
+--out has the annotated records, with `process`, as sft.py reads them. Beside cot.json stand
+`cot.rank<r>.jsonl` with all responses, `cot.rejected.jsonl` with those to records that no response
+passed for, and the reasons, and `cot.report.md` with the counts. The same command resumes, on any
+number of ranks. It generates what is missing or failed; with other thresholds it filters again.
 
 Shapes: B records of a batch, n responses to each, L tokens, T frames, C channels, H x W pixels.
 """
@@ -41,7 +39,6 @@ import random
 import re
 import signal
 import sys
-import threading
 import time
 import unicodedata
 from collections import Counter
@@ -105,7 +102,7 @@ def parse_args(argv=None):
         help="responses to each record, of which the best is kept")
     add_generation_flags(add, temperature=1.0, top_p=0.95, max_new_tokens=768)
     # the filter
-    add("--min_accuracy", type=float, default=0.6, help="accuracy reward to exceed")
+    add("--min_accuracy", type=float, default=0.6, help="a kept accuracy reward is above this")
     add("--min_think", type=int, default=40, help="fewest characters of a thought")
     add("--max_think", type=int, default=6000, help="most characters of a thought")
     add("--min_language", type=float, default=0.7,
@@ -165,8 +162,9 @@ def repetition(text):
 
 
 def count_scripts(text):
-    """Counts the words of a text, without quotations, by the script of their first letter. Each
-    Han or kana character is a word. Han, kana and Hangul count as one script.
+    """Counts a text's words outside quotations by the script of their first letter.
+
+    Each Han or kana character is a word. Han, kana and Hangul are counted as one script.
 
     >>> count_scripts("求 sin(AB): 小狗 'or' dog")
     Counter({'CJK': 3, 'LATIN': 3})
@@ -178,10 +176,9 @@ def count_scripts(text):
 
 
 def language_share(thought, problem):
-    """Returns the share of a thought's words that are in the problem's script.
+    """Returns the share of a thought's words that are in the problem's most frequent script.
 
-    That is the most frequent script of the problem. Latin and Greek letters also stand in
-    formulas, so these two count only if there is no other.
+    Latin and Greek letters also stand in formulas: these two count only if there is no other.
 
     >>> language_share("这是 my dog", "What is it?"), language_share("两只狗", "求 sin x")
     (0.5, 1.0)
@@ -242,8 +239,8 @@ def row_of(sample, responses, seconds):
 def write_result(records, rows, args):
     """Writes --out, the rejected responses and the report, and returns the report."""
     kept, rejected, reasons = [], [], Counter()
-    rows = [rows[str(record["problem_id"])] for record in records]  # a run with a higher --limit
-    for record, row in zip(records, rows):                          # left more rows
+    rows = [rows[str(record["problem_id"])] for record in records]  # without those beyond --limit
+    for record, row in zip(records, rows):
         annotated, judged = choose(record, row, args)
         reasons.update(reason or "passed" for reason, _ in judged)
         if annotated:
@@ -323,7 +320,7 @@ def request_keys(text):
 
 # ------------------------------------------------------------------- rows, which survive a kill
 
-LONGEST_WAIT = timedelta(days=7)  # of the first rank that has finished, for the last one
+LONGEST_WAIT = timedelta(days=7)  # from the end of the first rank to that of the last
 PR_SET_PDEATHSIG = 1  # of Linux's sys/prctl.h
 
 
@@ -344,8 +341,8 @@ class Generator:
 def prepare(processor, args, record, change=None):
     """Returns a record's sample, or its skip row if the file cannot be used.
 
-    A sample is {"record", "size", "inputs" or "messages"}: model inputs, or without a processor the
-    messages for a server. size: [T, H, W] of its pixels. change(vision): applied to them before.
+    A sample is {"record", "size", "inputs" or "messages"}: the size [T, H, W] of its pixels, and
+    model inputs, or without a processor a server's messages. change(vision) replaces the pixels.
     """
     try:
         vision = load_vision_of(record, args, processor)
@@ -364,13 +361,14 @@ def collect_responses(generator, output, stem, records, configuration, prepare, 
     """Generates the responses that are missing, each rank its share, and returns the rows of all
     ranks and earlier runs, {problem_id as text: row}.
 
-    prepare(record) returns a sample, or a skip row; it runs in worker processes.
-    row_of(sample, its responses, seconds) returns the row. Records that failed before come last.
+    prepare(record) runs in worker processes and returns a sample or a skip row.
+    row_of(sample, its responses, seconds) returns the row to write.
     """
     args, world = generator.args, dist.get_world_size()
     rows = read_rows(output, stem, configuration)
     missing = [record for record in records
                if "output" not in rows.get(str(record["problem_id"]), {})]
+    # what failed before comes last: first in line, it could end the run, see MOST_FAILURES
     missing.sort(key=lambda record: str(record["problem_id"]) in rows)
     dist.barrier(generator.ranks)  # all ranks have read the rows before one of them adds more
     if missing:
@@ -389,8 +387,8 @@ def collect_responses(generator, output, stem, records, configuration, prepare, 
 
 
 def die_with_parent(_):
-    """Makes the kernel kill a data worker when the main process dies. PyTorch's own check does not
-    help here: the worker blocks on a full pipe until its pictures are read."""
+    """Makes the kernel kill a data worker if the main process is killed. Otherwise the worker would
+    stay forever: it waits until its pictures are read from a full pipe."""
     ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
 
 
@@ -407,8 +405,7 @@ def refuse_repeated_ids(path, records):
     """Raises InputError if two records have the same problem_id, which is the key of a row."""
     problem_id, count = Counter(str(r["problem_id"]) for r in records).most_common(1)[0]
     if count > 1:
-        raise InputError(f"{path}: {count} records have the problem_id {problem_id}; give each "
-                         "its own")
+        raise InputError(f"{path}: {count} records have the problem_id {problem_id}: number them")
 
 
 def read_rows(output, stem, configuration):
@@ -430,7 +427,7 @@ def read_rows(output, stem, configuration):
 
 
 def configuration_of(generator, *more):
-    """Returns all settings that change the responses. more: further flags among them."""
+    """Returns all settings that change the responses. more: names of further flags."""
     args = generator.args
     flags = ("model", *SAMPLING_FLAGS, "temperature", "top_p", "max_new_tokens", "seed", *more)
     engine = {"engine": "api", "api_body": args.api_body} if args.api_base else {
@@ -447,8 +444,8 @@ JPEG_QUALITY = 95  # of frames sent to a server; Pillow's highest sensible value
 
 
 def api_messages(record, vision: Vision) -> list[dict]:
-    """Returns the messages of build_messages in OpenAI's protocol. An image is sent as PNG, a
-    video as its sampled frames in JPEG, which the server takes as pictures without timing."""
+    """Returns build_messages in OpenAI's protocol. An image is sent as PNG, a video as its sampled
+    frames in JPEG, which the server treats as pictures without timing."""
     *_, text = build_messages(record)[0]["content"]
     if vision.frames is None:
         urls = [data_url("image/png", vision.image)]
@@ -488,10 +485,10 @@ class ApiError(RuntimeError):
 
 
 class Refused(ApiError):
-    """The server refused this request, or broke off its response. Others may succeed."""
+    """The server refused this request, or broke off its response. Others can succeed."""
 
 
-def request_responses(session, args, messages, seed):
+def request_responses(args, messages, seed):
     """Returns args.samples responses of a server, [(text, tokens, truncated), ...].
 
     Raises ApiError if the last retry fails, Refused if a retry cannot help, and InputError if no
@@ -504,7 +501,7 @@ def request_responses(session, args, messages, seed):
                 "temperature": args.temperature, "top_p": args.top_p,
                 "max_tokens": args.max_new_tokens, "seed": seed + len(responses)}
         body |= args.api_body or {}
-        status, header, text = send(session, args, url, {
+        status, header, text = send(args, url, {
             name: value for name, value in body.items() if value is not None})
         reason, failure = f"HTTP {status}" if status else "no whole reply", ApiError
         try:
@@ -535,20 +532,20 @@ def request_responses(session, args, messages, seed):
     return responses[:args.samples]
 
 
-def send(session, args, url, body):
-    """Sends one request and returns (status, Retry-After, text) of the reply, with the key removed.
-    If no whole reply comes within --api_timeout, the status is 0 and the text is the reason."""
+def send(args, url, body):
+    """Sends a request and returns (status, Retry-After, text) of the reply. The key is removed from
+    the text. If no whole reply comes within --api_timeout, the status is 0, the text the reason."""
     deadline = time.monotonic() + args.api_timeout
     key = os.environ.get(KEY_VARIABLE, "").strip()
-    if not (key.isascii() and key.isprintable()):  # requests would quote it in an error
+    if not (key.isascii() and key.isprintable()):  # an error of requests would show it
         raise InputError(f"{KEY_VARIABLE} holds characters that no key has: set it again")
 
-    def add_key(request):  # as `auth`: a header would give way to ~/.netrc
+    def add_key(request):  # passed as `auth`, because ~/.netrc would replace a plain header
         request.headers.update({"Authorization": f"Bearer {key}"} if key else {})
         return request
     try:  # a redirect is not followed: it would send the pictures and the key elsewhere
-        with session.post(url, json=body, auth=add_key, stream=True, allow_redirects=False,
-                          timeout=(CONNECT_TIMEOUT, args.api_timeout)) as reply:
+        with requests.post(url, json=body, auth=add_key, stream=True, allow_redirects=False,
+                           timeout=(CONNECT_TIMEOUT, args.api_timeout)) as reply:
             status, header = reply.status_code, reply.headers.get("Retry-After", "")
             text = reply.headers["Location"] if reply.is_redirect else read_text(reply, deadline)
     except (requests.RequestException, HTTPError, ValueError) as error:
@@ -568,7 +565,7 @@ def read_text(reply, deadline):
 
 @lru_cache(maxsize=100)
 def print_once(text):
-    """Prints a text once, however many requests give it."""
+    """Prints a text only once, because many requests give the same."""
     tqdm.write(text, file=sys.stderr)
 
 
@@ -576,8 +573,8 @@ def read_choices(reply):
     """Returns the responses in a server's reply, [(text, tokens, truncated), ...]. Raises Refused
     if one was broken off, and one of MALFORMED_REPLY if the reply cannot be read.
 
-    Some servers take the thought out of the text: it is put back. A reply has only the sum of its
-    responses' tokens: each gets the mean, or None if the sum is absent.
+    If the server has taken the thought out of the text, it is put back. A reply has only the sum of
+    its responses' tokens: each gets the mean, or None if there is no sum.
 
     >>> read_choices({"choices": [{"message": {"content": "Hi", "reasoning_content": "A guest."},
     ...                            "finish_reason": "stop"}], "usage": {"completion_tokens": 9}})
@@ -592,34 +589,32 @@ def read_choices(reply):
         text, cut = message.get("content"), finish in CUT_OFF
         thought = message.get("reasoning_content") or message.get("reasoning")
         if thought and "<think>" not in (text or ""):
-            text = "<think>" + thought + ("</think>\n" + text if text else "")  # or cut off in it
+            text = "<think>" + thought + ("</think>\n" + text if text else "")
+        # a server that gives no finish_reason has ended if it gives a text
         ended = finish in ENDED and text is not None if finish else text
         if not ended and not cut:
             raise Refused(f"finish_reason {finish!r} is no answer")
         text = text or ""
-        if UNUSABLE.search(text):  # raises TypeError if it is no text
-            raise ValueError("a response has half a character")
+        if UNUSABLE.search(text):  # a TypeError if it is no text
+            raise ValueError("a response has a character that no text has")
         responses.append((text, tokens and round(tokens / len(choices)), cut))
     return responses
 
 
 def generate_on_server(args, samples, row_of, write, answered=False):
-    """Generates responses to samples, args.concurrency requests at a time, and writes their rows,
-    or skip rows for those that fail.
+    """Generates responses to samples, args.concurrency requests at a time, and writes their rows.
+    A request that fails gets a skip row.
 
     Raises InputError if MOST_FAILURES requests in a row fail. If the server has `answered` others,
-    a Refused request is not counted: the request is at fault, not the server.
+    Refused ones do not count: those requests are at fault, not the server.
     """
-    running, failed, own = set(), 0, threading.local()
+    running, failed = set(), 0
 
-    def open_session():  # for each thread: requests does not promise that they may share one
-        own.session = requests.Session()
-
-    def work(sample):  # in a thread; the row is written at once, before a kill can lose it
+    def work(sample):  # in a thread, which writes its row before a kill can lose it
         record, started = sample["record"], time.perf_counter()
         try:
-            responses = request_responses(own.session, args, sample["messages"],
-                                          record_seed(args.seed, record))
+            seed = record_seed(args.seed, record)
+            responses = request_responses(args, sample["messages"], seed)
         except ApiError as error:
             write([skip_row(record, error)])
             return error
@@ -636,7 +631,7 @@ def generate_on_server(args, samples, row_of, write, answered=False):
                 raise InputError(f"{failed} requests in a row failed, the last: {error} "
                                  "(--api_body changes what a request holds)")
 
-    pool = ThreadPoolExecutor(args.concurrency, initializer=open_session)
+    pool = ThreadPoolExecutor(args.concurrency)
     try:
         for sample in samples:
             if len(running) == args.concurrency:
@@ -651,7 +646,7 @@ def generate_on_server(args, samples, row_of, write, answered=False):
 # ------------------------------------------------------------------- a model on this machine
 
 def cut_at_end(ids, end_ids):
-    """Returns a response up to its first end token, that included, and whether it has none.
+    """Returns (the response up to and with its first end token, whether it has none).
 
     >>> cut_at_end([5, 6, 2, 0, 0], {2, 0}), cut_at_end([5, 6], {2, 0})
     (([5, 6, 2], False), ([5, 6], True))
@@ -662,7 +657,7 @@ def cut_at_end(ids, end_ids):
 
 @torch.inference_mode()
 def respond(model, tokenizer, samples, seed):
-    """Returns, for each of B samples, its n responses [(text, tokens, truncated), ...]."""
+    """Returns the n responses [(text, tokens, truncated), ...] to each of B samples."""
     config = model.generation_config
     # generate draws from torch's own generator, seeded for each batch by its first record
     torch.manual_seed(record_seed(seed, samples[0]["record"]))
@@ -691,8 +686,8 @@ def precision():
 
 
 def load_answering_model(args, tokenizer, device):
-    """Returns the model, set to generate as the flags say. Its own sampling defaults, such as the
-    repetition penalty of Qwen2.5-VL's release, are dropped."""
+    """Returns the model, which generates as the flags say. Its own sampling defaults, such as the
+    repetition penalty of Qwen2.5-VL's release, are not used."""
     from transformers import GenerationConfig
     model = load_model(args, {"bf16": {"enabled": precision() == torch.bfloat16}})
     sampling = {"do_sample": True, "temperature": args.temperature, "top_p": args.top_p, "top_k": 0}

@@ -111,7 +111,7 @@ def parse_args(argv=None):
 
 
 def named_file(text):
-    """Returns a flag's NAME=FILE."""
+    """Returns a flag's NAME=FILE, or refuses it."""
     if not re.fullmatch(r"[\w.-]+=.+", text):
         raise argparse.ArgumentTypeError(
             f"{text} is not NAME=FILE with a name of letters, digits, '_', '.' and '-'")
@@ -123,8 +123,8 @@ def named_file(text):
 class Overall(NamedTuple):
     """Defines one number for a benchmark: a mean over rows, groups or pairs."""
     metric: str  # the field to average; of a row without it, the accuracy reward
-    by: str = ""  # kind of group: the mean within each group, then over groups; "": over rows
-    pairs: tuple[str, ...] = ()  # tasks: over pairs, right if all their questions of these are
+    by: str = ""  # a kind of group: the mean over the groups' means, not over rows
+    pairs: tuple[str, ...] = ()  # tasks: a pair is right if all its questions of these tasks are
 
     def score(self, row):
         return row.get(self.metric, row["accuracy"])
@@ -178,7 +178,7 @@ def released_groups(name, row):
 MRA_PERCENT = range(50, 100, 5)  # VSI-Bench's theta, .50, .55, ..., .95, in exact integers
 RESAMPLES = 1000  # of the bootstrap
 INTERVAL = (2.5, 97.5)  # percentiles that enclose 95 % of the resampled means
-LEVELS = re.compile("_(easy|medium|hard)$")  # VSI-Bench makes one task of these first
+LEVELS = re.compile("_(easy|medium|hard)$")  # VSI-Bench averages these into one task
 METRICS = {  # factor in printed tables (100: percent); 0: only in the result file
     "score": 100, "accuracy": 100, "correct": 0, "mra": 100, "mra_released": 0, "format": 100,
     "truncated": 100, "tokens": 1, "reflections": 1, "drop": 100}
@@ -274,8 +274,7 @@ def bootstrap_mean(values, files, seed, cells=None):
 
 
 def grade(records, rows, threshold):
-    """Returns the graded rows of records. rows: {problem_id as text: row}; those without an output
-    are left out."""
+    """Returns graded rows of the records with an output in `rows`, {problem_id as text: row}."""
     keys = ("problem_id", "data_source", "problem_type", "path", "problem", "options", "solution",
             "groups", "pair", "output", "tokens", "truncated", "size", "prompt_tokens")
     graded = []
@@ -327,8 +326,7 @@ def with_score(rows, overall, ordered):
 
 
 def measure(rows, metrics, seed, by=""):
-    """Returns {metric: {"mean", "low", "high", "n"}} over the rows that have it. by: as in
-    Overall."""
+    """Returns {metric: {"mean", "low", "high", "n"}} over rows that have it. by: see Overall."""
     found = {}
     for metric in metrics:
         if having := [row for row in rows if metric in row]:
@@ -546,9 +544,9 @@ def prompt_of(processor, args, order, record):
 
 # ------------------------------------------------------------- answers, and what a run leaves
 
-def row_of(sample, answers, seconds):
+def row_of(sample, responses, seconds):
     """Returns the row of a record's one response."""
-    (text, tokens, truncated), = answers
+    (text, tokens, truncated), = responses
     row = {"problem_id": sample["record"]["problem_id"], "output": text, "truncated": truncated,
            "seconds": seconds, "size": sample["size"]}
     if tokens is not None:  # some servers omit it
@@ -569,7 +567,7 @@ def plan(args, benchmarks, shared):
     for (name, records), frames in product(benchmarks.items(), dict.fromkeys(args.frames)):
         digest = hash_of([as_in_file(record) for record in records])
         configuration = shared | {"frames": frames, "records_sha256": digest}
-        for order in ORDERS:  # of every order, because results are compared
+        for order in ORDERS:  # also those not given, because results are compared
             read_rows(args.output, f"{name}_{frames}_{order}", configuration)
         tasks.append((name, records[:args.limit], configuration))
     return tasks

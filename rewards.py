@@ -312,9 +312,8 @@ def regression(predicted, truth):
     p, g = parse_number(predicted), parse_number(truth)
     if p is None or g is None:
         return 0.0
-    if g == 0:
-        return 1.0 if p == 0 else 0.0
-    return max(0.0, 1.0 - abs(p - g) / abs(g))
+    error = abs(p - g) / abs(g) if g else float(p != 0)
+    return max(0.0, 1.0 - error)
 
 
 # ---------------------------------------------------------------------------------- text
