@@ -547,20 +547,16 @@ def send(args, url, body):
         with requests.post(url, json=body, auth=add_key, stream=True, allow_redirects=False,
                            timeout=(CONNECT_TIMEOUT, args.api_timeout)) as reply:
             status, header = reply.status_code, reply.headers.get("Retry-After", "")
-            text = reply.headers["Location"] if reply.is_redirect else read_text(reply, deadline)
+            data = bytearray()
+            while part := reply.raw.read1(REPLY_PART, decode_content=True):  # what has arrived
+                data += part
+                if time.monotonic() > deadline:
+                    raise requests.Timeout("the reply was not complete within --api_timeout")
+            text = reply.headers["Location"] if reply.is_redirect else data.decode(
+                errors="strict" if status == 200 else "replace")
     except (requests.RequestException, HTTPError, ValueError) as error:
         status, header, text = 0, "", f"{type(error).__name__}: {error}"
     return status, header, text.replace(key, f"<{KEY_VARIABLE}>") if key else text
-
-
-def read_text(reply, deadline):
-    """Returns the text of a streamed reply, or raises Timeout after the deadline."""
-    data = bytearray()
-    while part := reply.raw.read1(REPLY_PART, decode_content=True):  # what has arrived so far
-        data += part
-        if time.monotonic() > deadline:
-            raise requests.Timeout("the reply was not complete within --api_timeout")
-    return data.decode(errors="strict" if reply.status_code == 200 else "replace")
 
 
 @lru_cache(maxsize=100)

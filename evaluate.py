@@ -31,10 +31,10 @@ Each has a 95 % interval by bootstrap over images and videos, because questions 
 Every score is printed with the number of records answered.
 
 --order changes the frames, to show what a score depends on. shuffled, reversed: on the order of
-frames. single_frame (the middle frame everywhere): on motion. blind (grey everywhere): on sight.
-The prompt's text, length and timing stay the same. (A video question of Vinoground joins two clips.
-Reversing swaps them, and its answer may stay right: use shuffled.) --judge has a large model
-decide which questions need temporal reasoning, and which responses use it (Figure 6).
+frames. single_frame (the middle frame everywhere): on motion. blind (grey everywhere): on pixels.
+The prompt's text, length and timing stay the same. A video question of Vinoground joins two clips:
+reversing swaps them, and the answer can stay right, so use shuffled. With --judge a large model
+decides which questions need temporal reasoning, and which responses use it (Figure 6).
 
 Each rank answers a share of the questions. A server (--api_base) gets pictures without timing, so
 its scores differ from those of the same model on this machine. All ranks write to one --output:
@@ -318,10 +318,10 @@ def score_pairs(rows, tasks):
 def with_score(rows, overall, ordered):
     """Returns rows with their score and, if `ordered` has the question, the drop from its score."""
     scored = [row | {"score": overall.score(row)} for row in rows]
-    there = {str(row["problem_id"]): row for row in ordered}
+    ordered_rows = {str(row["problem_id"]): row for row in ordered}
     for row in scored:
-        if before := there.get(str(row["problem_id"])):
-            row["drop"] = overall.score(before) - row["score"]
+        if same := ordered_rows.get(str(row["problem_id"])):
+            row["drop"] = overall.score(same) - row["score"]
     return scored
 
 
@@ -475,13 +475,12 @@ def difference(a, b):
              for key, value in b["configuration"].items() if a["configuration"].get(key) != value]
     # with b's rows in place of ordered ones, the "drop" of a's rows is b - a
     overalls = BENCHMARKS.get(a["benchmark"], RECORDS).overalls
-    scores, there = (score(rows, rows, a["arguments"]["seed"], overalls, new)
-                     for rows in (old, new))
-    groups, hidden = shown_groups(scores, a["benchmark"])
+    of_a, of_b = (score(rows, rows, a["arguments"]["seed"], overalls, new) for rows in (old, new))
+    groups, hidden = shown_groups(of_a, a["benchmark"])
     rows = [[a["benchmark"], "questions", f"A: {model_and_order(a)}", f"B: {model_and_order(b)}",
              "B - A"]]
-    rows += [[name, scores[group]["answered"], cell(scores[group].get("score")),
-              cell(there.get(group, {}).get("score")), cell(scores[group].get("drop"))]
+    rows += [[name, of_a[group]["answered"], cell(of_a[group].get("score")),
+              cell(of_b.get(group, {}).get("score")), cell(of_a[group].get("drop"))]
              for group, name in groups.items()]
     lines += markdown(rows).splitlines() + hidden
     lines += [f"{first['problem_id']}: {first['accuracy']:.2f} -> {second['accuracy']:.2f}, answer "
@@ -561,7 +560,7 @@ def hash_of(value):
 
 
 def plan(args, benchmarks, shared):
-    """Returns [(name, records, configuration), ...], one for each result but its order. Raises
+    """Returns [(name, records, configuration), ...] for each benchmark and number of frames. Raises
     InputError if --output has rows of another configuration."""
     tasks = []
     for (name, records), frames in product(benchmarks.items(), dict.fromkeys(args.frames)):
@@ -636,7 +635,7 @@ Reply with one word: yes or no."""
 
 
 def verdict(text):
-    """Returns whether the judge's reply, after its thought, is yes. None: neither yes nor no.
+    """Returns True if the judge's reply, after its thought, is yes, False if it is no, else None.
 
     >>> [verdict(text) for text in ("<think>no?</think>Yes.", "**no**", "It depends: yes and no")]
     [True, False, None]

@@ -154,7 +154,7 @@ VERDICT = re.compile(  # "B) is wrong", "B. Not sure", "B. No.", but "B. No doub
 
 
 def comparable(text):
-    """Returns a plain `text` without case, final full stops, and marks of index or thousands."""
+    """Returns a plain `text` without case, final full stops, "_" of an index, "," of thousands."""
     line = re.sub(r"_|(?<=\d),(?=\d{3}(?!\d))", "", text.replace("\n", " "))
     return line.casefold().rstrip(". ") or text
 
@@ -269,7 +269,7 @@ def parse_number(text):
     """Returns the finite number that `text` is, or None.
 
     The whole text must be one NUMBER. "50%" is 50 and "about 5" is 5. Only fractions and powers of
-    ten are evaluated. A comma, space or apostrophe groups thousands, because "3,14" can be a list.
+    ten are evaluated. A comma only groups thousands: "3,14" could be a list, so it is no number.
 
     >>> [parse_number(t) for t in ("−1,000.5", "$3", "42 km/h", "20 m²", "-1 1/2", "1.5×10^3")]
     [-1000.5, 3.0, 42.0, 20.0, -1.5, 1500.0]
@@ -324,7 +324,7 @@ WORD = regex.compile(  # letters and digits, each with its marks, such as Hindi'
     rf"[{CHARACTER}]\p{{M}}*|(?:(?![{CHARACTER}])[\p{{L}}\p{{N}}]\p{{M}}*)+")
 STEMMED = range(4, 65)  # lengths: from 4 as in rouge_score; nltk 3.8 recurses on a long "yyy"
 stem = lru_cache(maxsize=100_000)(PorterStemmer().stem)  # words: English with its misspellings
-# its input is stems joined by spaces, see `stems`
+# its texts are stems joined by spaces, see `stems`
 ROUGE = RougeScorer(["rouge1", "rouge2"], tokenizer=SimpleNamespace(tokenize=str.split))
 
 
@@ -345,7 +345,7 @@ def ocr(predicted, truth):
 def stems(text):
     """Returns the stemmed words of `text`. In ASCII text they are rouge_score's.
 
-    Its tokenizer keeps only [a-z0-9], so every answer in another script would score 0. Here letters
+    rouge_score keeps only [a-z0-9], so every answer in another script would score 0. Here letters
     of all scripts form words, and each Han or kana character is a word.
 
     >>> stems("Running dogs: 2 小狗")
@@ -397,15 +397,17 @@ def accuracy_reward(response, record):
     if not truth:
         raise ValueError(f"problem_id {problem_id}: solution {record['solution']!r} "
                          "has no <answer> block with a text in it")
-    answer = extract_answer(response)  # "" has grade 0 in every type
+    answer = extract_answer(response)
+    if not answer:
+        return 0.0
     if problem_type == "multiple choice":
         return multiple_choice(answer, truth, record.get("options"))
     return GRADERS[problem_type](answer, truth)
 
 
 def length_reward(correct, lengths, omega, l_min, l_max):
-    """Returns Eq. 5 for a group of G responses, a list of G floats: omega for a correct response of
-    l_min to l_max tokens, both included, otherwise 0.0. lengths: tokens, end token included.
+    """Returns Eq. 5 for the G responses of a group, a list of floats: omega for a correct response
+    of l_min to l_max tokens, both included, otherwise 0.0. lengths: tokens, end token included.
 
     >>> length_reward([True, True, False], [320, 513, 400], omega=0.2, l_min=320, l_max=512)
     [0.2, 0.0, 0.0]
