@@ -373,7 +373,9 @@ def collect_responses(generator, output, stem, records, configuration, prepare, 
     dist.barrier(generator.ranks)  # all ranks have read the rows before one of them adds more
     if missing:
         share = missing[generator.rank::world]
-        samples = DataLoader(share, batch_size=None, collate_fn=prepare,
+        # the next batch is decoded while this one is generated
+        ahead = -(-args.batch_size // args.num_workers) if args.num_workers else None
+        samples = DataLoader(share, batch_size=None, collate_fn=prepare, prefetch_factor=ahead,
                              num_workers=args.num_workers, worker_init_fn=die_with_parent)
         path = Path(output) / f"{stem}.rank{generator.rank}.jsonl"
         with row_writer(path, len(share), configuration, generator.rank != 0) as write:
