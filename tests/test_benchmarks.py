@@ -673,7 +673,7 @@ def test_a_release_is_answered_and_stands_in_the_paper_s_table(toy, mmvu, tmp_pa
     assert {"discipline: Science", "subject: Art"} <= set(result["scores"])
     row = result["rows"][0]
     assert row["reward"] == row["accuracy"] + row["format"] and row["size"] == [8, 28, 28]
-    assert row["prompt_tokens"] > 0 and len(result["configuration_sha256"]) == 64
+    assert row["prompt_tokens"] > 0
     printed = capsys.readouterr().out
     assert "mmvu: 6 questions; MMVU (mc) has 625" in printed
     lines = printed.splitlines()
