@@ -122,7 +122,7 @@ def reply(*texts, finish="stop"):
 class Server:
     """A real HTTP server on this machine. `answer(body, number)` returns what to send: a dict, or
     (status, headers, text), or a text; or pieces of a text, with pauses; or None, to hang up.
-    `requests` has the path, headers, body and client of each request."""
+    `requests` has the path, headers and body of each request."""
 
     def __init__(self, answer=None):
         outer, lock = self, threading.Lock()
@@ -135,8 +135,7 @@ class Server:
                 body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
                 with lock:
                     outer.requests.append(SimpleNamespace(
-                        path=self.path, headers=dict(self.headers), body=body,
-                        client=self.client_address))
+                        path=self.path, headers=dict(self.headers), body=body))
                     number = len(outer.requests) - 1
                 sent = outer.answer(body, number)
                 status, headers, text = sent if isinstance(sent, tuple) else (200, {}, sent)

@@ -6,13 +6,11 @@ import subprocess
 import sys
 import threading
 import time
-from email.utils import formatdate
 from time import sleep
 
 import numpy as np
 import psutil
 import pytest
-import requests
 from PIL import Image
 
 import annotate
@@ -46,9 +44,8 @@ HI = [{"role": "user", "content": "Hi"}]
 
 
 def ask(server, n=1, *more):
-    with requests.Session() as session:
-        args = flags(server, "--samples", str(n), *more)
-        return annotate.request_responses(session, args, HI, seed=5)
+    args = flags(server, "--samples", str(n), *more)
+    return annotate.request_responses(args, HI, seed=5)
 
 
 # ----------------------------------------------------------------------------- the server
@@ -150,16 +147,6 @@ def test_a_request_has_a_total_time_however_slowly_its_reply_comes():
     assert time.monotonic() - started < 4
 
 
-def test_a_reply_without_end_and_a_text_too_long_are_malformed(monkeypatch):
-    monkeypatch.setattr(annotate, "LARGEST_REPLY", 2**17)
-    monkeypatch.setattr(annotate, "LONGEST_TEXT", 10)
-    with Server(lambda body, number: (200, {}, pieces("x" * 2**16, 0, 10**9))) as server:
-        with pytest.raises(ApiError, match="no whole reply: .* more than 131072 bytes"):
-            ask(server)
-    with Server(lambda body, number: reply("x" * (11 if number == 0 else 10))) as server:
-        assert ask(server) == [("x" * 10, 7, False)]
-
-
 @pytest.mark.parametrize("status", [301, 302, 307, 308, 401, 402, 403, 404])
 def test_a_redirect_or_a_wrong_key_ends_the_run_and_a_redirect_is_not_followed(status):
     with Server(lambda body, number: reply("a")) as other:
@@ -171,18 +158,15 @@ def test_a_redirect_or_a_wrong_key_ends_the_run_and_a_redirect_is_not_followed(s
         assert len(server.requests) == 1 and other.requests == []
 
 
-def test_retry_after_is_honoured_as_seconds_and_as_a_date_and_printed(pauses, capsys):
-    waits = ["1", formatdate(time.time() + 30, usegmt=True)]
-    with Server(lambda body, number: (429, {"Retry-After": waits[number]}, "slow down")
+def test_retry_after_is_honoured_in_seconds_and_printed_once(pauses, capsys):
+    with Server(lambda body, number: (429, {"Retry-After": "30"}, "slow down")
                 if number < 2 else reply("a")) as server:
         ask(server)
-    assert pauses[0] == 1 and 20 < pauses[1] <= 30
-    printed = capsys.readouterr().err
-    assert all(f"HTTP 429: slow down. It asks to wait (Retry-After: {wait})" in printed
-               for wait in waits)
+    assert len(pauses) == 2 and all(30 <= pause <= 31 for pause in pauses)
+    assert capsys.readouterr().err.count("HTTP 429: slow down (Retry-After: 30)") == 1
 
 
-@pytest.mark.parametrize("wait", ["601", "86400", "Wed, 21 Oct 2099 07:28:00 GMT"])
+@pytest.mark.parametrize("wait", ["601", "86400"])
 def test_a_retry_after_of_hours_ends_the_run_with_what_the_server_said(wait):
     with Server(lambda body, number: (429, {"Retry-After": wait}, "daily budget spent")) as server:
         with pytest.raises(InputError, match=f"HTTP 429: daily budget spent.*Retry-After: {wait}"):
@@ -191,14 +175,13 @@ def test_a_retry_after_of_hours_ends_the_run_with_what_the_server_said(wait):
 
 
 @pytest.mark.parametrize("text", ["", "soon", "-3", "nan", "9e9", "1.5", "9" * 5000,
-                                  "Wed, 21 Oct 99999 07:28:00 GMT"])
-def test_a_retry_is_at_once_and_then_after_pauses_that_double_whatever_no_retry_after_says(
-        pauses, text):
+                                  "Wed, 21 Oct 2099 07:28:00 GMT"])
+def test_a_request_is_repeated_after_pauses_that_double_whatever_no_retry_after_says(pauses, text):
     with Server(lambda body, number: (429, {"Retry-After": text}, "")
                 if number < 3 else reply("a")) as server:
         ask(server, 1, "--api_retries", "3")
-    first, second = pauses  # each up to a second longer
-    assert 1 <= first <= 2 <= second <= 3
+    assert len(pauses) == 3  # each is up to a second longer
+    assert all(usual <= pause <= usual + 1 for usual, pause in zip((1, 2, 4), pauses))
 
 
 @pytest.mark.parametrize("before", ["your key ", "x" * (annotate.ERROR_SHOWN - 20)])  # cut in it
@@ -249,16 +232,21 @@ def test_a_server_that_is_not_there_is_a_clear_error():
         ask(server)
 
 
-def test_four_requests_at_a_time_need_four_connections_in_all():
+def test_at_most_four_requests_run_at_a_time_and_each_has_its_own_seed():
+    running, most = [], []
+
     def answer(body, number):
+        running.append(number)
+        most.append(len(running))
         sleep(0.02)
+        running.remove(number)
         return reply("a")
     samples = [{"record": {"problem_id": i, "path": ""}, "messages": HI} for i in range(20)]
     rows = []
     with Server(answer) as server:
         annotate.generate_on_server(flags(server, "--concurrency", "4"), samples, annotate.row_of,
                                     rows.extend)
-        assert len({sent.client for sent in server.requests}) == 4
+        assert len(server.requests) == 20 and max(most) == 4
         assert len({sent.body["seed"] for sent in server.requests}) == 20
     assert sorted(row["problem_id"] for row in rows) == list(range(20))
 

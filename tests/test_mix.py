@@ -12,7 +12,7 @@ import build_data
 import rewards
 from build_data import (FIGURE_2, Dropped, InputError, draft, figure_rows, load_records,
                         make_record, option_texts, read_recipe, release_rows, shuffle_options,
-                        split_options, spread, texts_by_letter, wanted_type)
+                        split_options, spread, wanted_type)
 from conftest import ROOT, cells
 
 ALL_TYPES = ["multiple choice", "numerical", "OCR", "free-form", "regression"]
@@ -88,15 +88,16 @@ GOOD = entry("llava", "a.json")
 
 @pytest.mark.parametrize("recipe, words", [
     ("{", "cannot read .*recipe.json"), ("7", "cannot read .*recipe.json"),
-    (["llava"], "entry 0 .*: not a JSON object but str"),
+    (["llava"], "entry 0 .*: it must be a JSON object, not a str"),
     *(([GOOD, GOOD | change], r"entry 1 \(S\).*" + words) for change, words in (
-        ({"count": "5"}, "count must be a int, not '5'"), ({"count": -1}, "count -1 is negative"),
-        ({"format": "x"}, "format 'x' is none of"),
-        ({"problem_type": ["mc"]}, r"problem_type \['mc'\] must be one or more of"),
-        ({"problem_type": []}, r"problem_type \[\] must be one or more of"),
-        ({"media": None}, "media must be a str, not None"),
-        ({"annotation": ""}, "annotation '' must be a path below"),
-        ({"annotation": "/data/a.json"}, "annotation '/data/a.json' must be a path below")))])
+        ({"count": "5"}, "count must be of type int, not '5'"),
+        ({"count": -1}, "count must be at least 0, not -1"),
+        ({"format": "x"}, "format must be one of .*'video_r1'.*, not 'x'"),
+        ({"problem_type": ["mc"]}, r"must be one or more of .*'OCR'.*, not \['mc'\]"),
+        ({"problem_type": []}, r"problem_type must be one or more of .*, not \[\]"),
+        ({"media": None}, "media must be of type str, not None"),
+        ({"annotation": ""}, "annotation must be a path below --media_root, not ''"),
+        ({"annotation": "/data/a.json"}, "a path below --media_root, not '/data/a.json'")))])
 def test_a_wrong_recipe_names_file_or_entry_and_key(tmp_path, recipe, words):
     write(tmp_path / "recipe.json", recipe)
     with pytest.raises(InputError, match=words):
@@ -244,7 +245,7 @@ def test_letters_are_taken_off_options_where_all_have_theirs(options, texts):
     ({"A": "A. x", "B": "B. y"}, ["x", "y"]), ({"A": "x", "B": "y", "C": None}, ["x", "y"]),
     ({"option_a": "x", "option_b": "y"}, ["x", "y"]), ({}, [])])
 def test_options_by_letter_are_sorted_and_those_that_a_question_lacks_left_out(options, texts):
-    assert texts_by_letter(options) == texts
+    assert option_texts(options) == texts
 
 
 def test_a_table_of_one_s_own_becomes_records_by_the_recipe_for_it(tmp_path):
@@ -268,7 +269,7 @@ def test_a_table_of_one_s_own_becomes_records_by_the_recipe_for_it(tmp_path):
         question("./2.png", "What, here?", "a red dog", kind="free-form"),
         question("./1.mp4", "How far?", "3", kind="regression"),
         question("./2.png", "What is written?", "STOP", kind="OCR"))]
-    assert counts == {"rows": 10, "not of the wanted problem type": 1, "no medium": 1,
+    assert counts == {"rows": 10, "not of the wanted problem type": 1, "no file": 1,
                       "malformed row": 2}
 
 
@@ -313,11 +314,11 @@ def test_files_are_read_as_lists_objects_lines_or_tables(tmp_path):
     ({"answer": "A or B", "options": ["x", "y"]}, "answer is not one of the options"),
     ({"answer": "3 or 4", "problem_type": "numerical"}, "answer is not one number"),
     ({"answer": "many", "problem_type": "regression"}, "answer is not one number"),
-    ({"medium": "../../etc/x.png"}, "path leaves the media folder"),
-    ({"medium": "/etc/x.png"}, "path leaves the media folder")])
+    ({"file": "../../etc/x.png"}, "path leaves the media folder"),
+    ({"file": "/etc/x.png"}, "path leaves the media folder")])
 def test_what_cannot_be_a_question_is_dropped_with_its_reason(found, reason):
     with pytest.raises(Dropped) as dropped:
-        make_record(draft(**{"medium": "1.png", "problem": "?", "answer": "x"} | found),
+        make_record(draft(**{"file": "1.png", "problem": "?", "answer": "x"} | found),
                     entry("llava", ""), "")
     assert str(dropped.value) == reason
 
@@ -412,7 +413,7 @@ def test_media_of_benchmarks_are_left_out_by_folder_and_name_and_by_content(tmp_
     records, report = mix(tmp_path, [entry("llava", "a.json")], "--exclude",
                           tmp_path / "bench" / "eval.json")
     assert {r["path"] for r in records} == {"./clevrer2/video_1.mp4", "./copy/third.mp4"}
-    assert "2 medium of a benchmark" in report
+    assert "2 file of a benchmark" in report
 
 
 # -------------------------------------------------------------------- sampling and balance
