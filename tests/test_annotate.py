@@ -43,7 +43,7 @@ def flags(server, *more):
 HI = [{"role": "user", "content": "Hi"}]
 
 
-def ask(server, n=1, *more):
+def request(server, n=1, *more):
     args = flags(server, "--samples", str(n), *more)
     return annotate.request_responses(args, HI, seed=5)
 
@@ -52,7 +52,7 @@ def ask(server, n=1, *more):
 
 def test_a_request_carries_the_sampling_and_the_key_and_answers_come_with_their_tokens():
     with Server(lambda body, number: reply("a", "b")) as server:
-        assert ask(server, 2) == [("a", 7, False), ("b", 7, False)]
+        assert request(server, 2) == [("a", 7, False), ("b", 7, False)]
         sent, = server.requests
     assert sent.path == "/v1/chat/completions" and sent.headers["Authorization"] == f"Bearer {KEY}"
     assert sent.body == {"model": "m", "messages": HI, "n": 2, "seed": 5, "temperature": 1.0,
@@ -64,9 +64,9 @@ def test_a_request_carries_the_sampling_and_the_key_and_answers_come_with_their_
     "[]", "{}", {"choices": []}, {"choices": [{}], "usage": {"completion_tokens": 1}},
     reply([{"type": "text", "text": "a"}]), reply("half \ud83d"), reply("", finish="abort"),
     (200, {"Content-Length": "5000"}, '{"choices": [{"mess')])
-def test_a_fault_that_passes_costs_a_repeated_request(fault):
+def test_a_fault_that_passes_is_retried(fault):
     with Server(lambda body, number: fault if number == 0 else reply("a")) as server:
-        assert ask(server) == [("a", 7, False)]
+        assert request(server) == [("a", 7, False)]
         assert len(server.requests) == 2
 
 
@@ -95,7 +95,7 @@ def choice(finish, content, usage={"completion_tokens": 30}, **message):
     (choice("length", "b", reasoning_content="a"), ("<think>a</think>\nb", 30, True))])
 def test_an_answer_is_taken_with_its_thought_whatever_the_server_leaves_out(sent, answer):
     with Server(lambda body, number: sent) as server:
-        assert ask(server) == [answer]
+        assert request(server) == [answer]
         assert len(server.requests) == 1
 
 
@@ -104,15 +104,15 @@ def test_an_answer_is_taken_with_its_thought_whatever_the_server_leaves_out(sent
     ("repetition", "a a a", {}), ("tool_calls", None, {"tool_calls": [{"id": "1"}]}),
     ("stop", None, {"tool_calls": [{"id": "1"}]}), (None, "", {}), (None, None, {})])
 def test_what_ended_neither_by_itself_nor_by_its_length_is_no_answer(finish, content, more):
-    """It is asked for again, and then told as the request's fault: the server lives."""
+    """It is retried. The last error is of the request, not of the server."""
     with Server(lambda body, number: choice(finish, content, **more)) as server:
         with pytest.raises(annotate.Refused, match="3 attempts failed, the last: finish_reason "
                                                    f"'{finish or ''}' is no answer"):
-            ask(server)
+            request(server)
         assert len(server.requests) == 3
 
 
-@pytest.mark.parametrize("status, sent, told", [
+@pytest.mark.parametrize("status, sent, message", [
     (200, {"error": {"message": "overloaded", "type": "server_error"}}, "overloaded"),
     (200, {"object": "error", "message": "overloaded", "code": 500}, "overloaded"),
     (200, {"error": "overloaded"}, "overloaded"),
@@ -123,11 +123,11 @@ def test_what_ended_neither_by_itself_nor_by_its_length_is_no_answer(finish, con
     (400, {"error": {"code": None, "message": "prompt too long"}}, "HTTP 400: prompt too long$"),
     (400, {"detail": "prompt too long"}, 'HTTP 400: {"detail": "prompt too long"}$'),
     (503, "", "HTTP 503$")])
-def test_the_servers_own_words_of_an_error_are_told_and_a_bad_request_is_not_repeated(
-        status, sent, told):
+def test_an_error_shows_the_servers_message_and_a_bad_request_is_not_retried(
+        status, sent, message):
     with Server(lambda body, number: (status, {}, sent)) as server:
-        with pytest.raises(ApiError, match=told) as error:
-            ask(server)
+        with pytest.raises(ApiError, match=message) as error:
+            request(server)
         assert len(server.requests) == (1 if status == 400 else 3)
     assert len(str(error.value)) < 100 + annotate.ERROR_SHOWN
 
@@ -143,7 +143,7 @@ def test_a_request_has_a_total_time_however_slowly_its_reply_comes():
     sent = [lambda: pieces(" ", 0.1, 50), lambda: pieces("", 5, 1), lambda: reply("a")]
     started = time.monotonic()
     with Server(lambda body, number: (200, {}, sent[number]())) as server:
-        assert ask(server, 1, "--api_timeout", "0.3") == [("a", 7, False)]
+        assert request(server, 1, "--api_timeout", "0.3") == [("a", 7, False)]
     assert time.monotonic() - started < 4
 
 
@@ -154,14 +154,14 @@ def test_a_redirect_or_a_wrong_key_ends_the_run_and_a_redirect_is_not_followed(s
         with Server(lambda body, number: (status, headers, "")) as server:
             with pytest.raises(InputError, match=f"refuses model m: HTTP {status}.*{other.base}"
                                if headers else f"refuses model m: HTTP {status}. Check --api_base"):
-                ask(server)
+                request(server)
         assert len(server.requests) == 1 and other.requests == []
 
 
 def test_retry_after_is_honoured_in_seconds_and_printed_once(pauses, capsys):
     with Server(lambda body, number: (429, {"Retry-After": "30"}, "slow down")
                 if number < 2 else reply("a")) as server:
-        ask(server)
+        request(server)
     assert len(pauses) == 2 and all(30 <= pause <= 31 for pause in pauses)
     assert capsys.readouterr().err.count("HTTP 429: slow down (Retry-After: 30)") == 1
 
@@ -170,7 +170,7 @@ def test_retry_after_is_honoured_in_seconds_and_printed_once(pauses, capsys):
 def test_a_retry_after_of_hours_ends_the_run_with_what_the_server_said(wait):
     with Server(lambda body, number: (429, {"Retry-After": wait}, "daily budget spent")) as server:
         with pytest.raises(InputError, match=f"HTTP 429: daily budget spent.*Retry-After: {wait}"):
-            ask(server)
+            request(server)
         assert len(server.requests) == 1
 
 
@@ -179,16 +179,16 @@ def test_a_retry_after_of_hours_ends_the_run_with_what_the_server_said(wait):
 def test_a_request_is_repeated_after_pauses_that_double_whatever_no_retry_after_says(pauses, text):
     with Server(lambda body, number: (429, {"Retry-After": text}, "")
                 if number < 3 else reply("a")) as server:
-        ask(server, 1, "--api_retries", "3")
+        request(server, 1, "--api_retries", "3")
     assert len(pauses) == 3  # each is up to a second longer
     assert all(usual <= pause <= usual + 1 for usual, pause in zip((1, 2, 4), pauses))
 
 
 @pytest.mark.parametrize("before", ["your key ", "x" * (annotate.ERROR_SHOWN - 20)])  # cut in it
-def test_the_last_error_is_told_without_the_key(before):
+def test_the_last_error_is_shown_without_the_key(before):
     with Server(lambda body, number: (500, {}, f"{before}{KEY} broke me")) as server:
         with pytest.raises(ApiError) as error:
-            ask(server)
+            request(server)
     assert f"3 attempts failed, the last: HTTP 500: {before}<OPENAI" in str(error.value)
     assert KEY[:4] not in str(error.value)
 
@@ -201,16 +201,16 @@ def test_the_key_is_the_environments_without_spaces_and_never_that_of_netrc(
     monkeypatch.setenv("NETRC", str(tmp_path / "netrc"))
     monkeypatch.setenv("OPENAI_API_KEY", key)
     with Server(lambda body, number: reply("a")) as server:
-        ask(server)
+        request(server)
         assert server.requests[0].headers.get("Authorization") == sent
 
 
 @pytest.mark.parametrize("key", [f"{KEY[:9]}\n{KEY[9:]}", f"{KEY}…"])
-def test_a_key_with_characters_that_no_key_has_is_refused_and_never_told(monkeypatch, key):
+def test_a_key_with_characters_that_no_key_has_is_refused_and_never_shown(monkeypatch, key):
     monkeypatch.setenv("OPENAI_API_KEY", key)
     with Server(lambda body, number: reply("a")) as server:
         with pytest.raises(InputError, match="OPENAI_API_KEY holds characters") as error:
-            ask(server)
+            request(server)
         assert server.requests == []
     assert KEY[:9] not in str(error.value)
 
@@ -219,7 +219,7 @@ def test_api_body_goes_over_a_requests_own_keys_and_null_removes_one():
     """A server that returns one response, whatever n is, gets another request and seed."""
     keys = {"max_tokens": None, "max_completion_tokens": 9, "n": None, "temperature": 0.5}
     with Server(lambda body, number: reply(f"seed {body['seed']}")) as server:
-        assert [text for text, *_ in ask(server, 2, "--api_body", json.dumps(keys))] == [
+        assert [text for text, *_ in request(server, 2, "--api_body", json.dumps(keys))] == [
             "seed 5", "seed 6"]
         assert server.requests[0].body == {"model": "m", "messages": HI, "seed": 5, "top_p": 0.95,
                                            "temperature": 0.5, "max_completion_tokens": 9}
@@ -229,7 +229,7 @@ def test_a_server_that_is_not_there_is_a_clear_error():
     with Server(lambda body, number: None) as server:
         pass
     with pytest.raises(ApiError, match="3 attempts failed, the last: no whole reply: Connection"):
-        ask(server)
+        request(server)
 
 
 def test_at_most_four_requests_run_at_a_time_and_each_has_its_own_seed():
@@ -397,7 +397,7 @@ def right(toy):
 
 
 def annotate_toy(toy, out, server, *more):
-    """Asks the server about the toy. Returns annotated records, rejected rows and the report."""
+    """Annotates the toy through a server. Returns records, rejected rows and the report."""
     run_here(annotate, "--model", "m", "--data", toy / "train.json", "--out", out, *SMALL,
              "--api_base", server.base, "--num_workers", 0, "--concurrency", 4, "--api_retries", 1,
              *more)
@@ -412,12 +412,12 @@ def test_a_run_resumes_and_filters_again_and_sft_trains_on_the_result(toy, right
     with Server(lambda body, number: (400, {}, "no") if number % 3 == 0 else right(body, number)) \
             as server:
         kept, rejected, report = annotate_toy(toy, out, server)
-        asked = len(server.requests)
+        count = len(server.requests)
         lost = len(records) - len(kept) - len({row["problem_id"] for row in rejected})
-    assert asked == len(records) and lost == -(-asked // 3) and f"{lost} without response" in report
+    assert count == len(records) and lost == -(-count // 3) and f"{lost} without response" in report
     with Server(right) as server:
         kept, rejected, report = annotate_toy(toy, out, server)
-        assert len(server.requests) == lost  # only what failed is asked for again
+        assert len(server.requests) == lost  # only what failed is requested again
         again = annotate_toy(toy, out, server, "--min_think", "5000")
         assert len(server.requests) == lost and again[0] == []
         assert "| length |" in again[2]
@@ -449,7 +449,7 @@ def test_a_repeated_problem_id_is_refused(toy, tmp_path):
                  "--out", tmp_path / "o.json", "--api_base", "http://x")
 
 
-def test_a_medium_that_cannot_be_read_costs_its_record_and_is_named(toy, tmp_path):
+def test_a_file_that_cannot_be_read_skips_its_record_and_is_named(toy, tmp_path):
     records = json.loads((toy / "train.json").read_text())[:3]
     records[1]["path"] = "./media/absent.mp4"
     (tmp_path / "train.json").write_text(json.dumps(records))
@@ -461,8 +461,8 @@ def test_a_medium_that_cannot_be_read_costs_its_record_and_is_named(toy, tmp_pat
 
 def test_questions_that_a_server_refuses_do_not_end_a_run_that_it_answers(
         toy, tmp_path, monkeypatch):
-    """It refuses 6 of 32 in a row, twice what would end the run; then again, with nothing else to
-    ask; a server that refuses all of them is given up."""
+    """It refuses 6 of 32 in a row, twice what would end the run; then again, with no other
+    requests. If a server refuses all of them, the run ends."""
     monkeypatch.setattr(annotate, "MOST_FAILURES", 3)
     with Server(lambda body, number: reply("x") if number == 0 or 6 < number < 32 else
                 (400, {}, "too long")) as server:
@@ -477,7 +477,7 @@ def test_questions_that_a_server_refuses_do_not_end_a_run_that_it_answers(
         assert not (tmp_path / f"{status}.json").exists()
 
 
-def test_what_a_server_broke_off_is_named_never_stored_and_asked_again(
+def test_what_a_server_broke_off_is_named_never_stored_and_requested_again(
         toy, right, tmp_path, monkeypatch):
     """6 of 32 questions, twice what would end the run."""
     monkeypatch.setattr(annotate, "MOST_FAILURES", 3)
@@ -493,14 +493,14 @@ def test_what_a_server_broke_off_is_named_never_stored_and_asked_again(
 def test_a_limit_takes_the_first_records_and_the_rest_can_follow(toy, right, tmp_path):
     ids = [record["problem_id"] for record in json.loads((toy / "train.json").read_text())]
 
-    def asked(*more):
+    def requested(*more):
         with Server(right) as server:
             kept, rejected, report = annotate_toy(toy, tmp_path / "cot.json", server, *more)
             return len(server.requests), {row["problem_id"] for row in kept + rejected}, report
-    count, first, report = asked("--limit", "5")
+    count, first, report = requested("--limit", "5")
     assert count == 5 and first == {*ids[:5]} and "of 5 records annotated" in report
-    assert asked()[0] == len(ids) - 5 and asked("--limit", "99")[0] == 0
-    assert asked("--limit", "3")[1] == {*ids[:3]}
+    assert requested()[0] == len(ids) - 5 and requested("--limit", "99")[0] == 0
+    assert requested("--limit", "3")[1] == {*ids[:3]}
 
 
 def test_names_of_files_are_no_patterns(tmp_path):
@@ -524,10 +524,10 @@ def test_a_full_disk_ends_the_run_and_keeps_the_answers_that_had_come(
             patched.setattr(build_data, "append_rows", full)
             with pytest.raises(InputError, match="no room"):
                 annotate_toy(toy, tmp_path / "cot.json", server)
-        asked = len(server.requests)
+        count = len(server.requests)
         assert not (tmp_path / "cot.json").exists()
         annotate_toy(toy, tmp_path / "cot.json", server)
-        assert len(server.requests) - asked == 32 - 6
+        assert len(server.requests) - count == 32 - 6
 
 
 def test_killed_in_the_middle_it_loses_no_answer_that_had_come(toy, tmp_path):

@@ -40,7 +40,7 @@ def put(path, content):
 
 
 def ramp(count):
-    """Frames (T, H, W, 3) whose brightness tells their number: 0, 10, 20, ..."""
+    """Frames (T, H, W, 3) whose brightness is their number: 0, 10, 20, ..."""
     return np.full((count, 28, 28, 3), 10 * np.arange(count)[:, None, None, None], np.uint8)
 
 
@@ -153,12 +153,12 @@ def released_row(number, path, **more):
     ("mmvu", [released_row(1, "./videos/Materials_Science/0.mp4")],
      [{"subject": "Materials_Science", "discipline": "Science"}]),
 ])
-def test_released_rows_tell_their_groups_by_number_folder_and_field(name, rows, groups, tmp_path):
+def test_released_rows_have_groups_by_number_folder_and_field(name, rows, groups, tmp_path):
     put(tmp_path / "eval.json", rows)
     assert [r["groups"] for r in read(name, tmp_path / "eval.json").values()] == groups
 
 
-def test_mvbench_s_released_rows_of_frames_are_videos_and_cost_themselves_alone(tmp_path):
+def test_mvbench_s_released_rows_of_frames_are_videos_and_fail_alone(tmp_path):
     put(tmp_path / "eval.json", [
         released_row(1, "./ssv2_video/1.mp4", start=1.0, end=2.0),
         released_row(1601, "./tvqa/frames_fps3_hq/a", data_type="frame", fps=3, start=1, end=5),
@@ -230,7 +230,7 @@ def ask_mvbench(task, video, **more):
                                    "candidates": ["up", "down"], **more}]}
 
 
-def test_mvbench_keeps_folders_apart_and_shows_the_seconds_asked_about(tmp_path):
+def test_mvbench_keeps_folders_apart_and_shows_the_seconds_of_the_question(tmp_path):
     folder, media = tmp_path / "MVBench", tmp_path / "MVBench/video"
     for file, content in {
             **ask_mvbench("moving_count", "video_1.mp4"),
@@ -258,7 +258,7 @@ def test_mvbench_keeps_folders_apart_and_shows_the_seconds_asked_about(tmp_path)
     assert len(build_data.benchmark_facts()["mvbench"]["folders"]) == 20
 
 
-def test_a_folder_without_frames_or_rate_costs_its_record(tmp_path):
+def test_a_folder_without_frames_or_rate_is_a_media_error(tmp_path):
     (tmp_path / "clip").mkdir()
     record = {"data_type": "video", "media_path": str(tmp_path / "clip"),
               "media_root": str(tmp_path), "video_fps": 3}
@@ -450,7 +450,7 @@ def test_a_file_of_records_beside_a_benchmark_of_a_like_name_stays_out_of_its_ta
 
 def result_file(path, answers, seed=0):
     """A result over four questions whose answer is A, on three videos."""
-    rows = answered([choice(number, path=medium) for number, medium in enumerate("aabc")],
+    rows = answered([choice(number, path=path) for number, path in enumerate("aabc")],
                     [None if letter == " " else letter for letter in answers])
     put(path, {"benchmark": "toy", "rows": rows, "configuration": {"frames": 8},
                "order": "ordered", "arguments": {"seed": seed, "model": "m"}})
@@ -532,7 +532,8 @@ def greys_of(body):
         picture["image_url"]["url"].partition(",")[2])))).mean()) for picture in pictures]
 
 
-def test_a_question_that_a_server_refuses_is_skipped_and_asked_again(toy, mmvu, tmp_path, server):
+def test_a_question_that_a_server_refuses_is_skipped_and_requested_again(
+        toy, mmvu, tmp_path, server):
     """Faults of a server, and that requests are repeated, are in test_annotate.py."""
     server.answer = lambda body, number: (400, {}, "too long") if number == 0 else reply(
         "<think>up</think><answer>A</answer>")
@@ -548,7 +549,7 @@ def test_a_question_that_a_server_refuses_is_skipped_and_asked_again(toy, mmvu, 
     assert [sent.body for sent in server.requests[5:]] == [refused]
 
 
-def test_released_files_of_two_benchmarks_are_asked_and_graded_in_one_command(
+def test_released_files_of_two_benchmarks_are_answered_and_graded_in_one_command(
         toy, tmp_path, server, capsys):
     paths = {"mmvu": "./videos/Art/0.mp4", "videommmu": "./Art/dev_Music_1.mp4"}
     for name, path in paths.items():
@@ -564,10 +565,11 @@ def test_released_files_of_two_benchmarks_are_asked_and_graded_in_one_command(
         assert scores["all"]["answered"] == 3
         assert scores["all"]["score"]["mean"] == pytest.approx(2 / 3)
     cells = table_rows(capsys.readouterr().out.splitlines())[-1]
-    assert cells[0] == "served (ordered)" and cells[3].endswith(" 3/900") and cells[4].endswith(" 3/625") and cells[5] == ""
+    assert cells[0] == "served (ordered)" and cells[5] == ""
+    assert cells[3].endswith(" 3/900") and cells[4].endswith(" 3/625")
 
 
-def test_vinoground_is_asked_scored_by_pairs_and_compared_with_reversed_frames(
+def test_vinoground_is_answered_scored_by_pairs_and_compared_with_reversed_frames(
         toy, tmp_path, server, capsys):
     for task in ("text", "video"):
         rows = [vinoground_row(f"{pair}_{side}", task, "A") for pair in (1, 2)
@@ -629,7 +631,7 @@ def test_the_judge_gives_the_share_of_temporal_responses_among_questions_that_ne
     assert result["uses"]["mean"] == pytest.approx(2 / 3)
     assert [row["uses"] for row in result["rows"]] == [True, False, True]
     assert len(server.requests) == 7
-    run_here(evaluate, *more)  # verdicts are kept: nobody is asked again
+    run_here(evaluate, *more)  # verdicts are kept: nothing is requested again
     assert len(server.requests) == 7
 
 

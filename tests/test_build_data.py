@@ -1,4 +1,4 @@
-"""Records, prompt, frames and inputs; the toy."""
+"""Records, prompt, inputs and files; the toy; flags and start-up of the scripts."""
 import doctest
 import errno
 import filecmp
@@ -31,7 +31,7 @@ def write(folder, *records, name="data.json"):
 
 
 def clip(path, count=8, height=28, width=28, fps=2):
-    """A clip whose frame t is a flat grey of 20 t, so that frames can be told apart."""
+    """A clip whose frame t is a flat grey of 20 t, so that frames can be distinguished."""
     frames = np.stack([np.full((height, width, 3), 20 * t % 256, np.uint8) for t in range(count)])
     build_data.write_video(path, frames, fps)
     return path
@@ -182,17 +182,17 @@ def test_the_prompt_is_the_released_one_to_the_letter():
         "tags.")
 
 
-@pytest.mark.parametrize("problem_type, asked", [
+@pytest.mark.parametrize("problem_type, words", [
     ("numerical", "provide the numerical value (e.g., 42 or 3.14)"),
     ("regression", "provide the numerical value (e.g., 42 or 3.14)"),
     ("OCR", "transcribe text from the image/video clearly and provide your text answer"),
     ("free-form", "provide your text answer")])
-def test_other_problem_types_have_no_options_and_their_own_suffix(problem_type, asked):
+def test_other_problem_types_have_no_options_and_their_own_suffix(problem_type, words):
     record = RECORD | {"problem": "What is {x} in {0}?", "problem_type": problem_type,
                        "media_path": "/m/clip.mp4"}  # braces are text
     text = build_messages(record)[0]["content"][1]["text"]
     assert text.startswith("What is {x} in {0}?\nPlease think")
-    assert text.endswith(f" tags. Please {asked} within the <answer> </answer> tags.")
+    assert text.endswith(f" tags. Please {words} within the <answer> </answer> tags.")
 
 
 # --------------------------------------------------------------------------------- media

@@ -1,4 +1,4 @@
-"""Checking media: broken files are found, one hang or crash costs one file, a kill is resumed."""
+"""Checking media: broken files are found, one hang or crash loses one file, a kill is resumed."""
 import importlib
 import json
 import os
@@ -22,7 +22,7 @@ def record(i, path, **more):
 
 @pytest.fixture
 def data(tmp_path):
-    """Six records over five media: two good ones (one asked about twice), and three broken."""
+    """Six records over five media: two good ones (one in two records), and three broken."""
     write_video(tmp_path / "good.mp4", np.zeros((8, 28, 28, 3), np.uint8), fps=2)
     Image.new("RGB", (56, 56)).save(tmp_path / "good.png")
     (tmp_path / "noise.mp4").write_bytes(b"no video" * 100)
@@ -54,7 +54,7 @@ def test_records_with_usable_media_stay_as_they_are_and_others_are_named(data):
     assert "| [Errno 2] No such file or directory: 'it' | 1 | 1 | absent.png |" in report
     assert "noise.mp4" in report
     assert sorted(logged(data)) == sorted(["good.mp4", "good.png", "noise.mp4", "empty.png",
-                                           "absent.png"])  # each medium once
+                                           "absent.png"])  # each file once
     assert load_records(data / "a_clean.json")
 
 
@@ -77,13 +77,13 @@ def test_a_damaged_log_is_named(data):
         check(data)
 
 
-def test_a_folder_that_cannot_be_is_told_before_the_work(data):
+def test_a_folder_that_cannot_be_is_named_before_the_work(data):
     (data / "file").write_text("")
     with pytest.raises(InputError, match="cannot write .*file/out.json"):
         check(data, "--out", data / "file" / "out.json")
 
 
-def test_a_decoder_that_hangs_or_crashes_costs_one_medium(data, monkeypatch):
+def test_a_decoder_that_hangs_or_crashes_loses_one_file(data, monkeypatch):
     importlib.import_module("qwen_vl_utils")  # each new decoder would import it, slowly
     real = build_data.load_vision
 

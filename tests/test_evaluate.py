@@ -358,7 +358,7 @@ def test_several_orders_in_one_run_load_the_model_once_and_end_with_their_gap(
     assert {"direction_agree", "problem_type: multiple choice"} <= {row[0] for row in rows}
 
 
-def test_a_limit_asks_the_first_questions_and_the_same_command_without_it_the_others(
+def test_a_limit_takes_the_first_questions_and_the_same_command_without_it_the_others(
         toy, uninterrupted, tmp_path):
     rows, result = run(toy, tmp_path, "--limit", 5)
     assert list(rows) == list(uninterrupted[0])[:5]
@@ -408,31 +408,31 @@ def test_rows_of_another_configuration_are_refused_and_named(toy, tmp_path, monk
     model, later, out = tmp_path / "model", tmp_path / "later", tmp_path / "out"
     shutil.copytree(toy / "model", model)
 
-    def asked(*more):
+    def evaluated(*more):
         return run(toy, out, "--limit", 2, *more)
 
     def train_a_little_more(folder):
         data = bytearray((folder / "model.safetensors").read_bytes())
         data[len(data) // 2:] = bytes(byte ^ 1 for byte in data[len(data) // 2:])
         (folder / "model.safetensors").write_bytes(data)
-    asked("--model", model)
+    evaluated("--model", model)
     monkeypatch.setattr(annotate, "load_answering_model", None)
     with pytest.raises(InputError, match="max_new_tokens was 12, is 13"):
-        asked("--model", model, "--max_new_tokens", 13)
+        evaluated("--model", model, "--max_new_tokens", 13)
     with pytest.raises(InputError, match="max_pixels was 784, is 3136"):
-        asked("--model", model, "--order", "blind", "--max_pixels", 4 * 28 * 28)
-    asked("--model", model)  # complete: no model is needed
+        evaluated("--model", model, "--order", "blind", "--max_pixels", 4 * 28 * 28)
+    evaluated("--model", model)  # complete: no model is needed
     train_a_little_more(model)  # under the same name
     with pytest.raises(InputError, match="model_sha256 was .*, is "):
-        asked("--model", model)
-    model.rename(later)  # another name tells more than a hash
+        evaluated("--model", model)
+    model.rename(later)  # another name says more than a hash
     with pytest.raises(InputError, match=f"It has rows of --model {model}: write to another"):
-        asked("--model", later)
+        evaluated("--model", later)
     train_a_little_more(later)  # back again
-    asked("--model", later)  # the same model elsewhere
+    evaluated("--model", later)  # the same model elsewhere
 
 
-def test_an_unusable_input_costs_one_line_and_exit_status_1(toy, tmp_path):
+def test_an_unusable_input_is_one_line_and_exit_status_1(toy, tmp_path):
     bare = tmp_path / "bare"
     bare.mkdir()
     shutil.copy(toy / "model/config.json", bare)

@@ -504,7 +504,7 @@ def broken_files(folder):
     Image.new("RGB", (900, 3)).save(folder / "thin.png")
     for name in ("still.gif", "still.webp", "still.jpg"):
         Image.new("RGB", (56, 56)).save(folder / name)
-    for name, content in (("header.mp4", data[:data.find(b"mdat") + 8]), ("text.png", b"no picture"),
+    for name, content in (("header.mp4", data[:data.find(b"mdat") + 8]), ("text.png", b"no image"),
                           ("cut.mp4", data[:len(data) // 2]), ("text.mp4", b"no video"),
                           ("empty.mp4", b""), ("empty.png", b"")):
         (folder / name).write_bytes(content)
@@ -637,7 +637,7 @@ def fresh_decoders(monkeypatch):
 
 @pytest.fixture
 def decoder(tmp_path, monkeypatch):
-    """Clips whose names say what their decoder does."""
+    """Clips with the name of what their decoder does."""
     def misbehave(record, **limits):
         if "crash" in record["problem_id"]:
             os.kill(os.getpid(), signal.SIGSEGV)
@@ -666,7 +666,7 @@ class Clips(torch.utils.data.Dataset):
 
 
 @pytest.mark.parametrize("workers", [0, 2])
-def test_a_decoder_that_crashes_or_hangs_costs_exactly_its_sample(decoder, workers):
+def test_a_decoder_that_crashes_or_hangs_loses_exactly_its_sample(decoder, workers):
     start = time.perf_counter()
     found = list(DataLoader(Clips(decoder), batch_size=None, num_workers=workers))
     assert time.perf_counter() - start < 60
@@ -679,7 +679,7 @@ def test_a_decoder_that_crashes_or_hangs_costs_exactly_its_sample(decoder, worke
             assert torch.equal(result, load_vision(record, **LIMITS).frames)
 
 
-def test_a_decoder_killed_between_records_costs_none(tmp_path):
+def test_a_decoder_killed_between_records_loses_none(tmp_path):
     clip = record_of(encode_clip(tmp_path / "a.mp4"))
     for wait in (0, 0.2, 0):
         assert len(load_vision_isolated(clip, 60, **LIMITS).frames) == 8

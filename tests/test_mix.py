@@ -45,8 +45,8 @@ def mix(folder, recipe, *flags):
     return json.loads((folder / "out.json").read_text()), cells(folder / "out.report.md")
 
 
-def llava(medium, *turns):
-    return {"image": medium, "conversations": [
+def llava(file, *turns):
+    return {"image": file, "conversations": [
         {"from": ("human", "gpt")[i % 2], "value": text} for i, text in enumerate(turns)]}
 
 
@@ -201,7 +201,7 @@ def test_options_are_taken_out_of_a_question(options, texts):
     ("什么？选项：A：猫；B：狗", "什么？", ["猫", "狗"]),
     ("点A、B、C在圆上，求角度", "点A、B、C在圆上，求角度", []),
     ("Of\nA. p\nB. q\nwhat? (A) x (B) y (C) z", "Of\nA. p\nB. q\nwhat?", ["x", "y", "z"])])
-def test_options_in_its_line_and_hints_are_taken_out_and_a_question_s_own_letters_stay(text, problem, options):
+def test_hints_are_taken_out_and_a_question_s_own_letters_stay(text, problem, options):
     assert split_options(text) == (problem, options)
 
 
@@ -280,7 +280,7 @@ def test_options_of_a_table_may_be_in_columns_of_one_letter(tmp_path):
 
 
 @pytest.mark.parametrize("header", ["video;question;answer", "video,question", "question,answer"])
-def test_a_table_without_its_columns_is_told_which_it_needs(tmp_path, header):
+def test_the_columns_that_a_table_lacks_are_named(tmp_path, header):
     (tmp_path / "a.csv").write_text(f"{header}\n1.mp4,What?,x\n")
     with pytest.raises(InputError, match="needs the columns video or image, question and answer"):
         mix(tmp_path, [entry("csv", "a.csv")])
@@ -370,7 +370,7 @@ RELEASED = {"problem": "Which?", "problem_type": "multiple choice", "options": [
             {"A": "x", "B": "", "C": "z"}, ["A. x", "A. y"], ["B. x", "C. y", "D. z"], ["x", " "],
             ["1. x", "2. y"], ["A. x", "y", "C. z"], ["A. x", "B."],
             {"A": {"text": "x"}, "B": {"text": "y"}}))])])
-def test_malformed_rows_cost_themselves_and_are_counted(tmp_path, form, good, changes):
+def test_malformed_rows_are_dropped_and_counted(tmp_path, form, good, changes):
     bad = [{}, "text", None, *(good | change for change in changes)]
     write(tmp_path / "a.json", [good, *bad])
     records, counts = convert(tmp_path, form, "a.json")
@@ -380,16 +380,16 @@ def test_malformed_rows_cost_themselves_and_are_counted(tmp_path, form, good, ch
 # ------------------------------------------------------------------ duplicates, benchmarks
 
 def test_exact_and_near_duplicates_go_and_other_questions_stay(tmp_path):
-    def ask(medium, question, *options):
+    def row(file, question, *options):
         lines = [f"\n{'ABCD'[i]}. {option}" for i, option in enumerate(options)]
-        return llava(medium, question + "".join(lines), "A" if options else "yes")
+        return llava(file, question + "".join(lines), "A" if options else "yes")
     write(tmp_path / "a.json", [
-        ask("1.png", "Is the car red?"), ask("1.png", "Is the car red?"),
-        ask("1.png", "is the car  RED"),  # near
-        ask("2.png", "Is the car red?"),  # another medium
-        ask("1.png", "Is the car left of the tree?"), ask("1.png", "Is the tree left of the car?"),
-        ask("1.png", "Which?", "x", "y"), ask("1.png", "Which?", "y", "x"),  # order of options
-        ask("1.png", "Which?", "x", "z"), ask("1.png", "Which one?", "x", "X")])
+        row("1.png", "Is the car red?"), row("1.png", "Is the car red?"),
+        row("1.png", "is the car  RED"),  # near
+        row("2.png", "Is the car red?"),  # another file
+        row("1.png", "Is the car left of the tree?"), row("1.png", "Is the tree left of the car?"),
+        row("1.png", "Which?", "x", "y"), row("1.png", "Which?", "y", "x"),  # order of options
+        row("1.png", "Which?", "x", "z"), row("1.png", "Which one?", "x", "X")])
     records, report = mix(tmp_path, [entry("llava", "a.json"), entry("llava", "*.json")])
     assert len(records) == 6 and "3 duplicate" in report and "9 duplicate" in report
     assert report.count("1 options are equal") == 2
@@ -418,7 +418,7 @@ def test_media_of_benchmarks_are_left_out_by_folder_and_name_and_by_content(tmp_
 
 # -------------------------------------------------------------------- sampling and balance
 
-def test_questions_are_spread_over_media_and_no_medium_has_too_many():
+def test_questions_are_spread_over_files_and_none_has_too_many():
     """3 media with 100, 3 and 1 questions: 8 drawn are 4 + 3 + 1; at most 2 each are 2 + 2 + 1."""
     records = [{"path": path, "n": n} for path, count in (("a", 100), ("b", 3), ("c", 1))
                for n in range(count)]
@@ -501,7 +501,7 @@ def test_shortfalls_are_reported_and_a_seed_gives_the_same_file(tmp_path):
     assert load_records(tmp_path / "out.json")
 
 
-def test_validation_is_split_by_medium(tmp_path):
+def test_validation_is_split_by_file(tmp_path):
     write(tmp_path / "a.json", [llava(f"{i % 40}.png", f"What {i}?", f"text {i}")
                                 for i in range(400)])
     train, _ = mix(tmp_path, [entry("llava", "a.json", count=400)], "--val_share", 0.25)

@@ -364,7 +364,7 @@ FRAGMENTS = [
     "**", "`", "\\boxed{", "\\frac{", "}{", "}", "{", "(", ")", "[", ":", "'", '"', "_", "’", "and",
     "running", "yyy", "é", "ß", "İ", "ı", "ſ", "小", "狗", "🐶", "\ud800", "\udfff", "\u200d", "ﷺ",
 ]
-FUZZ_TEXT_EVERY = 8  # the two text grades cost most, so they see one string in eight
+FUZZ_TEXT_EVERY = 8  # the two text grades take longest, so they see one string in eight
 
 
 @pytest.mark.parametrize("strings", [4_000, pytest.param(200_000, marks=pytest.mark.slow)])
