@@ -31,7 +31,7 @@ from collections.abc import Callable
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from functools import lru_cache, partial
-from itertools import islice
+from itertools import chain, islice, zip_longest
 from pathlib import Path
 
 import torch
@@ -239,7 +239,7 @@ PRINTED = {"reward/total": "reward", "reward/accuracy": "accuracy", "group/p": "
            "val/accuracy": "held-out accuracy", "val/accuracy_shuffled": "shuffled",
            "val/gap": "gap"}  # of each step
 FULL_BELOW = 2**24  # bytes: with less, a failed write is taken for a full disk
-LOGS = ("metrics", "rollouts", "skipped")  # <name>.jsonl in --output
+LOGS = ("metrics", "rollouts", "skipped", "validation")  # <name>.jsonl in --output
 
 
 def add_run_flags(add, lr_schedule, save_steps):
@@ -676,40 +676,56 @@ def held_out_example(args, processor, record, vision, position):
                                           for part in seen]}
 
 
-def validate(run, processor, answer, step, metrics):
-    """Where it is due after `step` steps, notes in metrics how well held-out questions are
-    answered, by the likeliest tokens (val/...). Collective.
+def validate(run, processor, respond, step, metrics):
+    """Validates after `step` steps if that is due: adds val/... to the metrics and appends the
+    greedy responses to validation.jsonl. Collective.
 
-    answer(prompts), the stage's, returns a text for each of a list of encoded prompts; every rank
-    calls it equally often, also without any. The run goes on as if it had not been asked: no
-    random number is drawn from its generators, and nothing of the model stays changed.
+    respond(prompts), the stage's, returns the greedy responses to a list of encoded prompts. Every
+    rank calls it equally often, if need be with an empty list. The run's random numbers, its
+    weights and the model's mode and settings stay as they were.
     """
     if not run.held_out or step % run.args.val_steps and step < run.args.max_steps:
         return
     samples = load_questions(run, processor, run.held_out, partial(held_out_example, run.args),
                              range(run.rank, len(run.held_out), run.world), VAL_BATCH)
-    skipped = 0
+    rows = []  # of this rank's questions; None for a skipped one
     run.engine.module.eval()
     for _ in range(0, len(run.held_out), VAL_BATCH * run.world):
         batch = list(islice(samples, VAL_BATCH))
-        good = [sample for sample in batch if "record" in sample]
-        skipped += len(batch) - len(good)
-        texts = iter(answer([prompt for sample in good for prompt in sample["prompts"]]))
-        for sample in good:
-            note_grades(metrics, sample["record"], [next(texts) for _ in sample["prompts"]])
+        texts = iter(respond([prompt for sample in batch for prompt in sample.get("prompts", ())]))
+        for sample in batch:
+            row = None
+            if "record" in sample:
+                row = held_out_row(sample["record"], [next(texts) for _ in sample["prompts"]])
+                note_held_out(metrics, sample["record"]["problem_type"], row)
+            rows.append(row)
     run.engine.module.train()
-    note(metrics, "val/skipped", [skipped], count=int(run.rank == 0))  # the sum over ranks
+    note(metrics, "val/skipped", [rows.count(None)], count=int(run.rank == 0))  # the sum over ranks
+    in_order = chain(*zip_longest(*gather_objects(rows)))  # the same on any number of ranks
+    if run.rank == 0:
+        write_lines(run, step - 1, "validation", [row for row in in_order if row])
     lap(run, metrics, "validation")
 
 
-def note_grades(metrics, record, texts):
-    """Metrics of a held-out question, from its answers to ordered and, of a video, shuffled frames.
-    An image's one answer counts in both accuracies, as in evaluate.py --order shuffled: gap 0."""
-    grades = [accuracy_reward(text, record) for text in texts]
-    note(metrics, "val/accuracy", grades[:1])
-    note(metrics, f"val/accuracy/{record['problem_type']}", grades[:1])
-    note(metrics, "val/accuracy_shuffled", grades[-1:])
-    note(metrics, "val/gap", [grades[0] - grades[-1]])
+def held_out_row(record, responses):
+    """Returns a line of validation.jsonl, from a held-out question's responses to the ordered and,
+    for a video, the shuffled frames."""
+    row = {key: record[key] for key in ("problem_id", "path", "problem", "solution")}
+    if record.get("options"):
+        row["options"] = record["options"]
+    for suffix, text in zip(("", "_shuffled"), responses):
+        row |= {f"response{suffix}": text, f"accuracy{suffix}": accuracy_reward(text, record)}
+    return row
+
+
+def note_held_out(metrics, problem_type, row):
+    """Notes a held-out question's grades. An image's one grade counts in both accuracies, as in
+    evaluate.py --order shuffled: its gap is 0."""
+    accuracy, shuffled = row["accuracy"], row.get("accuracy_shuffled", row["accuracy"])
+    note(metrics, "val/accuracy", [accuracy])
+    note(metrics, f"val/accuracy/{problem_type}", [accuracy])
+    note(metrics, "val/accuracy_shuffled", [shuffled])
+    note(metrics, "val/gap", [accuracy - shuffled])
 
 
 def write_first(run):
