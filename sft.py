@@ -230,7 +230,7 @@ VAL_BATCH = 8  # held-out questions that a rank answers together, videos in both
 FREE_ARGUMENTS = {"data", "media_root", "output", "deepspeed_config", "num_workers",
                   "decode_timeout", "save_steps", "keep_checkpoints", "max_skipped", "resume",
                   "timeout_minutes", "local_rank", "rollout_steps", "show_steps", "chunk_size",
-                  "gradient_checkpointing", "val_data", "val_steps", "val_limit",
+                  "gradient_checkpointing", "static_decode", "val_data", "val_steps", "val_limit",
                   "val_max_new_tokens"}
 # As well, where the learning rate does not decay towards the end
 LENGTH_ARGUMENTS = {"max_steps", "num_train_epochs"}

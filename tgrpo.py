@@ -56,6 +56,8 @@ def parse_args(argv=None):
     add("--temperature", type=above(0, float), default=1.0,
         help="sampling temperature, also of the loss")
     add("--top_p", type=above(0, float, 1), default=1.0, help="nucleus sampling; 1: off")
+    add("--static_decode", action="store_true",
+        help="decode in fixed buffers, on a CUDA device as a CUDA graph (not yet run there)")
     # rewards and advantages
     add("--alpha", type=at_least(0, float), default=0.3, help="temporal reward (Eq. 1); 0: GRPO")
     add("--omega", type=at_least(0, float), default=0.2, help="length reward (Eq. 5)")
@@ -97,6 +99,9 @@ def parse_args(argv=None):
     if args.alpha and not args.G_tilde:
         parser.error("--G_tilde must be positive: p_tilde is its share of correct responses "
                      "(for plain GRPO use --alpha 0)")
+    if args.static_decode and args.attn_implementation != "sdpa":
+        parser.error(f"--static_decode needs --attn_implementation sdpa, which reads the mask on "
+                     f"the device, not {args.attn_implementation}")
     return args
 
 
@@ -303,12 +308,44 @@ def decode(model, tokens, position, mask, cache):
                  attention_mask=mask, past_key_values=cache, use_cache=True).logits[:, -1]
 
 
-def rollout(model, prompts, counts, *, max_new_tokens, temperature, top_p, eos_ids, generator):
+def static_decoder(model, ids, position, mask, cache):
+    """Returns a function that decodes the next column of ids (N, L), from the first on: all N rows,
+    in buffers that keep their addresses. It returns logits (N, V), row by row those of decode. On a
+    CUDA device it replays a CUDA graph, captured here: one launch per token, not one per kernel.
+    The capture has not yet run on a GPU."""
+    t = torch.zeros(1, dtype=torch.int64, device=ids.device)  # (1,) the next column
+    P = mask.shape[1] - ids.shape[1]
+
+    def step():
+        mask.index_fill_(1, P + t, 1)
+        tokens = ids.index_select(1, t)[:, 0]  # (N,)
+        logits = decode(model, tokens, position + t, mask, cache)  # (N, V)
+        t.add_(1)
+        return logits
+
+    if ids.device.type != "cuda":
+        return step
+    step()  # CUDA libraries initialise themselves in a first call, which cannot be captured
+    for count in (t, *(layer.cumulative_length for layer in cache.layers)):
+        count.sub_(1)  # back to the first column, whose keys overwrite those of this call
+    graph = torch.cuda.CUDAGraph()  # frees its memory when the rollout ends
+    # "thread_local": the data loader's thread may pin memory during the capture
+    with torch.cuda.graph(graph, capture_error_mode="thread_local"):
+        logits = step()
+
+    def replay():
+        graph.replay()
+        return logits
+    return replay
+
+
+def rollout(model, prompts, counts, *, max_new_tokens, temperature, top_p, eos_ids, generator,
+            static=False):
     """Samples counts[i][b] responses to row b of prompts[i], all of them in one decode batch.
 
     prompts: encoded inputs of B rows each (a video's two orders side by side: B = 2).
-    A row leaves the batch at its first end token. Makes no collective call, so that ranks need
-    not wait for each other's longest response.
+    A row leaves the batch at its first end token; if static, only its sampling ends. No collective
+    call is made: ranks need not wait for each other's longest response.
     Returns one (count, L) tensor of ids for each prompt row; end tokens fill it up.
     """
     of_rows = [n for of_prompt in counts for n in of_prompt]  # one a prompt row
@@ -318,14 +355,19 @@ def rollout(model, prompts, counts, *, max_new_tokens, temperature, top_p, eos_i
     with torch.inference_mode():  # faster than no_grad; what it makes must not meet autograd
         cache, mask, logits, position = prefill(model, prompts, of_rows, max_new_tokens)
         P = mask.shape[1] - max_new_tokens
+        step = static_decoder(model, ids, position, mask, cache) if static else None
         for t in range(max_new_tokens):
             tokens = sample_tokens(logits, temperature, top_p, generator)  # (n,)
             ids[rows, t] = tokens
             alive = (~torch.isin(tokens, eos)).nonzero()[:, 0]  # of the n rows
             if len(alive) == 0 or t + 1 == max_new_tokens:
                 break
-            if len(alive) < len(rows):
-                rows, tokens, position, mask = (x[alive] for x in (rows, tokens, position, mask))
+            rows, tokens = rows[alive], tokens[alive]  # (n,)
+            if static:
+                logits = step()[rows]  # (n, V): random numbers are drawn for these rows, as below
+                continue
+            if len(alive) < len(mask):
+                position, mask = position[alive], mask[alive]
                 cache.reorder_cache(alive)
             mask[:, P + t] = 1
             logits = decode(model, tokens, position + t, mask, cache)  # (n, V)
@@ -526,7 +568,7 @@ def sample_responses(model, groups, args, generator, eos_ids):
     model.eval()  # decoding recomputes nothing
     responses = iter(rollout(model, prompts, counts, max_new_tokens=args.max_new_tokens,
                              temperature=args.temperature, top_p=args.top_p, eos_ids=eos_ids,
-                             generator=generator))
+                             generator=generator, static=args.static_decode))
     for group in groups:
         group["responses"] = next(responses)
         if "shuffled" in group:
@@ -541,7 +583,7 @@ def greedy_texts(run, sampler, tokenizer, eos_ids, prompts):
     responses = rollout(
         sampler, [to_device(prompt, run.device) for prompt in prompts], [[1]] * len(prompts),
         max_new_tokens=run.args.max_new_tokens, temperature=0, top_p=1, eos_ids=eos_ids,
-        generator=None)  # (1, L) each
+        generator=None, static=run.args.static_decode)  # (1, L) each
     return tokenizer.batch_decode(torch.cat(responses), skip_special_tokens=True)
 
 

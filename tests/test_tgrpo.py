@@ -10,7 +10,8 @@ import torch
 import sft
 import tgrpo
 from bench import PlainEngine, naive_logits
-from build_data import pad_batch, seeded_generator
+from build_data import (load_records, load_vision_of, pad_batch, seeded_generator, toy_model,
+                        toy_processor)
 
 RULES = SimpleNamespace(G=4, alpha=0.3, omega=0.2, l_min=10, l_max=20, correct_threshold=0.5,
                         temporal_test="ge", temporal_to="reward", scale_advantages="std")
@@ -257,6 +258,46 @@ def test_greedy_rollout_equals_generate(model, processor, samples):
                               suppress_tokens=forbidden_ids)
     expected = expected[:, samples["video"][1]["input_ids"].shape[1]:]
     assert ids[0, :expected.shape[1]].tolist() == expected[0].tolist()
+
+
+@pytest.mark.parametrize("family", ["qwen2_5_vl", "qwen3_vl"])
+def test_static_decoding_gives_the_same_responses_from_fixed_buffers(
+        toy, processor, family, monkeypatch):
+    """A video in both orders and an image, of which rows end early; all rows are decoded."""
+    model = toy_model(processor.tokenizer, 0, family=family).eval()
+    processor = toy_processor(processor.tokenizer, family)
+    model.generation_config.eos_token_id = list(range(0, 488, 9))
+    records = {record["data_type"]: record for record in load_records(toy / "train.json")}
+    flags = ["--model=m", "--data=d", "--output=o", "--G=4", "--G_tilde=2", "--max_frames=4",
+             "--max_pixels=4096", "--image_min_pixels=1024", "--max_new_tokens=12"]
+    eos_ids, calls, decode = tgrpo.stop_tokens(model, processor.tokenizer), [], tgrpo.decode
+    forbid(processor, model)
+
+    def look(model, tokens, position, mask, cache):
+        calls.append((len(tokens), mask.data_ptr(), cache.layers[-1].keys.data_ptr()))
+        return decode(model, tokens, position, mask, cache)
+    monkeypatch.setattr(tgrpo, "decode", look)
+    responses = []
+    for more in ([], ["--static_decode"]):
+        args = tgrpo.parse_args([*flags, *more])
+        groups = [tgrpo.example(args, processor, record, load_vision_of(record, args, processor), 0)
+                  for record in records.values()]
+        calls.clear()
+        tgrpo.sample_responses(model, groups, args, seeded_generator(3), eos_ids)
+        responses.append([group[key] for group in groups
+                          for key in ("responses", "responses_shuffled") if key in group])
+        if more:
+            assert {rows for rows, *_ in calls} == {4 + 2 + 4} and len({*calls}) == 1
+        else:
+            assert len({rows for rows, *_ in calls}) > 2, "rows do not end early enough"
+    assert len(responses[0]) == 3 and all(map(torch.equal, *responses))
+
+
+def test_static_decoding_needs_attention_that_a_cuda_graph_can_hold(capsys):
+    with pytest.raises(SystemExit):
+        tgrpo.parse_args(["--model=m", "--data=d", "--output=o", "--static_decode",
+                          "--attn_implementation=flash_attention_2"])
+    assert "--static_decode needs --attn_implementation sdpa" in capsys.readouterr().err
 
 
 def test_sampling_frequencies_match_the_softmax():
