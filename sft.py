@@ -97,12 +97,9 @@ def sft_labels(prompt_ids, response_ids):
 
 
 def continue_positions(positions, labels):
-    """Returns rotary positions (3, B, L) in which a response continues from the largest position of
-    its prompt, as in generate() and in a rollout.
-
-    The model's own positions continue from the prompt's text. A long video's positions in time can
-    exceed that.
-    """
+    """Returns rotary positions (3, B, L) in which each response continues from its prompt's largest
+    position, as in generate() and in a rollout. The model's own positions continue from the text
+    of the prompt, which a long video's positions in time can exceed."""
     response = labels != IGNORED  # (B, L)
     largest = positions.masked_fill(response, 0).amax((0, 2))  # (B,)
     continued = largest[:, None] + response.cumsum(1)  # (B, L)
@@ -425,8 +422,8 @@ def read_deepspeed_config(args):
 
 
 def comparable(identity):
-    """Returns {name: value} of what must be equal on all ranks and, if it is not one of the
-    FREE_ARGUMENTS, in a run and its --resume."""
+    """Returns {name: value} of what must be equal on all ranks. A resumed run may change the
+    FREE_ARGUMENTS among it."""
     return {"records of --data": identity["records"],
             "number of processes": identity["world_size"], "ZeRO stage": identity["zero_stage"],
             "weights of --model": identity["model_sha256"],
@@ -592,6 +589,7 @@ def leave_signals_to_main(_):
 
 @lru_cache(maxsize=1)  # the last epoch
 def epoch_order(epoch, count, seed) -> list[int]:
+    """Returns the order of the records in an epoch."""
     return torch.randperm(count, generator=seeded_generator(ORDER_STREAM, seed, epoch)).tolist()
 
 
@@ -604,7 +602,7 @@ def record_index(position, count, seed) -> int:
 
 class Questions(Dataset):
     """Maps a position of the data order to the script's example(processor, record, vision,
-    position) or, if the record's file cannot be read, to a line of skipped.jsonl. Runs in data
+    position). If the record's file cannot be read, maps it to a line of skipped.jsonl. Runs in data
     workers."""
 
     def __init__(self, processor, records, example, args):
@@ -868,8 +866,8 @@ def check_skipped(run, drawn, skipped):
 # -------------------------------------------------------------------------- console output
 
 def print_start(run, records, work, drawn):
-    """Prints the run's settings and the size of the first usable example in drawn, which shows the
-    effect of the limits on frames and pixels."""
+    """Prints the run's settings and the size of the first usable example in drawn. The size shows
+    the effect of the limits on frames and pixels."""
     args, kinds = run.args, Counter(record["data_type"] for record in records)
     epochs = args.max_steps * run.per_step * run.world / len(records)
     size = sum(getattr(p, "ds_numel", p.numel()) for p in run.engine.module.parameters())

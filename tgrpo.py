@@ -107,8 +107,8 @@ def parse_args(argv=None):
 # ------------------------------------------------------- the algorithm: pure functions
 
 def temporal_reward(correct, correct_shuffled, alpha, test="ge") -> float:
-    """Returns r_t (Eq. 1): alpha if the ordered group's share of correct responses is at least
-    (test "ge") or above (test "gt") the shuffled group's, else 0.
+    """Returns r_t (Eq. 1): alpha if p >= p_tilde (test "ge") or p > p_tilde (test "gt"), else 0.
+    These are the shares of correct responses to the ordered and to the shuffled frames.
 
     >>> temporal_reward([True, False], [True, False, False, False], alpha=0.3)
     0.3
@@ -197,9 +197,8 @@ def group_rewards(texts, texts_shuffled, lengths, record, args):
 # ------------------------------------------------------------ rollout: prefill and decode
 
 def require_full_attention(args):
-    """Raises InputError if a layer of the model does not keep the keys and values of all tokens,
-    since responses share those of their prompt. Reads the config only, before weights are loaded.
-    """
+    """Raises InputError if a layer of the model does not keep the keys and values of all tokens.
+    Responses share those of their prompt. Reads the config only, before weights are loaded."""
     try:
         config = AutoConfig.from_pretrained(args.model)
     except (OSError, ValueError) as error:
@@ -235,10 +234,10 @@ def recompute_activations(model):
 
 
 def run_prompt(model, inputs):
-    """Runs one forward over a prompt (B, P). Returns the model's output with its cache of keys and
-    values (B, heads, P, dim per layer), and a pair of positions (B, 1): of the prompt's last token
-    and of the first response token. If a video's positions in time exceed those of the text after
-    it, the two are not consecutive."""
+    """Runs one forward over a prompt (B, P). Returns the model's output, which holds the cache of
+    keys and values (B, heads, P, dim per layer), and two positions (B, 1): of the prompt's last
+    token and of the first response token. They are not consecutive if a video's positions in time
+    exceed those of the text after it."""
     positions, next_position = rope_positions(model, inputs)
     vision = {key: inputs[key] for key in inputs
               if key.startswith("pixel_values") or key.endswith("grid_thw")}
@@ -249,7 +248,7 @@ def run_prompt(model, inputs):
 
 
 def forbid_tokens(model, ids, device):
-    """Sets these logits to -inf whenever the model runs, so that sampler, policy and reference are
+    """Sets these logits to -inf whenever the model runs. Sampler, policy and reference are thus
     distributions over the same tokens. Must be called before DeepSpeed wraps the model."""
     head = model.get_output_embeddings()
     bias = torch.zeros(head.out_features, dtype=model.dtype, device=device)  # (V,)
@@ -278,8 +277,8 @@ def prefill(model, prompts, counts, max_new_tokens):
     """Runs each prompt once, a video's two orders side by side. Then repeats prompt row s counts[s]
     times, which makes N rows. Prompts are padded on the left to the longest, P tokens.
 
-    Returns the cache of keys and values (N, heads, P + L, dim per layer) with room for L new
-    tokens, the attention mask (N, P + L), and each row's logits (N, V) and position (N, 1) for its
+    Returns the cache of keys and values (N, heads, P + L, dim per layer), with room for L new
+    tokens; the attention mask (N, P + L); and each row's logits (N, V) and position (N, 1) for its
     first response token.
     """
     P = max(inputs["input_ids"].shape[1] for inputs in prompts)
@@ -308,10 +307,10 @@ def decode(model, tokens, position, mask, cache):
 
 
 def static_decoder(model, ids, position, mask, cache):
-    """Returns a function whose every call decodes the next column of ids (N, L) into logits (N, V).
-    All N rows stay, and every tensor keeps its address. On a CUDA device a call thus replays a CUDA
+    """Returns a function whose t-th call decodes column t of ids (N, L) into logits (N, V). All N
+    rows stay, and every tensor keeps its address. On a CUDA device a call thus replays a CUDA
     graph, captured here: one launch instead of one per kernel. This has not yet run on a GPU."""
-    t = torch.zeros(1, dtype=torch.int64, device=ids.device)  # (1,) the next column
+    t = torch.zeros(1, dtype=torch.int64, device=ids.device)  # (1,)
     P = mask.shape[1] - ids.shape[1]
 
     def step():
@@ -325,7 +324,7 @@ def static_decoder(model, ids, position, mask, cache):
         return step
     step()  # warm-up: CUDA libraries initialise themselves, which cannot be captured
     for count in (t, *(layer.cumulative_length for layer in cache.layers)):
-        count.sub_(1)  # the first replay decodes the same column, and overwrites its keys
+        count.sub_(1)  # the first replay decodes column 0 again, and overwrites its keys
     graph = torch.cuda.CUDAGraph()  # it and its memory are freed when the rollout returns
     # thread_local: the data loader's thread may pin memory during the capture
     with torch.cuda.graph(graph, capture_error_mode="thread_local"):
