@@ -185,7 +185,7 @@ def main(args):
                          "correct or remove them")
     refuse_absent_media(args.data, records)
     processor = load_processor(args)
-    per_step = args.per_rank_batch_size * args.gradient_accumulation_steps  # and rank
+    per_step = args.per_rank_batch_size * args.gradient_accumulation_steps  # per rank
     run = open_run(args, records, parse_args, per_step)
     questions = start_questions(run, processor, records, sft_example)
     model = load_model(args, run.config)
@@ -499,7 +499,7 @@ def check_identity(run, defaults):
     except (InputError, OSError, LookupError, TypeError) as error:
         raise InputError(f"the first line of {log} must hold the run's configuration: {error!r}. "
                          "Use another --output") from None
-    saves_only = run.args.max_steps == run.first_step  # the model, after no other step
+    saves_only = run.args.max_steps == run.first_step  # no step is left to schedule
     constant = run.args.lr_schedule == "constant"
     free = FREE_ARGUMENTS | (LENGTH_ARGUMENTS if constant or saves_only else set())
     require_same(f"--resume: {run.args.output}", was, comparable(run.identity), "Use its values, "
@@ -542,7 +542,8 @@ def watch_gradients(model, device):
     count = torch.zeros((), device=device)
 
     def check(gradient):
-        count.add_(~gradient.sum().isfinite())  # also inf - inf; isfinite().all() needs memory
+        # one NaN or infinity makes the sum not finite; isfinite().all() would need a copy
+        count.add_(~gradient.sum().isfinite())
     for parameter in model.parameters():
         if parameter.requires_grad:
             parameter.register_hook(check)

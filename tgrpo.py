@@ -361,7 +361,7 @@ def rollout(model, prompts, counts, *, max_new_tokens, temperature, top_p, eos_i
                 break
             rows, tokens = rows[alive], tokens[alive]  # (n,)
             if static:
-                logits = step()[rows]  # (n, V): only these rows draw random numbers, as below
+                logits = step()[rows]  # (n, V): of these rows only, so that the draws are the same
                 continue
             if len(alive) < len(mask):
                 position, mask = position[alive], mask[alive]
