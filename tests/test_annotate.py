@@ -260,7 +260,7 @@ def test_a_request_is_repeated_after_pauses_that_double(monkeypatch):
     monkeypatch.setattr(annotate, "FIRST_PAUSE", 0.2)
     first, second, third = times_of_requests(
         lambda body, number: (500, {}, "") if number < 3 else reply("a"), "--api_retries", "3")
-    assert 0.2 <= first < 0.5 and 0.4 <= second < 0.7 and 0.8 <= third
+    assert 0.2 <= first and 0.4 <= second and 0.8 <= third < 2
 
 
 def test_the_last_error_is_told_without_the_key():
@@ -368,7 +368,7 @@ def test_at_most_four_requests_run_at_a_time_and_each_has_its_own_seed():
     with Server(answer) as server:
         annotate.generate_on_server(flags(server, "--concurrency", "4"), samples, annotate.row_of,
                                     rows.extend)
-        assert len(server.requests) == 20 and max(most) <= 4
+        assert len(server.requests) == 20 and 1 < max(most) <= 4
         assert len({body["seed"] for _, _, body, _ in server.requests}) == 20
     assert sorted(row["problem_id"] for row in rows) == list(range(20))
 
