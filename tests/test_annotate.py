@@ -147,6 +147,13 @@ def test_a_request_has_a_total_time_however_slowly_its_reply_comes():
     assert time.monotonic() - started < 4
 
 
+def test_a_reply_without_end_is_given_up_by_its_size(monkeypatch):
+    monkeypatch.setattr(annotate, "LARGEST_REPLY", 2**17)
+    with Server(lambda body, number: (200, {}, pieces("x" * 2**16, 0, 10**9))) as server:
+        with pytest.raises(ApiError, match="no whole reply: .* more than 131072 bytes"):
+            request(server)
+
+
 @pytest.mark.parametrize("status", [301, 302, 307, 308, 401, 402, 403, 404])
 def test_a_redirect_or_a_wrong_key_ends_the_run_and_a_redirect_is_not_followed(status):
     with Server(lambda body, number: reply("a")) as other:

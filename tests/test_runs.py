@@ -198,14 +198,13 @@ def test_the_error_for_a_misspelt_flag_names_the_right_one(capsys):
         assert hint in capsys.readouterr().err
 
 
-def test_a_full_disk_is_a_clear_error_and_leaves_no_partial_checkpoint(tmp_path, monkeypatch):
-    for error, free, words in ((OSError(28, "No space left on device"), 2**30, "No space left"),
-                               (RuntimeError("unexpected pos 64 vs 8"), 0, "No space left"),
-                               (RuntimeError("unexpected pos 64 vs 8"), 2**30, "unexpected pos")):
-        monkeypatch.setattr(sft.shutil, "disk_usage", lambda _: SimpleNamespace(free=free))
-        folder = tmp_path / "checkpoint-4"
-        folder.mkdir()
-        assert words in str(sft.cannot_write(folder, error)) and not folder.exists()
+def test_a_full_disk_is_seen_in_the_error_and_no_partial_checkpoint_is_left(tmp_path, monkeypatch):
+    """Also if torch reports it in other words."""
+    monkeypatch.setattr(sft.shutil, "disk_usage", lambda _: SimpleNamespace(free=4 * 10**7))
+    folder = tmp_path / "checkpoint-4"
+    folder.mkdir()
+    error = sft.cannot_write(folder, RuntimeError("unexpected pos 64 vs 8"))
+    assert "unexpected pos 64 vs 8 (0.0 GB free)" in str(error) and not folder.exists()
 
 
 def test_a_run_prints_its_settings_each_step_and_its_result(toy, tmp_path):
