@@ -9,8 +9,9 @@ import torch
 
 import sft
 import tgrpo
-from bench import PlainEngine, naive_logits
+from bench import naive_logits
 from build_data import pad_batch, seeded_generator
+from conftest import PlainEngine
 
 RULES = SimpleNamespace(G=4, alpha=0.3, omega=0.2, l_min=10, l_max=20, correct_threshold=0.5,
                         temporal_test="ge", temporal_to="reward", scale_advantages="std")
