@@ -95,10 +95,9 @@ def load_shape(name, layers=None, blocks=None):
 def random_model(config, tokenizer, dtype=torch.float32):
     """Returns a random model of this config for this tokenizer."""
     token = tokenizer.convert_tokens_to_ids
-    for name in ("image", "video"):
-        setattr(config, f"{name}_token_id", token(f"<|{name}_pad|>"))
-    for name in ("vision_start", "vision_end"):
-        setattr(config, f"{name}_token_id", token(f"<|{name}|>"))
+    for name, text in (("image", "image_pad"), ("video", "video_pad"),
+                       ("vision_start", "vision_start"), ("vision_end", "vision_end")):
+        setattr(config, f"{name}_token_id", token(f"<|{text}|>"))
     torch.manual_seed(0)
     model = AutoModelForImageTextToText.from_config(config, dtype=dtype)
     model.generation_config.eos_token_id = tokenizer.eos_token_id
@@ -211,31 +210,44 @@ def never_end(model, tokenizer):
 
 
 def run_form(form, flags):
-    """Runs one of FORMS with these flags of tgrpo.py. Returns {"rollout", "update", "step":
-    [seconds of each step but the first], "memory": bytes}."""
+    """Runs one of FORMS with these flags of tgrpo.py, in a new process. Returns {"rollout",
+    "update", "step": [seconds of each step but the first], "memory": bytes that it adds}."""
+    start = peak_memory()
     if form == "trl":
-        return run_trl(flags)
-    _, more, replaced = FORMS[form]
-    for name, value in {"forbidden_tokens": never_end, **replaced}.items():
-        setattr(tgrpo, name, value)
-    args = tgrpo.parse_args([*flags, *more])
-    memory = growth(lambda: tgrpo.main(args))
-    _, _, *rows = (Path(args.output) / "metrics.jsonl").read_text().splitlines()
-    return {"memory": memory} | {name: [json.loads(row)[f"time/{name}"] for row in rows]
-                                 for name in ("rollout", "update", "step")}
+        rollout, step = run_trl(tgrpo.parse_args(flags))
+        seconds = {"rollout": rollout, "update": np.subtract(step, rollout), "step": step}
+    else:
+        _, more, replaced = FORMS[form]
+        for name, value in {"forbidden_tokens": never_end, **replaced}.items():
+            setattr(tgrpo, name, value)
+        args = tgrpo.parse_args([*flags, *more])
+        tgrpo.main(args)
+        _, *rows = (Path(args.output) / "metrics.jsonl").read_text().splitlines()
+        seconds = {name: [json.loads(row)[f"time/{name}"] for row in rows]
+                   for name in ("rollout", "update", "step")}
+    return {name: values[1:] for name, values in seconds.items()} | {
+        "memory": peak_memory() - start}
 
 
-def run_trl(flags):
-    """Runs TRL's GRPOTrainer with the settings of these flags. Returns what run_form does."""
+def peak_memory():
+    """Returns the most bytes that this process has had: resident ones on CPU, else allocated."""
+    if get_accelerator().device_name() != "cpu":
+        return get_accelerator().max_memory_allocated()
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+
+
+def run_trl(args):
+    """Runs TRL's GRPOTrainer with the settings of tgrpo.py's args. Returns the seconds of each
+    step's rollout, and of each step."""
     from datasets import Dataset
     from trl import GRPOConfig, GRPOTrainer
-    args, took = tgrpo.parse_args(flags), {"rollout": [], "step": []}
+    rollout, step, chunk = [], [], min(args.chunk_size, args.G)
 
     class Timed(GRPOTrainer):
         def _generate(self, prompts):
             start = time.perf_counter()
             responses = super()._generate(prompts)
-            took["rollout"].append(time.perf_counter() - start)
+            rollout.append(time.perf_counter() - start)
             return responses
 
     class Clock(TrainerCallback):
@@ -243,31 +255,26 @@ def run_trl(flags):
             self.start = time.perf_counter()
 
         def on_step_end(self, *_, **__):
-            took["step"].append(time.perf_counter() - self.start)
+            step.append(time.perf_counter() - self.start)
 
-    def train():
-        processor = AutoProcessor.from_pretrained(args.model)
-        forbidden = never_end(AutoModelForImageTextToText.from_pretrained(args.model),
-                              processor.tokenizer)
-        record, = load_records(args.data)
-        text = build_messages(record)[0]["content"][1]["text"]
-        question = {"prompt": [{"role": "user", "content": text}],
-                    "image": Image.open(record["media_path"])}
-        chunk = min(args.chunk_size, args.G)
-        config = GRPOConfig(
-            args.output, max_steps=args.max_steps, num_generations=args.G, beta=args.beta,
-            per_device_train_batch_size=chunk, gradient_accumulation_steps=args.G // chunk,
-            loss_type="grpo", bf16=False, gradient_checkpointing=False,
-            max_completion_length=args.max_new_tokens, report_to="none", save_strategy="no",
-            generation_kwargs={"suppress_tokens": forbidden},
-            use_cpu=get_accelerator().device_name() == "cpu")
-        Timed(args.model, lambda completions, **_: [0.0] * len(completions), config,
-              Dataset.from_list([question] * args.max_steps), processing_class=processor,
-              callbacks=[Clock()]).train()
-    memory = growth(train)
-    rollout, step = took["rollout"][1:], took["step"][1:]
-    return {"memory": memory, "rollout": rollout, "step": step,
-            "update": [a - b for a, b in zip(step, rollout)]}
+    processor = AutoProcessor.from_pretrained(args.model)
+    forbidden = never_end(AutoModelForImageTextToText.from_pretrained(args.model),
+                          processor.tokenizer)
+    record, = load_records(args.data)
+    text = build_messages(record)[0]["content"][1]["text"]
+    question = {"prompt": [{"role": "user", "content": text}],
+                "image": Image.open(record["media_path"])}
+    config = GRPOConfig(
+        args.output, max_steps=args.max_steps, num_generations=args.G, beta=args.beta,
+        per_device_train_batch_size=chunk, gradient_accumulation_steps=args.G // chunk,
+        loss_type="grpo", bf16=False, gradient_checkpointing=False, save_strategy="no",
+        max_completion_length=args.max_new_tokens, report_to="none",
+        generation_kwargs={"suppress_tokens": forbidden},
+        use_cpu=get_accelerator().device_name() == "cpu")
+    Timed(args.model, lambda completions, **_: [0.0] * len(completions), config,
+          Dataset.from_list([question] * args.max_steps), processing_class=processor,
+          callbacks=[Clock()]).train()
+    return rollout, step
 
 
 # ---------------------------------------------------------------------------- measurement
@@ -279,32 +286,15 @@ def in_new_process(function, *arguments):
         return process.submit(function, *arguments).result()
 
 
-def growth(function):
-    """Returns the bytes by which a call raises this process's peak of memory."""
-    start = peak_memory()
-    function()
-    return peak_memory() - start
-
-
-def peak_memory():
-    """Returns the most bytes that this process has had: resident ones on CPU, else allocated."""
-    if get_accelerator().device_name() != "cpu":
-        return get_accelerator().max_memory_allocated()
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
-
-
 def measure(args, more):
     """Prints a row for each form: medians, from lowest to highest, and their ratio to ours."""
     if args.peer and not importlib.util.find_spec("trl"):
         sys.exit("--peer trl needs the package trl: pip install trl")
-    forms = ["ours", args.peer or "naive"]
-    if args.ablate is not None:
-        forms = ["ours", *(args.ablate or ABLATIONS)]
-    results = {form: [] for form in forms}
+    others = [args.peer or "naive"] if args.ablate is None else args.ablate or ABLATIONS
+    results = {form: [] for form in ("ours", *others)}
     with tempfile.TemporaryDirectory() as folder:
         flags = [*save_start(args, folder, picture=bool(args.peer)), *more]
-        for turn in tqdm(range(args.repeats * len(forms)), desc="runs"):
-            form = forms[turn % len(forms)]
+        for turn, form in enumerate(tqdm([*results] * args.repeats, desc="runs")):
             results[form].append(in_new_process(
                 run_form, form, [*flags, f"--output={folder}/{turn}", f"--max_steps={STEPS}"]))
     print("| | rollout, s | update, s | step, s | memory, MB |\n|---|---|---|---|---|")

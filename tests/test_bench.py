@@ -45,9 +45,6 @@ def test_an_absent_peer_is_one_sentence(monkeypatch):
 
 # ------------------------------------------------------------ memory, computed from shapes
 
-OFFLOAD = {"stage": 2, "offload_optimizer": {"device": "cpu"}, "reduce_bucket_size": 1000}
-
-
 def flags(*more):
     return tgrpo.parse_args(["--model=", "--data=", "--output=", *map(str, more)])
 
@@ -78,13 +75,11 @@ def test_weights_and_optimizer_are_counted_to_the_byte(model, frozen):
     needed = bench.memory(model.config, args, {"stage": 2}, size=4)["update"]
     assert needed["weights"] == needed["reference"] == nbytes(model.parameters())
     assert needed["optimizer"] == nbytes(trained) + moments
-    # the host's: master weights and gradients, moments, gradients so far, a copy of the weights
-    offload = OFFLOAD | {"offload_optimizer": {"device": "cpu", "pin_memory": False}}
-    assert bench.memory(model.config, args, offload, size=4)["host"]["optimizer"] == \
-        4 * nbytes(trained) + moments
-    # pinned, each block but the moments takes a power of two
+    # the host's: moments; master weights, their gradients, a copy of the weights, and gradients so
+    # far are pinned blocks, each a power of two
     blocks = [nbytes(trained)] * 3 + [p.nbytes for p in trained]
-    assert bench.memory(model.config, args, OFFLOAD, size=4)["host"]["optimizer"] == \
+    offload = {"stage": 2, "offload_optimizer": {"device": "cpu"}}
+    assert bench.memory(model.config, args, offload, size=4)["host"]["optimizer"] == \
         moments + sum(2 ** (n - 1).bit_length() for n in blocks)
 
 
@@ -104,33 +99,44 @@ def test_what_more_gpus_and_other_settings_save():
     def of(moment, part, *more, stage=2, gpus=1):
         return bench.memory(config, flags(*more), {"stage": stage}, gpus)[moment].get(part, 0)
     assert of("update", "reference", "--beta=0") == of("update", "sampling copy") == 0
-    assert of("update", "weights", gpus=8) == 2 * P
     assert of("update", "weights", stage=3, gpus=8) == 2 * P // 8
     assert of("rollout", "sampling copy", stage=3, gpus=8) == 2 * P
     assert of("update", "optimizer", gpus=8) == 12 * (P // 8)
     assert of("update", "prompt, vision tower", "--freeze_vision") == 0
-    assert of("update", "prompt, vision tower", "--max_frames=32") == \
-        2 * of("update", "prompt, vision tower")
     assert of("rollout", "keys and values", "--alpha=0") < of("rollout", "keys and values")
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("more", [
-    ["--chunk_size=1"], ["--chunk_size=8"], ["--chunk_size=8", "--gradient_checkpointing"],
-    ["--chunk_size=1", "--gradient_checkpointing"], ["--chunk_size=8", "--lora_rank=16"]],
-    ids=" ".join)
-def test_a_run_grows_by_what_is_computed_within_15_percent(tmp_path, more):
-    """Of a picture of 576 visual tokens and G responses of 192 tokens, in float32."""
-    args, _ = bench.parse_args([])
+def grow(folder, flags, picture=()):
+    """Runs tgrpo.py in float32 on a picture, in a process of its own. Returns the bytes by which
+    the process grows, and what is computed for it."""
+    args, _ = bench.parse_args(picture)
     zero = {"stage": 2, "reduce_bucket_size": 1_000_000}
-    start = bench.save_start(args, tmp_path, picture=True)
-    (tmp_path / "zero0.json").write_text(json.dumps(
+    flags = [*bench.save_start(args, folder, picture=True), "--max_frames=1", "--min_frames=1",
+             f"--output={folder}/run", "--max_steps=2", *flags]
+    (folder / "zero0.json").write_text(json.dumps(
         {"zero_optimization": zero, "zero_allow_untested_optimizer": True}))
-    settings = [*start, f"--output={tmp_path}/run", "--max_steps=2", "--max_new_tokens=192", *more]
-    measured = bench.in_new_process(bench.run_form, "ours", settings)["memory"]
-    needed = bench.memory(bench.load_shape(args.model), tgrpo.parse_args(settings), zero, size=4)
+    measured = bench.in_new_process(bench.run_form, "ours", flags)["memory"]
+    needed = bench.memory(bench.load_shape(args.model), tgrpo.parse_args(flags), zero, size=4)
     computed = max(sum(needed[moment].values()) for moment in ("rollout", "update", "step"))
-    assert computed - bench.CARD_SPARE == pytest.approx(measured, rel=0.15)
+    return measured, computed - bench.CARD_SPARE
+
+
+@pytest.fixture(scope="module")
+def process(tmp_path_factory):
+    """The bytes of a process that are not computed: code and libraries, read at their first use."""
+    measured, computed = grow(tmp_path_factory.mktemp("start"), ["--max_new_tokens=3"],
+                              ["--frames=4", "--height=2", "--width=2"])
+    return measured - computed
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("flags", [
+    "--chunk_size=1", "--chunk_size=8", "--chunk_size=8 --gradient_checkpointing",
+    "--chunk_size=1 --gradient_checkpointing", "--chunk_size=8 --lora_rank=16"])
+def test_a_run_grows_by_what_is_computed_within_15_percent(tmp_path, process, flags):
+    """On a picture of 576 visual tokens, with responses of 192."""
+    measured, computed = grow(tmp_path, ["--max_new_tokens=192", *flags.split()])
+    assert computed == pytest.approx(measured - process, rel=0.15)
 
 
 def test_the_readme_table_is_what_the_function_computes_and_fits_the_cards():
@@ -138,7 +144,7 @@ def test_the_readme_table_is_what_the_function_computes_and_fits_the_cards():
     section = (ROOT / "README.md").read_text(encoding="utf-8").split("\n### One GPU\n")[1]
     row = r"\| (8 x )?(\d+) GB \| (\S+) \| (?:`(.*)`)? ?\| `(\S+)` \| (\d+) \| (\d+) \|"
     table = re.findall(row, section.split("\n## ")[0])
-    assert {card for _, card, *_ in table} == {"16", "24", "48", "80"} and len(table) == 7
+    assert {card for _, card, *_ in table} == {"16", "24", "48", "80"} and len(table) == 5
     for several, card, name, settings, file, of_card, of_host in table:
         zero = json.loads((ROOT / file).read_text())["zero_optimization"]
         args = flags(*settings.split(), "--gradient_checkpointing")
