@@ -39,7 +39,6 @@ import tgrpo  # noqa: E402
 from build_data import (TEMPLATE, build_messages, forbidden_tokens, load_records,  # noqa: E402
                         stop_tokens, toy_processor, toy_tokenizer, write_video)
 
-MIB = 2**20
 STEPS = 3  # of a measured run; the first one warms up
 # As published with the weights: model type, tied embeddings; hidden size, MLP, layers, heads, key
 # heads, vocabulary; the tower's layers, hidden size, MLP, heads. In "small" MLP and tower have
@@ -300,7 +299,7 @@ def measure(args, more):
     print("| | rollout, s | update, s | step, s | memory, MB |\n|---|---|---|---|---|")
     for form, runs in results.items():
         cells = [FORMS[form][0]]
-        for key, unit in (("rollout", 1), ("update", 1), ("step", 1), ("memory", MIB)):
+        for key, unit in (("rollout", 1), ("update", 1), ("step", 1), ("memory", 1e6)):
             own, found = (np.hstack([run[key] for run in of]) / unit
                           for of in (results["ours"], runs))
             cells.append(f"{np.median(found):.3g} ({min(found):.3g} to {max(found):.3g}), "
