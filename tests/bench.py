@@ -299,11 +299,13 @@ def measure(args, more):
     print("| | rollout, s | update, s | step, s | memory, MB |\n|---|---|---|---|---|")
     for form, runs in results.items():
         cells = [FORMS[form][0]]
-        for key, unit in (("rollout", 1), ("update", 1), ("step", 1), ("memory", 1e6)):
+        for key, unit, digits in (("rollout", 1, 2), ("update", 1, 2), ("step", 1, 2),
+                                  ("memory", 1e6, 0)):
             own, found = (np.hstack([run[key] for run in of]) / unit
                           for of in (results["ours"], runs))
-            cells.append(f"{np.median(found):.3g} ({min(found):.3g} to {max(found):.3g}), "
-                         f"{np.median(found) / np.median(own):.1f}x")
+            middle, low, high = (f"{value:.{digits}f}"
+                                 for value in (np.median(found), min(found), max(found)))
+            cells.append(f"{middle} ({low} to {high}), {np.median(found) / np.median(own):.1f}x")
         print("| " + " | ".join(cells) + " |")
 
 
