@@ -266,8 +266,8 @@ def run_trl(args):
     config = GRPOConfig(
         args.output, max_steps=args.max_steps, num_generations=args.G, beta=args.beta,
         per_device_train_batch_size=chunk, gradient_accumulation_steps=args.G // chunk,
-        loss_type="grpo", bf16=False, gradient_checkpointing=False, save_strategy="no",
-        max_completion_length=args.max_new_tokens, report_to="none",
+        loss_type="grpo", bf16=False, gradient_checkpointing=args.gradient_checkpointing,
+        max_completion_length=args.max_new_tokens, report_to="none", save_strategy="no",
         generation_kwargs={"suppress_tokens": forbidden},
         use_cpu=get_accelerator().device_name() == "cpu")
     Timed(args.model, lambda completions, **_: [0.0] * len(completions), config,
