@@ -1,97 +1,153 @@
-"""Speed and memory of a T-GRPO step beside the naive form, on this machine.
+"""Measures the speed and memory of tgrpo.py on this machine, and computes what a run needs.
 
-    python tests/bench.py                                     # about 12 minutes on 2 CPU cores
-    python tests/bench.py --ablate                            # each idea turned off
-    python tests/bench.py --hidden 2048 --heads 16 --kv_heads 2 --mlp 11008 --layers 2 \\
-        --vision_hidden 1280 --vision_depth 4 --vision_mlp 3420 --vocabulary 151936  # 3B's layers
-
-Naive is what earlier systems do: two `generate` calls with num_return_sequences for the rollout;
-policy and reference run over G full copies of prompt, pixels and response; one backward through
-the policy's. All forms work on the same random Qwen2.5-VL, the same prompts and responses. Each
-has a process of its own, as in use, so that none works in the memory that another has cut up. The
-processes with the same number of frames take turns; every number is the median of --repeats turns.
-No response ends early, so what rows that leave the batch save is not in here. Memory is the growth
-of a form's process during its first update (maximum resident set on CPU, maximum allocated on an
-accelerator).
-
+    python tests/bench.py                       tgrpo.py beside the naive form
+    python tests/bench.py --ablate              and with one idea turned off at a time
+    python tests/bench.py --peer trl            --alpha 0 beside TRL's GRPOTrainer
     python tests/bench.py memory --model Qwen2.5-VL-7B --lora_rank 16 \\
-        --deepspeed_config assets/one_gpu.json
+        --deepspeed_config assets/zero2.json    computed from shapes, not measured
 
-computes what a run of tgrpo.py needs on a card and on the host, from the model's shape and the
-run's own flags: nothing is measured there.
+A form of the step is tgrpo.py's own main with some functions replaced. The naive form is that of
+earlier systems: `generate` with num_return_sequences for each order of frames, then policy and
+reference over G full copies of prompt, pixels and response. All forms have the same random model
+and question, and no response ends early. Each run is a process of its own. The forms take turns.
 """
 import argparse
-import functools
+import importlib.util
 import json
 import math
 import multiprocessing
-import statistics
+import resource
 import sys
+import tempfile
 import time
+from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from deepspeed.accelerator import get_accelerator
+from PIL import Image
 from tqdm import tqdm
-from transformers import AutoConfig, AutoModelForImageTextToText
+from transformers import AutoConfig, AutoModelForImageTextToText, AutoProcessor, TrainerCallback
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+ROOT = Path(__file__).resolve().parents[1]
+sys.path.insert(0, str(ROOT))
 
 import sft  # noqa: E402
 import tgrpo  # noqa: E402
-from build_data import (PATCH, TEMPLATE, Vision, encode, pad_batch, seeded_generator,  # noqa: E402
-                        toy_model, toy_processor, toy_tokenizer)
+from build_data import (TEMPLATE, build_messages, forbidden_tokens, load_records,  # noqa: E402
+                        stop_tokens, toy_processor, toy_tokenizer, write_video)
 
-BETA, EPSILON = 0.04, 0.2  # tgrpo.py's defaults
-UNUSED = -1  # an end token that no row can sample: every response gets its full length
-MIB = 2**20
+STEPS = 3  # of a measured run; the first one warms up
+# As published with the weights: model type, tied embeddings; hidden size, MLP, layers, heads, key
+# heads, vocabulary; the tower's layers, hidden size, MLP, heads. In "small" MLP and tower have
+# about the same share of the work as in Qwen2.5-VL-3B.
+SHAPES = {
+    "small": ("qwen2_5_vl", True, (320, 1720, 4, 5, 1, 4096), (5, 160, 428, 4)),
+    "Qwen2.5-VL-3B": ("qwen2_5_vl", True, (2048, 11008, 36, 16, 2, 151936), (32, 1280, 3420, 16)),
+    "Qwen2.5-VL-7B": ("qwen2_5_vl", False, (3584, 18944, 28, 28, 4, 152064), (32, 1280, 3420, 16)),
+    "Qwen3-VL-4B": ("qwen3_vl", True, (2560, 9728, 36, 32, 8, 151936), (24, 1024, 4096, 16)),
+    "Qwen3-VL-8B": ("qwen3_vl", False, (4096, 12288, 36, 32, 8, 151936), (27, 1152, 4304, 16))}
 
 
 def parse_args(argv=None):
-    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    """Returns the flags of this script, and those for tgrpo.py."""
+    parser = argparse.ArgumentParser(
+        description=__doc__.split("\n")[0] + " Other flags are tgrpo.py's.", allow_abbrev=False)
+    add = parser.add_mutually_exclusive_group().add_argument
+    add("--ablate", nargs="*", choices=ABLATIONS, help="turn off these ideas; without a name all")
+    add("--peer", choices=["trl"], help="run this trainer instead of the naive form")
     add = parser.add_argument
-    # the model: 11 million parameters; MLP and vision tower have about the same share of the work
-    # on a video's tokens as in Qwen2.5-VL-3B
-    add("--hidden", type=int, default=320, help="width of the language model")
-    add("--layers", type=int, default=4, help="layers of the language model")
-    add("--heads", type=int, default=5, help="query heads of the language model")
-    add("--kv_heads", type=int, default=1, help="key and value heads of the language model")
-    add("--mlp", type=int, default=1720, help="width of the language model's MLP")
-    add("--vision_hidden", type=int, default=160, help="width of the vision tower")
-    add("--vision_depth", type=int, default=5, help="layers of the vision tower")
-    add("--vision_mlp", type=int, default=428, help="width of the vision tower's MLP")
-    add("--vocabulary", type=int, default=4096, help="tokens of the vocabulary")
-    add("--dtype", default="float32", help="float32 or bfloat16")
-    # the step
-    add("--frames", type=int, nargs="+", default=[16, 32, 64], help="frames of the video")
+    add("--repeats", type=int, default=5, help="runs of each form; medians are printed")
+    add("--model", default="small", help=f"a shape ({', '.join(SHAPES)}) or a model's folder")
+    add("--frames", type=int, default=16, help="frames of the video")
     add("--height", type=int, default=8, help="of a frame, in units of 28 pixels")
     add("--width", type=int, default=9, help="of a frame, in units of 28 pixels")
-    add("--prompts", type=int, nargs="+", default=[1, 2, 4], help="prompts of a rank")
-    add("--G", type=int, default=8, help="responses to the ordered frames")
-    add("--G_tilde", type=int, default=4, help="responses to the shuffled frames")
-    add("--max_new_tokens", type=int, default=256, help="tokens of a response")
-    add("--chunk_size", type=int, default=8, help="responses of one forward and backward")
-    # the measurement
-    add("--repeats", type=int, default=5, help="turns; medians are reported")
-    add("--json", help="file for the results")
-    add("--ablate", nargs="*", choices=ABLATIONS,
-        help="update and rollout with one idea turned off: each of these, or all")
-    add("--seed", type=int, default=0, help="seed of weights, frames and responses")
-    return parser.parse_args(argv)
+    return parser.parse_known_args(argv)
+
+
+# ------------------------------------------------------------------------ what a run starts from
+
+def load_shape(name, layers=None, blocks=None):
+    """Returns the config of one of SHAPES, with fewer layers and blocks if these are given, or of
+    a model's folder."""
+    if name not in SHAPES:
+        return AutoConfig.from_pretrained(name)
+    kind, tied, (hidden, mlp, depth, heads, kv_heads, vocabulary), tower = SHAPES[name]
+    vision_depth, vision_hidden, vision_mlp, vision_heads = tower
+    blocks, dim = blocks or vision_depth, 128 if kind == "qwen3_vl" else hidden // heads
+    return AutoConfig.for_model(kind, tie_word_embeddings=tied, text_config={
+        "hidden_size": hidden, "intermediate_size": mlp, "num_hidden_layers": layers or depth,
+        "num_attention_heads": heads, "num_key_value_heads": kv_heads, "head_dim": dim,
+        "vocab_size": vocabulary, "tie_word_embeddings": tied, "bos_token_id": None,
+        "eos_token_id": None, "rope_parameters": {
+            "rope_type": "default", "rope_theta": 1e6,
+            "mrope_section": [dim // 8, 3 * dim // 16, 3 * dim // 16]},
+    }, vision_config={
+        "depth": blocks, "hidden_size": vision_hidden, "intermediate_size": vision_mlp,
+        "num_heads": vision_heads, "out_hidden_size": hidden,
+        "fullatt_block_indexes": [*range(7, blocks, 8)] or [blocks - 1],
+        "deepstack_visual_indexes": [0, 1, 2]})  # three; the choice changes no size
+
+
+def random_model(config, tokenizer, dtype=torch.float32):
+    """Returns a random model of this config for this tokenizer."""
+    token = tokenizer.convert_tokens_to_ids
+    for name, text in (("image", "image_pad"), ("video", "video_pad"),
+                       ("vision_start", "vision_start"), ("vision_end", "vision_end")):
+        setattr(config, f"{name}_token_id", token(f"<|{text}|>"))
+    torch.manual_seed(0)
+    model = AutoModelForImageTextToText.from_config(config, dtype=dtype)
+    model.generation_config.eos_token_id = tokenizer.eos_token_id
+    model.generation_config.pad_token_id = tokenizer.pad_token_id
+    return model
+
+
+def save_start(args, folder, picture=False):
+    """Writes a random Qwen2.5-VL and a question about a random video, or about a picture of as many
+    visual tokens. Returns the flags of tgrpo.py."""
+    folder, tokenizer = Path(folder), toy_tokenizer([TEMPLATE] * 2)
+    random_model(load_shape(args.model), tokenizer).save_pretrained(folder / "model")
+    toy_processor(tokenizer).save_pretrained(folder / "model")
+    T, H, W = args.frames, 28 * args.height, 28 * args.width
+    pixels = np.random.default_rng(0).integers(0, 256, (T, H, W, 3), np.uint8)
+    if picture:  # two frames of a video have the visual tokens of one picture
+        Image.fromarray(pixels[::2].reshape(-1, W, 3)).save(folder / "picture.png")
+    else:
+        write_video(folder / "video.mp4", pixels, fps=2)
+    (folder / "data.json").write_text(json.dumps([{
+        "problem_id": 0, "problem": "Which way does it move?", "problem_type": "free-form",
+        "data_type": "image" if picture else "video", "solution": "<answer>left</answer>",
+        "path": "./picture.png" if picture else "./video.mp4"}]))
+    (folder / "zero0.json").write_text(json.dumps({
+        "zero_optimization": {"stage": 0}, "zero_allow_untested_optimizer": True}))
+    return ["--model", f"{folder}/model", "--data", f"{folder}/data.json", "--deepspeed_config",
+            f"{folder}/zero0.json", "--save_steps=0", "--show_steps=0", "--num_workers=0",
+            f"--max_frames={T}", f"--max_pixels={H * W}", f"--image_max_pixels={T // 2 * H * W}",
+            "--chunk_size=8", "--max_new_tokens=256", *["--alpha=0"] * picture]
 
 
 # ------------------------------------------------------------------------- the naive form
 
-def naive_rollout(model, prompt, args):
-    """(G + G_tilde) x L tokens by two calls of generate, each with copies of one prompt."""
-    for inputs, count in zip(prompt, (args.G, args.G_tilde)):
-        model.generate(**inputs, num_return_sequences=count, do_sample=True, top_k=0, top_p=1.0,
-                       max_new_tokens=args.max_new_tokens, min_new_tokens=args.max_new_tokens)
+def one_by_one(prompts, counts):
+    """Yields each prompt row, as a batch of one, and the number of its responses."""
+    for inputs, of_rows in zip(prompts, counts):
+        for b, count in enumerate(of_rows):
+            yield {key: value.chunk(len(of_rows))[b] for key, value in inputs.items()}, count
+
+
+def naive_rollout(model, prompts, counts, *, max_new_tokens, temperature, **_):
+    """Samples as tgrpo.rollout does, by one call of generate for each prompt row."""
+    return [model.generate(**inputs, num_return_sequences=count, do_sample=True, top_k=0,
+                           temperature=temperature, max_new_tokens=max_new_tokens)
+            [:, inputs["input_ids"].shape[1]:]  # (count, L)
+            for inputs, count in one_by_one(prompts, counts)]
 
 
 def naive_forward(model, inputs, responses):
-    """ids (n, P + L) and logits (n, P + L, V) over n full copies of prompt, pixels and response."""
+    """Returns ids (n, P + L) and logits (n, P + L, V) of n full copies of prompt, pixels and
+    response."""
     n, L = responses.shape
     batch = {key: torch.cat([value] * n) for key, value in inputs.items()}
     batch["input_ids"] = torch.cat([batch["input_ids"], responses], 1)
@@ -101,341 +157,160 @@ def naive_forward(model, inputs, responses):
 
 
 def naive_logits(model, inputs, responses):
-    """Logits (n, L, V) that predict each response token."""
+    """Returns the logits (n, L, V) that predict each response token."""
     return naive_forward(model, inputs, responses)[1][:, -responses.shape[1] - 1:-1]
 
 
-def naive_logps(model, inputs, responses):
-    """(n, L): those of all tokens, row by row, of which the responses' are kept, as in the
-    released code (_get_per_token_logps of its grpo_trainer.py)."""
+def naive_logps(model, inputs, responses, temperature=1.0):
+    """Returns the log-probabilities (n, L) as the released code does (_get_per_token_logps of its
+    grpo_trainer.py): of all tokens, row by row, of which the responses' are kept."""
     ids, logits = naive_forward(model, inputs, responses)
-    logps = [row[:-1].float().log_softmax(-1).gather(1, chosen[1:, None])[:, 0]
+    logps = [(row[:-1].float() / temperature).log_softmax(-1).gather(1, chosen[1:, None])[:, 0]
              for chosen, row in zip(ids, logits)]  # n times (P + L - 1,)
     return torch.stack(logps)[:, -responses.shape[1]:]
 
 
-def naive_backward(model, inputs, responses, A, ref):
-    logps = naive_logps(model, inputs, responses)
-    mask = torch.ones_like(logps)
-    tgrpo.tgrpo_loss(logps, logps.detach(), ref, A, mask, BETA, EPSILON).backward()
+@torch.no_grad()
+def naive_group_logps(model, inputs, responses, lengths, chunk_size, temperature=1.0):
+    return naive_logps(model, inputs, responses, temperature)
 
 
-# ----------------------------------------------------------------------------------- ours
-
-class PlainEngine:
-    """What backward_group asks of DeepSpeed's engine, for one process."""
-
-    def __init__(self, module):
-        self.module = module
-
-    def __call__(self, **inputs):
-        return self.module(**inputs)
-
-    def backward(self, loss):
-        loss.backward()
-
-    def set_gradient_accumulation_boundary(self, last):
-        pass
-
-
-def our_rollout(model, prompts, args, generator):
-    """The same tokens for several prompts in one decode."""
-    both = [pad_batch(prompt, {}, "left") for prompt in prompts]
-    tgrpo.rollout(model, both, [[args.G, args.G_tilde]] * len(both), temperature=1.0, top_p=1.0,
-                  max_new_tokens=args.max_new_tokens, eos_ids=[UNUSED], generator=generator)
-
-
-def our_backward(model, inputs, responses, A, ref, chunk_size):
-    def loss(rows, logps, entropy):
-        mask = torch.ones_like(logps)
-        return tgrpo.tgrpo_loss(logps, logps.detach(), ref[rows], A[rows], mask, BETA,
-                                EPSILON) * len(rows) / len(A)
-    tgrpo.backward_group(PlainEngine(model), inputs, responses, whole(responses), loss,
-                         chunk_size, 1.0, last=True)
-
-
-def whole(responses):
-    """The lengths (G,) of responses none of which ended early."""
-    return torch.full((len(responses),), responses.shape[1])
-
-
-# ------------------------------------------------------------- ours with one idea turned off
-
-def autograd_logps(logits, responses, temperature):
-    """tgrpo.token_logps all at once: autograd keeps what the backward pass needs."""
-    log_probs = (logits.float() / temperature).log_softmax(-1)  # (n, L, V)
-    return log_probs.gather(-1, responses[..., None])[..., 0]  # (n, L)
-
-
-def separate_rollouts(model, prompts, args, generator):
-    """Ordered and shuffled rows one after the other, prompt by prompt."""
-    for prompt in prompts:
-        for inputs, count in zip(prompt, (args.G, args.G_tilde)):
-            tgrpo.rollout(model, [inputs], [[count]], temperature=1.0, top_p=1.0,
-                          max_new_tokens=args.max_new_tokens, eos_ids=[UNUSED],
-                          generator=generator)
-
-
-ABLATIONS = {  # form: what is measured, the idea that it does without, what it changes in tgrpo
-    "autograd": ("backward", "log-probabilities again in the backward pass, in pieces",
-                 {"token_logps": autograd_logps}),
-    "naive": ("backward", "the prompt run once for its group", {}),
-    "recompute": ("backward", "activations kept for the backward pass: --gradient_checkpointing",
-                  {}),
-    "separate": ("rollout", "all orders and prompts in one decode", {})}
+def naive_backward_group(engine, inputs, responses, lengths, chunk_loss, chunk_size, temperature,
+                         last):
+    logps = naive_logps(engine, inputs, responses, temperature)  # (G, L)
+    engine.set_gradient_accumulation_boundary(last)
+    no_entropy = torch.zeros_like(logps)  # a metric that the released code does not compute
+    engine.backward(chunk_loss(torch.arange(len(logps)), logps, no_entropy))
 
 
 # ------------------------------------------------------------------------------ the forms
 
-class Case:
-    """A random model, prompts of so many frames, and responses to the first of them."""
+def separate_rollouts(model, prompts, counts, rollout=tgrpo.rollout, **options):
+    """Samples to one order of frames after the other."""
+    return [rollout(model, [inputs], [[count]], **options)[0]
+            for inputs, count in one_by_one(prompts, counts)]
 
-    def __init__(self, args, frames, prompts=1):
-        self.args = args
-        self.device = get_accelerator().current_device_name()
-        tokenizer = toy_tokenizer([TEMPLATE] * 2)
-        self.model = self.random_model(tokenizer)
-        generator = seeded_generator(args.seed)
-        record = {"problem": "Which way does it move?", "problem_type": "free-form",
-                  "data_type": "video", "media_path": ""}
-        metadata = {"fps": 2.0, "frames_indices": list(range(frames)), "total_num_frames": frames}
-        size = (frames, 3, PATCH * args.height, PATCH * args.width)
-        self.prompts = []
-        for _ in range(prompts):
-            video = torch.randint(0, 256, size, generator=generator, dtype=torch.uint8)
-            self.prompts.append([encode(toy_processor(tokenizer), record,
-                                        Vision(order, metadata, None), self.device)
-                                 for order in (video, tgrpo.shuffle_frames(video, generator))])
-        self.inputs = self.prompts[0][0]
-        self.responses = torch.randint(0, len(tokenizer) // 2, (args.G, args.max_new_tokens),
-                                       generator=generator).to(self.device)
-        self.A = torch.randn(args.G, generator=generator).to(self.device)
-        self.ref = torch.zeros(args.G, args.max_new_tokens, device=self.device) - 5
-        self.generator = seeded_generator(args.seed, device=self.device)
 
-    def random_model(self, tokenizer):
-        args = self.args
-        model = toy_model(tokenizer, args.seed, args.hidden, args.layers, args.heads,
-                          args.kv_heads, args.mlp, args.vision_hidden, args.vision_depth,
-                          args.vision_mlp)
-        torch.manual_seed(args.seed)  # the words that it adds are random
-        model.resize_token_embeddings(args.vocabulary, mean_resizing=False)
-        return model.to(self.device, getattr(torch, args.dtype))
+FORMS = {  # form: its name, more flags, what it replaces in tgrpo.py
+    "ours": ("tgrpo.py", [], {}),
+    "trl": ("TRL", [], {}),
+    "naive": ("naive form", [], {"rollout": naive_rollout, "group_logps": naive_group_logps,
+                                 "backward_group": naive_backward_group}),
+    "logps": ("log-probabilities kept for the backward pass", [],
+              {"checkpoint": lambda function, *piece, use_reentrant: function(*piece)}),
+    "recompute": ("activations recomputed", ["--gradient_checkpointing"], {}),
+    "separate": ("one order of frames after the other", [], {"rollout": separate_rollouts})}
+ABLATIONS = ("logps", "recompute", "separate")
 
-    def actions(self, form):
-        """{name: function} of "ours" or one of ABLATIONS: log-probs and update of one question,
-        the rollout of all. What the form changes in tgrpo is changed for the whole process."""
-        policy = (self.model, self.inputs, self.responses)
-        if form == "naive":
-            return {
-                "rollout": lambda: [naive_rollout(self.model, p, self.args) for p in self.prompts],
-                "logps": lambda: torch.no_grad()(naive_logps)(*policy),
-                "backward": lambda: naive_backward(*policy, self.A, self.ref)}
-        if form in ABLATIONS:
-            for name, value in ABLATIONS[form][2].items():
-                setattr(tgrpo, name, value)
-        if form == "recompute":
-            tgrpo.recompute_activations(self.model)
-        rollout = separate_rollouts if form == "separate" else our_rollout
-        chunk = self.args.chunk_size
-        return {
-            "rollout": lambda: rollout(self.model, self.prompts, self.args, self.generator),
-            "logps": lambda: tgrpo.group_logps(*policy, whole(self.responses), chunk),
-            "backward": lambda: our_backward(*policy, self.A, self.ref, chunk)}
+
+def never_end(model, tokenizer):
+    """Returns the ids that no response may have, the end tokens among them."""
+    return forbidden_tokens(model, tokenizer) + stop_tokens(model, tokenizer)
+
+
+def run_form(form, flags):
+    """Runs one of FORMS with these flags of tgrpo.py, in a new process. Returns {"rollout",
+    "update", "step": [seconds of each step but the first], "memory": bytes that it adds}."""
+    start = peak_memory()
+    if form == "trl":
+        rollout, step = run_trl(tgrpo.parse_args(flags))
+        seconds = {"rollout": rollout, "update": np.subtract(step, rollout), "step": step}
+    else:
+        _, more, replaced = FORMS[form]
+        for name, value in {"forbidden_tokens": never_end, **replaced}.items():
+            setattr(tgrpo, name, value)
+        args = tgrpo.parse_args([*flags, *more])
+        tgrpo.main(args)
+        _, *rows = (Path(args.output) / "metrics.jsonl").read_text().splitlines()
+        seconds = {name: [json.loads(row)[f"time/{name}"] for row in rows]
+                   for name in ("rollout", "update", "step")}
+    return {name: values[1:] for name, values in seconds.items()} | {
+        "memory": peak_memory() - start}
+
+
+def peak_memory():
+    """Returns the most bytes that this process has had: resident ones on CPU, else allocated."""
+    if get_accelerator().device_name() != "cpu":
+        return get_accelerator().max_memory_allocated()
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+
+
+def run_trl(args):
+    """Runs TRL's GRPOTrainer with the settings of tgrpo.py's args. Returns the seconds of each
+    step's rollout, and of each step."""
+    from datasets import Dataset
+    from trl import GRPOConfig, GRPOTrainer
+    rollout, step, chunk = [], [], min(args.chunk_size, args.G)
+
+    class Timed(GRPOTrainer):
+        def _generate(self, prompts):
+            start = time.perf_counter()
+            responses = super()._generate(prompts)
+            rollout.append(time.perf_counter() - start)
+            return responses
+
+    class Clock(TrainerCallback):
+        def on_step_begin(self, *_, **__):
+            self.start = time.perf_counter()
+
+        def on_step_end(self, *_, **__):
+            step.append(time.perf_counter() - self.start)
+
+    processor = AutoProcessor.from_pretrained(args.model)
+    forbidden = never_end(AutoModelForImageTextToText.from_pretrained(args.model),
+                          processor.tokenizer)
+    record, = load_records(args.data)
+    text = build_messages(record)[0]["content"][1]["text"]
+    question = {"prompt": [{"role": "user", "content": text}],
+                "image": Image.open(record["media_path"])}
+    config = GRPOConfig(
+        args.output, max_steps=args.max_steps, num_generations=args.G, beta=args.beta,
+        per_device_train_batch_size=chunk, gradient_accumulation_steps=args.G // chunk,
+        loss_type="grpo", bf16=False, gradient_checkpointing=args.gradient_checkpointing,
+        max_completion_length=args.max_new_tokens, report_to="none", save_strategy="no",
+        generation_kwargs={"suppress_tokens": forbidden},
+        use_cpu=get_accelerator().device_name() == "cpu")
+    Timed(args.model, lambda completions, **_: [0.0] * len(completions), config,
+          Dataset.from_list([question] * args.max_steps), processing_class=processor,
+          callbacks=[Clock()]).train()
+    return rollout, step
 
 
 # ---------------------------------------------------------------------------- measurement
 
-class Worker:
-    """A process that has one form of one case: worker(action) runs it there, and returns its
-    seconds; for "memory" bytes, for "prompt_tokens" their number."""
-
-    def __init__(self, args, form, frames, prompts=1):
-        spawn = multiprocessing.get_context("spawn")  # a fork would inherit this one's threads
-        self.pipe, theirs = spawn.Pipe()
-        self.process = spawn.Process(target=serve, args=(theirs, args, form, frames, prompts),
-                                     name=f"{form!r}, {frames} frames", daemon=True)
-        self.process.start()
-        theirs.close()  # now its end is seen here, too
-
-    def __call__(self, action):
-        try:
-            self.pipe.send(action)
-            return self.pipe.recv()
-        except (EOFError, OSError):
-            sys.exit(f"the process of {self.process.name} has ended: see its error above; without "
-                     "one it was killed, likely for memory: lower --G, --frames or --vocabulary")
-
-    def stop(self):
-        self.pipe.close()
-        self.process.join()
+def in_new_process(function, *arguments):
+    """Returns what the function returns in a process of its own."""
+    spawn = multiprocessing.get_context("spawn")  # a fork could not use a GPU
+    with ProcessPoolExecutor(1, spawn) as process:
+        return process.submit(function, *arguments).result()
 
 
-def serve(pipe, args, form, frames, prompts):
-    """The work of a Worker's process: until the other end closes the pipe."""
-    case = Case(args, frames, prompts)
-    actions = case.actions(form)
-    answers = {"memory": lambda: peak_memory(case.model, actions),
-               "prompt_tokens": lambda: case.inputs["input_ids"].shape[1]}
-    answers |= {name: functools.partial(seconds, action) for name, action in actions.items()}
-    try:
-        while True:
-            pipe.send(answers[pipe.recv()]())
-            get_accelerator().empty_cache()  # the other processes need the room
-    except EOFError:
-        pass
-
-
-def seconds(function):
-    get_accelerator().synchronize()
-    start = time.perf_counter()
-    function()
-    get_accelerator().synchronize()
-    return time.perf_counter() - start
-
-
-def medians(work, repeats):
-    """{key: median seconds} of {key: (worker, action)}. All take turns, so that what else the
-    machine does falls on all of them; after one turn to warm up."""
-    times = {key: [] for key in work}
-    for turn in tqdm(range(repeats + 1), desc="turns"):
-        for key, (worker, action) in work.items():
-            elapsed = worker(action)
-            if turn:
-                times[key].append(elapsed)
-    return {key: statistics.median(kept) for key, kept in times.items()}
-
-
-def resident_maximum():
-    """Bytes: this process's peak resident set (Linux)."""
-    line = next(line for line in open("/proc/self/status") if line.startswith("VmHWM"))
-    return int(line.split()[1]) * 1024
-
-
-def peak_memory(model, actions):
-    """Bytes that one update (reference log-probs, forward, backward) adds at its peak."""
-    for p in model.parameters():
-        p.grad = torch.zeros_like(p)  # all forms need them
-    accelerator = get_accelerator()
-    on_cpu = accelerator.device_name() == "cpu"
-    if on_cpu:
-        Path("/proc/self/clear_refs").write_text("5")  # the maximum starts anew from here
-        start = resident_maximum()
-    else:
-        accelerator.reset_peak_memory_stats()
-        start = accelerator.memory_allocated()
-    for name in ("logps", "backward"):
-        actions[name]()
-    return (resident_maximum() if on_cpu else accelerator.max_memory_allocated()) - start
-
-
-# --------------------------------------------------------------------------------- tables
-
-def measure(args, frames, prompts):
-    """Lines of the table for so many frames: a dictionary for each number of prompts."""
-    one = {form: Worker(args, form, frames) for form in ("naive", "ours")}
-    memory = {form: worker("memory") / MIB for form, worker in one.items()}  # still fresh
-    work = {(action, form): (worker, action) for form, worker in one.items()
-            for action in ("rollout", "logps", "backward")}
-    work |= {("rollout", p): (Worker(args, "ours", frames, p), "rollout")
-             for p in prompts if p > 1}
-    times = medians(work, args.repeats)
-    length = one["ours"]("prompt_tokens")
-    for worker, _ in work.values():
-        worker.stop()
-    return [{"frames": frames, "prompts": p, "prompt_tokens": length,
-             **line(args, p, times, memory)} for p in prompts]
-
-
-def line(args, prompts, times, memory):
-    """Seconds, ratios and megabytes of a step with so many prompts."""
-    # the naive form, and in both log-probs and update, take one prompt after the other
-    taken = {"rollout": (prompts * times["rollout", "naive"],
-                         times["rollout", "ours" if prompts == 1 else prompts])}
-    taken |= {action: (times[action, "naive"], times[action, "ours"])
-              for action in ("logps", "backward")}
-    taken["step"] = tuple(rollout + prompts * (logps + backward)
-                          for rollout, logps, backward in zip(*taken.values()))
-    result = {}
-    for name, (naive, ours) in taken.items():
-        result |= {f"{name}_naive_s": naive, f"{name}_s": ours, f"{name}_ratio": naive / ours}
-    tokens = prompts * (args.G + args.G_tilde) * args.max_new_tokens
-    result["tokens_per_s_naive"], result["tokens_per_s"] = (tokens / t for t in taken["rollout"])
-    if prompts == 1:
-        result |= {"memory_naive_mb": memory["naive"], "memory_mb": memory["ours"],
-                   "memory_ratio": memory["naive"] / memory["ours"]}
-    return result
-
-
-def print_table(results):
-    head = ("frames", "prompts", "tokens", "rollout tok/s", "x", "log-probs s", "x", "fwd+bwd s",
-            "x", "step s", "x", "memory MB", "x")
-    print("| " + " | ".join(head) + " |\n" + "|---" * len(head) + "|")
-    for result in results:
-        cells = [f"{result[key]}" for key in ("frames", "prompts", "prompt_tokens")]
-        for value, ratio, digits in (
-                ("tokens_per_s", "rollout_ratio", 0), ("logps_s", "logps_ratio", 2),
-                ("backward_s", "backward_ratio", 2), ("step_s", "step_ratio", 2),
-                ("memory_mb", "memory_ratio", 0)):
-            cells += [f"{result[value]:.{digits}f}", f"{result[ratio]:.1f}"] \
-                if value in result else ["", ""]
+def measure(args, more):
+    """Prints a row for each form: medians, from lowest to highest, and their ratio to ours."""
+    if args.peer and not importlib.util.find_spec("trl"):
+        sys.exit("--peer trl needs the package trl: pip install trl")
+    others = [args.peer or "naive"] if args.ablate is None else args.ablate or ABLATIONS
+    results = {form: [] for form in ("ours", *others)}
+    with tempfile.TemporaryDirectory() as folder:
+        flags = [*save_start(args, folder, picture=bool(args.peer)), *more]
+        for turn, form in enumerate(tqdm([*results] * args.repeats, desc="runs")):
+            results[form].append(in_new_process(
+                run_form, form, [*flags, f"--output={folder}/{turn}", f"--max_steps={STEPS}"]))
+    print("| | rollout, s | update, s | step, s | memory, MB |\n|---|---|---|---|---|")
+    for form, runs in results.items():
+        cells = [FORMS[form][0]]
+        for key, unit, digits in (("rollout", 1, 2), ("update", 1, 2), ("step", 1, 2),
+                                  ("memory", 1e6, 0)):
+            own, found = (np.hstack([run[key] for run in of]) / unit
+                          for of in (results["ours"], runs))
+            middle, low, high = (f"{value:.{digits}f}"
+                                 for value in (np.median(found), min(found), max(found)))
+            cells.append(f"{middle} ({low} to {high}), {np.median(found) / np.median(own):.1f}x")
         print("| " + " | ".join(cells) + " |")
-
-
-def ablate(args):
-    """Prints the update's seconds and memory with each idea turned off, then the rollout's tokens
-    a second, for each number of prompts."""
-    for action, print_rows in (("backward", ablate_update), ("rollout", ablate_rollout)):
-        names = {form: name for form, (of, name, _) in ABLATIONS.items()
-                 if of == action and (not args.ablate or form in args.ablate)}
-        if names:
-            print_rows(args, {"ours": "nothing", **names})
-
-
-def ablate_update(args, names):
-    workers = {form: Worker(args, form, args.frames[0]) for form in names}
-    memory = {form: worker("memory") for form, worker in workers.items()}  # still fresh
-    times = medians({form: (worker, "backward") for form, worker in workers.items()}, args.repeats)
-    for worker in workers.values():
-        worker.stop()
-    print("| turned off | forward + backward, s | memory, MB |\n|---|---|---|")
-    for form, name in names.items():
-        print(f"| {name} | {times[form]:.2f} | {memory[form] / MIB:.0f} |", flush=True)
-
-
-def ablate_rollout(args, names):
-    times = medians({(form, prompts): (Worker(args, form, args.frames[0], prompts), "rollout")
-                     for form in names for prompts in args.prompts}, args.repeats)
-    print("\n| turned off | " + " | ".join(f"{p} prompts, tok/s" for p in args.prompts)
-          + " |\n|---" + "|---" * len(args.prompts) + "|")
-    tokens = (args.G + args.G_tilde) * args.max_new_tokens  # of a prompt
-    for form, name in names.items():
-        print(f"| {name} | " + " | ".join(f"{p * tokens / times[form, p]:.0f}"
-                                          for p in args.prompts) + " |")
 
 
 # ------------------------------------ what a run needs: computed from its shapes, not measured
 
-def shape(model_type, tied, language_model, vision_tower):
-    """A model's config, from the numbers by which such models differ."""
-    hidden, mlp, layers, heads, kv_heads, vocabulary = language_model
-    depth, vision_hidden, vision_mlp, deepstack = vision_tower
-    return AutoConfig.for_model(model_type, tie_word_embeddings=tied, text_config={
-        "hidden_size": hidden, "intermediate_size": mlp, "num_hidden_layers": layers,
-        "num_attention_heads": heads, "num_key_value_heads": kv_heads, "vocab_size": vocabulary,
-    }, vision_config={
-        "depth": depth, "hidden_size": vision_hidden, "intermediate_size": vision_mlp,
-        "num_heads": 16, "out_hidden_size": hidden, **deepstack})
-
-
-# As published with the weights
-SHAPES = {
-    "Qwen2.5-VL-3B": ("qwen2_5_vl", True, (2048, 11008, 36, 16, 2, 151936), (32, 1280, 3420, {})),
-    "Qwen2.5-VL-7B": ("qwen2_5_vl", False, (3584, 18944, 28, 28, 4, 152064), (32, 1280, 3420, {})),
-    "Qwen3-VL-4B": ("qwen3_vl", True, (2560, 9728, 36, 32, 8, 151936),
-                    (24, 1024, 4096, {"deepstack_visual_indexes": [5, 11, 17]})),
-    "Qwen3-VL-8B": ("qwen3_vl", False, (4096, 12288, 36, 32, 8, 151936),
-                    (27, 1152, 4304, {"deepstack_visual_indexes": [8, 16, 24]}))}
 TEXT = 200  # tokens of a prompt that are not visual: template, question, options
 SUB_GROUP = LIVE = 10**9  # parameters: of a ZeRO-3 optimizer step; gathered at once in a pass
 # Not computed but assumed. Of a card: CUDA's context, kernels' work space, room between tensors; of
@@ -443,15 +318,8 @@ SUB_GROUP = LIVE = 10**9  # parameters: of a ZeRO-3 optimizer step; gathered at 
 CARD_SPARE, HOST_RANK, HOST_WORKER = 2 * 10**9, 4 * 10**9, 10**9
 
 
-def count_parameters(config):
-    """(all, the vision tower's) parameters of a model; it is not made."""
-    with torch.device("meta"):
-        model = AutoModelForImageTextToText.from_config(config)
-    return tuple(sum(p.numel() for p in part.parameters()) for part in (model, model.model.visual))
-
-
 def parameter_sizes(config, args):
-    """The numbers in each parameter, of a run's model: ([all], [the trained ones])."""
+    """Returns the numbers in each parameter of a run's model: ([all], [the trained ones])."""
     with torch.device("meta"):
         model = AutoModelForImageTextToText.from_config(config)
     model.model.visual.requires_grad_(not args.freeze_vision)
@@ -460,14 +328,9 @@ def parameter_sizes(config, args):
             [p.numel() for p in model.parameters() if p.requires_grad])
 
 
-def pinned(size):
-    """Bytes that torch takes for a pinned block of the host's memory: a power of two."""
-    return 2 ** math.ceil(math.log2(size))
-
-
 def widths(config):
-    """(layers, hidden, of the queries, of the keys, MLP) of a language model or a vision tower.
-    In a tower queries, keys and values are one matrix's, all kept for the values: two more."""
+    """Returns (layers, hidden, queries, keys, MLP) of a language model or a vision tower. In a
+    tower queries, keys and values are one matrix's, all kept for the values: two more."""
     if hasattr(config, "depth"):
         hidden = config.hidden_size
         return config.depth, hidden, hidden, 2 * hidden, config.intermediate_size
@@ -478,9 +341,12 @@ def widths(config):
 
 
 def kept_of_token(config, size):
-    """Bytes of one token that autograd keeps in one layer, at `size` bytes a number. Two norms:
-    the input in float32, normalised, scaled; queries, keys, values, what attention returns and its
-    copy with heads side by side; of the MLP gate, its activation, up and their product."""
+    """Returns the bytes of one token that autograd keeps in one layer, at `size` bytes a number.
+
+    Two norms: the input in float32, normalised, scaled. Queries, keys, values, what attention
+    returns and its copy with heads side by side. Of the MLP gate, its activation, up and their
+    product.
+    """
     _, hidden, queries, keys, mlp = widths(config)
     normed = 2 * hidden
     if config.model_type == "qwen3_vl_text":  # queries and keys have norms there, too
@@ -489,7 +355,7 @@ def kept_of_token(config, size):
 
 
 def prompt_size(config, args):
-    """(tokens of the longest prompt that the flags allow, patches of its frames)."""
+    """Returns (tokens of the longest prompt that the flags allow, patches of its frames)."""
     vision = config.vision_config
     side = vision.patch_size * vision.spatial_merge_size  # pixels of a visual token
     visual = max(math.ceil(args.max_frames / vision.temporal_patch_size)
@@ -498,34 +364,36 @@ def prompt_size(config, args):
 
 
 def update_activations(config, args, size):
-    """{part: bytes} of one prompt and one chunk in the update."""
+    """Returns {part: bytes} of one prompt and one chunk in the update."""
     text, vision = config.text_config, config.vision_config
     layers, width, queries, keys, _ = widths(text)
     depth, hidden, *_ = widths(vision)
     prompt, patches = prompt_size(config, args)
-    tokens = min(args.chunk_size, args.G) * args.max_new_tokens  # of a chunk
+    rows = min(args.chunk_size, args.G)
+    tokens = rows * args.max_new_tokens  # of a chunk
     of_token, of_patch = kept_of_token(text, size), kept_of_token(vision, size)
     # keys and values of a response and its prompt: joined, then repeated for every query head
     joined = 2 * size * (keys if keys == queries else keys + queries)
-    logits = tokens * text.vocab_size * size
+    cached = layers * 2 * keys * size  # of a token
     if args.gradient_checkpointing:  # the input of each layer, and what one layer makes again
         tower, of_tokens = depth * hidden * size + of_patch, layers * width * size + of_token
-        prompt_tokens = of_tokens + layers * 2 * keys * size
+        prompt_tokens = of_tokens + cached
     else:
         tower, of_tokens, joined = depth * of_patch, layers * of_token, layers * joined
         prompt_tokens = of_tokens
+    logits, piece = (n * text.vocab_size for n in (tokens, min(tgrpo.PIECE, tokens)))
     return {
         "prompt, vision tower": 0 if args.freeze_vision or args.lora_rank else patches * tower,
         # with the gradients of its keys and values
-        "prompt, language model": prompt * (prompt_tokens + layers * 2 * keys * size),
+        "prompt, language model": prompt * (prompt_tokens + cached),
         "chunk, layers": tokens * of_tokens,
-        "chunk, keys and values": (tokens + min(args.chunk_size, args.G) * prompt) * joined,
+        "chunk, keys and values": (tokens + rows * prompt) * joined,
         # with their gradients; three float32 forms of a piece, or those gradients joined at the end
-        "chunk, logits": 2 * logits + max(logits, 3 * 4 * tgrpo.PIECE * text.vocab_size)}
+        "chunk, logits": 2 * size * logits + max(size * logits, 3 * 4 * piece)}
 
 
 def rollout_activations(config, args, size):
-    """{part: bytes} of all responses that decode together."""
+    """Returns {part: bytes} of all responses that decode together."""
     layers, _, _, keys, _ = widths(config.text_config)
     prompt, patches = prompt_size(config, args)
     rows = args.prompts_per_rank * (args.G + (args.G_tilde if args.alpha else 0))
@@ -539,10 +407,12 @@ def rollout_activations(config, args, size):
 
 
 def memory(config, args, zero, gpus=1, size=2):
-    """What a run of tgrpo.py with these flags needs under this "zero_optimization" of DeepSpeed
-    (ZeRO-2 or 3), with `gpus` cards in the machine and `size` bytes a weight: {"rollout",
-    "update", "step": {part: bytes of a card}, "host": {part: bytes}}. A card must hold the largest
-    of its three sums."""
+    """Returns what a run of tgrpo.py needs: {"rollout", "update", "step": {part: bytes of a card},
+    "host": {part: bytes}}. A card must hold the largest of its three sums.
+
+    args: the run's flags; zero: the "zero_optimization" of its DeepSpeed file, ZeRO-2 or 3; gpus:
+    cards in the machine; size: bytes of a weight.
+    """
     numbers, trained = parameter_sizes(config, args)
     P, T, largest = sum(numbers), sum(trained), max(trained)
     sharded, offload = zero["stage"] == 3, zero.get("offload_optimizer", {}).get("device") == "cpu"
@@ -565,8 +435,9 @@ def memory(config, args, zero, gpus=1, size=2):
         + largest * (2 * size + 8 if offload else size)}
     step = {"gradients": size * part if sharded and not offload else 0,
             "optimizer's step": 0 if offload else 4 * stepped}  # gradients in float32
-    # DeepSpeed pins what moves between card and host
-    block = pinned if zero.get("offload_optimizer", {}).get("pin_memory", True) else int
+    # DeepSpeed pins what moves between card and host; torch pins blocks of a power of two
+    pin = zero.get("offload_optimizer", {}).get("pin_memory", True)
+    block = (lambda size: 2 ** math.ceil(math.log2(size))) if pin else int
     host = {
         "optimizer": 0 if not offload else
         8 * T + gpus * (2 * block(4 * part) + block(size * part))  # moments; weights, gradients
@@ -578,13 +449,8 @@ def memory(config, args, zero, gpus=1, size=2):
             "step": always | step, "host": host}
 
 
-def load_shape(name):
-    """The config of one of SHAPES, of a folder or of a model on the hub."""
-    return shape(*SHAPES[name]) if name in SHAPES else AutoConfig.from_pretrained(name)
-
-
 def print_memory(argv):
-    """The command `memory`."""
+    """Prints the table of the command `memory`."""
     parser = argparse.ArgumentParser(
         prog="bench.py memory", allow_abbrev=False,
         description="The other flags are tgrpo.py's; --model is also one of " + ", ".join(SHAPES))
@@ -597,40 +463,20 @@ def print_memory(argv):
         parser.error(f"{args.deepspeed_config}: computed are ZeRO-2 and ZeRO-3, without "
                      "offload_param")
     needed = memory(config, args, zero, options.gpus)
-    tokens, patches = prompt_size(config, args)
-    print(f"{args.model}: {count_parameters(config)[0]:,} parameters in bf16, ZeRO-{zero['stage']} "
-          f"on {options.gpus} GPU(s), prompts of {tokens} tokens ({patches} patches)\n"
-          "GB (10^9 bytes), computed, not measured:\n\n"
+    print(f"{args.model}: {sum(parameter_sizes(config, args)[0]):,} parameters in bf16, "
+          f"ZeRO-{zero['stage']} on {options.gpus} GPU(s), prompts of "
+          f"{prompt_size(config, args)[0]} tokens\nGB (10^9 bytes), computed, not measured:\n\n"
           "| | card: rollout | update | step | host |\n|---|---|---|---|---|")
-    for part in dict.fromkeys(part for parts in needed.values() for part in parts):
-        print_row(part, [parts.get(part, 0) for parts in needed.values()])
-    print_row("together", [sum(parts.values()) for parts in needed.values()])
-
-
-def print_row(name, sizes):
-    if any(sizes):
-        print(f"| {name} | " + " | ".join(f"{n / 1e9:.1f}" if n else "" for n in sizes) + " |")
-
-
-def main():
-    if sys.argv[1:2] == ["memory"]:
-        print_memory(sys.argv[2:])
-        return
-    args = parse_args()
-    if args.ablate is not None:
-        ablate(args)
-        return
-    results = []
-    for frames in args.frames:  # one after the other: the naive form's gigabytes
-        results += measure(args, frames, args.prompts if frames == args.frames[0] else [1])
-    print_table(results)
-    if args.json:
-        report = {"arguments": vars(args), "torch": torch.__version__,
-                  "device": get_accelerator().device_name(),
-                  "threads": torch.get_num_threads(),
-                  "results": results}
-        Path(args.json).write_text(json.dumps(report, indent=1), encoding="utf-8")
+    rows = {part: [parts.get(part, 0) for parts in needed.values()]
+            for part in dict.fromkeys(part for parts in needed.values() for part in parts)}
+    rows["together"] = [sum(parts.values()) for parts in needed.values()]
+    for name, sizes in rows.items():
+        if any(sizes):
+            print(f"| {name} | " + " | ".join(f"{n / 1e9:.1f}" if n else "" for n in sizes) + " |")
 
 
 if __name__ == "__main__":
-    main()
+    if sys.argv[1:2] == ["memory"]:
+        print_memory(sys.argv[2:])
+    else:
+        measure(*parse_args())

@@ -170,6 +170,22 @@ class Server:
         self.http.server_close()
 
 
+class PlainEngine:
+    """Has what backward_group needs of DeepSpeed's engine, for one process."""
+
+    def __init__(self, module):
+        self.module = module
+
+    def __call__(self, **inputs):
+        return self.module(**inputs)
+
+    def backward(self, loss):
+        loss.backward()
+
+    def set_gradient_accumulation_boundary(self, last):
+        pass
+
+
 @pytest.fixture(scope="session")
 def toy(tmp_path_factory):
     """Makes a small toy: 48 cold-start, 32 training, 24 test questions; an untrained tiny model."""

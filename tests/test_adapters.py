@@ -11,8 +11,7 @@ from transformers import AutoModelForImageTextToText
 
 import sft
 import tgrpo
-from bench import PlainEngine
-from conftest import equal_weights, run, together
+from conftest import PlainEngine, equal_weights, run, together
 from test_faults import command, rows, same_run
 
 LORA = ["--lora_rank=4", "--lora_alpha=8"]

@@ -13,10 +13,10 @@ from transformers import (AutoConfig, AutoModelForImageTextToText, AutoProcessor
 import annotate
 import sft
 import tgrpo
-from bench import PlainEngine, naive_logits
+from bench import naive_logits
 from build_data import (InputError, encode_blank, image_as_video, load_processor, load_records,
                         load_vision_of, pad_batch, token_side, toy_model, toy_processor)
-from conftest import ROOT, equal_weights, run, together
+from conftest import ROOT, PlainEngine, equal_weights, run, together
 from test_faults import command, same_run
 from test_runs import tgrpo as command_line
 from test_tgrpo import forbid, sampling

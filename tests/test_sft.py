@@ -7,9 +7,8 @@ import torch
 import torch.nn.functional as F
 
 import sft
-from bench import PlainEngine
 from build_data import InputError, load_records, load_vision, pad_batch
-from conftest import break_media, equal_weights, run, together
+from conftest import PlainEngine, break_media, equal_weights, run, together
 from test_build_data import LIMITS
 
 SMALL = ["--min_pixels=784", "--max_pixels=784", "--image_min_pixels=784", "--max_frames=8",

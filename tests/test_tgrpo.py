@@ -10,9 +10,10 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 import sft
 import tgrpo
-from bench import PlainEngine, naive_logits
+from bench import naive_logits
 from build_data import (load_records, load_vision_of, pad_batch, seeded_generator, toy_model,
                         toy_processor)
+from conftest import PlainEngine
 
 RULES = SimpleNamespace(G=4, alpha=0.3, omega=0.2, l_min=10, l_max=20, correct_threshold=0.5,
                         temporal_test="ge", temporal_to="reward", scale_advantages="std")
