@@ -3,8 +3,7 @@
     python build_data.py toy --out toy
     python build_data.py toy --out toy_shortcut --shortcut
     python tests/ablate.py run           # hours; the same command skips what is finished
-    python tests/ablate.py table         # tests/ablations.md, from tests/ablations.json
-    python tests/ablate.py plot          # assets/*.png; needs matplotlib
+    python tests/ablate.py table         # tests/ablations.md, from tests/ablations/*.json
 
 `run` makes one cold start per seed. From it, it trains each of CONFIGS in each of SETTINGS, and
 evaluates every model on ordered and on shuffled frames. Each diff in tests/variants/ is a
@@ -35,15 +34,30 @@ sys.path.insert(0, str(ROOT))
 from build_data import (FlagParser, InputError, above, at_least, markdown, run_script,  # noqa: E402
                         write_whole)
 
-VARIANTS = {path.stem: path for path in sorted((ROOT / "tests/variants").glob("*.diff"))}
-# name: description, extra flags of tgrpo.py; a variant's description is its diff's first line
+DIFFS = ROOT / "tests/variants"
+VARIANTS = {path.stem: path for path in sorted(DIFFS.glob("*.diff"))}
+# name: description, extra flags of tgrpo.py, diffs to apply one after the other
+SECOND_ROUND = {
+    "likelihood_1": ("likelihood, alpha 1", "--alpha 1", ["likelihood"]),
+    "likelihood_2": ("likelihood, alpha 2", "--alpha 2", ["likelihood"]),
+    "centred": ("likelihood, alpha 1, centred", "--alpha 1", ["likelihood", "likelihood/centred"]),
+    "thought": ("likelihood, alpha 1, of the thought", "--alpha 1",
+                ["likelihood", "likelihood/thought"]),
+    "opposite": ("likelihood, alpha 1, against reversed frames", "--alpha 1",
+                 ["likelihood", "reversed"]),
+    "opposite_centred": ("likelihood, alpha 1, against reversed frames, centred", "--alpha 1",
+                         ["likelihood", "likelihood/centred", "reversed"]),
+    "unscaled": ("the same, without dividing by the standard deviation",
+                 "--alpha 1 --scale_advantages none",
+                 ["likelihood", "likelihood/centred", "reversed"])}
 CONFIGS = {
-    "grpo": ("GRPO: no temporal reward", "--alpha 0"),
-    "tgrpo": ("T-GRPO as written", ""),
-    "strict": ("the strict test, p > p_tilde", "--temporal_test gt"),
-    "advantage": ("temporal reward in the advantage", "--temporal_to advantage"),
-    **{name: (path.read_text(encoding="utf-8").splitlines()[0].strip("# ."), "")
-       for name, path in VARIANTS.items()}}
+    "grpo": ("GRPO: no temporal reward", "--alpha 0", []),
+    "tgrpo": ("T-GRPO as written", "", []),
+    "strict": ("the strict test, p > p_tilde", "--temporal_test gt", []),
+    "advantage": ("temporal reward in the advantage", "--temporal_to advantage", []),
+    **{name: (path.read_text(encoding="utf-8").splitlines()[0].strip("# ."), "", [name])
+       for name, path in VARIANTS.items()},  # described by their first lines
+    **SECOND_ROUND}
 BASE = "grpo"  # every other configuration is compared with it
 # name: suffix of the folder with the training questions, description
 SETTINGS = {
@@ -52,17 +66,16 @@ SETTINGS = {
 # measure in the results file: heading; tests/ablations.md explains them
 MEASURES = {"ordered": "ordered, %", "shuffled": "shuffled, %", "gap": "gap",
             "order": "needs order, %", "static": "does not, %", "conflict": "conflict, %",
-            "agree": "agree, %", "tokens": "tokens"}
+            "agree": "agree, %", "tokens": "tokens", "watch_conflict": "watch, %"}
 COMPARED = ("ordered", "gap", "order", "conflict")  # measures in the tables of differences
 ORDERS = ("ordered", "shuffled")
 # Kinds of toy questions (build_data.py's toy_question) that need the order of the frames
 ORDER_KINDS = ("direction_agree", "direction_conflict", "describe", "first", "end")
+# In the thoughts of build_data.py's toy_question: which it takes, and that it is of a direction
+WATCH, DIRECTION = "watch:", ", so "
 # Student's t that leaves 2.5 % on either side, for 1, 2, ... degrees of freedom
 T_95 = (12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262, 2.228, 2.201, 2.179, 2.160,
         2.145, 2.131)
-# Okabe and Ito's colours, which most colour-blind people can tell apart, and dashes
-STYLES = (("#0072B2", "-"), ("#D55E00", "--"), ("#009E73", "-."), ("#CC79A7", (0, (5, 1, 1, 1))),
-          ("#000000", (0, (3, 2))))
 
 
 def parse_args(argv=None):
@@ -78,15 +91,11 @@ def parse_args(argv=None):
                      help=f"these of {', '.join(CONFIGS)}; the cold starts too")
     run.add_argument("--settings", nargs="+", choices=SETTINGS, default=list(SETTINGS),
                      help="these only")
-    table = commands.add_parser("table", help="the results as Markdown, beside the results file")
-    plot = commands.add_parser("plot", help="the differences as a picture; needs matplotlib")
-    plot.add_argument("--folder", default=ROOT / "assets", type=Path,
-                      help="where differences.png and advantages.png are written")
-    for command, function in ((run, run_all), (table, write_table), (plot, plot_all)):
-        command.set_defaults(function=function)
-    for command in (table, plot):
-        command.add_argument("--json", default=ROOT / "tests/ablations.json", type=Path,
-                             help="the results file")
+    table = commands.add_parser("table", help="all results as Markdown")
+    table.add_argument("--results", default=ROOT / "tests/ablations", type=Path,
+                       help="folder of results files; the tables are written to FOLDER.md")
+    run.set_defaults(function=run_all)
+    table.set_defaults(function=write_table)
     return parser.parse_args(argv)
 
 
@@ -98,51 +107,50 @@ def all_runs(settings, names) -> list[str]:
 
 
 def steps_of(args, seed, run) -> list[tuple]:
-    """The steps of a run, training and an evaluation per order: (command, the file that stands when
-    it is finished)."""
+    """The steps of a run, training and evaluation: (command, the last file that it writes)."""
     model = Path(args.out, f"seed{seed}", run)
     train = ["--seed", seed, "--output", model, "--resume", "--val_steps", 0]
     if run == "sft":
         train = [ROOT / "sft.py", f"@{args.toy}/sft.args", *train]
     else:
         setting, name = run.split("/")
-        folder = Path(args.out, "variants", name) if name in VARIANTS else ROOT
+        _, flags, diffs = CONFIGS[name]
+        folder = Path(args.out, "variants", name) if diffs else ROOT
         train = [folder / "tgrpo.py", f"@{args.toy}{SETTINGS[setting][0]}/tgrpo.args", *train,
                  "--model", f"{args.out}/seed{seed}/sft", "--max_steps", args.steps,
-                 "--num_workers", 1, *CONFIGS[name][1].split()]
-    steps = [(train, model / "config.json")]  # the last file of a model
-    for order in ORDERS:
-        evaluate = [ROOT / "evaluate.py", f"@{args.toy}/evaluate.args", "--model", model,
-                    "--output", model / "eval", "--order", order]
-        steps.append((evaluate, model / f"eval/toy_8_{order}.json"))
-    return steps
+                 "--num_workers", 1, *flags.split()]
+    evaluate = [ROOT / "evaluate.py", f"@{args.toy}/evaluate.args", "--model", model,
+                "--output", model / "eval", "--order", *ORDERS]
+    return [(train, model / "config.json"), (evaluate, model / f"eval/toy_8_{ORDERS[-1]}.json")]
 
 
 def make_variant(out, name) -> Path:
-    """Writes the copy of tgrpo.py with a variant's diff. Raises InputError if the folder has
+    """Writes the copy of tgrpo.py with a configuration's diffs. Raises InputError if the folder has
     another copy, since its runs would be mixed with this one's."""
     script = Path(out, "variants", name, "tgrpo.py").resolve()
     before = script.read_bytes() if script.exists() else None
     script.parent.mkdir(parents=True, exist_ok=True)
     shutil.copy(ROOT / "tgrpo.py", script)
+    diffs = [DIFFS / f"{diff}.diff" for diff in CONFIGS[name][2]]
     # below the ceiling git finds no repository, in whose top folder it would look for tgrpo.py
-    done = subprocess.run(["git", "apply", VARIANTS[name]], cwd=script.parent, text=True,
+    done = subprocess.run(["git", "apply", *diffs], cwd=script.parent, text=True,
                           env={**os.environ, "GIT_CEILING_DIRECTORIES": str(script.parents[1])},
                           stderr=subprocess.PIPE)
     after = script.read_bytes()
     if done.returncode or before not in (None, after):
         script.unlink() if before is None else script.write_bytes(before)
-        raise InputError(done.stderr and f"{VARIANTS[name]} does not fit tgrpo.py: {done.stderr}"
-                         or f"{out} has runs of another {name}: its diff or tgrpo.py has changed. "
-                         "Name another --out")
+        raise InputError(done.stderr and f"the diffs of {name} do not fit tgrpo.py: {done.stderr}"
+                         or f"{out} has runs of another {name}: its diffs or tgrpo.py have "
+                         "changed. Name another --out")
     return script
 
 
 def run_all(args):
     """Runs every configuration in every setting with every seed; skips what is finished."""
     names = [name for name in CONFIGS if name in args.only]
-    for name in VARIANTS.keys() & set(names):
-        make_variant(args.out, name)
+    for name in names:
+        if CONFIGS[name][2]:
+            make_variant(args.out, name)
     for seed, run in product(range(args.first_seed, args.first_seed + args.seeds),
                              all_runs(args.settings, names)):
         folder = Path(args.out, f"seed{seed}", run)
@@ -174,33 +182,59 @@ def short(number):
 
 
 def scores_of(results) -> dict:
-    """MEASURES of a model, from evaluate.py's {order: result}; accuracies in %."""
-    def score(order, *kinds):
-        return statistics.fmean(100 * row["accuracy"] for row in results[order]["rows"]
-                                if row["data_source"].removeprefix("toy/") in kinds)
+    """MEASURES of a model, from evaluate.py's {order: result}; accuracies and "watch" in %."""
+    rows = [row | {"kind": row["data_source"].removeprefix("toy/")}
+            for row in results["ordered"]["rows"]]
+    kinds = {row["kind"] for row in rows}
 
-    kinds = {row["data_source"].removeprefix("toy/") for row in results["ordered"]["rows"]}
-    ordered, shuffled = (score(order, *kinds) for order in ORDERS)
-    tokens = statistics.fmean(row["tokens"] for row in results["ordered"]["rows"])
-    values = (ordered, shuffled, ordered - shuffled, score("ordered", *ORDER_KINDS),
-              score("ordered", *kinds.difference(ORDER_KINDS)),
-              score("ordered", "direction_conflict"), score("ordered", "direction_agree"), tokens)
+    def score(*kinds):
+        return statistics.fmean(100 * row["accuracy"] for row in rows if row["kind"] in kinds)
+
+    ordered = score(*kinds)
+    shuffled = statistics.fmean(100 * row["accuracy"] for row in results["shuffled"]["rows"])
+    conflict = [row for row in rows if row["kind"] == "direction_conflict"]
+    values = (ordered, shuffled, ordered - shuffled, score(*ORDER_KINDS),
+              score(*kinds.difference(ORDER_KINDS)), score("direction_conflict"),
+              score("direction_agree"), statistics.fmean(row["tokens"] for row in rows),
+              100 * statistics.fmean(WATCH in row["output"] for row in conflict))
     return dict(zip(MEASURES, map(short, values), strict=True))
+
+
+def development(path, parts=4) -> dict:
+    """How thoughts about a direction change in training, from rollouts.jsonl, over equal parts of
+    the run: {"watch": share of "watch" among them in %; "d_watch", "d_look": mean nats that the
+    correct ones lose by another order of frames, if the configuration has d}."""
+    found = []  # (step, is watch, d or None)
+    for row in map(json.loads, path.read_text(encoding="utf-8").splitlines()):
+        ds = row.get("d", [None] * len(row["responses"]))
+        found += [(row["step"], WATCH in text, d if accuracy == 1 else None)
+                  for text, accuracy, d in zip(row["responses"], row["accuracy"], ds)
+                  if DIRECTION in text]
+    last = max(step for step, *_ in found)
+    series = {"watch": [], "d_watch": [], "d_look": []}
+    for part in range(parts):
+        inside = [(watch, d) for step, watch, d in found if (step - 1) * parts // last == part]
+        series["watch"].append(short(100 * statistics.fmean(watch for watch, _ in inside)))
+        for name, kind in (("d_watch", True), ("d_look", False)):
+            ds = [d for watch, d in inside if watch == kind and d is not None]
+            series[name].append(short(statistics.fmean(ds)) if ds else None)
+    return series
 
 
 def read_run(args, seed, run) -> dict | None:
     """One run as a line of the results file, with its "header"; None if it is unfinished."""
-    model, *evaluations = [result for _, result in steps_of(args, seed, run)]
-    if not all(path.exists() for path in (model, *evaluations)):
+    (_, model), (_, evaluation) = steps_of(args, seed, run)
+    if not (model.exists() and evaluation.exists()):
         return None
-    results = {order: json.loads(path.read_text(encoding="utf-8"))
-               for order, path in zip(ORDERS, evaluations)}
+    results = {order: json.loads((evaluation.parent / f"toy_8_{order}.json").read_text(
+        encoding="utf-8")) for order in ORDERS}
     log = (model.parent / "metrics.jsonl").read_text(encoding="utf-8")
     header, *steps = map(json.loads, log.splitlines())
     setting, _, name = run.rpartition("/")  # the cold start has no setting: "sft"
     skipped = sum(row["data/skipped"] for row in steps) + sum(
         len(result["skipped"]) for result in results.values())
-    return {"setting": setting, "config": name, "seed": seed, **scores_of(results),
+    changes = development(model.parent / "rollouts.jsonl") if setting else {}
+    return {"setting": setting, "config": name, "seed": seed, **scores_of(results), **changes,
             "seconds": short(sum(row["time/step"] for row in steps)), "skipped": skipped,
             "header": header}
 
@@ -220,12 +254,6 @@ def write_results(args):
                        "steps": ", ".join(map(str, sorted(lengths)))})
     lines = ",\n".join(json.dumps(run, separators=(",", ":")) for run in runs)
     write_whole({f"{args.out}.json": [f'{head[:-1]}, "runs": [\n{lines}\n]}}\n']})
-
-
-def read_results(path) -> dict:
-    if not path.exists():
-        raise InputError(f"{path} is missing: python tests/ablate.py run makes it")
-    return json.loads(path.read_text(encoding="utf-8"))
 
 
 # ------------------------------------------------------------------ statistics, tables
@@ -268,10 +296,10 @@ def comparisons(runs) -> dict:
 
 
 def cell(values) -> str:
-    """Mean and standard error as text; one seed shows no spread."""
-    middle = statistics.fmean(values)
-    return f"{middle:.1f} (1 seed)" if len(values) < 2 else \
-        f"{middle:.1f} ± {standard_error(values):.1f}"
+    """Mean and standard error as text; a dash if the measure is not in the results."""
+    if len(values) < 2:
+        return f"{values[0]:.1f} (1 seed)" if values else "-"
+    return f"{statistics.fmean(values):.1f} ± {standard_error(values):.1f}"
 
 
 def bounds_cell(bounds) -> str:
@@ -290,15 +318,17 @@ def tables_of(results) -> str:
             found = by_seed(runs, setting, name).values()
             if not found:
                 continue
-            means.append([f"`{name}`", *(cell([run[measure] for run in found])
-                                         for measure in MEASURES),
-                          f"{min(run['seconds'] for run in found):.0f}", str(len(found))])
-            if name not in ("sft", BASE):
+            means.append([
+                f"`{name}`", *(cell([run[measure] for run in found if measure in run])
+                               for measure in MEASURES),
+                f"{min(run['seconds'] for run in found):.0f}", str(len(found))])
+            if paired(runs, setting, name, COMPARED[0]) and name not in ("sft", BASE):
                 differences.append([
                     f"`{name}`: {CONFIGS[name][0]}",
                     *(bounds_cell(compared.get((setting, name, measure))) for measure in COMPARED),
                     str(len(paired(runs, setting, name, COMPARED[0])))])
-        parts += [f"## {heading}", markdown(means).strip(), markdown(differences).strip()]
+        if len(means) > 2:  # more than the cold start
+            parts += [f"### {heading}", markdown(means).strip(), markdown(differences).strip()]
     apart = [f"{setting}, `{name}`, {measure} {bounds_cell(bounds)}"
              for (setting, name, measure), bounds in compared.items()
              if bounds[1] > 0 or bounds[2] < 0]
@@ -312,89 +342,15 @@ def tables_of(results) -> str:
 
 
 def write_table(args):
-    """Writes the tables of a results file as Markdown beside it. What stands there above the first
-    heading of a table stays."""
-    path, tables = args.json.with_suffix(".md"), tables_of(read_results(args.json))
+    """Writes the tables of a folder's results files to FOLDER.md, each file below a heading of its
+    name. What stands there above the first such heading stays."""
+    path = args.results.with_suffix(".md")
     about = path.read_text(encoding="utf-8").partition("\n## ")[0].strip() if path.exists() else \
         "# Forms of the temporal reward at toy scale"
-    write_whole({path: [f"{about}\n\n{tables}\n"]})
+    parts = [f"## {file.stem}\n\n{tables_of(json.loads(file.read_text(encoding='utf-8')))}"
+             for file in sorted(args.results.glob("*.json"))]
+    write_whole({path: ["\n\n".join([about, *parts]) + "\n"]})
     print(path)
-
-
-# ---------------------------------------------------------------------------- pictures
-
-def plot_all(args):
-    """Draws the differences, from the results, and the advantages, from tgrpo.py's own grading."""
-    try:
-        import matplotlib
-    except ImportError:
-        raise InputError("plot needs matplotlib: pip install matplotlib") from None
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
-    pyplot.rcParams.update({"font.size": 13, "axes.spines.top": False, "axes.spines.right": False,
-                            "lines.linewidth": 2.2, "axes.grid": True, "grid.alpha": 0.25,
-                            "figure.constrained_layout.use": True})
-    args.folder.mkdir(parents=True, exist_ok=True)
-    draw_advantages(pyplot).savefig(args.folder / "advantages.png", dpi=90)
-    compared = comparisons(read_results(args.json)["runs"])
-    draw_differences(pyplot, compared).savefig(args.folder / "differences.png", dpi=90)
-
-
-def draw_differences(pyplot, compared):
-    """Every comparison with BASE: a row of panels per setting, a panel per measure."""
-    names = [name for name in CONFIGS if name != BASE][::-1]  # the first on top
-    figure, axes = pyplot.subplots(len(SETTINGS), len(COMPARED), figsize=(13, 7), sharey=True)
-    for axis, (setting, measure) in zip(axes.flat, product(SETTINGS, COMPARED)):
-        for y, name in enumerate(names):
-            if bounds := compared.get((setting, name, measure)):
-                middle, low, high = bounds
-                colour = STYLES[0][0] if low <= 0 <= high else STYLES[1][0]
-                axis.errorbar(middle, y, xerr=[[middle - low], [high - middle]], fmt="o",
-                              color=colour, capsize=3)
-        axis.axvline(0, color="0.4", linewidth=1)
-        axis.set_title(f"{setting}: {MEASURES[measure]}", fontsize=13)
-        axis.set_yticks(range(len(names)), names)
-    figure.supxlabel(f"difference to {BASE} in points, 95 % interval over seeds")
-    return figure
-
-
-def draw_advantages(pyplot):
-    """Advantages against alpha in five cases, and the chance of passing the temporal test."""
-    import tgrpo
-    from grading import graded, pass_rate
-    two = [("A", 9)] * 3 + [("B", 9)] * 5  # (answer, tokens) of responses; the first is right
-    three = [("A", 20)] * 2 + [("A", 9)] * 2 + [("B", 9)] * 4
-    numbers = [(answer, 9) for answer in ("10", "8", "5", "4", "1")]
-    right, shares = {0: "correct", 7: "wrong"}, {0: "1.0", 1: "0.8", 2: "0.5", 3: "0.4", 4: "0.1"}
-    window = {0: "correct, in the window", 2: "correct, outside it", 7: "wrong"}
-    cases = (("two values: alpha cancels", right, two, {}),
-             ("length reward: three values", window, three, {}),
-             ("continuous rewards 1.0 to 0.1", shares, numbers, {}),
-             ("two values, --temporal_to advantage", right, two, {"temporal_to": "advantage"}),
-             ("two values, --scale_advantages none", right, two, {"scale_advantages": "none"}))
-    figure, axes = pyplot.subplots(2, 3, figsize=(13, 7.4))
-    alphas, chances = [i / 20 for i in range(21)], [i / 50 for i in range(51)]
-    for axis, (title, lines, responses, flags) in zip(axes.flat, cases):
-        kind = "regression" if responses is numbers else "multiple choice"
-        record = {"problem_id": 0, "problem_type": kind,
-                  "solution": f"<answer>{responses[0][0]}</answer>"}
-        texts = [f"<think>so</think><answer>{answer}</answer>" for answer, _ in responses]
-        groups = [graded(tgrpo, record, texts, texts[-1:] * 4, [tokens for _, tokens in responses],
-                         alpha=alpha, l_min=16, l_max=24, **flags) for alpha in alphas]
-        for (i, label), (colour, style) in zip(lines.items(), STYLES):
-            axis.plot(alphas, [group["A"][i].item() for group in groups], color=colour,
-                      linestyle=style, label=label)
-        axis.set(title=title, xlabel="alpha", ylabel="advantage")
-        axis.axvline(0.3, color="0.6", linewidth=1)  # the paper's alpha
-    for test, label, (colour, style) in zip(("ge", "gt"), ("p >= p_tilde", "p > p_tilde"), STYLES):
-        axes[1, 2].plot(chances, [100 * pass_rate(chance, test=test) for chance in chances],
-                        color=colour, linestyle=style, label=label)
-    axes[1, 2].set(title="passed by chance, 8 against 4, %", xlabel="accuracy, order ignored",
-                   ylim=(0, 105))
-    for axis in axes.flat:
-        axis.title.set_fontsize(13)
-        axis.legend(fontsize=10)
-    return figure
 
 
 if __name__ == "__main__":

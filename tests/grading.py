@@ -1,4 +1,4 @@
-"""Grades made-up responses by tgrpo.py's own code, for test_variants.py and `ablate.py plot`."""
+"""Grades made-up responses by tgrpo.py's own code, for test_variants.py."""
 import math
 
 import torch
