@@ -91,7 +91,8 @@ def test_another_version_of_a_package_is_refused_by_name(monkeypatch):
     signal.SIGTERM, pytest.param(signal.SIGINT, marks=pytest.mark.slow)])
 def test_a_run_whose_reader_is_gone_goes_on(toy, tmp_path, send):
     """Both streams are closed after the first line; a signal still ends it in a checkpoint."""
-    words = command(toy, tmp_path / "run", "--max_steps=100")
+    words = command(toy, tmp_path / "run", "--max_steps=100", "--deepspeed_config",
+                    toy / "ds_zero0.json")
     process = subprocess.Popen([sys.executable, *words], cwd=ROOT, stdout=subprocess.PIPE,
                                stderr=subprocess.PIPE)
     process.stdout.readline()

@@ -115,7 +115,7 @@ def test_the_readme_gets_the_weights_out_of_a_checkpoint(mixed, toy, tmp_path):
 
 def test_grpo_without_reference_or_shuffled_group_on_a_frozen_vision_tower(toy, tmp_path):
     run(*tgrpo(toy, tmp_path, "--alpha", 0, "--beta", 0, "--max_steps", 2, "--prompts_per_rank", 3,
-               "--freeze_vision"))
+               "--freeze_vision", "--deepspeed_config", toy / "ds_zero0.json"))
     for row in lines(tmp_path, "metrics")[1:]:
         assert not {"policy/kl", "group/p_tilde", "group/tie_rate", "reward/temporal"} & set(row)
     assert all(row["responses_shuffled"] == [] and row["frame_order"] is None
@@ -243,7 +243,8 @@ def test_a_run_prints_its_settings_each_step_and_its_result(toy, tmp_path):
 def test_groups_without_a_gradient_are_skipped_and_the_weights_are_the_same(
         toy, tmp_path, monkeypatch):
     """At --beta 0 a group with equal rewards is skipped; compared with a run that skips none."""
-    flags = ["--beta", 0, "--max_steps", 3, "--prompts_per_rank", 4, "--max_new_tokens", 6]
+    flags = ["--beta", 0, "--max_steps", 3, "--prompts_per_rank", 4, "--max_new_tokens", 6,
+             "--deepspeed_config", toy / "ds_zero0.json"]
     all_of_them = tmp_path / "all.py"
     all_of_them.write_text(
         "import sys, tgrpo, build_data, torch\n"
@@ -356,7 +357,8 @@ def test_what_a_run_did_not_write_stays_in_its_folder(toy, tmp_path):
                             for record in json.loads((toy / "train.json").read_text())))
     before = data.read_bytes()
     (tmp_path / "checkpoint-best").mkdir()
-    flags = ["--save_steps", 1, "--keep_checkpoints", 1]
+    flags = ["--save_steps", 1, "--keep_checkpoints", 1, "--deepspeed_config",
+             toy / "ds_zero0.json"]
     run(*tgrpo(toy, tmp_path, *flags, "--max_steps", 1, data=data))
     (tmp_path / "checkpoint-7").mkdir()  # as of a run that was killed while it saved
     run(*tgrpo(toy, tmp_path, *flags, "--max_steps", 2, "--resume", data=data))

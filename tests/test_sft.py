@@ -119,7 +119,7 @@ def test_the_split_into_micro_batches_and_ranks_changes_nothing(toy, tmp_path):
     run("sft.py", *flags, "--output", tmp_path / "two", "--per_rank_batch_size", 4,
         "--gradient_accumulation_steps", 1, "--gradient_checkpointing", *SMALL, ranks=2)
     run("sft.py", *flags, "--output", tmp_path / "one", "--per_rank_batch_size", 2,
-        "--gradient_accumulation_steps", 4, *SMALL)
+        "--gradient_accumulation_steps", 4, "--deepspeed_config", toy / "ds_zero0.json", *SMALL)
     two, one = ([row["optim/loss"] for row in metrics(tmp_path / name)[1:]]
                 for name in ("two", "one"))
     assert len(two) == 3 and two[-1] < two[0] and two == pytest.approx(one, rel=1e-4)
@@ -161,7 +161,8 @@ def test_a_thought_may_hold_other_brackets_and_lines():
 def test_steps_without_a_usable_record_leave_the_weights_alone(toy, tmp_path):
     break_media(toy, "cot", tmp_path / "cot.json", "rotten.png")
     run("sft.py", "--model", toy / "model", "--data", tmp_path / "cot.json", "--media_root", toy,
-        "--output", tmp_path / "run", "--max_skipped", 1, "--num_train_epochs", 0.3, *SMALL)
+        "--output", tmp_path / "run", "--max_skipped", 1, "--num_train_epochs", 0.3, *SMALL,
+        "--deepspeed_config", toy / "ds_zero0.json")
     _, *rows = metrics(tmp_path / "run")
     assert rows and not any({"optim/loss", "optim/grad_norm"} & row.keys() for row in rows)
     assert equal_weights(toy / "model", tmp_path / "run")
