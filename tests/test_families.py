@@ -6,6 +6,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+import torch.nn.functional as F
 from transformers import (AutoConfig, AutoModelForImageTextToText, AutoProcessor,
                           CLIPImageProcessor, LlavaProcessor, Qwen2VLImageProcessor,
                           Qwen2VLProcessor, Qwen2VLVideoProcessor)
@@ -255,9 +256,9 @@ def test_recomputed_activations_give_the_same_gradients_in_every_bit(family, dty
 
 
 def test_the_cold_start_learns_a_response_where_it_is_sampled_and_in_any_batch(family):
-    """Positions of a response follow its prompt's as in a rollout; the loss of a padded batch of a
-    video and an image, with gradient checkpointing, is that of both by themselves, without a
-    router's own loss."""
+    """Positions of a response follow its prompt's as in a rollout. The loss of a padded batch of a
+    video and an image, from the logits of target tokens alone and with gradient checkpointing, is
+    the cross entropy of both by themselves, without a router's own loss."""
     model, processor, args = family.model, family.processor, tgrpo.parse_args(FLAGS)
     rows = []
     for record in load_records(family.folder / "cot.json")[:12]:
@@ -276,13 +277,20 @@ def test_the_cold_start_learns_a_response_where_it_is_sampled_and_in_any_batch(f
     pads = {"input_ids": processor.tokenizer.pad_token_id, "attention_mask": 0,
             "mm_token_type_ids": 0, "labels": sft.IGNORED}
     model.train().activation_checkpointing_enable({"use_reentrant": False})
+    model.config.text_config.output_router_logits = True
+    assert rows[0]["input_ids"].shape != rows[1]["input_ids"].shape
+    blank = rows[0] | {"labels": torch.full_like(rows[0]["labels"], sft.IGNORED)}
+    sft.batch_loss(PlainEngine(model), blank).backward()
+    assert not any(p.grad.any() for p in model.parameters())  # of no target: zeros
     loss = sft.batch_loss(PlainEngine(model), pad_batch(rows, pads, "right"))
     loss.backward()
     model.activation_checkpointing_disable()
     together = {name: p.grad.clone() for name, p in model.named_parameters()}
     model.zero_grad()
-    model.config.text_config.output_router_logits = True
-    alone = [sft.batch_loss(PlainEngine(model), row) for row in rows]
+    alone = []
+    for row in rows:
+        labels = row.pop("labels")
+        alone.append(F.cross_entropy(model(**row).logits[0, :-1], labels[0, 1:], reduction="sum"))
     sum(alone).backward()
     assert loss.item() == pytest.approx(sum(alone).item(), rel=1e-5)
     assert difference(model, together) < 1e-4

@@ -226,8 +226,8 @@ def test_a_run_prints_its_settings_each_step_and_its_result(toy, tmp_path):
                                                result.stdout))
     assert re.fullmatch(r"\S+/train.json: 32 records, \d+ videos and \d+ images", begin[0])
     assert re.fullmatch(r"\S+/model: [\d,]+ parameters, fp32, ZeRO stage 3 on 1 x cpu", begin[1])
-    assert begin[2] == ("a step on each rank: 2 questions x (4 + 2) responses, 2 of them in a chunk "
-                        "of the update; 2 steps are 0.125 epochs")
+    assert begin[2] == ("a step on each rank: 2 questions x (4 + 2) responses, 2 of them in a "
+                        "chunk of the update; 2 steps are 0.125 epochs")
     assert re.fullmatch(r"first \w+: \d x \d x \d patches \(time x height x width\), "
                         r"\d+ of its \d+ tokens visual", begin[3]) and len(begin) == 4
     assert re.match(r"step 1 of 2: reward [\d.]+, accuracy [\d.]+, p [\d.]+, .*kl ", line)

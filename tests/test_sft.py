@@ -4,12 +4,10 @@ import math
 
 import pytest
 import torch
-import torch.nn.functional as F
 from safetensors.torch import load_file
 
 import sft
-from bench import PlainEngine
-from build_data import InputError, load_records, load_vision, pad_batch
+from build_data import InputError, load_records, load_vision
 from conftest import break_media, equal_weights, run
 from test_build_data import LIMITS
 
@@ -62,33 +60,6 @@ def test_prompt_and_target_are_what_the_chat_template_makes_of_both(examples, pr
 def test_the_loss_is_the_sum_over_labelled_tokens_by_hand():
     logits = torch.zeros(2, 8)  # uniform over 8 tokens
     assert sft.target_loss(logits, torch.tensor([3, 5])).item() == pytest.approx(2 * math.log(8))
-
-
-def test_the_loss_of_a_padded_batch_is_that_of_its_rows_over_all_logits(model, processor, examples):
-    """In a batch, and with the logits of target tokens alone: as of each row by itself with all."""
-    pads = {"input_ids": processor.tokenizer.pad_token_id, "attention_mask": 0,
-            "mm_token_type_ids": 0, "labels": sft.IGNORED}
-
-    def gradients(loss):
-        model.zero_grad()
-        loss.backward()
-        return torch.cat([p.grad.flatten() for p in model.parameters()])
-
-    def plain_loss(row):
-        row = dict(row)
-        labels = row.pop("labels")
-        logits = model(**row).logits  # (1, L, V)
-        return F.cross_entropy(logits[0, :-1], labels[0, 1:], reduction="sum",
-                               ignore_index=sft.IGNORED)
-    rows = [example for _, example in examples]
-    assert len({row["input_ids"].shape[1] for row in rows}) > 1
-    loss = sft.batch_loss(PlainEngine(model), pad_batch(rows, pads, "right"))
-    expected = sum(map(plain_loss, rows))
-    assert loss.item() == pytest.approx(expected.item(), rel=1e-5)
-    ours, naive = gradients(loss), gradients(expected)
-    assert (ours - naive).norm() < 1e-4 * naive.norm()
-    blank = rows[0] | {"labels": torch.full_like(rows[0]["labels"], sft.IGNORED)}
-    assert not gradients(sft.batch_loss(PlainEngine(model), blank)).any()  # of no target: zeros
 
 
 def test_a_response_is_learned_where_a_rollout_samples_it(model, examples):

@@ -45,9 +45,10 @@ def gradients(toy, out, groups, blank, stage, chunk_size, count, recompute=False
     zero = {"stage": stage, "stage3_param_persistence_threshold": 0}  # shard small ones too
     write_whole({config_file: [json.dumps({"zero_optimization": zero,
                                            "zero_allow_untested_optimizer": True})]})
+    output = out.parent / f"{stage}.{chunk_size}.{count}.{recompute}"
     args = tgrpo.parse_args(["--model", str(toy / "model"), "--data", str(toy / "train.json"),
-                             "--output", str(out.parent / f"{stage}.{chunk_size}.{count}.{recompute}"),
-                             "--deepspeed_config", str(config_file), "--learning_rate", "0"])
+                             "--output", str(output), "--deepspeed_config",
+                             str(config_file), "--learning_rate", "0"])
     run = sft.open_run(args, [], tgrpo.parse_args, 1)
     model = load_model(args, run.config)
     if recompute:
