@@ -4,28 +4,29 @@
         --api_base http://localhost:8000/v1
     deepspeed annotate.py --data train.json --out cot.json --model Qwen/Qwen2.5-VL-7B-Instruct
 
-The model gets the prompt of every stage and generates --samples responses: behind any server that
-speaks OpenAI's protocol (--api_base), or with transformers on this machine, where each rank holds
-the whole model. A larger model is run behind a server. A response is kept if, in this order,
+The model gets the prompt of training and evaluation, and generates --samples responses to each
+record. It runs behind any server that speaks OpenAI's protocol (--api_base), or with transformers
+on this machine. There each rank holds the whole model, so a larger one needs a server. The filter
+rejects a response for the first of these reasons:
 
-    truncated     it ended by itself, within --max_new_tokens
-    format        it is one <think> block, then one <answer> block, and nothing else
-    answer        the answer has its type's form: one option, one number, some text
-    accuracy      its accuracy reward is above --min_accuracy
-    length        its thought has --min_think to --max_think characters
-    refusal       its thought has no phrase of refusal, as "I'm sorry" or "unable to view the video"
-    leak          it does not recite the prompt's instructions
-    language      its words are mostly of the question's script (Latin, Han, Arabic, ...)
-    repetition    it does not go round in circles
+    truncated     it did not end within --max_new_tokens
+    format        it is not one <think> block, then one <answer> block, and nothing else
+    answer        the answer is not of its problem type: one option, one number, or some text
+    accuracy      its accuracy reward is not above --min_accuracy
+    length        the thought has fewer than --min_think or more than --max_think characters
+    refusal       the thought has a phrase such as "I'm sorry" or "unable to view the video"
+    leak          it repeats six words in a row of the prompt's instructions
+    language      too few words of the thought are in the question's script (Latin, Han, ...)
+    repetition    too many of the thought's 6-grams occurred before in it
 
-and a record gets the best response that passes. Not tested: whether the thought is true.
+A record gets the most accurate response that passes. Whether a thought is true is not checked.
 
---out is a file of records with `process`, ready for sft.py. Beside cot.json: `cot.rank<r>.jsonl`,
-each response as it came; `cot.rejected.jsonl`, responses of the records that were left out, with
-the reason; `cot.report.md`, the counts. The same command resumes, on any number of ranks, and
-requests what is missing or failed; other thresholds filter the same responses again.
+--out has the annotated records, with `process`, as sft.py reads them. Beside cot.json stand
+`cot.rank<r>.jsonl` with all responses, `cot.rejected.jsonl` with those to records that no response
+passed for, and the reasons, and `cot.report.md` with the counts. The same command resumes, on any
+number of ranks. It generates what is missing or failed; with other thresholds it filters again.
 
-Shapes: B records of a batch, L tokens.
+Shapes: B records of a batch, n responses to each, L tokens, T frames, C channels, H x W pixels.
 """
 import argparse
 import base64
@@ -34,18 +35,18 @@ import hashlib
 import io
 import json
 import os
+import random
 import re
 import signal
 import sys
-import threading
 import time
 import unicodedata
 from collections import Counter
-from concurrent.futures import FIRST_COMPLETED, ThreadPoolExecutor, wait
+from concurrent.futures import FIRST_COMPLETED, ThreadPoolExecutor, as_completed, wait
 from datetime import timedelta
 from functools import cached_property, lru_cache, partial
 from glob import escape
-from itertools import chain, islice
+from itertools import islice
 from pathlib import Path
 
 import requests
@@ -54,37 +55,35 @@ import torch.distributed as dist
 from PIL import Image
 from torch.utils.data import DataLoader
 from tqdm import tqdm
-from urllib3.exceptions import HTTPError, InvalidHeader, MaxRetryError
-from urllib3.util import Retry
+from urllib3.exceptions import HTTPError
 
 from build_data import (ANSWER_SUFFIX, SAMPLING_FLAGS, TEMPLATE, UNUSABLE, FlagParser, InputError,
                         MediaError, Vision, above, add_machine_flags, add_media_flags, as_in_file,
-                        at_least,
-                        build_messages, encode, forbidden_tokens, generate, json_list, load_model,
-                        load_processor, load_records, load_vision_of, make_folder_of, markdown,
-                        model_hash, number, record_seed, require_same, row_writer, run_script,
-                        setup_distributed, skip_row, stop_tokens, whole_rows, write_whole)
+                        at_least, build_messages, encode, forbidden_tokens, generate, json_list,
+                        load_model, load_processor, load_records, load_vision_of, make_folder_of,
+                        markdown, model_hash, number, record_seed, require_same, row_writer,
+                        run_script, setup_distributed, skip_row, stop_tokens, whole_rows,
+                        write_whole)
 from rewards import (WORD, accuracy_reward, choice_letter, extract_answer, format_reward,
                      parse_number)
 
-REASONS_SHOWN = 20  # for which records got no response, in the report
-PR_SET_PDEATHSIG = 1  # of Linux's sys/prctl.h
-EAST_ASIAN = {"HIRAGANA", "KATAKANA", "HANGUL"}  # and CJK, in names of Unicode
-RUN = 6  # words: a shorter run is shared with the prompt, or repeated, by chance
+REASONS_SHOWN = 20  # in the report: the most frequent reasons why a record has no response
+NGRAM = 6  # words in a row that are not shared with the prompt, or repeated, by chance
+EAST_ASIAN = {"HIRAGANA", "KATAKANA", "HANGUL"}  # scripts counted as Han, which Unicode calls CJK
 
-SPEECH = re.compile(r"\"[^\"\n]*\"|(?<!\w)'(?=\w).{1,200}?'(?!\w)")  # in quotation marks
+QUOTATION = re.compile(r"\"[^\"\n]*\"|(?<!\w)'(?=\w).{1,200}?'(?!\w)")
 VIDEO = r"(?:(?:the|this|any|your) )?(?:video|image|clip|picture|frame)s?\b"
 VIEW = rf"(?:\w+ly )?(?:see|view|watch|access|open|process) {VIDEO}"
 REFUSAL = re.compile("|".join([
-    r"\bi(?:'m| am) sorry", r"\bi apologi[sz]e\b", r"\bmy apologies", r"\bas an ai,",
-    r"\b(?:language|text-based) model\b", r"\bi (?:can't|cannot) assist\b",
+    r"\bi(?:'m| am) sorry|\bi apologi[sz]e\b|\bmy apologies|\bi (?:can't|cannot) assist\b",
+    r"\bas an ai,|\b(?:language|text-based) model\b",
     rf"\bi (?:can't|cannot|couldn't|could not) {VIEW}",
     rf"(?:\bunable|\bnot able|n't able|\bno way|\bthe ability) to {VIEW}",
     rf"\b(?:i (?:don't|do not) (?:\w+ )?have|without) access to {VIDEO}",
     rf"\b(?:no|any) {VIDEO} (?:is |was |were )?(?:provided|attached)\b",
     rf"\b{VIDEO} (?:is|was|were)(?: not|n't) (?:provided|attached|available)\b",
-    "抱歉,", "(?:作为|是)(?:一个)?(?:人工智能|语言模型)",
-    "(?:无法|不能)(?:直接)?(?:查看|观看|看到)(?:视频|图片|图像)", "(?:视频|图片|图像)(?:没有|未)提供",
+    "抱歉,|(?:作为|是)(?:一个)?(?:人工智能|语言模型)",
+    "(?:无法|不能)(?:直接)?(?:查看|观看|看到)(?:视频|图片|图像)|(?:视频|图片|图像)(?:没有|未)提供",
 ]), re.IGNORECASE)
 
 
@@ -92,29 +91,30 @@ def parse_args(argv=None):
     parser = FlagParser(description=__doc__.split("\n")[0])
     add = parser.add_argument
     # data and model
-    add("--model", required=True, help="Hugging Face directory or name; with --api_base, the "
-                                       "name that the server knows it by")
+    add("--model", required=True,
+        help="Hugging Face directory or name; with --api_base, the server's name for it")
     add("--data", required=True, help="records to annotate, .json or .jsonl")
-    add("--out", required=True, help="file of annotated records to write; its side files go beside")
-    add("--limit", type=above(0, int), help="only the first records, to try it; the same command "
-                                            "without it goes on with the others")
+    add("--out", required=True, help="file of annotated records to write, .json")
+    add("--limit", type=above(0, int),
+        help="only the first records, as a trial; without it the same command adds the others")
     # responses; the released annotation had top_p 0.95 and 512 new tokens
-    add("--samples", type=above(0, int), default=1, help="responses to a record; the best is kept")
+    add("--samples", type=above(0, int), default=1,
+        help="responses to each record, of which the best is kept")
     add_generation_flags(add, temperature=1.0, top_p=0.95, max_new_tokens=768)
     # the filter
-    add("--min_accuracy", type=float, default=0.6, help="a response's reward must be above this")
+    add("--min_accuracy", type=float, default=0.6, help="a kept accuracy reward is above this")
     add("--min_think", type=int, default=40, help="fewest characters of a thought")
     add("--max_think", type=int, default=6000, help="most characters of a thought")
     add("--min_language", type=float, default=0.7,
-        help="smallest share of a response's words that are of the question's script")
+        help="smallest share of a thought's words in the question's script")
     add("--max_repetition", type=float, default=0.3,
-        help="largest share of a thought's runs of 6 words that occurred before in it")
+        help="largest share of a thought's 6-grams that occurred before in it")
     # media and machine
     add_media_flags(add)
     add_machine_flags(add)
     args = parser.parse_args(argv)
     if args.samples > 1 and not args.temperature:
-        parser.error(f"--samples {args.samples} at --temperature 0 are all the same")
+        parser.error(f"--samples {args.samples} at --temperature 0 are all the same: raise it")
     if Path(args.out).suffix != ".json":
         parser.error(f"--out {args.out} must end in .json")
     return args
@@ -122,73 +122,76 @@ def parse_args(argv=None):
 
 # ------------------------------------------------------------------- the filter, pure functions
 
-def think_of(response):
-    """Returns the text of a well-formed response's thought."""
+def thought_of(response):
+    """Returns the text of a well-formed response's <think> block."""
     return response.partition("<think>")[2].partition("</think>")[0].strip()
 
 
-def own_words(text):
-    """Returns a text in compatibility form (NFKC), without what stands in quotation marks.
+def without_quotations(text):
+    """Returns a text in Unicode's form NFKC, without the words in quotation marks.
 
-    >>> own_words("I’m sure: he waves “goodbye”。")
+    >>> without_quotations("I’m sure: he waves “goodbye”。")
     "I'm sure: he waves  。"
     """
     text = re.sub("[“”„「」『』«»]", '"', re.sub("[’‘ʼ＇`´]", "'", text))
-    return SPEECH.sub(" ", unicodedata.normalize("NFKC", text))
+    return QUOTATION.sub(" ", unicodedata.normalize("NFKC", text))
 
 
-def runs_of(text):
-    """Returns every run of 6 words of a text in lower case; each Han or kana character is a word.
+def ngrams(text):
+    """Returns the 6-grams of a text in lower case. Each Han or kana character is a word.
 
-    >>> runs_of("Let me think, it is 小狗")
+    >>> ngrams("Let me think, it is 小狗")
     [('let', 'me', 'think', 'it', 'is', '小'), ('me', 'think', 'it', 'is', '小', '狗')]
     """
     words = WORD.findall(text.lower())
-    return list(zip(*(words[i:] for i in range(RUN))))
+    return list(zip(*(words[i:] for i in range(NGRAM))))
 
 
-INSTRUCTIONS = {run for suffix in ANSWER_SUFFIX.values()
-                for run in runs_of(TEMPLATE.replace("{question}", "") + suffix)}
+INSTRUCTIONS = {ngram for suffix in ANSWER_SUFFIX.values()
+                for ngram in ngrams(TEMPLATE.replace("{question}", "") + suffix)}
 
 
 def repetition(text):
-    """Returns the share of the runs of 6 words that occurred before in the text, in [0, 1].
+    """Returns the share of 6-grams that occurred before in the text, in [0, 1].
 
     >>> repetition("a b c d e f"), repetition("wait " * 15)
     (0.0, 0.9)
     """
-    runs = runs_of(text)
-    return 1 - len(set(runs)) / len(runs) if runs else 0.0
+    found = ngrams(text)
+    return 1 - len(set(found)) / len(found) if found else 0.0
 
 
-def scripts_of(text):
-    """Counts a text's own words by the script of their first letter. Each Han or kana character is
-    a word; Han, kana and Hangul are one script.
+def count_scripts(text):
+    """Counts a text's words outside quotations by the script of their first letter.
 
-    >>> scripts_of("求 sin(AB): 小狗 'or' dog")
+    Each Han or kana character is a word. Han, kana and Hangul are counted as one script.
+
+    >>> count_scripts("求 sin(AB): 小狗 'or' dog")
     Counter({'CJK': 3, 'LATIN': 3})
     """
-    firsts = [word[0] for word in WORD.findall(own_words(text)) if word[0].isalpha()]
-    scripts = [unicodedata.name(first, "UNKNOWN").split()[0] for first in firsts]
+    words = WORD.findall(without_quotations(text))
+    scripts = [unicodedata.name(word[0], "UNKNOWN").split()[0] for word in words
+               if word[0].isalpha()]
     return Counter("CJK" if script in EAST_ASIAN else script for script in scripts)
 
 
-def in_language(think, problem):
-    """Returns the share of a thought's words that are of the problem's script: its most frequent
-    one except for Latin and Greek, which also stand in formulas, or else the one of these.
+def language_share(thought, problem):
+    """Returns the share of a thought's words that are in the problem's most frequent script.
 
-    >>> in_language("这是 my dog", "What is it?"), in_language("两只狗", "求 sin x")
+    Latin and Greek letters also stand in formulas: these two count only if there is no other.
+
+    >>> language_share("这是 my dog", "What is it?"), language_share("两只狗", "求 sin x")
     (0.5, 1.0)
     """
-    asked, said = scripts_of(problem), scripts_of(think)
-    if not asked or not said:
+    expected, found = count_scripts(problem), count_scripts(thought)
+    if not expected or not found:
         return 1.0
-    script = max(asked, key=lambda script: (script not in ("LATIN", "GREEK"), asked[script]))
-    return said[script] / said.total()
+    script = max(expected, key=lambda name: (name not in ("LATIN", "GREEK"), expected[name]))
+    return found[script] / found.total()
 
 
 def has_form(answer, record):
-    """Returns whether the answer has its problem type's form: one option, one number, some text."""
+    """Returns whether the answer is of its problem type: one option, one number, or some text."""
     if record["problem_type"] == "multiple choice":
         return bool(choice_letter(answer, record["options"]))
     if record["problem_type"] in ("numerical", "regression"):
@@ -197,58 +200,46 @@ def has_form(answer, record):
 
 
 def reject_reason(response, truncated, record, args):
-    """Returns why a response is not kept, a word of this file's first lines, or None if it is."""
-    think = think_of(response)
+    """Returns the first reason to reject a response, of those at the top of this file, or None."""
+    thought = thought_of(response)
     checks = {
         "truncated": lambda: truncated,
         "format": lambda: not format_reward(response),
         "answer": lambda: not has_form(extract_answer(response), record),
         "accuracy": lambda: accuracy_reward(response, record) <= args.min_accuracy,
-        "length": lambda: not args.min_think <= len(think) <= args.max_think,
-        "refusal": lambda: REFUSAL.search(own_words(think)),
-        "leak": lambda: not INSTRUCTIONS.isdisjoint(runs_of(response)),
-        "language": lambda: in_language(think, record["problem"]) < args.min_language,
-        "repetition": lambda: repetition(think) > args.max_repetition}
+        "length": lambda: not args.min_think <= len(thought) <= args.max_think,
+        "refusal": lambda: REFUSAL.search(without_quotations(thought)),
+        "leak": lambda: not INSTRUCTIONS.isdisjoint(ngrams(response)),
+        "language": lambda: language_share(thought, record["problem"]) < args.min_language,
+        "repetition": lambda: repetition(thought) > args.max_repetition}
     return next((reason for reason, fails in checks.items() if fails()), None)
 
 
 def choose(record, row, args):
-    """Returns (the annotated record or None, [(reason or None, response), ...]) from a record's
-    row. Of the responses that pass, it takes the first with the highest accuracy reward."""
+    """Returns (the annotated record or None, [(reason or None, response), ...]) for a record and
+    its row. Of the responses that pass, the first with the highest accuracy reward is taken."""
     judged = [(reject_reason(text, cut, record, args), text)
               for text, cut in zip(row.get("output", []), row.get("truncated", []))]
-    good = [text for reason, text in judged if reason is None]
-    if not good:
+    passed = [text for reason, text in judged if reason is None]
+    if not passed:
         return None, judged
-    best = max(good, key=lambda text: accuracy_reward(text, record))
-    return as_in_file(record) | {"process": f"<think>{think_of(best)}</think>"}, judged
+    best = max(passed, key=lambda text: accuracy_reward(text, record))
+    return as_in_file(record) | {"process": f"<think>{thought_of(best)}</think>"}, judged
 
 
 # --------------------------------------------------------------------------------- the command
 
-def prompt_of(processor, args, record):
-    """Returns a record with its encoded inputs or, without a processor, with the messages for a
-    server. If its file cannot be used, returns a row with the reason. Runs in worker processes."""
-    try:
-        vision = load_vision_of(record, args, processor)
-    except MediaError as error:
-        return skip_row(record, error)
-    if processor is None:
-        return {"record": record, "messages": api_messages(record, vision)}
-    return {"record": record, "inputs": encode(processor, record, vision)}
-
-
 def row_of(sample, responses, seconds):
-    """Returns the row of one record's responses."""
+    """Returns the row of one record's responses, [(text, tokens, truncated), ...]."""
     texts, tokens, truncated = map(list, zip(*responses))
     return {"problem_id": sample["record"]["problem_id"], "output": texts, "tokens": tokens,
             "truncated": truncated, "seconds": seconds}
 
 
 def write_result(records, rows, args):
-    """Writes --out and its side files from every record's row. Returns the report."""
+    """Writes --out, the rejected responses and the report, and returns the report."""
     kept, rejected, reasons = [], [], Counter()
-    rows = [rows[str(record["problem_id"])] for record in records]  # a longer run left others too
+    rows = [rows[str(record["problem_id"])] for record in records]  # without those beyond --limit
     for record, row in zip(records, rows):
         annotated, judged = choose(record, row, args)
         reasons.update(reason or "passed" for reason, _ in judged)
@@ -282,21 +273,21 @@ def main(args):
     configuration = configuration_of(generator, "max_frames", "samples") | {
         "records_sha256": hashlib.sha256(Path(args.data).read_bytes()).hexdigest()}
 
-    # ----------------------------------------------- responses, row by row, then the filter
+    # ------------------------------------------------- responses, row by row, then the filter
     rows = collect_responses(generator, out.parent, out.stem, records, configuration,
-                             partial(prompt_of, generator.processor, args), row_of)
+                             partial(prepare, generator.processor, args), row_of)
     if generator.rank == 0:
         print(write_result(records, rows, args))
 
 
-# ================== generating responses, here or through a server; evaluate.py does so too
+# ============ generating responses, on this machine or through a server; shared with evaluate.py
 
 http_url = number(str, lambda text: text.startswith(("http://", "https://")),
                   "a URL that begins with http:// or https://")
 
 
 def add_generation_flags(add, temperature, top_p, max_new_tokens):
-    """Adds how responses are generated; `add` is a parser's add_argument."""
+    """Adds the flags of generation. `add` is a parser's add_argument; the rest are defaults."""
     add("--temperature", type=at_least(0, float), default=temperature,
         help="sampling temperature; 0: greedy")
     add("--top_p", type=above(0, float, 1), default=top_p, help="nucleus sampling; 1: off")
@@ -304,12 +295,10 @@ def add_generation_flags(add, temperature, top_p, max_new_tokens):
         help="most tokens of a response")
     add("--batch_size", type=above(0, int), default=8, help="records of a batch on a rank")
     # a server
-    add("--api_base", type=http_url, help="generate through this server, as in "
-        "http://localhost:8000/v1; its key, if it has one, is read from the environment: "
-        "OPENAI_API_KEY")
-    add("--api_body", type=request_keys, help="JSON object whose keys replace those of each "
-        "request; null removes one, as in "
-        '{"max_tokens": null, "max_completion_tokens": 1024}')
+    add("--api_base", type=http_url, help="generate through this server, for example "
+        "http://localhost:8000/v1; if it needs a key, set the environment variable OPENAI_API_KEY")
+    add("--api_body", type=request_keys, help="JSON object that is merged into each request; null "
+        'removes a key: {"max_tokens": null, "max_completion_tokens": 1024}')
     add("--api_timeout", type=above(0, float), default=600,
         help="timeout of a request, in seconds until its last byte")
     add("--api_retries", type=at_least(0, int), default=6, help="retries of a failed request")
@@ -317,7 +306,7 @@ def add_generation_flags(add, temperature, top_p, max_new_tokens):
 
 
 def request_keys(text):
-    """Reads a flag: a JSON object without the keys that a run decides."""
+    """Returns the JSON object that a flag gives. Refuses the keys that the run sets."""
     try:
         keys = json.loads(text)
         json.dumps(keys, allow_nan=False)  # a server cannot read NaN
@@ -329,13 +318,14 @@ def request_keys(text):
     return keys
 
 
-# ------------------------------------------- rows, which outlive a kill
+# ------------------------------------------------------------------- rows, which survive a kill
 
-LONGEST_WAIT = timedelta(days=7)  # of the first rank to finish for the last one
+LONGEST_WAIT = timedelta(days=7)  # from the end of the first rank to that of the last
+PR_SET_PDEATHSIG = 1  # of Linux's sys/prctl.h
 
 
 class Generator:
-    """Generates a rank's responses: through a server, or with a model on this machine."""
+    """Generates a rank's responses, through a server or with a model on this machine."""
 
     def __init__(self, args):
         self.args = args
@@ -348,45 +338,64 @@ class Generator:
         return load_answering_model(self.args, self.processor.tokenizer, self.device)
 
 
-def collect_responses(generator, output, stem, records, configuration, prompt_of, row_of):
-    """Returns {problem_id as text: row} of all ranks and runs, after each rank has generated its
-    share of what was missing. What failed before comes last.
+def prepare(processor, args, record, change=None):
+    """Returns a record's sample, or its skip row if the file cannot be used.
 
-    prompt_of(record) is a sample, {"record", "inputs" here or "messages" for a server}, or a row
-    with the "reason" why there is none; row_of(sample, its responses, seconds) is its row.
+    A sample is {"record", "size", "inputs" or "messages"}: the size [T, H, W] of its pixels, and
+    model inputs, or without a processor a server's messages. change(vision) replaces the pixels.
+    """
+    try:
+        vision = load_vision_of(record, args, processor)
+    except MediaError as error:
+        return skip_row(record, error)
+    vision = change(vision) if change else vision
+    frames = vision.frames  # (T, C, H, W)
+    size = [1, *vision.image.size[::-1]] if frames is None else [*frames[:, 0].shape]
+    sample = {"record": record, "size": size}
+    if processor is None:
+        return sample | {"messages": api_messages(record, vision)}
+    return sample | {"inputs": encode(processor, record, vision)}
+
+
+def collect_responses(generator, output, stem, records, configuration, prepare, row_of):
+    """Generates the responses that are missing, each rank its share, and returns the rows of all
+    ranks and earlier runs, {problem_id as text: row}.
+
+    prepare(record) runs in worker processes and returns a sample or a skip row.
+    row_of(sample, its responses, seconds) returns the row to write.
     """
     args, world = generator.args, dist.get_world_size()
     rows = read_rows(output, stem, configuration)
-    todo = [record for record in records
-            if "output" not in rows.get(str(record["problem_id"]), {})]
-    todo.sort(key=lambda record: str(record["problem_id"]) in rows)
-    dist.barrier(generator.ranks)  # all ranks have read the rows before one adds to them
-    if todo:
-        share = todo[generator.rank::world]
-        # the next window is decoded while this one is generated
-        ahead = -(-WINDOW * args.batch_size // args.num_workers) if args.num_workers else None
-        samples = DataLoader(share, batch_size=None, collate_fn=prompt_of,
-                             num_workers=args.num_workers, prefetch_factor=ahead,
-                             worker_init_fn=end_with_main)
-        path = output / f"{stem}.rank{generator.rank}.jsonl"
+    missing = [record for record in records
+               if "output" not in rows.get(str(record["problem_id"]), {})]
+    # what failed before comes last: first in line, it could end the run, see MOST_FAILURES
+    missing.sort(key=lambda record: str(record["problem_id"]) in rows)
+    dist.barrier(generator.ranks)  # all ranks have read the rows before one of them adds more
+    if missing:
+        share = missing[generator.rank::world]
+        # the next batch is decoded while this one is generated
+        ahead = -(-args.batch_size // args.num_workers) if args.num_workers else None
+        samples = DataLoader(share, batch_size=None, collate_fn=prepare, prefetch_factor=ahead,
+                             num_workers=args.num_workers, worker_init_fn=die_with_parent)
+        path = Path(output) / f"{stem}.rank{generator.rank}.jsonl"
         with row_writer(path, len(share), configuration, generator.rank != 0) as write:
-            samples = usable(samples, write)
+            samples = write_skipped(samples, write)
             if args.api_base:
-                generate_on_server(args, samples, row_of, write, len(todo) < len(records))
+                generate_on_server(args, samples, row_of, write, len(missing) < len(records))
             else:
                 generate_locally(generator, samples, row_of, write)
     dist.barrier(generator.ranks)
     return read_rows(output, stem, configuration)
 
 
-def end_with_main(_):
-    """Has the kernel end a data worker with the main process, however that ends. PyTorch's own
-    watch would wait until somebody has read the pictures that a pipe cannot hold."""
+def die_with_parent(_):
+    """Makes the kernel kill a data worker if the main process is killed. Otherwise the worker would
+    stay forever: it waits until its pictures are read from a full pipe."""
     ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
 
 
-def usable(samples, write):
-    """Yields the samples that have a prompt; writes those that are rows already."""
+def write_skipped(samples, write):
+    """Writes the skip rows among the samples, and yields the others."""
     for sample in samples:
         if "reason" in sample:
             write([sample])
@@ -395,16 +404,18 @@ def usable(samples, write):
 
 
 def refuse_repeated_ids(path, records):
-    """Raises InputError if records of a file share a problem_id: rows are found by it."""
+    """Raises InputError if two records have the same problem_id, which is the key of a row."""
     problem_id, count = Counter(str(r["problem_id"]) for r in records).most_common(1)[0]
     if count > 1:
-        raise InputError(f"{path}: {count} records have the problem_id {problem_id}")
+        raise InputError(f"{path}: {count} records have the problem_id {problem_id}: number them")
 
 
 def read_rows(output, stem, configuration):
-    """Returns the rows of all ranks and runs by problem_id as text; a response wins over a skip.
+    """Returns the rows of all ranks and earlier runs, {problem_id as text: row}. If a record has
+    both a response and a skip row, the response counts.
 
-    Raises InputError if they are of another configuration. A model's folder may have moved.
+    Raises InputError if the rows are of another configuration. Only the model's path may differ if
+    its hash is equal.
     """
     free, rows = {"model"} if "model_sha256" in configuration else (), {}
     for path in sorted(Path(output).glob(f"{escape(stem)}.rank*.jsonl")):
@@ -418,7 +429,7 @@ def read_rows(output, stem, configuration):
 
 
 def configuration_of(generator, *more):
-    """Returns what responses depend on, with these flags more."""
+    """Returns all settings that change the responses. more: names of further flags."""
     args = generator.args
     flags = ("model", *SAMPLING_FLAGS, "temperature", "top_p", "max_new_tokens", "seed", *more)
     engine = {"engine": "api", "api_body": args.api_body} if args.api_base else {
@@ -429,15 +440,14 @@ def configuration_of(generator, *more):
         "template": TEMPLATE, "answer_suffix": ANSWER_SUFFIX}
 
 
-# ------------------------------------------------------------- a model behind a server
+# ------------------------------------------------------------------------------------ a server
 
 JPEG_QUALITY = 95  # of frames sent to a server; Pillow's highest sensible value
 
 
 def api_messages(record, vision: Vision) -> list[dict]:
-    """Returns build_messages for a server that speaks OpenAI's protocol: the same text and the
-    pixels that load_vision decoded, as data: URLs. An image is sent as PNG, a video as its sampled
-    frames in JPEG; the server takes them for single pictures without timing."""
+    """Returns build_messages in OpenAI's protocol. An image is sent as PNG, a video as its sampled
+    frames in JPEG, which the server treats as pictures without timing."""
     *_, text = build_messages(record)[0]["content"]
     if vision.frames is None:
         urls = [data_url("image/png", vision.image)]
@@ -455,49 +465,45 @@ def data_url(kind, picture) -> str:
     return f"data:{kind};base64,{base64.b64encode(file.getvalue()).decode()}"
 
 
-KEY_VARIABLE = "OPENAI_API_KEY"  # the only place a key is read from; it is never written
+KEY_VARIABLE = "OPENAI_API_KEY"  # the key is read only from here, and never written
 CONNECT_TIMEOUT = 10.0  # seconds
-FIRST_PAUSE = 1.0  # seconds before the second retry, doubled for each; the first is at once
-LONGEST_PAUSE = 600  # seconds; a server that asks for more ends the run
-LARGEST_REPLY, REPLY_PART = 2**24, 2**16  # bytes
-LONGEST_TEXT = 200_000  # characters of a response; to grade so many takes seconds
+FIRST_PAUSE = 1.0  # seconds before the first retry, doubled for each further one
+LONGEST_PAUSE = 600  # seconds; if a server asks for more, the run ends
+REPLY_PART = 2**16  # bytes that are read at once
 FATAL_STATUS = {*range(300, 400), 401, 402, 403, 404}  # HTTP: no request of this run can succeed
 NO_RETRY_STATUS = {*range(400, 500)} - FATAL_STATUS - {408, 409, 425, 429}
-ERROR_SHOWN = 300  # characters of a server's error message
+ERROR_SHOWN = 300  # characters of an error in a message
 MOST_FAILURES = 20  # failed requests in a row that end the run
 MALFORMED_REPLY = (LookupError, AttributeError, TypeError, ValueError, ArithmeticError,
-                   RecursionError)  # when it is read
+                   RecursionError)  # what reading one can raise
 ERROR_MESSAGE = re.compile(r'"message": *"((?:[^"\\]|\\.)+)"')  # in the JSON of an error
-# finish_reason: OpenAI's own first, then what TGI, Together, Mistral and Bedrock call it
+# finish_reason: OpenAI's own first, then those of TGI, Together, Mistral and Bedrock
 ENDED = {"stop", "eos_token", "eos", "stop_sequence", "end_turn"}
 CUT_OFF = {"length", "max_tokens", "model_length"}
 
 
 class ApiError(RuntimeError):
-    """A request failed, for the reason given."""
+    """A request failed, and so did its retries."""
 
 
 class Refused(ApiError):
-    """The server will not, or did not, answer this request; others may succeed."""
+    """The server refused this request, or broke off its response. Others can succeed."""
 
 
-def request_responses(session, args, messages, seed):
-    """Returns args.samples responses of a server: [(text, tokens, truncated or not), ...].
+def request_responses(args, messages, seed):
+    """Returns args.samples responses of a server, [(text, tokens, truncated), ...].
 
-    Raises ApiError if the retries fail too, Refused if none would help, InputError if no request
-    of the run would succeed. urllib3's Retry counts and waits. It is used here: mounted in the
-    session it would not retry a malformed reply of status 200.
+    Raises ApiError if the last retry fails, Refused if a retry cannot help, and InputError if no
+    request of this run can succeed.
     """
     url = args.api_base.rstrip("/") + "/chat/completions"
-    # unseeded jitter: clients must not come back at the same moment
-    retries = Retry(args.api_retries, backoff_factor=FIRST_PAUSE / 2, backoff_jitter=FIRST_PAUSE)
-    responses = []
-    while len(responses) < args.samples:  # some servers return one, whatever n is
+    responses, failures = [], 0
+    while len(responses) < args.samples:  # some servers return one response, whatever n is
         body = {"model": args.model, "messages": messages, "n": args.samples - len(responses),
                 "temperature": args.temperature, "top_p": args.top_p,
                 "max_tokens": args.max_new_tokens, "seed": seed + len(responses)}
         body |= args.api_body or {}
-        status, wait, text = send(session, args, url, {
+        status, header, text = send(args, url, {
             name: value for name, value in body.items() if value is not None})
         reason, failure = f"HTTP {status}" if status else "no whole reply", ApiError
         try:
@@ -508,87 +514,65 @@ def request_responses(session, args, messages, seed):
             reason, failure = str(error), Refused
         except MALFORMED_REPLY as error:
             reason = f"{type(error).__name__}: {error}"
-        said = ERROR_MESSAGE.search(text)
-        reason = f"{reason}: {said[1] if said else text}"[:ERROR_SHOWN].rstrip(": ")
-        if status in FATAL_STATUS:
+        message = ERROR_MESSAGE.search(text)
+        reason = f"{reason}: {message[1] if message else text}"[:ERROR_SHOWN].rstrip(": ")
+        seconds = int(header) if re.fullmatch(r"\d{1,9}", header) else 0
+        reason += f" (Retry-After: {seconds})" if seconds else ""
+        if status in FATAL_STATUS or seconds > LONGEST_PAUSE:
             raise InputError(f"{url} refuses model {args.model}: {reason}. Check --api_base and "
-                             f"the key in the environment variable {KEY_VARIABLE}")
+                             f"{KEY_VARIABLE}, or repeat the command later: it resumes")
         if status in NO_RETRY_STATUS:
             raise Refused(f"{url}: {reason}")
-        pause = retry_after(retries, wait, f"{url}: {reason}")
-        try:
-            retries = retries.increment()
-        except MaxRetryError:
-            raise failure(f"{url}: {args.api_retries + 1} attempts failed, the last: {reason}") \
-                from None
-        if pause:
-            time.sleep(pause)
-        else:
-            retries.sleep()
+        pause = min(max(seconds, FIRST_PAUSE * 2**failures), LONGEST_PAUSE)
+        failures += 1
+        if failures > args.api_retries:
+            raise failure(f"{url}: {failures} attempts failed, the last: {reason}")
+        if seconds:
+            print_once(f"{url}: {reason}")
+        # unseeded jitter: requests that failed together must not come back together
+        time.sleep(pause + random.uniform(0, FIRST_PAUSE))
     return responses[:args.samples]
 
 
-def send(session, args, url, body):
-    """Sends one request. Returns (status, Retry-After, text) of the reply, never with the key in
-    it. If no whole reply comes within --api_timeout, the status is 0 and the text says why."""
+def send(args, url, body):
+    """Sends a request and returns (status, Retry-After, text) of the reply. The key is removed from
+    the text. If no whole reply comes within --api_timeout, the status is 0, the text the reason."""
     deadline = time.monotonic() + args.api_timeout
     key = os.environ.get(KEY_VARIABLE, "").strip()
-    if not (key.isascii() and key.isprintable()):  # no header takes it, and the error quotes it
-        raise InputError(f"{KEY_VARIABLE} holds characters that no key has")
+    if not (key.isascii() and key.isprintable()):  # an error of requests would show it
+        raise InputError(f"{KEY_VARIABLE} holds characters that no key has: set it again")
 
-    def authorise(request):  # not a header, over which ~/.netrc would win
+    def add_key(request):  # passed as `auth`, because ~/.netrc would replace a plain header
         request.headers.update({"Authorization": f"Bearer {key}"} if key else {})
         return request
-    try:  # redirects are not followed: the pictures and the key would go along
-        with session.post(url, json=body, auth=authorise, stream=True, allow_redirects=False,
-                          timeout=(CONNECT_TIMEOUT, args.api_timeout)) as reply:
-            status, wait = reply.status_code, reply.headers.get("Retry-After", "")
-            text = reply.headers["Location"] if reply.is_redirect else read_text(reply, deadline)
+    try:  # a redirect is not followed: it would send the pictures and the key elsewhere
+        with requests.post(url, json=body, auth=add_key, stream=True, allow_redirects=False,
+                           timeout=(CONNECT_TIMEOUT, args.api_timeout)) as reply:
+            status, header = reply.status_code, reply.headers.get("Retry-After", "")
+            data = bytearray()
+            while part := reply.raw.read1(REPLY_PART, decode_content=True):  # what has arrived
+                data += part
+                if time.monotonic() > deadline:
+                    raise requests.Timeout("the reply was not complete within --api_timeout")
+            text = reply.headers["Location"] if reply.is_redirect else data.decode(
+                errors="strict" if status == 200 else "replace")
     except (requests.RequestException, HTTPError, ValueError) as error:
-        status, wait, text = 0, "", f"{type(error).__name__}: {error}"
-    return status, wait, text.replace(key, f"<{KEY_VARIABLE}>") if key else text
-
-
-def read_text(reply, deadline):
-    """Returns the text of a streamed reply. Raises Timeout after the deadline (time.monotonic),
-    which a slow stream would outlive, and ValueError if the reply is too large."""
-    data = bytearray()
-    while part := reply.raw.read1(REPLY_PART, decode_content=True):  # what has come so far
-        data += part
-        if len(data) > LARGEST_REPLY:
-            raise ValueError(f"the reply has more than {LARGEST_REPLY} bytes")
-        if time.monotonic() > deadline:
-            raise requests.Timeout("the reply was not complete within --api_timeout")
-    return data.decode(errors="strict" if reply.status_code == 200 else "replace")
-
-
-def retry_after(retries, text, reason):
-    """Returns the seconds that a Retry-After asks for, 0 if it names none, and prints the reason of
-    the pause. Raises InputError if they are more than LONGEST_PAUSE."""
-    try:
-        pause = retries.parse_retry_after(text)
-    except (InvalidHeader, ValueError, OverflowError):  # neither whole seconds nor a date
-        return 0
-    reason += f". It asks to wait (Retry-After: {text})"
-    if pause > LONGEST_PAUSE:
-        raise InputError(f"{reason}: repeat the command then, it resumes")
-    if pause:
-        print_once(reason, time.monotonic() // 60)
-    return pause
+        status, header, text = 0, "", f"{type(error).__name__}: {error}"
+    return status, header, text.replace(key, f"<{KEY_VARIABLE}>") if key else text
 
 
 @lru_cache(maxsize=100)
-def print_once(text, minute):
-    """Prints a text once a minute, however many requests have it."""
+def print_once(text):
+    """Prints a text only once, because many requests give the same."""
     tqdm.write(text, file=sys.stderr)
 
 
 def read_choices(reply):
-    """Returns the responses in a server's reply. Raises Refused if one ended neither by itself nor
-    by its length, one of MALFORMED_REPLY if the reply cannot be read.
+    """Returns the responses in a server's reply, [(text, tokens, truncated), ...]. Raises Refused
+    if one was broken off, and one of MALFORMED_REPLY if the reply cannot be read.
 
-    A thought that the server has taken out of the text is put back. Of several responses the reply
-    has only the sum of tokens: each gets the mean, or None without a sum.
+    If the server has taken the thought out of the text, it is put back. A reply has only the sum of
+    its responses' tokens: each gets the mean, or None if there is no sum.
 
     >>> read_choices({"choices": [{"message": {"content": "Hi", "reasoning_content": "A guest."},
     ...                            "finish_reason": "stop"}], "usage": {"completion_tokens": 9}})
@@ -603,61 +587,64 @@ def read_choices(reply):
         text, cut = message.get("content"), finish in CUT_OFF
         thought = message.get("reasoning_content") or message.get("reasoning")
         if thought and "<think>" not in (text or ""):
-            text = "<think>" + thought + ("</think>\n" + text if text else "")  # or cut off in it
+            text = "<think>" + thought + ("</think>\n" + text if text else "")
+        # a server that gives no finish_reason has ended if it gives a text
         ended = finish in ENDED and text is not None if finish else text
         if not ended and not cut:
             raise Refused(f"finish_reason {finish!r} is no answer")
         text = text or ""
-        if len(text) > LONGEST_TEXT or UNUSABLE.search(text):  # TypeError for what is no text
-            raise ValueError(f"a response has more than {LONGEST_TEXT} characters, or half of one")
+        if UNUSABLE.search(text):  # a TypeError if it is no text
+            raise ValueError("a response has a character that no text has")
         responses.append((text, tokens and round(tokens / len(choices)), cut))
     return responses
 
 
 def generate_on_server(args, samples, row_of, write, answered=False):
-    """Writes each sample's row, or why there is none; args.concurrency requests at a time.
+    """Generates responses to samples, args.concurrency requests at a time, and writes their rows.
+    A request that fails gets a skip row.
 
-    Raises InputError if MOST_FAILURES requests in a row fail. Refused ones count only until the
-    server has `answered` once: some requests may be at fault, not all of them.
+    Raises InputError if MOST_FAILURES requests in a row fail. If the server has `answered` others,
+    Refused ones do not count: those requests are at fault, not the server.
     """
-    running, failed, own = set(), 0, threading.local()
+    running, failed = set(), 0
 
-    def begin():  # requests does not promise that threads may share a session
-        own.session = requests.Session()
-
-    def work(sample):  # in a thread: the row is on disk before anything else can go wrong
+    def work(sample):  # in a thread, which writes its row before a kill can lose it
         record, started = sample["record"], time.perf_counter()
         try:
-            responses = request_responses(own.session, args, sample["messages"],
-                                          record_seed(args.seed, record))
+            seed = record_seed(args.seed, record)
+            responses = request_responses(args, sample["messages"], seed)
         except ApiError as error:
             write([skip_row(record, error)])
             return error
         write([row_of(sample, responses, time.perf_counter() - started)])
 
-    pool = ThreadPoolExecutor(args.concurrency, initializer=begin)
+    def check(futures):
+        nonlocal answered, failed
+        for error in (future.result() for future in futures):
+            if error is None:
+                answered, failed = True, 0
+            elif not (answered and isinstance(error, Refused)):
+                failed += 1
+            if failed >= MOST_FAILURES:
+                raise InputError(f"{failed} requests in a row failed, the last: {error} "
+                                 "(--api_body changes what a request holds)")
+
+    pool = ThreadPoolExecutor(args.concurrency)
     try:
-        for sample in chain(samples, [None]):  # None: the last ones are waited for
-            if sample:
-                running.add(pool.submit(work, sample))
-            while len(running) >= (args.concurrency if sample else 1):
+        for sample in samples:
+            if len(running) == args.concurrency:
                 done, running = wait(running, return_when=FIRST_COMPLETED)
-                for error in (future.result() for future in done):
-                    if error is None:
-                        answered, failed = True, 0
-                    elif not (answered and isinstance(error, Refused)):
-                        failed += 1
-                    if failed >= MOST_FAILURES:
-                        raise InputError(f"{failed} requests in a row failed, the last: {error} "
-                                         "(--api_body changes what a request holds)")
-    finally:  # after an error nobody waits for the pauses of the others
+                check(done)
+            running.add(pool.submit(work, sample))
+        check(as_completed(running))
+    finally:  # after an error, do not wait for the retries of the others
         pool.shutdown(wait=False, cancel_futures=True)
 
 
-# -------------------------------------------------------------- a model on this machine
+# ------------------------------------------------------------------- a model on this machine
 
 def cut_at_end(ids, end_ids):
-    """Returns a response up to its first end token, which is kept, and whether it had none.
+    """Returns (the response up to and with its first end token, whether it has none).
 
     >>> cut_at_end([5, 6, 2, 0, 0], {2, 0}), cut_at_end([5, 6], {2, 0})
     (([5, 6, 2], False), ([5, 6], True))
@@ -668,10 +655,9 @@ def cut_at_end(ids, end_ids):
 
 @torch.inference_mode()
 def respond(model, tokenizer, samples, seed):
-    """Returns the responses, as request_responses does, to each of B encoded samples: as many as
-    the model's generation_config says."""
+    """Returns the n responses [(text, tokens, truncated), ...] to each of B samples."""
     config = model.generation_config
-    # generate draws from torch's own generator: seeded for each batch, by its first record
+    # generate draws from torch's own generator, seeded for each batch by its first record
     torch.manual_seed(record_seed(seed, samples[0]["record"]))
     ids = generate(model, [sample["inputs"] for sample in samples])  # (B n, L)
     cut = [cut_at_end(row, config.eos_token_id) for row in ids.tolist()]
@@ -682,24 +668,13 @@ def respond(model, tokenizer, samples, seed):
 
 
 def generate_locally(generator, samples, row_of, write):
-    """Writes each sample's row, batch by batch."""
+    """Generates responses to samples, batch by batch, and writes their rows."""
     args, tokenizer = generator.args, generator.processor.tokenizer
-    for batch in by_length(samples, args.batch_size):
+    while batch := list(islice(samples, args.batch_size)):
         model, started = generator.model, time.perf_counter()
         responses = respond(model, tokenizer, batch, args.seed)
         seconds = (time.perf_counter() - started) / len(batch)
         write([row_of(sample, its, seconds) for sample, its in zip(batch, responses)])
-
-
-WINDOW = 2  # batches of decoded samples among which similar lengths are looked for
-
-
-def by_length(samples, size):
-    """Yields lists of up to `size` samples: of WINDOW * size neighbours, those of like length."""
-    samples = iter(samples)
-    while window := list(islice(samples, WINDOW * size)):
-        window.sort(key=lambda sample: sample["inputs"]["input_ids"].shape[1])
-        yield from (window[i:i + size] for i in range(0, len(window), size))
 
 
 def precision():
@@ -709,8 +684,8 @@ def precision():
 
 
 def load_answering_model(args, tokenizer, device):
-    """Returns the model, which generates as the flags say: its own sampling defaults (a repetition
-    penalty in Qwen2.5-VL's release) are put aside."""
+    """Returns the model, which generates as the flags say. Its own sampling defaults, such as the
+    repetition penalty of Qwen2.5-VL's release, are not used."""
     from transformers import GenerationConfig
     model = load_model(args, {"bf16": {"enabled": precision() == torch.bfloat16}})
     sampling = {"do_sample": True, "temperature": args.temperature, "top_p": args.top_p, "top_k": 0}

@@ -1,8 +1,7 @@
-"""Data: what a record is and how a model sees it; then the commands that build the files.
+"""Data: what a record is and how a model sees it, then the commands that build the files.
 
-The first half is imported by every stage: the flags and the start that the stages share, the
-Video-R1 record, the prompt, the frames, a model's inputs, files that outlive a kill. Each stands
-once: two copies could diverge unnoticed. The second half is the commands:
+Every stage imports the first half: flags and start-up, the Video-R1 record, the prompt, the
+frames, a model's inputs, and files that survive a kill. The second half is the commands:
 
     python build_data.py toy --out toy      clips, images, records, a tiny model, args files
     python build_data.py convert mvbench MVBench --out MVBench/records.json
@@ -57,55 +56,33 @@ from tqdm import tqdm
 
 from rewards import GRADERS, accuracy_reward, choice_letter, extract_answer, parse_number
 
-REQUIRED_FIELDS = ("problem_id", "problem", "data_type", "problem_type", "solution", "path")
-# Optional: the seconds that a question is about; the rate of a video kept as a folder of frames
-CLIP_FIELDS = ("video_start", "video_end", "video_fps")
-FRAME_SUFFIXES = (".jpg", ".jpeg", ".png")  # in such a folder
-ANIMATION_SUFFIXES = (".gif", ".webp", ".png", ".apng")
-# Browsers show a frame of an animation at 10 a second if its delay is at most these milliseconds.
-GIF_FPS, SHORTEST_DELAY = 10.0, 10
-DAMAGED = "not a readable video: a part of it is damaged or missing"
-MOST_MISSING = 0.1  # of a video's length by its header: more is a file that was cut off
-# FFmpeg's names of the formats that hold all of their pictures: no playlists or scripts.
-FORMATS = ("mov,matroska,avi,mpegts,mpeg,flv,asf,ogg,nut,mxf,rm,dv,ivf,gif,h264,hevc,obu,"
-           "mpegvideo,m4v,yuv4mpegpipe")
-RAW_FPS = 25.0  # of a video file that has neither times nor a rate, as FFmpeg's
-# Half of a character beyond 16 bits, which no tokenizer takes, and zero, which no file name has
-UNUSABLE = re.compile(r"[\ud800-\udfff\0]")
 ASSETS = Path(__file__).parent / "assets"
-PATCH = 28  # pixels: side of a visual token where no processor says it, see token_side
+PATCH = 28  # side of a visual token, in pixels, if no processor is loaded (see token_side)
 
-# What the readers of images and videos raise on a file that they cannot use.
-MEDIA_FAULTS = (OSError, ValueError, AssertionError, RuntimeError, SyntaxError, EOFError,
-                ImportError, Image.DecompressionBombError)
-# Bytes that decoding one file may take: enough for 64 frames of 3840 x 2160 pixels as floats
-DECODE_MEMORY = 16 * 2**30
-FULL_DISK = (errno.ENOSPC, errno.EDQUOT)
-
-
-# Harmless messages that they print at import without a GPU
+# Harmless messages that DeepSpeed and PyTorch print at import without a GPU
 NO_GPU = re.compile("Setting accelerator to CPU|No CUDA runtime")
 for _logger in ("DeepSpeed", "torch.utils.cpp_extension"):
     logging.getLogger(_logger).addFilter(lambda line: not NO_GPU.match(line.getMessage()))
 
 
 class InputError(Exception):
-    """The user's input cannot be used. Scripts print it without a traceback and exit with 1."""
+    """Reports input that cannot be used. run_script prints it without a traceback."""
 
 
 class MediaError(ValueError):
-    """One file cannot be used: "path: reason". Its questions are skipped."""
+    """Reports one file that cannot be used, as "path: reason". Its questions are skipped."""
 
 
 # ======================================== shared by all stages, which import it from here
 # --------------------------------------------------------------------- flags and start-up
 
-RANK0_ERROR_WAIT = 10  # seconds that other ranks wait before they print an error
+RANK0_ERROR_WAIT = 10  # seconds that a machine's other ranks wait before they print an error
+FULL_DISK = (errno.ENOSPC, errno.EDQUOT)
 IN_PIXELS = "128 visual tokens are 128 * 28 * 28 pixels (Qwen3-VL: 128 * 32 * 32)"
 
 
 class Help(argparse.ArgumentDefaultsHelpFormatter):
-    """Shows the defaults that are values."""
+    """Shows a flag's default, except None, False and empty ones."""
 
     def _get_help_string(self, action):
         none = str(action.default) in ("None", "False", "[]", "")
@@ -113,8 +90,8 @@ class Help(argparse.ArgumentDefaultsHelpFormatter):
 
 
 class FlagParser(argparse.ArgumentParser):
-    """Prints errors in one line, and reads flags from @files too: one `--flag=value` a line, blank
-    lines and # comments allowed."""
+    """Reads flags from the command line and from @files: one `--flag=value` a line, blank lines and
+    # comments allowed. Prints errors in one line."""
 
     def __init__(self, **options):
         super().__init__(fromfile_prefix_chars="@", formatter_class=Help, **options)
@@ -137,71 +114,67 @@ class FlagParser(argparse.ArgumentParser):
         unknown = re.match("unrecognized arguments: ([^ =]+)", message)
         near = get_close_matches(unknown[1], self._option_string_actions, 1) if unknown else ()
         hint = f"did you mean {near[0]}?" if near else "--help lists the flags"
-        wait_for_rank0_error()
-        self.exit(2, f"{self.prog}: {message} ({hint})\n")
+        print_error(self.prog, f"{message} ({hint})")
+        self.exit(2)
 
 
 def above(low, kind, most=math.inf):
-    """Returns a flag's type: numbers above `low` and at most `most`, so not NaN."""
+    """Returns a flag's type: numbers above `low` and at most `most`. NaN is refused."""
     limit = f" and at most {most}" if most < math.inf else ""
     return number(kind, lambda value: low < value <= most, f"above {low}{limit}")
 
 
 def at_least(low, kind, below=math.inf):
-    """Returns a flag's type: numbers from `low` on, below `below`."""
+    """Returns a flag's type: numbers of at least `low` and below `below`. NaN is refused."""
     limit = f" and below {below}" if below < math.inf else ""
     return number(kind, lambda value: low <= value < below, f"at least {low}{limit}")
 
 
 def number(kind, fits, words):
-    """Returns a flag's type: int or float, limited as `words` say."""
+    """Returns a flag's type: values of `kind` (int or float) for which fits(value) is true. Others
+    raise an error: they must be `words`."""
     def read(text):
         value = kind(text)
         if not fits(value):
             raise argparse.ArgumentTypeError(f"{text} must be {words}")
         return value
-    read.__name__ = kind.__name__  # argparse names it where the text is no number
+    read.__name__ = kind.__name__  # argparse prints it if the text is not a number
     return read
 
 
 most_pixels = number(int, lambda value: value >= PATCH**2, f"at least {PATCH**2}: {IN_PIXELS}")
 
 
-# With max_frames, what decides the frames and pixels that a model sees
+# With max_frames, the flags that decide which frames and pixels a model sees
 SAMPLING_FLAGS = ("min_frames", "fps", "min_pixels", "max_pixels", "image_min_pixels",
                   "image_max_pixels", "video_reader")
 
 
 def add_media_flags(add, max_frames=16, max_pixels=128 * 28 * 28):
-    """Which frames and pixels a model sees; `add` is a parser's add_argument."""
-    if max_frames:  # evaluate.py has a list of them
+    """Adds the flags of frames and pixels by `add`, a parser's add_argument."""
+    if max_frames:  # evaluate.py has --frames instead
         add("--max_frames", type=above(0, int), default=max_frames, help="most frames of a video")
     add("--min_frames", type=above(0, int), default=4, help="fewest frames of a video")
-    add("--fps", type=above(0, float), default=2.0,
-        help="frames a second of video, within those bounds")
-    add("--min_pixels", type=above(0, int), default=4 * 28 * 28,
-        help="fewest pixels of a video frame")
+    add("--fps", type=above(0, float), default=2.0, help="frames per second, within these bounds")
+    add("--min_pixels", type=above(0, int), default=4 * 28 * 28, help="fewest pixels of a frame")
     add("--max_pixels", type=most_pixels, default=max_pixels,
-        help="most pixels of a video frame (a visual token is 28 x 28, in Qwen3-VL 32 x 32)")
+        help="most pixels of a frame (a visual token is 28 x 28, in Qwen3-VL 32 x 32)")
     add("--image_min_pixels", type=above(0, int), default=4 * 28 * 28,
         help="fewest pixels of an image")
     add("--image_max_pixels", type=most_pixels, default=512 * 28 * 28,
         help="most pixels of an image")
     add("--video_reader", type=installed_reader, choices=("av", "decord"), default="av",
-        help="av: the frames that a player shows; decord: those that the released code read")
-    add("--media_root", help="folder that the records' paths are relative to; default: the data's")
-    add("--num_workers", type=at_least(0, int), default=2,
-        help="processes that decode media ahead of need")
-    add("--decode_timeout", type=above(0, float), default=120,
-        help="timeout for a file, in seconds")
+        help="av: the frames that a player shows; decord: the frames that the released code read")
+    add("--media_root", help="folder to which the records' paths are relative; default: the data's")
+    add("--num_workers", type=at_least(0, int), default=2, help="processes that decode in advance")
+    add("--decode_timeout", type=above(0, float), default=120, help="timeout per file, in seconds")
 
 
 def add_machine_flags(add):
-    """Model, ranks and seed; `add` is a parser's add_argument."""
+    """Adds the flags of model, ranks and seed by `add`, a parser's add_argument."""
     add("--attn_implementation", default="sdpa", help="sdpa, eager or flash_attention_2")
     add("--seed", type=at_least(0, int), default=0, help="seed of every random draw")
-    add("--timeout_minutes", type=above(0, float), default=30,
-        help="longest wait for another rank")
+    add("--timeout_minutes", type=above(0, float), default=30, help="timeout between ranks")
     add("--local_rank", type=int, default=-1, help="set by the deepspeed launcher; not used")
 
 
@@ -212,27 +185,27 @@ def setup_distributed(args, error=None):
     """
     import deepspeed
     from deepspeed.accelerator import get_accelerator
-    if "RANK" not in os.environ:  # started as `python SCRIPT`: a group of one
+    if "RANK" not in os.environ:  # started as `python SCRIPT`: a group of one process
         with socket.socket() as probe:
             probe.bind(("127.0.0.1", 0))
             port = str(probe.getsockname()[1])
         os.environ.update(RANK="0", LOCAL_RANK="0", WORLD_SIZE="1", MASTER_ADDR="127.0.0.1",
                           MASTER_PORT=port)
     deepspeed.utils.logger.setLevel("WARNING")
-    # every tensor that a worker hands over is an open file, and 1024 is a common soft limit
+    # Each tensor that a data worker passes on is an open file, and 1024 is a common soft limit
     _, most = resource.getrlimit(resource.RLIMIT_NOFILE)
     resource.setrlimit(resource.RLIMIT_NOFILE, (most, most))
-    # DeepSpeed calls functions that torch has renamed: one warning a step and rank otherwise
+    # DeepSpeed calls functions by names that torch has deprecated: a warning a step and rank
     warnings.filterwarnings("ignore", category=FutureWarning, module="torch.distributed")
     local_rank = int(os.environ["LOCAL_RANK"])
     get_accelerator().set_device(local_rank)
-    if os.environ["WORLD_SIZE"] == "1":  # nobody to share memory with: nothing to compile for it
+    if os.environ["WORLD_SIZE"] == "1":  # one process needs no shared memory: nothing to compile
         deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
     elif get_accelerator().device_name() == "cpu" and os.environ["RANK"] == "0":
         print("DeepSpeed builds its shared-memory operation if this machine does not have it yet: "
               "about 30 seconds, once", flush=True)
     timeout = timedelta(minutes=args.timeout_minutes)
-    with redirect_stdout(io.StringIO()):  # the name of what it has built
+    with redirect_stdout(io.StringIO()):  # DeepSpeed prints the name of what it has built
         deepspeed.init_distributed(get_accelerator().communication_backend_name(), verbose=False,
                                    timeout=timeout)
     # ZeRO communicates in a copy of the group, which DeepSpeed makes without the timeout
@@ -251,20 +224,20 @@ def find_model(name):
     folder = Path(name)
     if folder.is_dir():
         if not (folder / "config.json").exists() and any(folder.glob("**/*_states.pt")):
-            raise InputError(f"--model {name} holds a run's checkpoint, not yet a model: end the "
+            raise InputError(f"--model {name} holds a run's checkpoint and no model: finish the "
                              "run with --resume, or see 'When something breaks' in the README")
         return
-    if name.count("/") != 1 or folder.parent.is_dir():  # no organisation/model
-        raise InputError(f"--model {name}: there is no such folder (a training run writes its "
-                         "model at its end)")
+    if name.count("/") != 1 or folder.parent.is_dir():  # not organisation/model
+        raise InputError(f"--model {name}: no such folder; a training run writes its model at its "
+                         "end")
     from huggingface_hub import HfApi, constants, try_to_load_from_cache
     if not try_to_load_from_cache(name, "config.json"):
         try:
             HfApi().model_info(name, timeout=constants.HF_HUB_ETAG_TIMEOUT)  # seconds
-        except Exception as error:  # also what its HTTP client raises
+        except Exception as error:  # its HTTP client's: httpx, httpx2 or requests, by version
             reason = str(error).strip().splitlines() or [type(error).__name__]
-            raise InputError(f"--model {name}: there is no such folder, and the hub does not give "
-                             f"a model of that name: {reason[0]}") from None
+            raise InputError(f"--model {name}: no such folder, and the hub does not give a model "
+                             f"of that name: {reason[0]}") from None
 
 
 def load_processor(args):
@@ -272,7 +245,7 @@ def load_processor(args):
     find_model(args.model)
     from transformers import AutoProcessor
     from transformers.utils.logging import disable_progress_bar
-    disable_progress_bar()  # of weights and shards: the scripts have one bar, their own
+    disable_progress_bar()  # of weights and shards: a script shows only its own bar
     try:
         processor = AutoProcessor.from_pretrained(args.model)
         if not processor.chat_template:
@@ -287,9 +260,9 @@ def load_processor(args):
 def load_model(args, config):
     """Returns the model in the precision of the DeepSpeed config; under ZeRO-3, this rank's part.
 
-    Reads safetensors only, which are mapped and split parameter by parameter: with an accelerator
-    no process holds a whole copy. Raises InputError if a file is damaged or lacks a weight, which
-    transformers would replace by random numbers.
+    Reads only safetensors, which are mapped into memory and split one parameter at a time. With an
+    accelerator, no process holds the whole model. Raises InputError if a file is damaged or lacks a
+    weight, which transformers would replace by random numbers.
     """
     import deepspeed
     from safetensors import SafetensorError
@@ -303,22 +276,22 @@ def load_model(args, config):
         raise InputError(f"cannot load --model {args.model}: {error}") from None
     absent = sorted(found["missing_keys"] | {name for name, *_ in found["mismatched_keys"]})
     if absent:
-        raise InputError(f"cannot load --model {args.model}: weights of the config's names and "
-                         f"shapes are not in its files, {len(absent)} in all: "
+        raise InputError(f"cannot load --model {args.model}: weights of its config are missing in "
+                         f"its files or have another shape, {len(absent)} in all: "
                          f"{', '.join(absent[:3])}")
     if config.get("zero_optimization", {}).get("stage", 0) == 3:
         deepspeed.zero.Init(module=model, config_dict_or_path=config)
         device = deepspeed.accelerator.get_accelerator().current_device_name()
-        model.to(device)  # the buffers: the rest is there
+        model.to(device)  # moves the buffers: parameters are on the device already
     return model
 
 
-HASHED_BLOCKS, BLOCK_BYTES = 64, 4096  # of each weight file: seconds for any size of model
+HASHED_BLOCKS, BLOCK_BYTES = 64, 4096  # read of each weight file: takes seconds for any model
 
 
 def model_hash(model):
-    """Returns a hash of config.json and, of every weight file, its name, size and some blocks
-    spread evenly: it distinguishes checkpoints of a run without reading all of either."""
+    """Returns a hash of config.json and, of every weight file, its name, size and evenly spread
+    blocks. It distinguishes the checkpoints of a run without reading a whole one."""
     import huggingface_hub
     try:
         folder = model if Path(model).is_dir() else huggingface_hub.snapshot_download(
@@ -336,25 +309,28 @@ def model_hash(model):
     return digest.hexdigest()
 
 
-def wait_for_rank0_error():
-    """Delays the error of a machine's other ranks. If its first rank has the same error, the
-    launcher ends them meanwhile, so that the error is printed once."""
-    if os.environ.get("LOCAL_RANK", "0") != "0":
-        signal.signal(signal.SIGTERM, signal.SIG_DFL)  # a training run has its own
-        time.sleep(RANK0_ERROR_WAIT)
+def print_error(script, error, args=None):
+    """Prints an error once per machine, and with `args` also on the other machines.
 
-
-def share_error(args, error):
-    """Ends the ranks of other machines with an error from before the process group existed. On one
-    machine the launcher ends them."""
+    Rank 0 of a machine prints at once. If it exits, the launcher ends the machine's other ranks.
+    If only they have the error, they print it after RANK0_ERROR_WAIT seconds.
+    """
+    rank0 = os.environ.get("LOCAL_RANK", "0") == "0"
+    if rank0:
+        print(f"{script}: {error}", file=sys.stderr)
     machines = int(os.environ.get("WORLD_SIZE", 1)) > int(os.environ.get("LOCAL_SIZE", 1))
-    if machines and not torch.distributed.is_initialized():
-        setup_distributed(args, str(error))
+    if args and machines and not torch.distributed.is_initialized():
+        with suppress(Exception):  # the other ranks may be gone, and the error is known already
+            setup_distributed(args, str(error))
+    if not rank0:
+        signal.signal(signal.SIGTERM, signal.SIG_DFL)  # a training run's handler would go on
+        time.sleep(RANK0_ERROR_WAIT)
+        print(f"{script}: {error}", file=sys.stderr)
 
 
 class LastingOutput(io.FileIO):
-    """A standard stream that becomes /dev/null when a write fails: a lost terminal must not end a
-    run. The output of C libraries goes there too."""
+    """Writes to a standard stream, and to /dev/null after a failed write: a lost terminal must not
+    end a run. The output of C libraries then goes there, too."""
 
     def write(self, data):
         try:
@@ -370,16 +346,16 @@ def make_output_last():
     """Replaces sys.stdout and sys.stderr by a LastingOutput each."""
     for name in ("stdout", "stderr"):
         stream = getattr(sys, name)
-        if stream is not None:  # closed before the start
+        if stream is not None:  # None if it was closed before the start
             lasting = io.BufferedWriter(LastingOutput(stream.fileno(), "w", closefd=False))
             setattr(sys, name, io.TextIOWrapper(lasting, encoding=stream.encoding,
                                                 errors=stream.errors, line_buffering=True))
 
 
 def run_script(main, parse_args):
-    """Runs a script from its flags to its end. After an error it exits at once: the exit hooks
-    would wait for data workers, and the launcher ends the other ranks when this one is gone."""
-    name, fault = Path(sys.argv[0]).name, None
+    """Runs a script from its flags to its end. After an error it exits at once: exit hooks would
+    wait for data workers, and the launcher ends the other ranks only when this one is gone."""
+    name, fault, args = Path(sys.argv[0]).name, None, None
     make_output_last()
     try:
         args = parse_args()
@@ -388,24 +364,17 @@ def run_script(main, parse_args):
         fault = error
     except KeyboardInterrupt:
         print(f"{name}: interrupted", file=sys.stderr)
-    except Exception as error:
+    except Exception as error:  # any: it is printed here, because os._exit prints nothing
         if getattr(error, "errno", None) in FULL_DISK:
             print(f"{name}: {error}: make room and repeat the command (training: with --resume)",
                   file=sys.stderr)
         else:
             traceback.print_exc()
-    signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # torch's handler raises at a worker's end
+    signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # torch's handler raises when a worker ends
     for worker in multiprocessing.active_children():
-        worker.kill()  # it would hold our output open, for whoever reads that to its end
+        worker.kill()  # it holds our output open: whoever reads that would wait for its end
     if fault is not None:
-        rank0 = os.environ.get("LOCAL_RANK", "0") == "0"  # of this machine
-        if rank0:
-            print(f"{name}: {fault}", file=sys.stderr)
-        with suppress(Exception):  # the other machines' ranks may be gone
-            share_error(args, fault)
-        if not rank0:
-            wait_for_rank0_error()
-            print(f"{name}: {fault}", file=sys.stderr)
+        print_error(name, fault, args)
     os._exit(1)
 
 
@@ -423,18 +392,22 @@ def provenance() -> dict:
 
 # -------------------------------------------------------------------------------- records
 
+REQUIRED_FIELDS = ("problem_id", "problem", "data_type", "problem_type", "solution", "path")
+# Optional: the part of a video, in seconds, and the frame rate of a video that is a folder
+CLIP_FIELDS = ("video_start", "video_end", "video_fps")
+FRAMES_FPS = 3  # frame rate of MVBench's videos that are folders of frames
+# Half of a surrogate pair, which no tokenizer takes, and zero, which no path contains
+UNUSABLE = re.compile(r"[\ud800-\udfff\0]")
 # What a tokenizer reads as pixels or the end of a turn: "<|video_pad|>", "<|im_end|>"
 SPECIAL_TOKEN = re.compile(r"<\|(\w+)\|>")
 # One block and nothing else: of several, any could be the answer
 SOLUTION = re.compile(r"\s*<answer>(?:(?!</?answer>).)*</answer>\s*", re.DOTALL)
-SURELY_TEXT = 100  # characters of a free-form solution, which then has a word in it
-# An option's letter, "A", "(A" or "Option A", and what sets it apart from the text: ".", ")", "、"
+SURELY_TEXT = 100  # a free-form solution of more characters contains a word
+# An option's letter ("A", "(A" or "Option A") and what separates it from the text (".", ")", "、")
 LETTER = r"(?:(?i:option|choice|选项)[ _]?)?[(（\[【]?([A-ZＡ-Ｚ])"
 AFTER_LETTER = r"[.):\]．）：】、]+"
-OPTION_MARK = re.compile(  # of a whole option; or a number: "1. "
-    rf"\s*(?:{LETTER}(?:{AFTER_LETTER}|\s+[-–—]\s)|[(（]?(\d+)[.)）、]+\s)\s*",
-    re.IGNORECASE)
-FRAMES_FPS = 3  # of MVBench's task that is released as folders of frames
+OPTION_MARK = re.compile(  # how an option begins: such a letter, "A - ", or a number, "1. "
+    rf"\s*(?:{LETTER}(?:{AFTER_LETTER}|\s+[-–—]\s)|[(（]?(\d+)[.)）、]+\s)\s*", re.IGNORECASE)
 
 
 def load_records(path, media_root=None) -> list[dict]:
@@ -446,29 +419,29 @@ def load_records(path, media_root=None) -> list[dict]:
     """
     records = read_file(path)
     if not isinstance(records, list) or not records:
-        raise InputError(f"{path} holds no list of records")
+        raise InputError(f"{path} has no records: it must be a list of them")
     root = os.path.abspath(media_root or Path(path).parent)
     if not os.path.isdir(root):
-        raise InputError(f"media_root {root} is not a folder")
+        raise InputError(f"--media_root {root} is not a folder")
     for i, record in enumerate(records):
         if isinstance(record, dict) and record.get("data_type") == "frame":
-            # MVBench's released rows that are folders of frames. Other released rows' start and end
-            # are not used, as in the paper's code
+            # MVBench's released rows with a folder of frames. The start and end of other released
+            # rows are not used, as in the paper's code.
             record |= {"data_type": "video", "video_fps": record.get("fps") or FRAMES_FPS,
                        "video_start": record.get("start"), "video_end": record.get("end")}
-        problem = record_problem(record)
-        if problem is None:
+        fault = record_fault(record)
+        if fault is None:
             if record["problem_type"] == "multiple choice":
                 record["options"] = with_letters(record["options"])
             record |= plain_texts(record)
             record["media_path"] = os.path.normpath(os.path.join(root, record["path"]))
             record["media_root"] = root
             if not record["media_path"].startswith(os.path.join(root, "")):
-                problem = (f"field path: {record['path']!r} leaves media_root {root}: give a "
-                           "folder above it as --media_root")
-        if problem is not None:
+                fault = (f"field path: {record['path']!r} leaves media_root {root}: give a folder "
+                         "above it as --media_root")
+        if fault is not None:
             name = record.get("problem_id", "absent") if isinstance(record, dict) else "absent"
-            raise InputError(f"{path}: record {i} (problem_id {name}): {problem}")
+            raise InputError(f"{path}: record {i} (problem_id {name}): {fault}")
     warn_unmatchable(path, records)
     return records
 
@@ -484,9 +457,10 @@ def plain_texts(record) -> dict:
 
 
 def unmatchable(record) -> bool:
-    """Whether no answer can match the solution, as not even itself does: "00:12" as a number."""
+    """Returns whether no answer can match the solution, since it does not match itself: "00:12" is
+    not a number."""
     if record["problem_type"] == "free-form" and len(record["solution"]) > SURELY_TEXT:
-        return False  # and grading a long text takes as long as all the rest
+        return False  # it has a word; and grading long texts would take most of the time
     return accuracy_reward(record["solution"], record) == 0
 
 
@@ -506,33 +480,33 @@ def as_in_file(record) -> dict:
     return {key: value for key, value in record.items() if key not in ("media_path", "media_root")}
 
 
-def record_problem(record) -> str | None:
+def record_fault(record) -> str | None:
     """Returns what is wrong with a record, naming the field, or None."""
     if not isinstance(record, dict):
-        return f"not a JSON object but {type(record).__name__}"
+        return f"it must be a JSON object, not a {type(record).__name__}"
     for field in REQUIRED_FIELDS:
         if record.get(field) is None:
             return f"field {field} is missing"
     for field in (*REQUIRED_FIELDS[1:], "process"):
-        text = "" if record.get(field) is None else record[field]  # only process may be absent
+        text = "" if record.get(field) is None else record[field]  # process may be absent
         if not isinstance(text, str):
-            return f"field {field} is not a string: {text!r}"
+            return f"field {field} must be a string, not {text!r}"
         if UNUSABLE.search(text):
             return f"field {field} has a character that no text has: {text!r}"
     for field in CLIP_FIELDS:
         if not isinstance(record.get(field) or 0, (int, float)):
-            return f"field {field} is not a number: {record[field]!r}"
+            return f"field {field} must be a number, not {record[field]!r}"
     if record["data_type"] not in ("image", "video"):
-        return f"field data_type is {record['data_type']!r}, not 'image' or 'video'"
+        return f"field data_type must be 'image' or 'video', not {record['data_type']!r}"
     if record["problem_type"] not in GRADERS:
-        return f"field problem_type is {record['problem_type']!r}, not one of {[*GRADERS]}"
+        return f"field problem_type must be one of {[*GRADERS]}, not {record['problem_type']!r}"
     if not (SOLUTION.fullmatch(record["solution"]) and extract_answer(record["solution"])):
-        return (f"field solution is {record['solution']!r}: "
-                "it must be one non-empty '<answer>...</answer>'")
+        return ("field solution must be one non-empty '<answer>...</answer>', not "
+                f"{record['solution']!r}")
     options = record.get("options") or []
     if not isinstance(options, list) or not all(
             isinstance(option, str) and not UNUSABLE.search(option) for option in options):
-        return f"field options is not a list of strings: {options!r}"
+        return f"field options must be a list of strings, not {options!r}"
     if record["problem_type"] == "multiple choice":
         if not options:
             return "field options is empty for a multiple-choice question"
@@ -540,17 +514,17 @@ def record_problem(record) -> str | None:
             with_letters(options)
         except ValueError as error:
             return f"field options: {error}: {options!r}"
-    groups = record.get("groups", {})  # that evaluate.py scores the question in
+    groups = record.get("groups", {})  # by which evaluate.py splits its scores
     if not isinstance(groups, dict) or not all(isinstance(name, str) for name in groups.values()):
-        return f"field groups is {groups!r}, not an object of strings as {{'motion': 'left'}}"
+        return f"field groups must be an object of strings like {{'motion': 'left'}}, not {groups}"
     return None
 
 
 def refuse_absent_media(path, records):
-    """Raises InputError if not one record's file exists, before any model is loaded."""
+    """Raises InputError if no record's file exists, before a model is loaded."""
     if not any(os.path.exists(record["media_path"]) for record in records):
-        raise InputError(f"{path}: none of its media is there, the first would be "
-                         f"{records[0]['media_path']}; give their folder as --media_root")
+        raise InputError(f"{path}: none of its media is there; the first is expected at "
+                         f"{records[0]['media_path']}: give their folder as --media_root")
 
 
 def letter(index) -> str:
@@ -568,31 +542,31 @@ def plain_mark(text) -> str:
     return unicodedata.normalize("NFKC", text).upper()
 
 
-def without_letters(options) -> list[str]:
-    """Returns the options' texts without letters. Only A, B, C, ... in order are letters."""
-    marks = [OPTION_MARK.match(option) for option in options]
-    found = [plain_mark(mark[1] or mark[2]) if mark else "" for mark in marks]
-    if found != [letter(i) for i in range(len(options))]:
-        return [option.strip() for option in options]
-    return [option[mark.end():].strip() for option, mark in zip(options, marks)]
+def option_texts(options, strict=True) -> list[str]:
+    """Returns the options' texts without letters. Only A, B, C, ... in order are letters.
 
-
-def option_texts(options) -> list[str]:
-    """Returns the options' texts without letters, as without_letters does.
-
-    Raises ValueError if an option is empty, or if several begin with other letters or numbers in
-    rising order from the first ones: "1." and "2.", "A." twice. "E. coli" is a text.
+    options: a list, or an object {letter: text}, of which empty texts are left out. If `strict`,
+    raises ValueError if an option of a list is empty, or if the options seem to be lettered or
+    numbered in another way: "1." and "2.", or "A." twice.
 
     >>> option_texts(["(A) a cat", "(B) a dog"]), option_texts(["E. coli", "C. elegans"])
     (['a cat', 'a dog'], ['E. coli', 'C. elegans'])
     """
-    texts = without_letters(options)
-    marks = [mark for mark in map(OPTION_MARK.match, options) if mark and mark[0][-1].isspace()]
-    found = [plain_mark(mark[1] or mark[2]) for mark in marks]
-    if texts == [option.strip() for option in options] and len(found) > 1 and (
-            found == sorted(found) and found[0] in ("A", "B", "0", "1")):
-        raise ValueError(f"options begin with {', '.join(found)}, not with A, B, C, ... in order")
-    if not all(texts):
+    if isinstance(options, dict):  # a text may begin with its letter again
+        options = option_texts([f"{key}. " + options[key] for key in sorted(options)
+                                if options[key]])
+    marks = [OPTION_MARK.match(option) for option in options]
+    labels = [plain_mark(mark[1] or mark[2]) if mark else "" for mark in marks]
+    if labels == [letter(i) for i in range(len(options))]:
+        texts = [option[mark.end():].strip() for option, mark in zip(options, marks)]
+    else:
+        texts = [option.strip() for option in options]
+        found = [label for label, mark in zip(labels, marks) if mark and mark[0][-1].isspace()]
+        rising = len(found) > 1 and found == sorted(found) and found[0] in ("A", "B", "0", "1")
+        if strict and rising:
+            raise ValueError(f"options begin with {', '.join(found)}, not with A, B, C, ... in "
+                             "order")
+    if strict and not all(texts):
         raise ValueError("an option is empty")
     return texts
 
@@ -610,8 +584,8 @@ def with_letters(options) -> list[str]:
 
 # --------------------------------------------------------------------------------- prompt
 
-# The paper's Figure 11 as released, letter for letter: a model trained with it elsewhere must be
-# evaluated with it. (No full stop after "thought expressions".)
+# The paper's Figure 11 as released, letter for letter: a model that was trained with it must be
+# evaluated with it. (The full stop after "thought expressions" is missing there, too.)
 TEMPLATE = (
     "{question}\n"
     "Please think about this question as if you were a human pondering deeply. "
@@ -641,14 +615,31 @@ def build_messages(record) -> list[dict]:
         question += "Options:\n" + "".join(option + "\n" for option in record["options"])
     suffix = ANSWER_SUFFIX.get(record["problem_type"], ANSWER_SUFFIX["free-form"])
     prompt = TEMPLATE.format_map({"question": question}) + suffix
-    medium = {"type": record["data_type"], record["data_type"]: record["media_path"]}
-    return [{"role": "user", "content": [medium, {"type": "text", "text": prompt}]}]
+    vision = {"type": record["data_type"], record["data_type"]: record["media_path"]}
+    return [{"role": "user", "content": [vision, {"type": "text", "text": prompt}]}]
 
 
 # ---------------------------------------------------------------------------------- media
 
+# What the readers of images and videos raise on a file that they cannot use
+MEDIA_FAULTS = (OSError, ValueError, AssertionError, RuntimeError, SyntaxError, EOFError,
+                ImportError, Image.DecompressionBombError)
+# Bytes that decoding one file may take: enough for 64 frames of 3840 x 2160 pixels as floats
+DECODE_MEMORY = 16 * 2**30
+FRAME_SUFFIXES = (".jpg", ".jpeg", ".png")  # in a video that is a folder of frames
+ANIMATION_SUFFIXES = (".gif", ".webp", ".png", ".apng")
+# Browsers show a frame of an animation at 10 a second if its delay is at most these milliseconds
+GIF_FPS, SHORTEST_DELAY = 10.0, 10
+DAMAGED = "not a readable video: a part of it is damaged or missing"
+MOST_MISSING = 0.1  # of the length in a video's header: a file that lacks more was cut off
+# FFmpeg's formats that contain their pictures; playlists and scripts name other files instead
+FORMATS = ("mov,matroska,avi,mpegts,mpeg,flv,asf,ogg,nut,mxf,rm,dv,ivf,gif,h264,hevc,obu,"
+           "mpegvideo,m4v,yuv4mpegpipe")
+RAW_FPS = 25.0  # FFmpeg's rate for a video that states neither times nor a rate
+
+
 class Vision(NamedTuple):
-    """A video's frames with their timing, or an image."""
+    """Holds a video's frames with their timing, or an image."""
     frames: torch.Tensor | None   # (T, C, H, W) uint8; None for an image
     metadata: dict[str, Any]      # fps, frames_indices, total_num_frames; {} for an image
     image: Image.Image | None     # RGB; None for a video
@@ -658,8 +649,8 @@ def load_vision(record, *, max_frames, min_frames, fps, min_pixels, max_pixels,
                 factor=PATCH, video_reader="av") -> Vision:
     """Decodes a record's image or video.
 
-    Of a video: fps frames a second, at least min_frames and at most max_frames (an even number,
-    spread evenly over the clip). Each frame, or the image, is resized to between min_pixels and
+    A video gives fps frames a second, at least min_frames and at most max_frames: an even number,
+    spread evenly over the clip. Each frame, or the image, is resized to between min_pixels and
     max_pixels, with sides that are multiples of `factor`. Raises MediaError "path: reason".
     """
     path, root = record["media_path"], os.path.realpath(record["media_root"])
@@ -679,43 +670,40 @@ def load_vision(record, *, max_frames, min_frames, fps, min_pixels, max_pixels,
         raise MediaError(f"{path}: {reason[0] if reason else type(error).__name__}") from error
 
 
-DECODERS = {}  # the decoder of this process, (id, pipe), under this process's id
+DECODERS = {}  # {id of this process: (id, pipe) of its decoder}
 
 
 def load_vision_isolated(record, timeout, **limits) -> Vision:
-    """Returns load_vision's result from another process. Raises MediaError if that decoder
-    crashes, needs more than DECODE_MEMORY, or hangs for `timeout` seconds."""
-    path, me, tries = record["media_path"], os.getpid(), 0
-    while True:
-        if me not in DECODERS:  # the first record, one after a fault, or a newly forked worker
-            DECODERS.clear()  # of its parent's, which is not for two
+    """Returns load_vision's result from another process, the decoder. Raises MediaError if that
+    crashes, needs more than DECODE_MEMORY, or takes longer than `timeout` seconds."""
+    path, me = record["media_path"], os.getpid()
+    for _ in range(2):  # the decoder may have been killed since its last record: start another
+        if me not in DECODERS:  # the first record, one after a fault, or a newly forked process
+            DECODERS.clear()  # a fork must not share its parent's decoder
             DECODERS[me] = start_decoder()
-        (decoder, pipe), taken = DECODERS[me], False
+        decoder, pipe = DECODERS[me]
         try:
             pipe.send((record, timeout, limits))
-            for taken in (False, True):  # two replies: the receipt, then the result
-                if not pipe.poll(timeout):
-                    os.kill(decoder, signal.SIGKILL)  # not waited for: it may hang in the kernel
-                    del DECODERS[me]
-                    raise MediaError(f"{path}: decoding took more than {timeout:g} seconds")
-                answer = pipe.recv()
+            if not pipe.poll(timeout):
+                os.kill(decoder, signal.SIGKILL)  # not waited for: it may hang in the kernel
+                del DECODERS[me]
+                raise MediaError(f"{path}: decoding took more than {timeout:g} seconds")
+            result = pipe.recv()
             break
         except (EOFError, OSError):
             del DECODERS[me]
             status = os.waitstatus_to_exitcode(os.waitpid(decoder, 0)[1])
-            tries += 1
-            if taken or tries == 2:  # if it died while idle, this record gets another decoder
-                raise MediaError(f"{path}: its decoder died (exit status {status})") from None
-    if isinstance(answer, str):
-        raise MediaError(answer)
-    frames, metadata, image = answer
+            result = f"{path}: its decoder died (exit status {status})"
+    if isinstance(result, str):
+        raise MediaError(result)
+    frames, metadata, image = result
     return Vision(None if frames is None else torch.from_numpy(frames), metadata, image)
 
 
 def load_vision_of(record, args, processor=None) -> Vision:
     """Returns load_vision_isolated's result within the flags' limits. processor: the model's, or
-    None for a server's."""
-    image = record["data_type"] == "image"  # images have their own pair of limits
+    None if a server has the model."""
+    image = record["data_type"] == "image"  # images have limits of their own
     return load_vision_isolated(
         record, args.decode_timeout, max_frames=args.max_frames, min_frames=args.min_frames,
         fps=args.fps, min_pixels=args.image_min_pixels if image else args.min_pixels,
@@ -725,14 +713,14 @@ def load_vision_of(record, args, processor=None) -> Vision:
 
 def start_decoder():
     """Returns (id, pipe) of a child process that runs load_vision. It is forked by hand, because
-    PyTorch's data workers must not start multiprocessing's processes."""
+    PyTorch's data workers may not start processes by multiprocessing."""
     ours, its = multiprocessing.Pipe()
     pid = os.fork()
     if pid == 0:
         ours.close()
         try:
             decode_records(its)
-        finally:  # nothing may return into the parent's code from here
+        finally:  # the child must not return into the parent's code
             traceback.print_exc()  # the parent prints only the exit status
             os._exit(1)
     its.close()
@@ -740,12 +728,12 @@ def start_decoder():
 
 
 def decode_records(pipe):
-    """Receives records until the pipe closes. Sends for each a receipt, then a Vision's parts or a
-    MediaError's text."""
-    torch.set_num_threads(1)  # the parent's threads did not come along
+    """Receives records until the pipe closes. For each, sends a Vision's parts or a MediaError's
+    text."""
+    torch.set_num_threads(1)  # a fork does not have its parent's threads
     signal.signal(signal.SIGTERM, signal.SIG_IGN)  # the parent decides when to stop
     signal.signal(signal.SIGINT, signal.SIG_IGN)
-    # it warns of every clip that has fewer frames a second than are asked for
+    # qwen-vl-utils warns about every clip with fewer frames a second than requested
     logging.getLogger("qwen_vl_utils.vision_process").setLevel(logging.ERROR)
     mapped = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
     soft, hard = resource.getrlimit(resource.RLIMIT_AS)
@@ -754,19 +742,18 @@ def decode_records(pipe):
     while True:
         try:
             record, timeout, limits = pipe.recv()
-            pipe.send("taken")
         except (EOFError, OSError):  # the parent has ended
             os._exit(0)
-        signal.alarm(math.ceil(timeout) + 1)  # if the parent is no longer there to stop it
+        signal.alarm(math.ceil(timeout) + 1)  # ends this process if the parent no longer can
         try:
             frames, metadata, image = load_vision(record, **limits)
-            answer = None if frames is None else frames.numpy(), metadata, image
+            result = None if frames is None else frames.numpy(), metadata, image
         except MediaError as error:
-            answer = str(error)
+            result = str(error)
         except MemoryError:
-            answer = f"{record['media_path']}: decoding takes more than {most - mapped} bytes"
+            result = f"{record['media_path']}: decoding takes more than {most - mapped} bytes"
         signal.alarm(0)
-        pipe.send(answer)
+        pipe.send(result)
 
 
 def read_image(path, min_pixels, max_pixels, factor) -> Image.Image:
@@ -781,19 +768,19 @@ def to_rgb(image) -> Image.Image:
     """Returns an image as viewers show it: upright by its EXIF data, transparency on white."""
     from qwen_vl_utils import vision_process
     image = ImageOps.exif_transpose(image)
-    if image.mode.startswith("I"):  # 16 or 32 bits, of which the conversion would keep the low 8
+    if image.mode == "F":
+        raise ValueError("pixels are floating-point numbers: save it with 8 bits a channel")
+    if image.mode.startswith("I"):  # 16 or 32 bits: Pillow's conversion would keep the low 8
         values = np.asarray(image).astype(np.uint32)
         most = 2**16 - 1 if image.mode != "I" else next(
             most for most in (2**8 - 1, 2**16 - 1, 2**32 - 1) if values.max() <= most)
         image = Image.fromarray((values // (most // 255)).astype(np.uint8))
-    elif image.mode == "F":
-        raise ValueError("pixels are floating-point numbers: save it with 8 bits a channel")
     return vision_process.to_rgb(image.convert("RGBA") if image.has_transparency_data else image)
 
 
 def resized(height, width, min_pixels, max_pixels, factor) -> tuple[int, int]:
-    """Returns qwen-vl-utils' (height, width) for a picture, multiples of `factor`. But no side of a
-    narrow picture is 0, and if rounding up exceeds max_pixels, the longer side is cut.
+    """Returns qwen-vl-utils' (height, width) for a picture, multiples of `factor`, with two
+    exceptions: no side is 0, and if the picture exceeds max_pixels, its longer side is cut.
 
     >>> resized(40, 60, 784, 784, 28), resized(10, 1000, 784, 4 * 784, 28)
     ((28, 28), (28, 112))
@@ -809,14 +796,14 @@ def resized(height, width, min_pixels, max_pixels, factor) -> tuple[int, int]:
 
 
 class VideoIndex(NamedTuple):
-    """The N frames of a video, not yet decoded, in the order in which a player shows them."""
-    seconds: list[float]          # (N,) when each is shown, ascending, from the file's beginning
-    rate: float                   # frames a second, as the file says
-    pictures: Callable[[list[int]], Iterator[np.ndarray]]  # ascending indices to (H, W, 3) uint8
+    """Holds the times of a video's N frames, in a player's order, and a function to decode some."""
+    seconds: list[float]          # (N,) from the file's beginning, ascending
+    rate: float                   # frames a second, as the file states
+    pictures: Callable[[list[int]], Iterator[np.ndarray]]  # ascending numbers to (H, W, 3) uint8
 
 
 def read_video(path, video_reader, *, video_fps, **sampling) -> Vision:
-    """Returns the frames of a folder, an animation or a video file."""
+    """Returns sampled frames of a folder, an animation or a video file."""
     if os.path.isdir(path):
         return sample_frames(index_of_folder(path, video_fps), **sampling)
     if path.lower().endswith(ANIMATION_SUFFIXES):
@@ -830,18 +817,18 @@ def read_video(path, video_reader, *, video_fps, **sampling) -> Vision:
 
 
 def installed_reader(name):
-    """The type of --video_reader. decord is optional: it has no builds for every machine."""
+    """Returns the value of --video_reader. decord is optional: not every machine has a build."""
     if name == "decord" and not find_spec("decord"):
         raise argparse.ArgumentTypeError("decord is not installed: pip install decord (x86_64)")
     return name
 
 
 def read_by_decord(path, *, min_pixels, max_pixels, factor, **sampling) -> Vision:
-    """Returns decord's frames by qwen-vl-utils, as the released code read them. Some are not those
-    of a player (H.264 in AVI, transport streams, cut clips), and damage is not noticed."""
+    """Returns decord's frames by qwen-vl-utils, as the released code read them. For H.264 in AVI,
+    transport streams and cut clips some differ from a player's. Damage is not noticed."""
     import decord
     from qwen_vl_utils import vision_process
-    with opened(path):  # refuses formats that are not in FORMATS
+    with opened(path):  # raises if the format is not in FORMATS
         pass
     try:
         frames, metadata, _ = vision_process.VIDEO_READER_BACKENDS["decord"](
@@ -861,8 +848,8 @@ def resize_frames(frames, size):
 
 def sample_frames(index, *, fps, min_frames, max_frames, min_pixels, max_pixels, factor,
                   video_start, video_end) -> Vision:
-    """Returns frames between video_start and video_end (seconds or None), sampled evenly by number
-    and resized, by qwen-vl-utils' rules."""
+    """Returns the frames between video_start and video_end (seconds or None), sampled evenly by
+    number and resized, by qwen-vl-utils' rules."""
     from qwen_vl_utils import vision_process
     start = bisect_left(index.seconds, video_start or 0)
     end = len(index.seconds) if video_end is None else bisect_right(index.seconds, video_end)
@@ -871,8 +858,8 @@ def sample_frames(index, *, fps, min_frames, max_frames, min_pixels, max_pixels,
         part = "" if video_start is video_end is None else f" from {video_start} to {video_end} s"
         raise ValueError(f"the clip has fewer than 2 frames{part}")
     passed = seconds[-1] - seconds[0]
-    if abs(rate * passed - (len(seconds) - 1)) > 0.5:  # frames: more than rounded times explain
-        rate = (len(seconds) - 1) / passed  # it varies
+    if abs(rate * passed - (len(seconds) - 1)) > 0.5:  # more than rounded times can explain
+        rate = (len(seconds) - 1) / passed  # the rate varies: take the mean
     count = vision_process.smart_nframes(
         {"fps": fps, "min_frames": min_frames, "max_frames": max_frames}, len(seconds), rate)
     indices = torch.linspace(start, start + len(seconds) - 1, count).round().long().tolist()
@@ -881,7 +868,7 @@ def sample_frames(index, *, fps, min_frames, max_frames, min_pixels, max_pixels,
         size = size or resized(*picture.shape[:2], min_pixels, max_pixels, factor)
         frames.append(resize_frames(torch.from_numpy(picture).permute(2, 0, 1), size))
     metadata = {"fps": rate, "frames_indices": indices, "total_num_frames": len(seconds)}
-    return Vision(torch.stack(frames), metadata, None)
+    return Vision(torch.stack(frames), metadata, None)  # (T, C, H, W)
 
 
 def index_of_folder(path, rate) -> VideoIndex:
@@ -903,7 +890,7 @@ def index_of_folder(path, rate) -> VideoIndex:
 
 def index_of_animation(path) -> VideoIndex:
     """Indexes an animated GIF, WebP or PNG."""
-    def shown(image):  # a PNG may begin with a picture for viewers without animation
+    def shown(image):  # a PNG may begin with a picture for viewers that cannot show animations
         return range(int(image.info.get("default_image", False)), getattr(image, "n_frames", 1))
 
     def pictures(indices):
@@ -915,19 +902,19 @@ def index_of_animation(path) -> VideoIndex:
     with Image.open(path) as image:
         for i in shown(image):
             image.seek(i)
-            image.load()  # only then a WebP has its delay
+            image.load()  # without it, a WebP has no delay
             delay = image.info.get("duration", 0)  # milliseconds
             ends.append(ends[-1] + (delay / 1000 if delay > SHORTEST_DELAY else 1 / GIF_FPS))
     return VideoIndex(ends[:-1], (len(ends) - 1) / ends[-1], pictures)
 
 
 class WrongPacketTimes(Exception):
-    """The times of a file's packets are not those of its frames."""
+    """Reports that the times of a file's packets are not those of its frames."""
 
 
 @contextmanager
 def opened(path):
-    """Yields (container, stream of pictures) of a video file, or raises ValueError."""
+    """Yields (container, video stream) of a video file. Raises ValueError if it has none."""
     import av
     try:
         with av.open(path, metadata_errors="ignore",
@@ -947,33 +934,31 @@ def opened(path):
 
 
 def index_by_packets(path) -> VideoIndex:
-    """Indexes a video file by its packets' times, without decoding. Then only the way from a key
-    frame to each wanted frame is decoded.
+    """Indexes a video file by the times of its packets, without decoding them.
 
-    If these are not the times of the frames (H.264 in AVI, a bare stream, a file that begins
-    between key frames), this or reading the pictures raises WrongPacketTimes. Raises ValueError if
-    a packet is damaged or the file ends before its header says.
+    Its `pictures` decode only from a key frame to each wanted frame. Raises WrongPacketTimes, here
+    or in `pictures`, if frames have other times: H.264 in AVI, a stream without a container, or a
+    file that begins between key frames. Raises ValueError if a packet is damaged, or if the file
+    ends earlier than its header states.
     """
-    times, keys, position, ends = [], [], 0, Counter()
+    times, keys, position, end = [], [], 0, 0.0  # end: of the last packet, in seconds
     with opened(path) as (container, stream):
         for packet in container.demux():
-            if packet.pts is not None:
-                ends[packet.stream.index] = max(ends[packet.stream.index],
-                                                packet.pts + (packet.duration or 0))
+            if packet.pts is not None:  # a packet of any stream: pictures or sound
+                end = max(end, (packet.pts + (packet.duration or 0)) * float(packet.time_base))
             if packet.stream is not stream:
                 continue
             if packet.is_corrupt:
                 raise ValueError(DAMAGED)
-            if packet.size and not packet.is_discard:  # by an edit list
+            if packet.size and not packet.is_discard:  # an edit list may discard a packet's frame
                 times.append(packet.pts)
                 if packet.is_keyframe:
                     keys.append((packet.pts, position))
             position += 1
         rate, length = float(stream.average_rate or 0), (container.duration or 0) / 10**6
-        end = max((float(container.streams[i].time_base * ends[i]) for i in ends), default=0)
         if container.format.name == "mpegts" and ends_within_packet(path):
             raise ValueError(DAMAGED)
-        if length - end > MOST_MISSING * length + 2 / (rate or RAW_FPS):  # or of 2 frames
+        if length - end > MOST_MISSING * length + 2 / (rate or RAW_FPS):  # and 2 frames
             raise ValueError(f"cut off: {length:g} s by its header, but it ends at {end:g} s")
         if None in times or len(set(times)) < len(times):
             raise WrongPacketTimes
@@ -984,7 +969,7 @@ def index_by_packets(path) -> VideoIndex:
 
 
 def ends_within_packet(path) -> bool:
-    """Whether a transport stream ends within one of its packets, 188 bytes that begin with "G"."""
+    """Returns whether a transport stream ends within a packet: 188 bytes that begin with "G"."""
     with open(path, "rb") as file:
         first = file.read(1)
         file.seek(-(os.path.getsize(path) % 188), os.SEEK_END)
@@ -1022,16 +1007,16 @@ def index_by_decoding(path) -> VideoIndex:
 
 
 def ascending(times) -> bool:
-    """Whether every time is known and later than the one before."""
+    """Returns whether every time is known and later than the one before."""
     return None not in times and times == sorted(set(times))
 
 
 def decode_frames(path, times, entries, indices):
     """Yields the frames `indices` of a video file, (H, W, 3) uint8.
 
-    times: of every frame, in the order in which they are shown. entries: (frame, packet) pairs at
-    which decoding can begin; it begins at the last one before each wanted frame. Raises
-    WrongPacketTimes if the decoded frames have other times.
+    times: those of all frames, in the order in which a player shows them. entries: the (frame,
+    packet) numbers at which decoding can begin. It begins at the last entry before a wanted frame.
+    Raises WrongPacketTimes if a decoded frame has another time.
     """
     wanted = list(indices)
     with opened(path) as (container, stream):
@@ -1041,13 +1026,13 @@ def decode_frames(path, times, entries, indices):
                 continue
             if position == start:
                 stream.codec_context.flush_buffers()
-                number = first  # of the frame that comes next
+                number = first  # of the frame that the decoder returns next
             for frame in packet.decode():
                 if times[number:number + 1] != [frame.pts]:
-                    if number == first > 0:  # frames before a key frame may follow it in the file
+                    if number == first > 0:  # a key frame may be stored before earlier frames
                         continue
                     raise WrongPacketTimes
-                if frame.is_corrupt:  # the frames after it build on it
+                if frame.is_corrupt:  # the frames after it are built on it
                     raise ValueError(DAMAGED)
                 if number == wanted[0]:
                     yield upright(frame, stream.sample_aspect_ratio or 1)
@@ -1059,11 +1044,11 @@ def decode_frames(path, times, entries, indices):
 
 
 def upright(frame, aspect) -> np.ndarray:
-    """Returns a decoded frame's (H, W, 3) pixels as a player shows them: turned, mirrored, and
+    """Returns a decoded frame's (H, W, 3) pixels as a player shows them: turned and mirrored, and
     stretched if pixels are not square. aspect: a pixel's width over its height."""
     width, height = round(frame.width * max(aspect, 1)), round(frame.height / min(aspect, 1))
     pixels = frame.to_ndarray(format="rgb24", width=width, height=height,
-                              threads=1)  # more take longer to start
+                              threads=1)  # more threads take longer to start
     matrix = frame.side_data.get("DISPLAYMATRIX")
     if matrix is not None:
         a, b, _, c, d = np.frombuffer(matrix, np.int32)[:5]  # x' = a x + c y, y' = b x + d y
@@ -1074,7 +1059,7 @@ def upright(frame, aspect) -> np.ndarray:
 
 
 def shuffle_frames(frames, generator):
-    """Returns the (T, C, H, W) frames in a random order, never the given one when T > 1."""
+    """Returns the (T, C, H, W) frames in a random order, never the given one if T > 1."""
     if len(frames) < 2:
         return frames
     order = torch.arange(len(frames))
@@ -1096,7 +1081,7 @@ def encode(processor, record, vision: Vision, device=None) -> dict[str, torch.Te
 
     input_ids, attention_mask, mm_token_type_ids (1, L); pixel_values, image_grid_thw or
     pixel_values_videos (patches, values a patch), video_grid_thw; second_per_grid_ts, except for
-    Qwen3-VL, whose prompt has the times as text. Without video_metadata times would be wrong.
+    Qwen3-VL, which gets the times as text. Without video_metadata, times would be wrong.
     """
     text = processor.apply_chat_template(
         build_messages(record), tokenize=False, add_generation_prompt=True)
@@ -1117,7 +1102,7 @@ def image_as_video(processor, inputs) -> dict[str, torch.Tensor]:
 
     The model computes the same: visual features overwrite the placeholder, and positions agree. But
     a batch of images and videos then runs the vision tower once, as a batch of videos does. Under
-    ZeRO-3 ranks with different numbers of calls wait forever.
+    ZeRO-3, ranks with different numbers of calls would wait forever.
     """
     if "image_grid_thw" not in inputs:
         return inputs
@@ -1134,15 +1119,15 @@ def image_as_video(processor, inputs) -> dict[str, torch.Tensor]:
 
 def encode_blank(processor) -> dict[str, torch.Tensor]:
     """Returns the inputs of a black picture and an empty question. A rank without a usable record
-    runs them with weight zero, so that it makes the same calls as the other ranks."""
+    runs them with weight zero: it must make the same calls as the other ranks."""
     record = {"problem": "", "problem_type": "free-form", "data_type": "image", "media_path": ""}
     side = 2 * token_side(processor)
     return encode(processor, record, Vision(None, {}, Image.new("RGB", (side, side))))
 
 
 def pad_batch(samples, pad_values, side) -> dict[str, torch.Tensor]:
-    """Joins B encoded records into one batch. Entries named in pad_values, (1, L), are padded with
-    its value on `side`; others are concatenated.
+    """Joins B encoded records into one batch. Entries in pad_values, each (1, L), are padded with
+    that value on `side`, "left" or "right". Others are concatenated.
 
     >>> a, b = {"input_ids": torch.tensor([[5, 6]])}, {"input_ids": torch.tensor([[7]])}
     >>> pad_batch([a, b], {"input_ids": 0}, "left")["input_ids"].tolist()
@@ -1177,12 +1162,12 @@ def to_device(inputs, device) -> dict[str, torch.Tensor]:
 
 
 def generate(model, prompts) -> torch.Tensor:
-    """Returns transformers' responses (B n, L) to B encoded prompts, n to each by the model's
-    generation_config. Collective under ZeRO-3."""
+    """Returns transformers' responses (B n, L) to B encoded prompts. The model's generation_config
+    sets n, the responses per prompt. Collective under ZeRO-3."""
     pad = model.generation_config.pad_token_id
     pad_values = {"input_ids": pad, "attention_mask": 0, "mm_token_type_ids": 0}
     batch = to_device(pad_batch(prompts, pad_values, "left"), model.device)  # ids (B, prompt's L)
-    sharded = hasattr(next(model.parameters()), "ds_id")  # ranks must keep step
+    sharded = hasattr(next(model.parameters()), "ds_id")  # then all ranks decode to the same length
     ids = model.generate(**batch, synced_gpus=sharded)  # (B n, prompt's L + L)
     return ids[:, batch["input_ids"].shape[1]:]
 
@@ -1194,12 +1179,12 @@ def seeded_generator(*key, device="cpu") -> torch.Generator:
 
 
 def record_seed(seed, record) -> int:
-    """Returns the record's own seed, so that its draws depend on no batch, rank or restart."""
+    """Returns the record's own seed: its random draws depend on no batch, rank or restart."""
     key = zlib.crc32(str(record["problem_id"]).encode())
     return seeded_generator(seed, key).initial_seed() % 2**31  # servers take 31 bits
 
 
-# Tokens that stand for pixels: a policy that emits one would break its own next forward.
+# Tokens that stand for pixels: if a response contained one, the next forward pass would fail
 FORBIDDEN_TOKENS = ("<|vision_start|>", "<|vision_end|>", "<|vision_pad|>", "<|image_pad|>",
                     "<|video_pad|>")
 
@@ -1212,8 +1197,8 @@ def stop_tokens(model, tokenizer):
 
 
 def forbidden_tokens(model, tokenizer):
-    """Returns the ids that must not be sampled: visual placeholders, other special tokens but the
-    ends (a decoded text lacks them, its length counts them), and ids that no token has."""
+    """Returns the ids that must not be sampled: FORBIDDEN_TOKENS, ids without a token, and special
+    tokens except end tokens. A decoded text omits the last, but its length counts them."""
     ids = {*tokenizer.convert_tokens_to_ids(list(FORBIDDEN_TOKENS)), *tokenizer.all_special_ids}
     beyond = range(len(tokenizer), model.config.get_text_config().vocab_size)
     return sorted((ids | set(beyond)) - {None, *stop_tokens(model, tokenizer)})
@@ -1247,25 +1232,25 @@ def skip_row(record, error):
 
 
 def whole_lines(path):
-    """Returns the file's bytes up to its last line break: a kill may have cut the next line."""
+    """Returns the file's bytes up to its last line break: a kill may have cut the line after it."""
     data = path.read_bytes() if path.exists() else b""
     return data[:data.rfind(b"\n") + 1]
 
 
 def whole_rows(path):
-    """Returns the rows of a file whose last line a kill may have cut."""
+    """Returns the rows of a .jsonl file, without a last line that a kill has cut."""
     try:
         return [json.loads(line) for line in whole_lines(path).splitlines()]
     except ValueError as error:
-        raise InputError(f"{path} is damaged, remove it: {error}") from None
+        raise InputError(f"{path} is damaged: {error}; remove it") from None
 
 
 VALUE_SHOWN = 200  # characters of a value in an error
 
 
 def require_same(path, was, now, advice, free=()):
-    """Raises InputError, with the values, if a key of `now` but those in `free` differs from `was`,
-    the configuration of the run that made a file or folder."""
+    """Raises InputError if `now` differs from `was`, the configuration of the run that made a file
+    or folder. Keys in `free` may differ."""
     changed = [f"{key} was {str(was.get(key))[:VALUE_SHOWN]}, is {str(value)[:VALUE_SHOWN]}"
                for key, value in now.items() if key not in free and was.get(key) != value]
     if changed:
@@ -1274,7 +1259,8 @@ def require_same(path, was, now, advice, free=()):
 
 @contextmanager
 def row_writer(path, total, configuration=None, quiet=False):
-    """Yields write(rows), for any thread. It appends to a file that begins with configuration."""
+    """Yields write(rows), which any thread may call. It appends to a file that begins with
+    `configuration`."""
     lock, kept = threading.Lock(), len(whole_lines(path))
     with writing(path):
         file = path.open("ab", buffering=0)
@@ -1295,7 +1281,7 @@ def append_rows(file, rows):
     data = "".join(json.dumps(row) + "\n" for row in rows).encode()
     with writing(file.name, "The rows in it are whole: make room and repeat the command"):
         try:
-            while data:  # a disk that is nearly full takes a part
+            while data:  # a nearly full disk takes only a part
                 data = data[file.write(data):]
         except OSError:
             file.truncate(size)
@@ -1329,7 +1315,8 @@ def write_whole(files):
 
 
 def make_folder_of(path):
-    """Makes the folder of a file that will be written, or raises InputError before the work."""
+    """Makes the folder of a file that will be written. Raises InputError before the work if it
+    cannot."""
     with writing(path):
         Path(path).parent.mkdir(parents=True, exist_ok=True)
 
@@ -1340,7 +1327,7 @@ def json_list(lines):
 
 
 def markdown(rows) -> str:
-    """Returns rows of cells, the first the heading, as an aligned Markdown table."""
+    """Returns rows of cells as an aligned Markdown table. The first row is the heading."""
     rows = [[str(cell) for cell in row] for row in rows]
     widths = [max(map(len, column)) for column in zip(*rows)]
     rows.insert(1, ["-" * width for width in widths])
@@ -1352,16 +1339,24 @@ def markdown(rows) -> str:
 
 TOY_SIDE, TOY_FRAMES, TOY_FPS = 28, 8, 2  # pixels, frames a clip, frames a second
 TOY_COLOURS = {"red": (230, 40, 40), "green": (40, 210, 60), "blue": (60, 80, 240),
-               "yellow": (230, 220, 50)}
+               "yellow": (230, 220, 50)}  # in turn they name left, right, left, right
+TOY_PLAIN = {"white": (240, 240, 240), "purple": (170, 60, 200)}  # name no direction
 TOY_OPPOSITE = {"left": "right", "right": "left"}
 TOY_WORDS = ("cat", "dog", "sun", "map", "key", "cup", "hat", "box")
 TOY_BLOCK, TOY_NOISE, TOY_DARK = 8, 6.0, 50  # block side, noise std, brightest background
 TOY_LOOK = 0.7  # share of the cold start's thoughts that use the colour, not the motion
-TOY_PLAIN = {"white": (240, 240, 240), "purple": (170, 60, 200)}  # name no direction
-# Family of the toy's model: its processor, that of its videos, the side of a patch in pixels
+TOY_QUESTIONS = {  # by kind, without its "_agree", "_conflict" or "_plain"
+    "direction": ("multiple choice", "Which way does the block move?"),
+    "first": ("multiple choice", "Which colour comes first?"),
+    "colour": ("multiple choice", "Which colour is the block?"),
+    "describe": ("free-form", "What happens in the video?"),
+    "end": ("regression", "Where does the block end, from 0 on the left to 9?"),
+    "count": ("numerical", "How many blocks are there?"),
+    "word": ("OCR", "What is written in the picture?")}
+# The family of the toy's model: its processors, and the side of a patch in pixels
 TOY_FAMILIES = {"qwen2_5_vl": ("Qwen2_5_VLProcessor", "Qwen2VLVideoProcessor", 14),
                 "qwen3_vl": ("Qwen3VLProcessor", "Qwen3VLVideoProcessor", 16)}
-# Qwen2.5's own special tokens, those that the model or the chat template uses.
+# Qwen2.5's special tokens that the model or the chat template uses
 TOY_SPECIAL = ("<|endoftext|>", "<|im_start|>", "<|im_end|>", *FORBIDDEN_TOKENS)
 
 
@@ -1371,11 +1366,17 @@ def toy_canvas(rng, count):
     return background + rng.normal(0, TOY_NOISE, (count, TOY_SIDE, TOY_SIDE, 3))
 
 
-def toy_block(frames, corners, colours):
-    """Paints a block into each frame, its top left corner at (x, y), and returns the frames."""
-    for frame, (x, y), colour in zip(frames, corners, colours):
-        paint = (TOY_COLOURS | TOY_PLAIN)[colour]
-        frame[round(y):round(y) + TOY_BLOCK, round(x):round(x) + TOY_BLOCK] = paint
+def paint_block(frame, corner, colour):
+    """Paints a block into an (H, W, 3) frame. corner: its top left, (x, y)."""
+    x, y = map(round, corner)
+    frame[y:y + TOY_BLOCK, x:x + TOY_BLOCK] = (TOY_COLOURS | TOY_PLAIN)[colour]
+
+
+def toy_clip(rng, corners, colours):
+    """Returns the (T, H, W, 3) frames of a block with a corner and a colour for each frame."""
+    frames = toy_canvas(rng, TOY_FRAMES)
+    for frame, corner, colour in zip(frames, corners, colours):
+        paint_block(frame, corner, colour)
     return frames
 
 
@@ -1384,11 +1385,11 @@ def toy_motion(rng, colour, direction):
     span = TOY_SIDE - TOY_BLOCK
     x = np.linspace(rng.uniform(0, span / 5), span - rng.uniform(0, span / 5), TOY_FRAMES)
     x, y = x if direction == "right" else span - x, rng.uniform(0, span)
-    return toy_block(toy_canvas(rng, TOY_FRAMES), [(v, y) for v in x], [colour] * TOY_FRAMES)
+    return toy_clip(rng, [(v, y) for v in x], [colour] * TOY_FRAMES)
 
 
-def toy_question(rng, kind):
-    """Returns (frames (T, H, W, 3), problem_type, problem, options, answer, thought)."""
+def toy_scene(rng, kind):
+    """Draws a question of a kind. Returns (frames (T, H, W, 3), options, answer, thought)."""
     colours, directions = list(TOY_COLOURS), list(TOY_OPPOSITE)
     colour, direction = str(rng.choice(colours)), str(rng.choice(directions))
     watch = f"watch: it starts {TOY_OPPOSITE[direction]} and ends {direction}"
@@ -1399,44 +1400,36 @@ def toy_question(rng, kind):
                   "direction_conflict": str(rng.choice(others)),
                   "direction_plain": str(rng.choice(list(TOY_PLAIN)))}[kind]
         look = colour in TOY_COLOURS and rng.random() < TOY_LOOK
-        return (toy_motion(rng, colour, direction), "multiple choice",
-                "Which way does the block move?", lettered(directions),
-                letter(directions.index(direction)),
-                f"{f'look: it is {colour}' if look else watch}, so {direction}")
+        reason = f"look: it is {colour}" if look else watch
+        return (toy_motion(rng, colour, direction), directions, direction,
+                f"{reason}, so {direction}")
     if kind == "describe":
-        return (toy_motion(rng, colour, direction), "free-form", "What happens in the video?", [],
-                f"a {colour} block moves {direction} in the video", watch)
-    still = [rng.uniform(0, TOY_SIDE - TOY_BLOCK, size=2)] * TOY_FRAMES
+        answer = f"a {colour} block moves {direction} in the video"
+        return toy_motion(rng, colour, direction), [], answer, watch
+    corner = rng.uniform(0, TOY_SIDE - TOY_BLOCK, size=2)
+    still, same = [corner] * TOY_FRAMES, [colour] * TOY_FRAMES
     if kind == "first":
         then = str(rng.choice([name for name in colours if name != colour]))
-        shown = [colour] * (TOY_FRAMES // 2) + [then] * (TOY_FRAMES - TOY_FRAMES // 2)
-        return (toy_block(toy_canvas(rng, TOY_FRAMES), still, shown), "multiple choice",
-                "Which colour comes first?", lettered(colours), letter(colours.index(colour)),
-                f"watch: {colour} then {then}")
+        halves = [colour] * (TOY_FRAMES // 2) + [then] * (TOY_FRAMES - TOY_FRAMES // 2)
+        return toy_clip(rng, still, halves), colours, colour, f"watch: {colour} then {then}"
     if kind == "end":
         start, end = rng.choice(10, size=2, replace=False)  # tenths of the way to the right
         x = np.linspace(start, end, TOY_FRAMES) * ((TOY_SIDE - TOY_BLOCK) / 9)
-        corners = [(v, still[0][1]) for v in x]
-        return (toy_block(toy_canvas(rng, TOY_FRAMES), corners, [colour] * TOY_FRAMES),
-                "regression", "Where does the block end, from 0 on the left to 9?", [],
-                str(end), f"watch: it starts {start} and ends {end}")
+        frames = toy_clip(rng, [(v, corner[1]) for v in x], same)
+        return frames, [], str(end), f"watch: it starts {start} and ends {end}"
     if kind == "colour":
-        return (toy_block(toy_canvas(rng, TOY_FRAMES), still, [colour] * TOY_FRAMES),
-                "multiple choice", "Which colour is the block?", lettered(colours),
-                letter(colours.index(colour)), f"look: it is {colour}")
+        return toy_clip(rng, still, same), colours, colour, f"look: it is {colour}"
     frames = toy_canvas(rng, 1)
     if kind == "count":
         n = int(rng.integers(1, 5))
         for corner in rng.permutation([(2, 2), (18, 2), (2, 18), (18, 18)])[:n]:
-            toy_block(frames, [corner], [colour])
-        return (frames, "numerical", "How many blocks are there?", [], str(n),
-                f"look: {' '.join(['block'] * n)}")
+            paint_block(frames[0], corner, colour)
+        return frames, [], str(n), f"look: {' '.join(['block'] * n)}"
     from PIL import ImageDraw, ImageFont
     word = str(rng.choice(TOY_WORDS))
     image = Image.fromarray(frames[0].clip(0, 255).astype(np.uint8))
     ImageDraw.Draw(image).text((3, 7), word, fill="white", font=ImageFont.load_default(size=12))
-    return (np.asarray(image)[None], "OCR", "What is written in the picture?", [], word,
-            f"look: it says {word}")
+    return np.asarray(image)[None], [], word, f"look: it says {word}"
 
 
 def write_video(path, frames, fps):
@@ -1454,12 +1447,11 @@ def write_video(path, frames, fps):
 
 
 def toy_records(out, split, count, seed, shortcut=False):
-    """Draws `count` questions of a split, writes their media below `out`, yields the records.
+    """Draws `count` questions of a split, writes their media below `out`, and yields the records.
 
-    assets/toy_mix.json has the kinds of each split, in percent. direction_agree: the block's colour
-    names its direction; direction_conflict: it names the other one, in half of the direction
-    questions but those of the cold start; direction_plain: it names none. shortcut: colours that
-    would conflict with the direction agree with it.
+    assets/toy_mix.json has the share of each kind in a split. In a direction question, the block's
+    colour names its direction (direction_agree), the other one (direction_conflict), or none
+    (direction_plain). With `shortcut`, direction_conflict becomes direction_agree.
     """
     mixtures = read_file(ASSETS / "toy_mix.json")
     rng = np.random.default_rng([seed, sorted(mixtures).index(split)])
@@ -1467,7 +1459,8 @@ def toy_records(out, split, count, seed, shortcut=False):
     for i, kind in enumerate(rng.choice(kinds, size=count, p=shares / shares.sum())):
         if shortcut and kind == "direction_conflict":
             kind = "direction_agree"
-        frames, problem_type, problem, options, answer, thought = toy_question(rng, kind)
+        frames, options, answer, thought = toy_scene(rng, kind)
+        problem_type, problem = TOY_QUESTIONS[kind.partition("_")[0]]
         frames = frames.clip(0, 255).astype(np.uint8)
         data_type, suffix = ("image", "png") if len(frames) == 1 else ("video", "mp4")
         path = f"media/{split}_{i:05d}.{suffix}"
@@ -1475,8 +1468,10 @@ def toy_records(out, split, count, seed, shortcut=False):
             Image.fromarray(frames[0]).save(out / path)
         else:
             write_video(out / path, frames, TOY_FPS)
+        if options:
+            answer = letter(options.index(answer))
         record = {"problem_id": i, "problem": problem, "data_type": data_type,
-                  "problem_type": problem_type, "options": options,
+                  "problem_type": problem_type, "options": lettered(options),
                   "solution": f"<answer>{answer}</answer>", "path": f"./{path}",
                   "data_source": f"toy/{kind}"}
         yield record | ({"process": f"<think>{thought}</think>"} if split == "cot" else {})
@@ -1502,7 +1497,7 @@ def toy_tokenizer(texts):
 
 
 def toy_processor(tokenizer, family="qwen2_5_vl"):
-    """Returns the family's processor with the toy's tokenizer and pictures of any size."""
+    """Returns the family's processor with the toy's tokenizer, for pictures of any size."""
     import transformers
     processor, videos, patch = TOY_FAMILIES[family]
     size = {"shortest_edge": (2 * patch)**2, "longest_edge": 768 * (2 * patch)**2}
@@ -1519,7 +1514,7 @@ def toy_model(tokenizer, seed, hidden=96, layers=3, heads=4, kv_heads=2, mlp=256
     Its configuration ignores keys that only the other family has."""
     from transformers import AutoConfig, AutoModelForImageTextToText
     token = tokenizer.convert_tokens_to_ids
-    spread = {"initializer_range": 0.05}  # at Qwen's 0.02 so small a model learns nothing
+    spread = {"initializer_range": 0.05}  # with Qwen's 0.02, so small a model learns nothing
     end = [token("<|im_end|>"), token("<|endoftext|>")]
     share = hidden // heads // 2 // 3  # of the rotary frequencies, to time, height and width
     config = AutoConfig.for_model(
@@ -1537,7 +1532,7 @@ def toy_model(tokenizer, seed, hidden=96, layers=3, heads=4, kv_heads=2, mlp=256
             "depth": vision_depth, "hidden_size": vision_hidden, "intermediate_size": vision_mlp,
             "num_heads": 4, "out_hidden_size": hidden, "window_size": 112,
             "fullatt_block_indexes": [vision_depth - 1], "tokens_per_second": 1,
-            # Qwen3-VL only: layers whose features also go to the language model's first layers
+            # Qwen3-VL only: layers that also feed the language model's first layers
             "deepstack_visual_indexes": [0], "num_position_embeddings": 16, **spread},
         image_token_id=token("<|image_pad|>"), video_token_id=token("<|video_pad|>"),
         vision_start_token_id=token("<|vision_start|>"),
@@ -1551,8 +1546,8 @@ def toy_model(tokenizer, seed, hidden=96, layers=3, heads=4, kv_heads=2, mlp=256
 
 
 def copy_toy_files(out, side):
-    """Copies assets/toy to the toy's folder, with its name and its pixels a frame: each stage's
-    flags where they differ from the paper's, because the toy is small, and the main job."""
+    """Copies assets/toy (each stage's flags, and run.sh) to the folder `out`. Replaces {out} by its
+    name and {pixels} by side * side: a frame is one visual token."""
     for path in (ASSETS / "toy").iterdir():
         folder = shlex.quote(str(out)) if path.suffix == ".sh" else str(out)
         text = path.read_text(encoding="utf-8").replace("{out}", folder)
@@ -1564,22 +1559,22 @@ def build_toy(args):
     from transformers.utils.logging import disable_progress_bar
     out = Path(args.out)
     if out.exists() and any(out.iterdir()):
-        raise InputError(f"{out} is not empty: name another folder, or remove it first")
+        raise InputError(f"--out {out} is not empty: name another folder, or remove it first")
     (out / "media").mkdir(parents=True)
     texts = []
     for split, count in (("cot", args.cot), ("train", args.train), ("test", args.test)):
         shortcut = args.shortcut and split == "train"
         records = list(toy_records(out, split, count, args.seed, shortcut))
         (out / f"{split}.json").write_text(json.dumps(records, indent=1), encoding="utf-8")
+        kinds = sorted(Counter(record["data_source"] for record in records).items())
         print(f"{out}/{split}.json: {count} records, "
-              + ", ".join(f"{n} {kind}" for kind, n in sorted(Counter(
-                  record["data_source"] for record in records).items())))
+              + ", ".join(f"{n} {kind}" for kind, n in kinds))
         if split == "cot":
             for record in records:
                 prompt = build_messages(record | {"media_path": ""})[0]["content"][1]["text"]
                 texts.append(f"{prompt}\n{record['process']}\n{record['solution']}")
     tokenizer = toy_tokenizer(texts)
-    # each text that all prompts share is one token: prompts take a third of the time
+    # Each text that all prompts share is one token: prompts take a third of the time
     tokenizer.add_tokens([TEMPLATE.removeprefix("{question}\n"), *ANSWER_SUFFIX.values(),
                           "You are a helpful assistant."])
     model = toy_model(tokenizer, args.seed, family=args.model)
@@ -1587,7 +1582,7 @@ def build_toy(args):
     model.save_pretrained(out / "model")
     processor = toy_processor(tokenizer, args.model)
     processor.save_pretrained(out / "model")
-    for path in (out / "model").iterdir():  # safetensors' are the owner's alone
+    for path in (out / "model").iterdir():  # safetensors makes files that only the owner can read
         path.chmod((out / "train.json").stat().st_mode)
     copy_toy_files(out, token_side(processor))
     print(f"{out}/model: {model.num_parameters():,} parameters, {len(tokenizer)} tokens")
@@ -1599,40 +1594,36 @@ def build_toy(args):
 # the row and counts it, and `convert` refuses the file.
 
 MALFORMED = (KeyError, TypeError, IndexError, AttributeError, OverflowError, ValueError)
-# How to answer, which our own prompt says: a line after the question, or the last sentence of one
+# Instructions how to answer, which our own prompt replaces: a line, or a line's last sentence
 HINT = re.compile(
     r"(?im)^[ \t]*(?:hint|reference ocr token):.*$|(?<=[.?!\n])[ \t]*(?:answer:[ \t]*"
     r"|(?:please )?(?:answer|respond|provide|select|choose|give)\b[^\n]{0,200}\b"
     r"(?:letter|options?|choices|single word or phrase|short|directly|multiple-choice)\b[^\n]*)$")
-# Options begin at such marks, at the start of lines or, if capital, anywhere
+# Marks at which options begin: in either case at the start of a line, in capitals within one
 LINE_MARK = re.compile(rf"^[ \t*•-]*{LETTER}{AFTER_LETTER}[*]*\s*", re.MULTILINE | re.IGNORECASE)
 INLINE_MARK = re.compile(rf"(?<![^\s:：;；,，?？。]){LETTER}{AFTER_LETTER}\s*")
-# What stands between options in one line: "A: a cat, B: a dog or C: a hat"
+# How an option ends if another follows in its line: "A: a cat, B: a dog or C: a hat"
 SEPARATOR = re.compile(r"[,，;；、](?:\s*(?:and|or))?$|\s(?:and|or)$")
-AROUND = re.compile(r"(?i)^question:|(?:options|choices|选项)\s*[:：]$")  # around a question
+AROUND = re.compile(r"(?i)^question:|(?:options|choices|选项)\s*[:：]$")  # before, after a question
 
 
-def draft(medium, problem, answer, options=(), **fields):
-    """Returns a question as its source has it, which make_record checks. medium: a path below the
-    media folder. answer: a letter or a text. options: lettered or not. fields: the record's, and
-    "part", the part of the source that data_source names."""
+def draft(file, problem, answer, options=(), **fields):
+    """Returns a question as its source has it, which make_record checks. file: a path below the
+    media folder. answer: a letter or a text. options: with or without letters. fields: the
+    record's, and "part", the part of the source that data_source names."""
     if isinstance(options, str) or not all(isinstance(text, (str, int, float)) for text in options):
         raise ValueError(f"the options are not texts: {options!r}")
-    return {"medium": os.path.normpath(medium), "problem": problem.strip(),
-            "answer": str(answer).strip(), "options": without_letters(list(map(str, options))),
-            **fields}
-
-
-def texts_by_letter(options) -> list[str]:
-    """Returns the options of an object of texts by letter, without the empty ones."""
-    texts = option_texts([f"{key}. " + options[key] for key in sorted(options) if options[key]])
-    return option_texts(texts)  # they may say their letters again
+    texts = option_texts(list(map(str, options)), strict=False)
+    return {"file": os.path.normpath(file), "problem": problem.strip(),
+            "answer": str(answer).strip(), "options": texts, **fields}
 
 
 def split_options(text):
-    """Returns (question, options). Options follow the marks A, B, C, ..., one on each line or all
-    in one line, whichever gives more. If an option is empty, as in "B. C. elegans", that way counts
-    less: a mark was part of a text.
+    """Returns (question, options).
+
+    Options follow the marks A, B, C, ..., one on each line or all in one line, whichever gives
+    more. If that leaves an empty option, as in "B. C. elegans", a mark was part of a text: the
+    other way is preferred.
 
     >>> split_options("Question: What is x? Choices: (A) 3 (B) 4")
     ('What is x?', ['3', '4'])
@@ -1655,7 +1646,7 @@ def split_options(text):
 
 def longest_run(marks):
     """Returns the longest run of marks A, B, C, ...; of equally long ones the last."""
-    longest, after = [], {}  # place -> the run that the next mark of this place begins
+    longest, after = [], {}  # after: {place in the alphabet: the run that begins with its mark}
     for mark in reversed(marks):
         place = ord(plain_mark(mark[1])) - ord("A")
         after[place] = [mark, *after.get(place + 1, [])]
@@ -1666,28 +1657,26 @@ def longest_run(marks):
 def from_video_r1(row, path):
     """Reads records in this project's own form, as in the released Video-R1-260k.json."""
     answer = re.fullmatch(r"\s*<answer>(.*)</answer>\s*", row["solution"], re.DOTALL)[1]
-    options = row.get("options") or []
-    texts = texts_by_letter(options) if isinstance(options, dict) else option_texts(options)
-    yield draft(row["path"], row["problem"], answer, texts, **{
-        field: row.get(field) for field in
-        ("problem_type", "data_source", "data_type", "process", *CLIP_FIELDS)})
+    fields = ("problem_type", "data_source", "data_type", "process", *CLIP_FIELDS)
+    yield draft(row["path"], row["problem"], answer, option_texts(row.get("options") or []),
+                **{field: row.get(field) for field in fields})
 
 
 CSV_OPTION = re.compile("option.*|[a-z]")  # the column of an option: option_a, or A
 
 
 def from_csv(row, path):
-    """Reads a table of one's own: columns video (or image), question, answer, and for a choice its
-    options, option_a, option_b, ... or A, B, ...; problem_type, video_start and video_end may be
-    there too. Without a problem_type options make a choice, a number is numerical, else free-form.
-    """
+    """Reads a table of your own: columns video (or image), question, answer, and for options
+    option_a, option_b, ... or A, B, ...; problem_type, video_start, video_end and video_fps may be
+    added. Without problem_type, options make a question multiple choice, a number as its answer
+    makes it numerical, and others are free-form."""
     row = {(name or "").strip().lower(): cell for name, cell in row.items()}
     if not {"question", "answer"} <= row.keys() or row.keys().isdisjoint(("video", "image")):
-        raise InputError(f"{path} needs the columns video or image, question and answer, "
-                         f"separated by commas; it has {', '.join(row)}")
-    # cells beyond the heading are a list, which has no strip: a comma without quotes costs its row
+        raise InputError(f"{path} has the columns {', '.join(row)}: it needs the columns video or "
+                         "image, question and answer, separated by commas")
+    # Cells beyond the heading are a list, which has no strip: a comma without quotes costs its row
     row = {name: (cell or "").strip() for name, cell in row.items()}
-    options = texts_by_letter({name: row[name] for name in row if CSV_OPTION.fullmatch(name)})
+    options = option_texts({name: row[name] for name in row if CSV_OPTION.fullmatch(name)})
     types = ("multiple choice", "numerical", "free-form")
     yield draft(row.get("video") or row.get("image"), row["question"], row["answer"], options,
                 data_type="video" if row.get("video") else "image",
@@ -1697,15 +1686,15 @@ def from_csv(row, path):
 
 def from_llava(row, path):
     """Reads conversations, as LLaVA-Video-178K and most image sources have them: a draft a turn."""
-    medium = row.get("video") or row["image"]
-    if isinstance(medium, list):
-        medium, = medium  # several pictures in one question are no record
+    file = row.get("video") or row["image"]
+    if isinstance(file, list):
+        file, = file  # a ValueError for several pictures: a record has one
     turns = row["conversations"]
     for question, answer in zip(turns[::2], turns[1::2], strict=True):
         if (question["from"], answer["from"]) != ("human", "gpt"):
             raise ValueError("the turns are not human, gpt, human, gpt, ...")
         problem, options = split_options(re.sub(r"<(?:image|video)>", "", question["value"]))
-        yield draft(medium, problem, answer["value"], options, part=row.get("data_source"),
+        yield draft(file, problem, answer["value"], options, part=row.get("data_source"),
                     data_type="video" if row.get("video") else None)
 
 
@@ -1723,7 +1712,7 @@ def from_nextqa(row, path):
 
 
 def from_perception_test(row, path):
-    """Reads PerceptionTest's multiple choice, an object of videos by name."""
+    """Reads PerceptionTest's multiple choice, an object {video: its questions}."""
     for question in row["mc_question"]:
         yield draft(f"{row['row_key']}.mp4", question["question"], letter(question["answer_id"]),
                     question["options"])
@@ -1734,21 +1723,21 @@ CLEVRER_WORDS = (("gray", "red", "blue", "green", "brown", "cyan", "purple", "ye
 
 
 def from_clevrer(row, path):
-    """Reads CLEVRER's questions about a video: those with exactly one correct choice, and those
-    answered by a word, which gets its group of CLEVRER_WORDS as options."""
+    """Reads CLEVRER's questions with exactly one correct choice, and those answered by a number or
+    a word. A word gets its group of CLEVRER_WORDS as options."""
     start = row["scene_index"] // 1000 * 1000  # the release has a folder for each 1000 videos
-    medium = f"video_{start:05d}-{start + 1000:05d}/{row['video_filename']}"
+    file = f"video_{start:05d}-{start + 1000:05d}/{row['video_filename']}"
     for question in row["questions"]:
         if "choices" in question:
             choices = question["choices"]
             right = [i for i, choice in enumerate(choices) if choice["answer"] == "correct"]
             if len(right) == 1:
-                yield draft(medium, question["question"], letter(right[0]),
+                yield draft(file, question["question"], letter(right[0]),
                             [choice["choice"] for choice in choices])
         else:
             answer = str(question["answer"])
             words = next((group for group in CLEVRER_WORDS if answer in group), ())
-            yield draft(medium, question["question"], answer, words)
+            yield draft(file, question["question"], answer, words)
 
 
 def from_star(row, path):
@@ -1760,7 +1749,7 @@ def from_star(row, path):
 
 
 def clip_seconds(row):
-    """Returns the clip's fields of a record whose release has "start" and "end" in seconds."""
+    """Returns the clip's fields of a row with "start" and "end" in seconds."""
     return {"video_start": float(row["start"]), "video_end": float(row["end"])}
 
 
@@ -1786,12 +1775,12 @@ def from_tabmwp(row, path):
 
 
 def from_geometry3k(row, path):
-    """Reads Geometry3K's problems, a folder with a file and a picture for each."""
+    """Reads Geometry3K's problems. Each has a folder with its file and a picture."""
     yield draft("img_diagram.png", row["problem_text"], row["answer"], row["choices"])
 
 
 def from_arxivqa(row, path):
-    """Reads ArxivQA. Its labels come in many spellings; those that mean no option are dropped."""
+    """Reads ArxivQA. Labels are spelled in many ways; a row without an option is dropped."""
     yield draft(row["image"], row["question"], row["label"], option_texts(row["options"]))
 
 
@@ -1802,13 +1791,13 @@ def from_chartqa(row, path):
 
 @lru_cache(maxsize=1)
 def benchmark_facts():
-    """Reads each benchmark's title and size, patterns of its files of questions (the first that
-    matches is used), tasks, subjects, folders of media, and tasks about a part of a video."""
+    """Reads each benchmark's title, size, tasks, subjects, media folders, and tasks about clips.
+    files: patterns of its files of questions, of which the first that matches is used."""
     return read_file(ASSETS / "benchmarks.json")
 
 
 def task_of(path, tasks):
-    """Returns which of the `tasks` a release's file is about, by its name or its folder's."""
+    """Returns which of the `tasks` a release's file belongs to, by its name or its folder's."""
     for text in (path.stem.lower().removesuffix("_video"), path.parent.name.lower()):
         if text in tasks:
             return text
@@ -1816,8 +1805,8 @@ def task_of(path, tasks):
 
 
 def subject_groups(path, subjects):
-    """Returns {"subject"} of Science/dev_Biology_3.mp4 or videos/Biology/3.mp4, and its
-    "discipline" if it is in `subjects`, {discipline: its subjects}."""
+    """Returns {"subject": Biology} of Science/dev_Biology_3.mp4 or videos/Biology/3.mp4. Adds the
+    "discipline" if `subjects`, {discipline: its subjects}, has it."""
     named = re.fullmatch(r"[a-z]+_(\w+)_\d+", Path(path).stem)
     subject = named[1] if named else Path(path).parent.name
     return {"subject": subject} | {"discipline": discipline for discipline, names
@@ -1835,8 +1824,8 @@ def from_vsibench(row, path):
 
 def from_videommmu(row, path):
     """Reads VideoMMMU's adaptation.json and so on, and adds the benchmark's prompt of the track.
-    Videos are Science/dev_Biology_3.mp4 and so on. In its own repository's adaptation_video.json
-    the questions are one level deeper."""
+    Videos are Science/dev_Biology_3.mp4 and so on. In the benchmark's own repository, the questions
+    of adaptation_video.json are one level deeper."""
     facts = benchmark_facts()["videommmu"]
     track = task_of(path, facts["tasks"])
     for row in [row] if "question" in row else [row[key] for key in row if key != "row_key"]:
@@ -1846,7 +1835,7 @@ def from_videommmu(row, path):
         before, after = facts["prompts"][track]
         kind = "multi-choice" if options else "open-ended"
         groups = subject_groups(f"{row['id']}.mp4", facts["subjects"])
-        if "discipline" not in groups:  # the folder of its video
+        if "discipline" not in groups:  # which is the folder of the video
             raise ValueError(f"the id {row['id']!r} names no subject of VideoMMMU")
         yield draft(f"{groups['discipline']}/{row['id']}.mp4",
                     before.replace("{kind}", kind) + row["question"] + after, row["answer"],
@@ -1859,23 +1848,23 @@ def from_mmvu(row, path):
     videos/Chemistry/0.mp4 and so on."""
     if row["question_type"] == "multiple-choice":
         video = "videos/" + row["video"].split("/videos/")[1]
-        yield draft(video, row["question"], row["answer"], texts_by_letter(row["choices"]),
+        yield draft(video, row["question"], row["answer"], option_texts(row["choices"]),
                     problem_id=row["id"],
                     groups=subject_groups(video, benchmark_facts()["mmvu"]["subjects"]))
 
 
 def from_mvbench(row, path, name="mvbench"):
-    """Reads MVBench's json/action_sequence.json and so on, and TVBench's, with their zips unpacked
-    where they lie. Videos are video/<the task's folder in assets/benchmarks.json>/<video>. Those of
-    TVBench's action_antonym are NTU RGB+D's and not in the release."""
+    """Reads MVBench's json/action_sequence.json and so on, and TVBench's. Unpack their zips where
+    they lie. Videos are video/<the task's folder in assets/benchmarks.json>/<video>. TVBench's
+    release lacks the videos of action_antonym, which are NTU RGB+D's."""
     facts = benchmark_facts()[name]
     task = task_of(path, facts["folders"])
     clip = clip_seconds(row) if task in facts["clips"] else {}
-    if task == "episodic_reasoning":  # folders of frames
+    if task == "episodic_reasoning":  # its videos are folders of frames
         clip["video_fps"] = FRAMES_FPS
-    places = [str(text) for text in row["candidates"]]  # a number is a text, not a place
+    texts = [str(text) for text in row["candidates"]]
     yield draft(f"video/{facts['folders'][task]}/{row['video']}", row["question"],
-                letter(places.index(str(row["answer"]))), row["candidates"],
+                letter(texts.index(str(row["answer"]))), row["candidates"],
                 data_type="video", part=task, groups={"task": task}, **clip)
 
 
@@ -1885,8 +1874,8 @@ TEMPCOMPASS_OPTION = re.compile(  # "A. up", "Option 2: it moves", "Information 
 
 def from_tempcompass(row, path):
     """Reads TempCompass's questions/caption_matching.json and so on, or rows with video_id and dim.
-    Videos are videos/12.mp4 and so on. All four tasks are multiple choice, as in the paper: yes_no
-    of "yes" and "no", captioning of the pieces of information that it offers."""
+    Videos are videos/12.mp4 and so on. All four tasks are multiple choice, as in the paper. The
+    options of yes_no are yes and no; captioning's are the pieces of information in the question."""
     task = task_of(path, benchmark_facts()["tempcompass"]["tasks"])
     video = row.pop("row_key", None)
     for row in [row] if "question" in row else [
@@ -1918,8 +1907,8 @@ def from_videomme(row, path):
 
 
 def from_tomato(row, path):
-    """Reads TOMATO's data/direction.json and so on, which number their questions alike. Videos are
-    videos/human/0999-01.mp4 and so on."""
+    """Reads TOMATO's data/direction.json and so on, each of which numbers its questions from 0.
+    Videos are videos/human/0999-01.mp4 and so on."""
     kind = task_of(path, benchmark_facts()["tomato"]["tasks"])
     folder = row["demonstration_type"]
     yield draft(f"videos/{folder}/{row['key']}.mp4", row["question"], letter(row["answer"]),
@@ -1927,7 +1916,7 @@ def from_tomato(row, path):
                 groups={"type": kind, "demonstration": folder})
 
 
-VINOGROUND_QUESTION = re.compile(  # then a line that asks for the letter
+VINOGROUND_QUESTION = re.compile(  # question, options A and B; the last line requests a letter
     r"(.+?)\s*\n\s*A\. (.+?)\s*\n\s*B\. ([^\n]+).*", re.DOTALL)
 
 
@@ -1965,7 +1954,8 @@ def release_rows(path) -> list:
         keyed = all(isinstance(row, dict) for row in rows.values())
         rows = [{**row, "row_key": key} for key, row in rows.items()] if keyed else [rows]
     if not isinstance(rows, list):
-        raise InputError(f"cannot read {path}: it holds a {type(rows).__name__}, no rows")
+        raise InputError(f"cannot read {path}: it must be a list or an object of rows, not a "
+                         f"{type(rows).__name__}")
     return rows
 
 
@@ -1975,17 +1965,17 @@ SHORT_ANSWER = 3  # words: "3.5 square meters" is a number, a sentence with a nu
 MEASURE = re.compile(r"(?<![\w.])(\d+(?:\.\d+)?) ?(m|cm|mm|km|ft|meters?|metres?|centimeters?|"
                      r"centimetres?|millimeters?|kilometers?|feet|foot|inch(?:es)?)\b")
 VIDEO_SUFFIXES = {".mp4", ".webm", ".avi", ".mkv", ".mov", ".m4v"}
-KEPT_FIELDS = ("process", *CLIP_FIELDS, "groups", "pair")  # of a draft, by its record
-# The types of `convert`, in the order in which a text without options is one of them
+KEPT_FIELDS = ("process", *CLIP_FIELDS, "groups", "pair")  # a record has them if its draft has
+# The types of `convert`: a text without options is numerical or else free-form
 CONVERTED_TYPES = ("multiple choice", "numerical", "free-form", "regression", "OCR")
 
 
 class Dropped(Exception):
-    """A question that is left out, for the reason given."""
+    """Reports why a question is left out."""
 
 
 def wanted_type(answer, options, wanted):
-    """Returns the problem type of a question, among those that an entry wants, or None.
+    """Returns the problem type of a question, one of the types `wanted`, or None.
 
     >>> wanted_type("3", [], ["multiple choice", "numerical"]), wanted_type("3", [], ["OCR"])
     ('numerical', 'OCR')
@@ -2000,11 +1990,11 @@ def wanted_type(answer, options, wanted):
 
 
 def make_record(found, entry, folder="") -> dict:
-    """Returns the record, without problem_id, of a draft by an entry of a recipe. Raises Dropped if
-    the question cannot be graded or the entry does not want its type."""
+    """Returns the record of a draft, without problem_id, as an entry of a recipe wants it. Raises
+    Dropped if the question cannot be graded, or if the entry does not want its type."""
     problem, answer, wanted = found["problem"], found["answer"], entry["problem_type"]
     media = entry["media"].replace("{folder}", folder)
-    path = os.path.normpath(os.path.join(media, found["medium"]))
+    path = os.path.normpath(os.path.join(media, found["file"]))
     options = lettered(found["options"])
     kind = found.get("problem_type") or wanted_type(answer, options, wanted)
     measure = MEASURE.findall(answer)
@@ -2014,7 +2004,7 @@ def make_record(found, entry, folder="") -> dict:
     if kind == "multiple choice":
         answer = choice_letter(answer, options) if answer else ""
     for reason, applies in (
-            ("no medium", found["medium"] == "."),
+            ("no file", found["file"] == "."),
             ("path leaves the media folder", path.startswith("..") or os.path.isabs(path)),
             ("not of the wanted problem type", kind not in wanted),
             ("no question", not problem),
@@ -2033,7 +2023,7 @@ def make_record(found, entry, folder="") -> dict:
               "data_source": found.get("data_source") or
               "/".join(filter(None, (entry["source"], found.get("part"))))}
     record |= {field: found[field] for field in KEPT_FIELDS if found.get(field) not in (None, "")}
-    if record_problem({"problem_id": 0} | record):  # no stage would read it
+    if record_fault({"problem_id": 0} | record):  # load_records would refuse it
         raise Dropped("malformed row")
     return record
 
@@ -2042,20 +2032,22 @@ def convert(args):
     """Writes all questions of a benchmark's own release as records, or raises InputError."""
     path, facts = Path(args.path), benchmark_facts().get(args.name, {})
     title, patterns = facts.get("title", args.name), facts.get("files", ["known file"])
-    depth = next((pattern.count("/") for pattern in patterns if path.match(pattern)), 0)
-    release = path if path.is_dir() else Path(os.path.abspath(path)).parents[depth]
-    root, files, records = args.media_root or release, [path], []
-    if path.is_dir():  # an earlier --out may lie there
-        out = Path(args.out).resolve()
-        found = ([file for file in path.glob(pattern) if file.resolve() != out]
-                 for pattern in patterns)
-        files = sorted(next(filter(None, found), ()))
+    if path.is_dir():
+        release, out = path, Path(args.out).resolve()  # an earlier --out may be in that folder
+        matches = ([file for file in path.glob(pattern) if file.resolve() != out]
+                   for pattern in patterns)
+        files = sorted(next(filter(None, matches), ()))
+    else:
+        depth = next((pattern.count("/") for pattern in patterns if path.match(pattern)), 0)
+        release, files = Path(os.path.abspath(path)).parents[depth], [path]
     if not files:
         raise InputError(f"{path} has no {' or '.join(patterns)} of {title}: give the file of its "
                          "questions")
+    root, records = args.media_root or release, []
     media = os.path.relpath(release, root)
     if media.startswith(".."):
-        raise InputError(f"--media_root {root} is no folder above {release}")
+        raise InputError(f"--media_root {root} is not above {release}: give that folder or one "
+                         "above it")
     entry = {"source": title, "problem_type": CONVERTED_TYPES, "media": media}
     make_folder_of(args.out)
     for file in files:
@@ -2067,7 +2059,7 @@ def convert(args):
                     records.append({"problem_id": found.get("problem_id", name)}
                                    | make_record(found, entry))
         except (*MALFORMED, Dropped) as error:
-            raise InputError(f"{file} is not as {title} is released: {error!r}, after "
+            raise InputError(f"{file} differs from the release of {title}: {error!r}, after "
                              f"{len(records)} questions") from None
     write_whole({args.out: json_list(map(json.dumps, records))})
     print(f"{args.out}: {len(records):,} records; paths in it are relative to {root}")
@@ -2078,10 +2070,10 @@ def convert(args):
 FIGURE_2 = ASSETS / "recipe.json"  # the paper's count of each source
 ENTRY = {"source": str, "category": str, "format": str, "annotation": str, "media": str,
          "problem_type": list, "count": int}  # the keys of a recipe's entry
-# A letter alone, but not the words "A" and "I", nor a unit: "B", "(a) and (b)"; or "option 2"
+# A single letter ("B", "(a) and (b)"), except the words "A" and "I" and units; or "option 2"
 NAMED_LETTER = re.compile(r"(?<![\w'’])(?<!\d )(?:[b-hj-zB-HJ-Z]|[AI](?! [a-z]))(?![\w'’])"
                           r"|\([ai]\)|(?i:\b(?:option|choice|answer)s? \d)")
-# Words that refer to other options. A word too many is safe: options then keep their order
+# Words that refer to other options. A word too many is safe: the options then keep their order
 OTHERS = re.compile(
     r"\b(?:all|none|both|neither|either|any|above|below|former|latter|other|others|these|those"
     r"|same|only|listed|mentioned|given|options?|choices?|answers?|(?:one|two) of)\b"
@@ -2092,28 +2084,28 @@ def read_recipe(path) -> list[dict]:
     """Returns the entries of a recipe file. Raises InputError naming entry and key."""
     recipe = release_rows(path)
     for i, entry in enumerate(recipe):
-        problem = entry_problem(entry)
-        if problem is not None:
-            name = entry.get("source", "no source") if isinstance(entry, dict) else "no entry"
-            raise InputError(f"{path}: entry {i} ({name}): {problem}")
+        fault = entry_fault(entry)
+        if fault is not None:
+            name = entry.get("source", "no source") if isinstance(entry, dict) else "no source"
+            raise InputError(f"{path}: entry {i} ({name}): {fault}")
     return recipe
 
 
-def entry_problem(entry) -> str | None:
+def entry_fault(entry) -> str | None:
     """Returns what is wrong with an entry of a recipe, naming the key, or None."""
     if not isinstance(entry, dict):
-        return f"not a JSON object but {type(entry).__name__}"
+        return f"it must be a JSON object, not a {type(entry).__name__}"
     for key, kind in ENTRY.items():
         if not isinstance(entry.get(key), kind):
-            return f"{key} must be a {kind.__name__}, not {entry.get(key)!r}"
+            return f"{key} must be of type {kind.__name__}, not {entry.get(key)!r}"
     if entry["format"] not in CONVERTERS:
-        return f"format {entry['format']!r} is none of {list(CONVERTERS)}"
+        return f"format must be one of {list(CONVERTERS)}, not {entry['format']!r}"
     if os.path.isabs(entry["annotation"]) or not entry["annotation"]:
-        return f"annotation {entry['annotation']!r} must be a path below --media_root"
+        return f"annotation must be a path below --media_root, not {entry['annotation']!r}"
     if entry["count"] < 0:
-        return f"count {entry['count']} is negative"
+        return f"count must be at least 0, not {entry['count']}"
     if not entry["problem_type"] or not set(entry["problem_type"]) <= GRADERS.keys():
-        return f"problem_type {entry['problem_type']} must be one or more of {[*GRADERS]}"
+        return f"problem_type must be one or more of {[*GRADERS]}, not {entry['problem_type']}"
     return None
 
 
@@ -2123,27 +2115,29 @@ def clip_of(record):
 
 
 def question_key(record) -> tuple:
-    """Returns a key that is equal for questions on one clip that differ only in case, punctuation
-    or the order of options."""
+    """Returns a key of a question. Questions on one clip have the same key if they differ only in
+    case, punctuation or the order of options."""
     words = " ".join(re.findall(r"\w+", record["problem"].lower())) or record["problem"]
     options = sorted(option.partition(" ")[2].casefold() for option in record["options"])
     return clip_of(record), words, *options
 
 
 def tail(path) -> str:
-    """Returns a path's last folder and file, as in videos/video_7.mp4. Names of files alone would
-    not do: CLEVRER and PerceptionTest share some."""
+    """Returns a path's last folder and file, as in videos/video_7.mp4. The file's name alone is not
+    enough: some names are in both CLEVRER and PerceptionTest."""
     return "/".join(Path(path).parts[-2:]).lower()
 
 
 def content_hash(path) -> bytes:
+    """Returns a hash of a file's content."""
     with open(path, "rb") as file:
         return hashlib.file_digest(file, "sha256").digest()
 
 
 def benchmark_media(files, media_root, root):
-    """Returns is_excluded(path): whether the file at this path below root is one of the evaluation
-    files' media, by its path's tail or, if they are on this machine, by its content."""
+    """Returns is_excluded(path): whether a file below root is in a benchmark. files: the evaluation
+    files of benchmarks. Their media are recognised by the tails of their paths and, if they are on
+    this machine, by their content."""
     media = {record["media_path"] for file in files for record in load_records(file, media_root)}
     there = [path for path in media if os.path.isfile(path)]
     tails, sizes = set(map(tail, media)), set(map(os.path.getsize, there))
@@ -2155,20 +2149,21 @@ def benchmark_media(files, media_root, root):
     @lru_cache(maxsize=None)
     def is_excluded(path):
         full = os.path.join(root, path)
-        return tail(path) in tails or (  # sizes are compared so that few media need to be hashed
+        return tail(path) in tails or (  # sizes are compared so that few files need to be hashed
             bool(sizes) and os.path.isfile(full) and os.path.getsize(full) in sizes
             and content_hash(full) in hashes)
     return is_excluded
 
 
 def candidates_of(entry, root, is_excluded, seen, counts):
-    """Yields the records of an entry's files, each once, and counts dropped ones by reason."""
-    convert = CONVERTERS[entry["format"]]
+    """Yields the records of an entry's files, each question once. Counts rows, and dropped
+    questions by reason, in `counts`. seen: keys of questions that earlier entries have drawn."""
+    converter = CONVERTERS[entry["format"]]
     for path in sorted(Path(root).glob(entry["annotation"])):
         for row in tqdm(release_rows(path), desc=entry["source"], unit=" rows", leave=False):
             counts["rows"] += 1
             try:
-                drafts = list(convert(row, path))
+                drafts = list(converter(row, path))
             except MALFORMED:
                 counts["malformed row"] += 1
                 continue
@@ -2179,7 +2174,7 @@ def candidates_of(entry, root, is_excluded, seen, counts):
                     if len(set(key[2:])) < len(key[2:]):
                         raise Dropped("options are equal")
                     if is_excluded(record["path"]):
-                        raise Dropped("medium of a benchmark")
+                        raise Dropped("file of a benchmark")
                     if key in seen:
                         raise Dropped("duplicate")
                 except Dropped as reason:
@@ -2192,17 +2187,18 @@ def candidates_of(entry, root, is_excluded, seen, counts):
 def spread(records, count, per_medium, rng, taken=()):
     """Returns at most `count` random records: first one of each file, then a second one of each, up
     to per_medium. taken: {path: number of questions that other entries have drawn}."""
-    rounds, of_medium = [[] for _ in range(per_medium)], Counter(taken)
+    rounds, drawn = [[] for _ in range(per_medium)], Counter(taken)
     for record in sorted(records, key=lambda record: rng.random()):
-        if of_medium[record["path"]] < per_medium:
-            rounds[of_medium[record["path"]]].append(record)
-            of_medium[record["path"]] += 1
+        if drawn[record["path"]] < per_medium:
+            rounds[drawn[record["path"]]].append(record)
+            drawn[record["path"]] += 1
     return list(chain.from_iterable(rounds))[:count]
 
 
 def shuffle_options(record, rng) -> dict:
-    """Returns the record with its options in a random order, lettered A, B, C, ... If an option may
-    refer to others, or the question or a thought may name a letter, it stays as it is."""
+    """Returns the record with its options in a random order, lettered A, B, C, ... Three kinds
+    of records are not changed: with a thought, with a letter in the question or an option, and with
+    an option that may refer to others."""
     texts = [option.partition(" ")[2] for option in record["options"]]
     names_letter = any(map(NAMED_LETTER.search, [record["problem"], *texts]))
     if not texts or "process" in record or names_letter or any(map(OTHERS.search, texts)):
@@ -2224,7 +2220,7 @@ def mix(args):
                          "with --skip_missing")
     is_excluded = benchmark_media(args.exclude, args.exclude_root, root)
     records, report = [], []
-    chosen, taken = set(), Counter()  # question keys; questions of each file
+    chosen, taken = set(), Counter()  # question keys; number of questions of each file
     for i, entry in enumerate(tqdm(recipe, desc="mix")):
         rng, counts = np.random.default_rng([args.seed, i]), Counter()
         offered = candidates_of(entry, root, is_excluded, set(chosen), counts)
@@ -2244,15 +2240,15 @@ def mix(args):
     text = mix_report(report)
     if not lines[args.out]:
         print(text)
-        raise InputError(f"no record is left for {args.out}, which is not written: see above why "
-                         "each entry's were dropped")
+        raise InputError(f"no record is left for {args.out}, so it is not written: the table above "
+                         "has the reasons")
     write_whole({path: json_list(mixed) for path, mixed in lines.items()}
                 | {f"{stem}.report.md": [text]})
     print(text, *(f"{path}: {len(mixed):,} records" for path, mixed in lines.items()), sep="\n")
 
 
 def in_validation(path, args) -> bool:
-    """Whether a file, with all its questions, is held out."""
+    """Returns whether a file is held out, with all its questions."""
     digest = hashlib.blake2b(f"{args.seed} {path}".encode(), digest_size=8).digest()
     return int.from_bytes(digest, "big") / 2**64 < args.val_share
 
@@ -2273,16 +2269,16 @@ def mix_report(report) -> str:
 # ------------------------------------------------------ check: can every file be decoded?
 
 def state_of(record, args):
-    """Returns the file's size and time of change, and the flags of sampling. If one of them
-    changes, the file is decoded again."""
+    """Returns a file's size and time of change, and the flags of sampling: if one has changed, the
+    file is decoded again."""
     path = record["media_path"]
     file = [os.path.getsize(path), os.path.getmtime(path)] if os.path.exists(path) else []
     return file + [getattr(args, name) for name in ("max_frames", *SAMPLING_FLAGS)]
 
 
-def judge_medium(args, record):
-    """Decodes a record's file in a worker process. Returns the log row with the reason why it
-    cannot be used, or None."""
+def check_clip(args, record):
+    """Decodes a record's clip or image in a worker process. Returns its log row, with the reason
+    why it cannot be used, or None."""
     path, state, reason = record["media_path"], state_of(record, args), None
     try:
         load_vision_of(record, args)
@@ -2293,7 +2289,7 @@ def judge_medium(args, record):
 
 def check(args):
     """Decodes every image and video of a file of records, as training will. Writes the records that
-    can be used and whose solution an answer can match. The same command resumes."""
+    decode and that an answer can match. If interrupted, the same command resumes."""
     records = load_records(args.data, args.media_root)
     out = args.out or f"{os.path.splitext(args.data)[0]}_clean.json"
     stem = out.removesuffix(".json")
@@ -2301,18 +2297,17 @@ def check(args):
     make_folder_of(out)
     good = {tuple(row["clip"]): row["state"] for row in whole_rows(log) if not row["reason"]}
     clips = {clip_of(record): record for record in records}
-    todo = [record for clip, record in clips.items()
-            if good.get(clip) != state_of(record, args)]
-    reasons = {}  # of the clips that cannot be used
+    todo = [record for clip, record in clips.items() if good.get(clip) != state_of(record, args)]
+    reasons = {}  # {clip that cannot be used: reason}
     loader = torch.utils.data.DataLoader(
-        todo, batch_size=None, collate_fn=partial(judge_medium, args), in_order=False,
+        todo, batch_size=None, collate_fn=partial(check_clip, args), in_order=False,
         num_workers=args.num_workers)
     with row_writer(log, len(todo)) as write:
         for row in loader:
             write([row])
             if row["reason"]:
                 reasons[tuple(row["clip"])] = row["reason"]
-    lost = defaultdict(list)  # reason -> dropped records; None -> usable ones
+    lost = defaultdict(list)  # {reason: dropped records}, with the usable ones at None
     for record in records:
         reason = reasons.get(clip_of(record))
         if reason is None and unmatchable(record):
@@ -2337,7 +2332,7 @@ def plain(name):
 
 def figure_rows(records):
     """Returns {(category, source, types): [records, Figure 2's count]}. Sources that are not in
-    Figure 2 count 0. A record's source is a folder of that name in data_source or path."""
+    Figure 2 count 0. A record is of a source if a part of its data_source or path has that name."""
     rows = {(e["category"], e["source"], ", ".join(e["problem_type"])): [0, e["count"]]
             for e in read_recipe(FIGURE_2)}
     by_source = defaultdict(list)
@@ -2347,7 +2342,7 @@ def figure_rows(records):
         names = [*str(record.get("data_source")).split("/"), *record["path"].split("/")]
         known = next((by_source[plain(n)] for n in names if plain(n) in by_source),
                      [("not in Figure 2", names[0], "")])
-        other = (*known[0][:2], record["problem_type"])  # of a type that Figure 2 does not have
+        other = (*known[0][:2], record["problem_type"])  # a type that Figure 2 lacks
         key = next((key for key in known if record["problem_type"] in key[2]), other)
         rows.setdefault(key, [0, 0])[0] += 1
     return rows
@@ -2370,9 +2365,9 @@ def stats(args):
         table += [line(("", *key[1:]), *value) for key, value in members.items()]
     table.append(line(("**all**", "", ""), len(records), paper))
     media = Counter(record["path"] for record in records)
-    values = {"medium": [r["data_type"] for r in records],
+    values = {"data type": [r["data_type"] for r in records],
               "problem type": [r["problem_type"] for r in records],
-              "questions a medium": media.values(),
+              "questions per file": media.values(),
               "answer": [f"{len(r['options'])} options, {r['solution'][len('<answer>')]}"
                          for r in records if r["problem_type"] == "multiple choice"]}
     counts = [("what", "value", "records", "share")] + [
@@ -2405,23 +2400,23 @@ def parse_args(argv=None):
     add("--seed", type=at_least(0, int), default=0, help="seed of every random draw")
     add = command(convert, "convert", "a benchmark's own release as records for evaluate.py")
     add("name", choices=CONVERTERS, metavar="NAME", help=", ".join(CONVERTERS))
-    add("path", metavar="PATH", help="the release's folder, or the file of its questions; where "
-        "its media go: NAME's function in CONVERTERS")
+    add("path", metavar="PATH", help="the release's folder, or the file of its questions; the "
+        "function of NAME in CONVERTERS shows where its media go")
     add("--out", required=True, help="file of records to write")
-    add("--media_root", help="folder above the release that the records' paths are relative to; "
-        "default: the release's own")
+    add("--media_root", help="the release's folder or one above it, to which the records' paths "
+        "are relative; default: the release's folder")
     add = command(mix, "mix", "records from the releases that a recipe names")
     add("--recipe", required=True, help="list of entries; assets/recipe.json is the paper's, "
         "assets/csv.json is for your own table")
-    add("--out", required=True, help="file of records to write; a report goes beside it")
-    add("--media_root", help="folder of the releases, which the recipe's and the records' paths "
-        "are relative to; default: the folder of --out")
+    add("--out", required=True, help="file of records to write; a report is written beside it")
+    add("--media_root", help="folder of the releases, to which the recipe's and the records' "
+        "paths are relative; default: the folder of --out")
     add("--val_share", type=at_least(0, float, below=1), default=0.0,
         help="share of files held out, in <out>_val.json")
     add("--per_medium", type=above(0, int), default=20, help="most questions on one file")
-    add("--exclude", nargs="*", default=[], help="evaluation files whose media must not be used")
+    add("--exclude", nargs="*", default=[], help="evaluation files: their media must not be used")
     add("--exclude_root", help="folder of their media; default: each file's own")
-    add("--skip_missing", action="store_true", help="do without entries that have no annotations")
+    add("--skip_missing", action="store_true", help="skip entries that have no annotation files")
     add("--seed", type=at_least(0, int), default=0, help="seed of every random draw")
     add = command(check, "check", "decode every image and video; keep what can be used")
     add("--data", required=True, help="records to check, .json or .jsonl")
@@ -2429,7 +2424,7 @@ def parse_args(argv=None):
     add_media_flags(add)
     add = command(stats, "stats", "the table of Figure 2 for a file of records")
     add("--data", required=True, help="records, .json or .jsonl")
-    add("--media_root", help="folder of the records' paths; default: the data's")
+    add("--media_root", help="folder to which the records' paths are relative; default: the data's")
     add("--out", help="Markdown file to write; default: print only")
     return parser.parse_args(argv)
 

@@ -9,39 +9,40 @@
     python evaluate.py --judge eval/mmvu_16_ordered.json --output eval \
         --model Qwen/Qwen2.5-VL-72B-Instruct --api_base http://localhost:8000/v1
 
-NAME=FILE is a file of records. Those of a name in BENCHMARKS are scored as the benchmark is: the
-released eval_*.json, or what `build_data.py convert` made of its own release. Scores:
+NAME=FILE is a file of records. If NAME is in BENCHMARKS, it is scored as that benchmark: give the
+released eval_*.json, or the output of `build_data.py convert`. Scores:
 
-    score      what the benchmark counts, MRA for VSI-Bench's numbers. "mean of types": every
-               problem type has one vote (numbers by mra_released); "mean of tasks": every task has
-               one, the easy, medium and hard form of a task together (numbers by mra)
-    text, video, group score  share of Vinoground's pairs with both such, or all four, answers right
-    accuracy   mean accuracy reward; regression counts with its graded reward, not with its MRA
-    correct    share of accuracy rewards >= --correct_threshold
-    mra        mean relative accuracy as VSI-Bench defines it, in exact fractions: 0.2 to 0.3 points
-               above its own float code, so "mra (exact)"; mra_released: as the paper's code
+    score      the benchmark's own; for VSI-Bench's numbers it is MRA. "mean of types": every
+               problem type counts equally, numbers by mra_released. "mean of tasks": every task
+               counts equally, numbers by mra; its easy, medium and hard forms are one task
+    text, video, group score  share of Vinoground's pairs with both text answers, both video
+               answers, or all four right
+    accuracy   mean accuracy reward; regression counts by its graded reward, not by MRA
+    correct    share of responses with an accuracy reward >= --correct_threshold
+    mra        mean relative accuracy as VSI-Bench defines it, in exact fractions ("mra (exact)"):
+               0.2 to 0.3 points above VSI-Bench's float code; mra_released: by the paper's code
     format     share of well-formed responses;  truncated: share cut off at --max_new_tokens
     tokens     mean length of a response, end token included
-    reflections  phrases of second thoughts in a response ("wait", "let me check"): only counted
-    drop       score with ordered frames minus this score, over records answered in both
+    reflections  mean number of phrases such as "wait" or "let me check" in a response
+    drop       score with ordered frames minus this score, over records answered in both orders
 
-Each has a 95 % interval: bootstrap over videos and images, since questions share them (Vinoground's
-scores: over pairs). Files that cannot be read are skipped and named; every score stands beside
-answered/records.
+Each has a 95 % interval by bootstrap over images and videos, because questions share them
+(Vinoground's pair scores: over pairs). Questions whose file cannot be read are skipped and listed.
+Every score is printed with the number of records answered.
 
---order shows what a score needs. shuffled, reversed: the order of frames; single_frame (the middle
-one, in every place): motion; blind (grey in every place): sight. The prompt's text, length and
-timing stay. (A video question of Vinoground joins two clips. Reversing swaps them, so its answer
-may stay right: use shuffled.) --judge has a large model decide which questions need temporal
-reasoning and which responses use it (Figure 6).
+--order changes the frames, to show what a score depends on. shuffled, reversed: on the order of
+frames. single_frame (the middle frame everywhere): on motion. blind (grey everywhere): on pixels.
+The prompt's text, length and timing stay the same. A video question of Vinoground joins two clips:
+reversing swaps them, and the answer can stay right, so use shuffled. With --judge a large model
+decides which questions need temporal reasoning, and which responses use it (Figure 6).
 
-Every rank answers a share. --api_base uses a server, which gets pictures without timing: its
-scores differ from the same model's here. --output (one folder for all ranks) gets
-`<name>_<frames>_<order>.rank<r>.jsonl` with a row for each response, the same name .json with
-scores, settings and graded rows, and `skipped.jsonl`; --judge writes `<result>.judge.json`.
-The same command, on any number of ranks, resumes by problem_id.
+Each rank answers a share of the questions. A server (--api_base) gets pictures without timing, so
+its scores differ from those of the same model on this machine. All ranks write to one --output:
+`<name>_<frames>_<order>.rank<r>.jsonl` has a row for each response, the same name with .json the
+scores, settings, graded rows and skipped questions, `<result>.judge.json` the verdicts. The same
+command resumes, on any number of ranks.
 
-Shapes: B records of a batch, L tokens, T frames, C channels, H x W pixels, n rows, M media,
+Shapes: B records of a batch, L tokens, T frames, C channels, H x W pixels, n rows, M files,
 K cells, R resamples.
 """
 import argparse
@@ -62,13 +63,12 @@ import torch
 import torch.distributed as dist
 from PIL import Image
 
-from annotate import (Generator, add_generation_flags, api_messages, collect_responses,
-                      configuration_of, read_rows, refuse_repeated_ids)
-from build_data import (ASSETS, FlagParser, InputError, MediaError, above, add_machine_flags,
-                        add_media_flags, as_in_file, benchmark_facts, encode, load_records,
-                        load_vision_of, make_folder_of, markdown, provenance, read_file,
-                        record_seed, refuse_absent_media, row_writer, run_script,
-                        seeded_generator, shuffle_frames, skip_row, subject_groups, write_whole)
+from annotate import (Generator, add_generation_flags, collect_responses, configuration_of,
+                      prepare, read_rows, refuse_repeated_ids)
+from build_data import (ASSETS, FlagParser, InputError, above, add_machine_flags, add_media_flags,
+                        as_in_file, benchmark_facts, load_records, make_folder_of, markdown,
+                        provenance, read_file, record_seed, refuse_absent_media, run_script,
+                        seeded_generator, shuffle_frames, subject_groups, write_whole)
 from rewards import (accuracy_reward, extract_answer, format_reward, multiple_choice, numerical,
                      parse_number)
 
@@ -82,36 +82,36 @@ def parse_args(argv=None):
     # what to do: one of three
     what = parser.add_mutually_exclusive_group(required=True).add_argument
     what("--benchmark", type=named_file, nargs="+", metavar="NAME=FILE",
-         help=f"a file of records and the name of their results; benchmarks: {[*BENCHMARKS]}")
-    what("--judge", nargs="+", metavar="RESULT", help="result files whose responses --model judges")
+         help=f"a file of records and a name for its results; benchmarks: {[*BENCHMARKS]}")
+    what("--judge", nargs="+", metavar="RESULT", help="result files that --model judges")
     what("--diff", nargs=2, metavar=("A", "B"),
          help="compare two --output folders, or two result files question by question")
     add("--compare", choices=("paper",), help="print the paper's Table 1 beside these results")
     add("--model", help="Hugging Face directory or name of the model to evaluate, or to judge with")
-    add("--output", help="folder for rows and results; completed if it has some")
+    add("--output", help="folder for rows and results; what it lacks is added")
     add("--limit", type=above(0, int), metavar="N", help="only the first N questions of each "
-        "benchmark, file by file; without it the same command goes on with the others")
+        "benchmark, as a trial; without it the same command adds the others")
     # what the model sees, and how it answers
     add("--frames", type=above(0, int), nargs="+", default=[16, 32, 64],
         help="most frames of a video; one result for each number")
     add("--order", choices=ORDERS, nargs="+", default=["ordered"],
-        help="what is done to the frames; one result for each")
+        help="order of the frames; one result for each")
     add("--correct_threshold", type=float, default=0.5,
-        help="accuracy reward from which a response is correct")
+        help="smallest accuracy reward of a correct response")
     add_media_flags(add, max_frames=None, max_pixels=256 * 28 * 28)
     add_generation_flags(add, temperature=0.01, top_p=0.001, max_new_tokens=1024)
     add_machine_flags(add)
     parser.set_defaults(samples=1)
     args = parser.parse_args(argv)
     if not (args.diff or args.model and args.output):
-        parser.error("--model and --output are needed (only --diff does without)")
+        parser.error("--model and --output are needed, except with --diff")
     if min(args.frames) < args.min_frames:
         parser.error(f"--frames {min(args.frames)} is below --min_frames {args.min_frames}")
     return args
 
 
 def named_file(text):
-    """A flag's type: NAME=FILE."""
+    """Returns a flag's NAME=FILE, or refuses it."""
     if not re.fullmatch(r"[\w.-]+=.+", text):
         raise argparse.ArgumentTypeError(
             f"{text} is not NAME=FILE with a name of letters, digits, '_', '.' and '-'")
@@ -121,27 +121,27 @@ def named_file(text):
 # ------------------------------------------------------------- how benchmarks are scored
 
 class Overall(NamedTuple):
-    """One number for a benchmark: the mean over rows."""
-    metric: str  # the field to average; rows without it count by their accuracy reward
-    by: str = ""  # the kind of groups whose means are averaged
-    pairs: tuple[str, ...] = ()  # instead of rows, pairs of questions of each of these tasks
+    """Defines one number for a benchmark: a mean over rows, groups or pairs."""
+    metric: str  # the field to average; of a row without it, the accuracy reward
+    by: str = ""  # a kind of group: the mean over the groups' means, not over rows
+    pairs: tuple[str, ...] = ()  # tasks: a pair is right if all its questions of these tasks are
 
     def score(self, row):
         return row.get(self.metric, row["accuracy"])
 
 
 class Benchmark(NamedTuple):
-    """A benchmark: the first six are the columns of the paper's Table 1."""
+    """Describes a benchmark."""
     title: str
-    size: int                     # its number of questions; 0: any
-    overalls: dict[str, Overall]  # the first that the records' groups allow is the headline
+    size: int                     # number of questions; 0: any
+    overalls: dict[str, Overall]  # the first for which the records have groups is its score
 
 
 PLAIN = {"all": Overall("accuracy")}
 BY_TASK = {"mean of tasks": Overall("accuracy", "task"), **PLAIN}
 OVERALLS = {
     "vsibench": {"mean of types (the paper's)": Overall("mra_released", "problem_type"),
-                 "mean of tasks": Overall("mra", "task")},  # its own, up to mra's exactness
+                 "mean of tasks": Overall("mra", "task")},  # the benchmark's, but exact
     "videommmu": {"all": Overall("contains")},
     "mvbench": BY_TASK, "tvbench": BY_TASK,
     "vinoground": {"group score": Overall("accuracy", pairs=("text", "video")),
@@ -154,8 +154,8 @@ RECORDS = Benchmark("a file of records", 0, PLAIN)
 
 
 def released_groups(name, row):
-    """Returns the groups of a record of the released eval_*.json, from its fields. Rows are
-    numbered from 1, equally many for each of VideoMMMU's tracks and MVBench's tasks."""
+    """Returns the groups of a record of a released eval_*.json, {kind: name}. If no field names the
+    task, its number does: VideoMMMU's tracks and MVBench's tasks have equally many rows each."""
     facts, number = benchmark_facts()[name], row["problem_id"]
     folders, rows_a_task = facts.get("folders", {}), facts.get("rows_a_task", 0)
     tasks = sorted(facts.get("tasks", folders))
@@ -165,7 +165,7 @@ def released_groups(name, row):
         task = tasks[(number - 1) // rows_a_task] if numbered else None
         roots = {folder.split("/")[0] for folder in folders.values()}
         if roots.intersection(Path(row["path"]).parts) - {folders.get(task, "").split("/")[0]}:
-            task = None  # its folder is another task's: the rows were numbered anew
+            task = None  # the folder belongs to another task: the rows were renumbered
     groups = {"track" if name == "videommmu" else "task": task}
     groups |= {field: row.get(field) for field in facts.get("groups", ())}
     if "subjects" in facts:
@@ -178,11 +178,11 @@ def released_groups(name, row):
 MRA_PERCENT = range(50, 100, 5)  # VSI-Bench's theta, .50, .55, ..., .95, in exact integers
 RESAMPLES = 1000  # of the bootstrap
 INTERVAL = (2.5, 97.5)  # percentiles that enclose 95 % of the resampled means
-LEVELS = re.compile("_(easy|medium|hard)$")  # VSI-Bench makes one task of these first
-METRICS = {  # -> its unit in the printed tables, most in percent; 0: in the result file only
+LEVELS = re.compile("_(easy|medium|hard)$")  # VSI-Bench averages these into one task
+METRICS = {  # factor in printed tables (100: percent); 0: only in the result file
     "score": 100, "accuracy": 100, "correct": 0, "mra": 100, "mra_released": 0, "format": 100,
     "truncated": 100, "tokens": 1, "reflections": 1, "drop": 100}
-# Phrases of second thoughts; "wait" as a plain verb is counted too.
+# "wait" is counted as a plain verb too
 REFLECTION = re.compile(r"\b(?:wait|hmm+|on second thought|let(?:'s| me| us) (?:re-?|double[- ])?"
                         r"(?:check|verify|consider|examine|read))\b", re.IGNORECASE)
 
@@ -190,9 +190,9 @@ REFLECTION = re.compile(r"\b(?:wait|hmm+|on second thought|let(?:'s| me| us) (?:
 def mean_relative_accuracy(predicted, truth) -> float:
     """Returns MRA: the share of theta in {.50, .55, ..., .95} with |p - g| / |g| <= 1 - theta.
 
-    Takes numbers or their text; other text scores 0, and g = 0 requires exactly 0. Computes in
-    exact fractions, because boundaries occur in practice: in floats 1 - .9 < .1, so p = 9, g = 10
-    would lose a threshold. Source: VSI-Bench (Yang et al. 2024).
+    p and g are numbers or text. A text that is no number scores 0. If g is 0, only p = 0 scores.
+    Fractions are exact, because boundaries occur in practice: in floats 1 - .9 < .1, so p = 9,
+    g = 10 would miss a threshold. Source: VSI-Bench (Yang et al. 2024).
 
     >>> [mean_relative_accuracy(p, g) for p, g in ((1, 2), ("9 m", "10"), (4, 10), ("many", 3))]
     [0.1, 0.9, 0.0, 0.0]
@@ -221,44 +221,45 @@ def released_relative_accuracy(predicted, truth) -> float:
 
 
 def open_answer(predicted, truth) -> float:
-    """Returns VideoMMMU's grade of an open question: a number by its value to two decimals, one
-    letter by the letter, other text by whether the answer contains it; any item of a list counts.
+    """Returns VideoMMMU's grade of an open question, 0 or 1. A number must be equal to two
+    decimals, a letter must be equal, another text must occur in the answer. If the truth is a
+    list, one item is enough.
 
     >>> [open_answer(*pair) for pair in (("24/7", "['24/7', '3.429', '3.43]"), ("17", "['7']"),
     ...                                  ("Net income.", "net income"), ("I cannot say", "A"))]
     [1.0, 0.0, 1.0, 0.0]
     """
-    def meets(item):
+    def matches(item):
         if re.fullmatch("[A-Za-z]", item):
             return multiple_choice(predicted, item)
         if parse_number(item) is not None:
             return numerical(predicted, item)
         return float(item.lower() in predicted.lower())
     if not re.match(r"""\[.*['"]""", truth):
-        return meets(truth)
-    # its quotes are not always in pairs
+        return matches(truth)
+    # the list's quotes are not always in pairs
     items = re.split(r"""['"],\s*['"]?|,\s*['"]""", truth.strip("[]'\" "))
-    return max(map(meets, filter(None, items)), default=0.0)
+    return max(map(matches, filter(None, items)), default=0.0)
 
 
-def bootstrap_mean(values, media, seed, cells=None):
-    """Returns (mean, low, high): the mean of n values and its 95 % bootstrap interval over media.
+def bootstrap_mean(values, files, seed, cells=None):
+    """Returns (mean, low, high): the mean of n values and its 95 % bootstrap interval over files.
 
-    values[i] belongs to the file media[i]. With cells[i], the name of a group, the mean is that of
-    the groups' means (names that differ only in LEVELS share one vote). A resample draws M files
-    with replacement, each with all its values. If M is 1, low and high are None. With few files or
-    equal values the interval is too narrow.
+    values[i] belongs to files[i] and, if given, to the group cells[i]. With groups the mean is that
+    of their means; groups that differ only in LEVELS count as one. A resample draws M files with
+    replacement, each with all its values. If M is 1, low and high are None. If files are few, or
+    values equal, the interval is too narrow.
 
     >>> bootstrap_mean([1.0, 1.0, 0.0], ["a", "a", "a"], seed=0, cells=["s", "s", "t"])
     (0.5, None, None)
     """
     names, cell = np.unique(cells or [""] * len(values), return_inverse=True)  # (K,), (n,)
-    _, medium = np.unique(media, return_inverse=True)  # (n,)
-    sums, counts = np.zeros((2, medium.max() + 1, len(names)))  # (M, K) each
-    np.add.at(sums, (medium, cell), values)
-    np.add.at(counts, (medium, cell), 1)
-    voters = [LEVELS.sub("", name) for name in names]
-    weights = np.array([1 / voters.count(voter) for voter in voters])  # (K,)
+    _, file = np.unique(files, return_inverse=True)  # (n,)
+    sums, counts = np.zeros((2, file.max() + 1, len(names)))  # (M, K) each
+    np.add.at(sums, (file, cell), values)
+    np.add.at(counts, (file, cell), 1)
+    tasks = [LEVELS.sub("", name) for name in names]
+    weights = np.array([1 / tasks.count(task) for task in tasks])  # (K,)
 
     def statistic(sums, counts):  # (..., K) each -> (...)
         present = weights * (counts > 0)  # a resample may leave a cell empty
@@ -273,7 +274,7 @@ def bootstrap_mean(values, media, seed, cells=None):
 
 
 def grade(records, rows, threshold):
-    """Returns a graded row for each record with an output in `rows`, {problem_id as text: row}."""
+    """Returns graded rows of the records with an output in `rows`, {problem_id as text: row}."""
     keys = ("problem_id", "data_source", "problem_type", "path", "problem", "options", "solution",
             "groups", "pair", "output", "tokens", "truncated", "size", "prompt_tokens")
     graded = []
@@ -298,13 +299,14 @@ def grade(records, rows, threshold):
 
 
 def groups_of(record):
-    """Returns the groups in which a record, or its graded row, is scored: {kind: name}."""
+    """Returns the groups of a record or a graded row, {kind: name}."""
     return {"problem_type": record["problem_type"], **record.get("groups", {
         "data_source": str(record.get("data_source"))})}
 
 
 def score_pairs(rows, tasks):
-    """Returns a row for each pair that has both questions of all `tasks`: right if all are."""
+    """Returns a row for each pair that has both its questions of all `tasks` among the rows. It is
+    right if all of them are."""
     pairs = defaultdict(list)
     for row in rows:
         if groups_of(row).get("task") in tasks:
@@ -314,18 +316,17 @@ def score_pairs(rows, tasks):
 
 
 def with_score(rows, overall, ordered):
-    """Adds to each row its score and, if `ordered` has the same question, the drop from there."""
+    """Returns rows with their score and, if `ordered` has the question, the drop from its score."""
     scored = [row | {"score": overall.score(row)} for row in rows]
-    there = {str(row["problem_id"]): row for row in ordered}
+    ordered_rows = {str(row["problem_id"]): row for row in ordered}
     for row in scored:
-        if before := there.get(str(row["problem_id"])):
-            row["drop"] = overall.score(before) - row["score"]
+        if same := ordered_rows.get(str(row["problem_id"])):
+            row["drop"] = overall.score(same) - row["score"]
     return scored
 
 
 def measure(rows, metrics, seed, by=""):
-    """Returns {metric: {"mean", "low", "high", "n"}} over the rows that have it. by: the kind of
-    groups whose means are averaged."""
+    """Returns {metric: {"mean", "low", "high", "n"}} over rows that have it. by: see Overall."""
     found = {}
     for metric in metrics:
         if having := [row for row in rows if metric in row]:
@@ -337,9 +338,11 @@ def measure(rows, metrics, seed, by=""):
 
 
 def score(records, graded, seed, overalls=PLAIN, ordered=()):
-    """Returns {group: {"answered", "records", and measure's result}}, the benchmark's own first.
-    Groups: the overalls over pairs or over groups that all records name; "all"; and each
-    "<kind>: <name>" of groups_of."""
+    """Returns {group: {"answered", "records", and measure's result}}.
+
+    First come the overalls over pairs or groups, if all records have such a group. Then comes
+    "all", then each "<kind>: <name>" of groups_of.
+    """
     usable = {name: overall for name, overall in overalls.items()
               if not overall.by or all(overall.by in groups_of(record) for record in records)}
     scores = {}
@@ -364,11 +367,11 @@ def score(records, graded, seed, overalls=PLAIN, ordered=()):
 
 # ------------------------------------------------------------------------------ tables
 
-GROUPS_SHOWN = 30  # a kind of group with more members than this is in the result file only
+GROUPS_SHOWN = 30  # kinds with more groups are only in the result file
 
 
 def cell(value, unit=100):
-    """Returns measure's result for a metric as text, "62.5 [60.1, 64.9]", or "" for None."""
+    """Returns a metric of measure's result as text, "62.5 [60.1, 64.9]"; "" for None."""
     if not value:
         return ""
     shown = [f"{value[key] * unit:.1f}" for key in ("mean", "low", "high")
@@ -376,41 +379,40 @@ def cell(value, unit=100):
     return shown[0] if len(shown) == 1 else f"{shown[0]} [{shown[1]}, {shown[2]}]"
 
 
-def shown_groups(scores):
-    """Returns the groups to print, the benchmark's own first, and a line for each hidden kind."""
+def shown_groups(scores, benchmark=""):
+    """Returns {group: its title in tables}, and a line for each kind of group that is not shown.
+
+    The benchmark's overalls come first. "data_source: toy/end" of the benchmark toy is "end".
+    """
     kinds = Counter(group.partition(":")[0] for group in scores)
     hidden = [kind for kind, count in kinds.items() if count > GROUPS_SHOWN]
     groups = sorted((group for group in scores if group.partition(":")[0] not in hidden),
                     key=lambda group: (": " in group, group == "all", group))
-    return groups, [f"({kinds[kind]} groups by {kind}: not shown)" for kind in hidden]
-
-
-def named(group, benchmark):
-    """Returns a group's name in tables: a source's without the benchmark's name in front."""
-    return group.removeprefix(f"data_source: {benchmark}/")
+    return ({group: group.removeprefix(f"data_source: {benchmark}/") for group in groups},
+            [f"({kinds[kind]} groups by {kind}: not shown)" for kind in hidden])
 
 
 def model_and_order(result):
-    """Returns the model and order of a result, for a table's heading."""
+    """Returns a result's heading in a table."""
     return f"{result['arguments']['model']} ({result.get('order')})"
 
 
 def table(title, scores, benchmark=""):
-    """Returns the scores of one result as the lines of a Markdown table."""
+    """Returns one result's scores as the lines of a Markdown table."""
     units = {metric: unit for metric, unit in METRICS.items() if unit and metric in scores["all"]}
     if all(row.get("score") == row.get("accuracy") for row in scores.values()):
         units.pop("score", None)
-    groups, hidden = shown_groups(scores)
-    rows = [[named(group, benchmark), f"{scores[group]['answered']}/{scores[group]['records']}",
+    groups, hidden = shown_groups(scores, benchmark)
+    rows = [[name, f"{scores[group]['answered']}/{scores[group]['records']}",
              *(cell(scores[group].get(metric), unit) for metric, unit in units.items())]
-            for group in groups]
+            for group, name in groups.items()]
     headings = ["mra (exact)" if metric == "mra" else metric for metric in units]
     return markdown([[title, "answered", *headings], *rows]).splitlines() + hidden
 
 
 def summary(results, compare):
-    """Returns the results as lines in the layout of the paper's Table 1, then other benchmarks'.
-    compare: with the rows of the paper. A cell with n/N is of a part of the benchmark."""
+    """Returns results as the lines of a table: the paper's Table 1, with columns for other
+    benchmarks. compare: adds the paper's rows. "n/N": n of N questions are answered."""
     paper, measured = read_file(ASSETS / "table1.csv"), {r["benchmark"] for r in results}
     columns = [name for name in BENCHMARKS if name in paper[0] or name in measured]
     ours = defaultdict(lambda: dict.fromkeys(columns, ""))
@@ -434,51 +436,53 @@ def summary(results, compare):
 
 
 def comparison(folders):
-    """Returns a table, as lines, for each result that all --output folders have in both orders:
-    a group's score on ordered frames, on shuffled ones and the gap."""
+    """Returns tables, as lines, of the results that all --output folders have in both orders: each
+    group's score with ordered frames, with shuffled frames, and the gap."""
     names = [{path.name.rpartition("_")[0] for path in Path(folder).glob(f"*_{order}.json")}
              for folder in folders for order in ("ordered", "shuffled")]
     common, lines = sorted(set.intersection(*names)), []
     if not common:
-        raise InputError(f"{' and '.join(folders)} have no <name>_<frames>_shuffled.json in common")
+        raise InputError(f"{' and '.join(folders)} have no <name>_<frames>_shuffled.json in common"
+                         ": evaluate both with --order ordered shuffled")
     for stem in common:
         pairs = [[read_result(f"{folder}/{stem}_{order}.json")
                   for order in ("ordered", "shuffled")] for folder in folders]
-        groups, hidden = shown_groups(pairs[0][0]["scores"])
+        groups, hidden = shown_groups(pairs[0][0]["scores"], pairs[0][0]["benchmark"])
         rows = [[f"{stem}: score, %", "answered", "model", "ordered", "shuffled", "gap"]]
-        for group in (group for group in groups if not group.startswith("problem_type")):
-            label = named(group, pairs[0][0]["benchmark"])
+        for group, name in groups.items():
+            if group.startswith("problem_type"):
+                continue
             for pair in pairs:
                 ordered, shuffled = (result["scores"].get(group, {}) for result in pair)
-                rows.append([label, ordered.get("answered", 0), pair[0]["arguments"]["model"],
-                             *map(cell, (ordered.get("score"), shuffled.get("score"),
-                                         shuffled.get("drop")))])
-                label = ""  # below its own
+                rows.append([name, ordered.get("answered", 0), pair[0]["arguments"]["model"],
+                             cell(ordered.get("score")), cell(shuffled.get("score")),
+                             cell(shuffled.get("drop"))])
+                name = ""  # printed in the first folder's row only
         lines += markdown(rows).splitlines() + hidden
     return lines
 
 
 def difference(a, b):
-    """Returns the changes from result a to result b as lines: paired scores, then questions."""
+    """Returns the changes from result a to result b as lines: settings, scores, questions."""
     if a["benchmark"] != b["benchmark"]:
-        raise InputError(f"results of {a['benchmark']} and {b['benchmark']} cannot be paired")
+        raise InputError(f"results of {a['benchmark']} and {b['benchmark']} cannot be compared: "
+                         "give two of the same benchmark")
     before, after = ({str(row["problem_id"]): row for row in result["rows"]} for result in (a, b))
     old, new = ([rows[key] for key in before if key in after] for rows in (before, after))
     if not old:
-        raise InputError("the two results have no question in common")
+        raise InputError("the results have no question in common: give two of the same records")
     lines = [f"{key} differs: {str(a['configuration'].get(key))[:60]} | {str(value)[:60]}"
              for key, value in b["configuration"].items() if a["configuration"].get(key) != value]
-    # with b's rows as the ordered ones, the "drop" of a's rows is b - a
+    # with b's rows in place of ordered ones, the "drop" of a's rows is b - a
     overalls = BENCHMARKS.get(a["benchmark"], RECORDS).overalls
-    scores, there = (score(rows, rows, a["arguments"]["seed"], overalls, new)
-                     for rows in (old, new))
-    groups, hidden = shown_groups(scores)
-    table = [(a["benchmark"], "questions", f"A: {model_and_order(a)}", f"B: {model_and_order(b)}",
-              "B - A")] + [
-        (named(group, a["benchmark"]), scores[group]["answered"], cell(scores[group].get("score")),
-         cell(there.get(group, {}).get("score")), cell(scores[group].get("drop")))
-        for group in groups]
-    lines += markdown(table).splitlines() + hidden
+    of_a, of_b = (score(rows, rows, a["arguments"]["seed"], overalls, new) for rows in (old, new))
+    groups, hidden = shown_groups(of_a, a["benchmark"])
+    rows = [[a["benchmark"], "questions", f"A: {model_and_order(a)}", f"B: {model_and_order(b)}",
+             "B - A"]]
+    rows += [[name, of_a[group]["answered"], cell(of_a[group].get("score")),
+              cell(of_b.get(group, {}).get("score")), cell(of_a[group].get("drop"))]
+             for group, name in groups.items()]
+    lines += markdown(rows).splitlines() + hidden
     lines += [f"{first['problem_id']}: {first['accuracy']:.2f} -> {second['accuracy']:.2f}, answer "
               f"{first['prediction'][:40]!r} -> {second['prediction'][:40]!r}, truth "
               f"{extract_answer(first['solution'])[:40]!r}: {first['problem'][:80]!r}"
@@ -490,24 +494,24 @@ def difference(a, b):
 # --------------------------------------------------------------------------------- data
 
 def read_records(name, path, media_root):
-    """Returns the records of a file; a benchmark's with the groups in which it is scored."""
+    """Returns the records of a file, a benchmark's with their groups."""
     if Path(path).is_dir():
-        raise InputError(f"{path} is a folder, not a file of records: python build_data.py convert "
-                         f"{name} {path} --out {name}.json makes one of a benchmark's release")
+        raise InputError(f"{path} is a folder, not a file of records. For a benchmark's release: "
+                         f"python build_data.py convert {name} {path} --out {name}.json")
     records = load_records(path, media_root)
     if name in BENCHMARKS:
-        for record in records:  # convert has named them, the released files do not
+        for record in records:  # convert writes groups, the released files have none
             record["groups"] = record.get("groups") or released_groups(name, record)
     return records
 
 
 def read_benchmarks(args):
-    """Returns --benchmark as {name: records}, or raises InputError."""
+    """Returns the files of --benchmark, {name: records}."""
     benchmarks = {}
     for text in args.benchmark:
         name, _, path = text.partition("=")
         if name in benchmarks:
-            raise InputError(f"--benchmark has two files named {name}")
+            raise InputError(f"--benchmark has two files named {name}: rename one")
         benchmarks[name] = records = read_records(name, path, args.media_root)
         refuse_repeated_ids(path, records)
         refuse_absent_media(path, records)
@@ -515,7 +519,7 @@ def read_benchmarks(args):
 
 
 def reorder(vision, order, seed):
-    """Returns the image or video in an order of ORDERS; size, timing and token count stay."""
+    """Returns an image or video with its frames in an order of ORDERS. Size and timing stay."""
     frames = vision.frames  # (T, C, H, W)
     if frames is None:
         grey = Image.new("RGB", vision.image.size, (GREY, GREY, GREY))
@@ -532,25 +536,16 @@ def reorder(vision, order, seed):
 
 
 def prompt_of(processor, args, order, record):
-    """Returns a record with its inputs, or (without a processor) with a server's messages, or a
-    skipped row. Runs in worker processes."""
-    try:
-        vision = load_vision_of(record, args, processor)
-    except MediaError as error:
-        return skip_row(record, error)
-    vision = reorder(vision, order, record_seed(args.seed, record))
-    frames = vision.frames  # (T, C, H, W)
-    size = [1, *vision.image.size[::-1]] if frames is None else [*frames[:, 0].shape]
-    if processor is None:
-        return {"record": record, "size": size, "messages": api_messages(record, vision)}
-    return {"record": record, "size": size, "inputs": encode(processor, record, vision)}
+    """Returns prepare's sample of a record, with its frames in an order of ORDERS."""
+    seed = record_seed(args.seed, record)
+    return prepare(processor, args, record, partial(reorder, order=order, seed=seed))
 
 
 # ------------------------------------------------------------- answers, and what a run leaves
 
-def row_of(sample, answers, seconds):
-    """Returns the row of a record's response."""
-    (text, tokens, truncated), = answers
+def row_of(sample, responses, seconds):
+    """Returns the row of a record's one response."""
+    (text, tokens, truncated), = responses
     row = {"problem_id": sample["record"]["problem_id"], "output": text, "truncated": truncated,
            "seconds": seconds, "size": sample["size"]}
     if tokens is not None:  # some servers omit it
@@ -559,30 +554,19 @@ def row_of(sample, answers, seconds):
         "prompt_tokens": sample["inputs"]["input_ids"].shape[1]}
 
 
-def collect_rows(generator, stem, records, configuration, prompt_of):
-    """Returns annotate.collect_responses's rows, and adds skipped records to skipped.jsonl."""
-    output = Path(generator.args.output)
-    rows = collect_responses(generator, output, stem, records, configuration, prompt_of, row_of)
-    skipped = [{"result": stem, **row} for row in rows.values() if "reason" in row]
-    if skipped and generator.rank == 0:
-        with row_writer(output / "skipped.jsonl", len(skipped), quiet=True) as write:
-            write(skipped)
-    return rows
-
-
 def hash_of(value):
-    """Returns a hash of JSON data that does not depend on the order of keys."""
+    """Returns a hash of JSON data, the same for any order of keys."""
     return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()
 
 
 def plan(args, benchmarks, shared):
-    """Returns [(name, records, configuration), ...] of the results to make. Raises InputError if
-    --output has rows of another configuration, even beyond --limit."""
+    """Returns [(name, records, configuration), ...] for each benchmark and number of frames. Raises
+    InputError if --output has rows of another configuration."""
     tasks = []
     for (name, records), frames in product(benchmarks.items(), dict.fromkeys(args.frames)):
         digest = hash_of([as_in_file(record) for record in records])
         configuration = shared | {"frames": frames, "records_sha256": digest}
-        for order in ORDERS:  # they are compared
+        for order in ORDERS:  # also those not given, because results are compared
             read_rows(args.output, f"{name}_{frames}_{order}", configuration)
         tasks.append((name, records[:args.limit], configuration))
     return tasks
@@ -593,7 +577,7 @@ def write_result(args, name, order, records, configuration, rows):
     benchmark, frames = BENCHMARKS.get(name, RECORDS), configuration["frames"]
     stem = f"{name}_{frames}_{order}"
     keys = [str(record["problem_id"]) for record in records]
-    rows = {key: rows[key] for key in keys if key in rows}  # those within --limit
+    rows = {key: rows[key] for key in keys if key in rows}  # of the records within --limit
     graded, ordered = grade(records, rows, args.correct_threshold), []
     if order != "ordered":
         ordered = grade(records, read_rows(args.output, f"{name}_{frames}_ordered", configuration),
@@ -606,7 +590,6 @@ def write_result(args, name, order, records, configuration, rows):
               "tokens": sum(row.get("tokens", 0) for row in rows.values()),
               "rank_seconds": sum(row.get("seconds", 0) for row in rows.values()),  # generating
               "skipped": skipped, "arguments": vars(args), "configuration": configuration,
-              "configuration_sha256": hash_of(configuration),
               "world_size": dist.get_world_size(),
               "written": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
               **provenance(), "rows": graded}
@@ -615,21 +598,21 @@ def write_result(args, name, order, records, configuration, rows):
     if benchmark.size not in (0, len(records)):
         print(f"{name}: {len(records)} questions; {benchmark.title} has {benchmark.size}")
     if skipped:
-        print(f"skipped {len(skipped)}, named in {args.output}/skipped.jsonl; the first: "
+        print(f"skipped {len(skipped)}, listed in {args.output}/{stem}.json; the first: "
               f"{skipped[0]['reason']}")
 
 
 def read_result(path):
-    """Reads a result file of write_result."""
+    """Returns the result in a file of write_result, or raises InputError."""
     result = read_file(Path(path))
     if not isinstance(result, dict) or not {"benchmark", "configuration", "rows"} <= result.keys():
-        raise InputError(f"{path} is not a result: <name>_<frames>_<order>.json of an --output")
+        raise InputError(f"{path} is not a result, <name>_<frames>_<order>.json of an --output")
     return result
 
 
 # ------------------------------------------------------------------------------- the judge
 
-# This project's own wording: the paper's (Figure 12) is not in its text.
+# This project's own wording: the paper shows its prompt only as a picture (Figure 12).
 JUDGE_QUESTION = """\
 Below is a question about a video. Does answering it need temporal reasoning: comparing different \
 moments of the video, such as the order of events, the direction or speed of a motion, a change, \
@@ -652,7 +635,7 @@ Reply with one word: yes or no."""
 
 
 def verdict(text):
-    """Returns the judge's yes (True) or no (False), after its thoughts, or None.
+    """Returns True if the judge's reply, after its thought, is yes, False if it is no, else None.
 
     >>> [verdict(text) for text in ("<think>no?</think>Yes.", "**no**", "It depends: yes and no")]
     [True, False, None]
@@ -662,7 +645,7 @@ def verdict(text):
 
 
 def judge_prompt_of(processor, record):
-    """Returns what prompt_of does, for the judge: a text without image or video."""
+    """Returns the judge's sample of a record: a text without image or video."""
     content = [{"type": "text", "text": record["judge_prompt"]}]
     sample, messages = {"record": record, "size": []}, [{"role": "user", "content": content}]
     if processor is None:
@@ -672,27 +655,27 @@ def judge_prompt_of(processor, record):
 
 
 def verdicts(generator, configuration, stem, prompt, rows):
-    """Returns {problem_id as text: verdict} for the rows of a result that the judge decides."""
+    """Returns {problem_id as text: verdict} for a result's rows. Undecided ones are left out."""
     records = []
     for row in rows:
         question = "\n".join([row["problem"], *(row.get("options") or [])])
         text = prompt.format_map({"question": question, "output": row["output"]})
         records.append({"problem_id": row["problem_id"], "path": row["path"], "judge_prompt": text})
     configuration = configuration | {"records_sha256": hash_of(records)}
-    replies = collect_rows(generator, stem, records, configuration,
-                           partial(judge_prompt_of, generator.processor))
+    replies = collect_responses(generator, generator.args.output, stem, records, configuration,
+                                partial(judge_prompt_of, generator.processor), row_of)
     found = {key: verdict(row["output"]) for key, row in replies.items() if "output" in row}
     return {key: value for key, value in found.items() if value is not None}
 
 
 def judge(generator, configuration, path):
-    """Returns [{"uses", "path"}, ...]: whether the response uses temporal reasoning, for the
-    questions of a result file that need it by a decided verdict. Writes <stem>.judge.json."""
+    """Judges a result file, writes <stem>.judge.json, and returns [{"uses", "path"}, ...]: for each
+    question that needs temporal reasoning, whether its response uses it."""
     rows = {str(row["problem_id"]): row for row in read_result(path)["rows"]}
-    args, stem, ask = generator.args, Path(path).stem, partial(verdicts, generator, configuration)
-    needs = ask(f"{stem}.questions", JUDGE_QUESTION, rows.values())
+    args, stem = generator.args, Path(path).stem
+    needs = verdicts(generator, configuration, f"{stem}.questions", JUDGE_QUESTION, rows.values())
     needed = [row for key, row in rows.items() if needs.get(key)]
-    uses = ask(f"{stem}.responses", JUDGE_RESPONSE, needed)
+    uses = verdicts(generator, configuration, f"{stem}.responses", JUDGE_RESPONSE, needed)
     found = [{"uses": value, "path": rows[key]["path"]} for key, value in uses.items()]
     if generator.rank == 0:
         print(f"{stem}: {len(rows)} questions answered, {len(needs)} judged, {len(needed)} need "
@@ -716,7 +699,7 @@ def main(args):
                         difference(*map(read_result, args.diff))))
         return
     # --------------------------------------------- inputs, checked before a model is loaded
-    make_folder_of(Path(args.output) / "skipped.jsonl")
+    make_folder_of(Path(args.output) / "rows")
     benchmarks = {} if args.judge else read_benchmarks(args)
     for path in args.judge or ():
         read_result(path)
@@ -724,10 +707,10 @@ def main(args):
     shared = configuration_of(generator)
     tasks = plan(args, benchmarks, shared)
 
-    # ------------------------------------------------------------------- verdicts of a judge
+    # ------------------------------------------------------------------------------ verdicts
     if args.judge:
         uses = [row for path in args.judge for row in judge(generator, shared, path)]
-        if generator.rank == 0:  # Figure 6's number
+        if generator.rank == 0:  # the number of Figure 6
             share = cell(measure(uses, ["uses"], args.seed).get("uses"))
             print(f"temporal reasoning in {share or '-'} % of {len(uses)} responses to questions "
                   "that need it")
@@ -738,8 +721,9 @@ def main(args):
     for (name, records, configuration), order in product(tasks, orders):
         frames = configuration["frames"]
         limits = argparse.Namespace(**vars(args), max_frames=frames)
-        rows = collect_rows(generator, f"{name}_{frames}_{order}", records, configuration,
-                            partial(prompt_of, generator.processor, limits, order))
+        rows = collect_responses(
+            generator, args.output, f"{name}_{frames}_{order}", records, configuration,
+            partial(prompt_of, generator.processor, limits, order), row_of)
         if generator.rank == 0:
             write_result(args, name, order, records, configuration, rows)
     if generator.rank == 0:

@@ -1,7 +1,7 @@
 """How an answer is graded: the rule-based rewards of the paper's sections 3.1 and 3.3.
 
-A response is text, "<think>...</think><answer>...</answer>". What is graded is the text of its one
-answer block; no block, or several, is no answer. One function a problem type, each in [0, 1]:
+A response is text, "<think>...</think><answer>...</answer>". Only the text of its answer block is
+graded. Without a block, or with different ones, there is no answer. Each problem type has a grade:
 
     multiple choice   the letters are equal                                   {0, 1}
     numerical         the values round to the same two decimals               {0, 1}
@@ -9,12 +9,12 @@ answer block; no block, or several, is no answer. One function a problem type, e
     free-form         mean of ROUGE-1, ROUGE-2 and ROUGE-L (F, stemmed)       [0, 1]
     regression        1 - |p - g| / |g|, clipped                              [0, 1]
 
-To these a trainer adds the format reward, {0, 1}, and the length reward, {0, omega} (Eq. 5).
-The temporal reward (Eq. 1, 2) needs two groups of responses, so it lives in tgrpo.py.
+A trainer adds the format reward, {0, 1}, and the length reward, {0, omega} (Eq. 5). The temporal
+reward (Eq. 1, 2) compares two groups of responses, so it is in tgrpo.py.
 
-A letter or a number is read by a grammar: the whole text must be one. "(b)", "**Option B**" are B
-and "about 5 cm" is 5; "A or B", "not B", "5 - x" and "more than 5" mean nothing. Truths are read by
-the same functions. No text raises, and 100,000 characters take less than 1 s.
+Letters and numbers are read by a grammar, and the whole text must fit it. "(b)" and "**Option B**"
+are B, "about 5 cm" is 5; "A or B", "not B", "5 - x" and "more than 5" are nothing. Truths are read
+by the same functions. No text raises an error, and 100,000 characters take less than 1 s.
 """
 
 import math
@@ -33,17 +33,17 @@ from rouge_score.rouge_scorer import RougeScorer
 
 # -------------------------------------------------------------------- reading a response
 
-# Qwen's end of turn and end of text (generation_config.json), and the end token of Llama's family
+# end of turn and end of text of Qwen (generation_config.json), end token of Llama's family
 END_TOKEN = re.compile(r"<\|im_end\|>|<\|endoftext\|>|</s>")
-TAGS = ("<think>", "</think>", "<answer>", "</answer>")  # the prompt's wording
-FORMAT = re.compile(
-    rf"\s*<think>.*</think>\s*<answer>.*</answer>(?:\s|{END_TOKEN.pattern})*", re.DOTALL)
+INSIDE = r"(?:(?!</?(?:think|answer)>).)*"  # of a block: any text without a tag
+FORMAT = re.compile(rf"\s*<think>{INSIDE}</think>\s*<answer>{INSIDE}</answer>"
+                    rf"(?:\s|{END_TOKEN.pattern})*", re.DOTALL)
 
 
 def extract_answer(text):
-    """The stripped text of the <answer> block; "" without one, or when blocks hold different texts.
+    """Returns the stripped text of the <answer> block, or "" if there is none.
 
-    A stray tag counts as a different block: nobody can say which text is the answer.
+    Several blocks must hold the same text. A stray tag makes the answer unclear, so it gives "".
 
     >>> extract_answer("<think>left</think> <answer> B </answer><|im_end|>")
     'B'
@@ -59,34 +59,32 @@ def extract_answer(text):
 
 
 def format_reward(response):
-    """1.0 for one <think> block, then one <answer> block, and only whitespace around; else 0.0.
+    """Returns 1.0 for one <think> block, then one <answer> block, and nothing else; otherwise 0.0.
 
-    End tokens after the last block are harmless; so is an empty block.
+    Whitespace, empty blocks and end tokens after the last block are allowed.
 
     >>> format_reward("<think>it moves left</think>\\n<answer>B</answer>")
     1.0
     >>> format_reward("<answer>B</answer>")
     0.0
     """
-    # counted first: each tag is then unique, and the pattern below has one way to match
-    once = all(response.count(tag) == 1 for tag in TAGS)
-    return 1.0 if once and FORMAT.fullmatch(response) else 0.0
+    return 1.0 if FORMAT.fullmatch(response) else 0.0
 
 
 # ------------------------------------------------------------------------------ spelling
 
-# a letter has at most 30 marks (UAX 15); without a limit, unicodedata takes 10 s to sort 100,000
+# a letter has at most 30 marks (UAX 15); unicodedata would take 10 s to sort 100,000
 MARKS = regex.compile(r"(\p{M}{30})\p{M}+")
 INVISIBLE = regex.compile(r"\p{Cf}")  # byte order mark, zero-width space, soft hyphen ...
 EXPONENT, INDEX = re.compile("[⁰¹²³⁴-⁹⁺⁻ⁿ]+"), re.compile("[₀-₉]+")
 NUMERAL = regex.compile(r"(?<=[\d\p{No}])(?=\p{No})|(?<=\p{No})(?=\d)")  # beside "½", "①"
-CHARACTERS = (  # what NFKC leaves apart
+CHARACTERS = (  # spellings that NFKC does not unify
     dict.fromkeys(map(ord, "−–—―‐‑‒˗"), "-") | dict.fromkeys(map(ord, "·⋅∙"), "×")
     | dict.fromkeys(map(ord, "⁄∕÷"), "/") | dict.fromkeys(map(ord, "‘’′"), "'")
     | str.maketrans({"：": ": ", "。": ". ", "٬": ",", "٫": ".", "º": "°", "→": "->", "\t": "\n",
-                     "ﷺ": "\ufffd", "ﷻ": "\ufffd"}))  # NFKC would make them 18 characters and 8
+                     "ﷺ": "\ufffd", "ﷻ": "\ufffd"}))  # 18 and 8 characters in NFKC
 ARGUMENT = r" ?(?:\{[{ ]*([-+]?[\d.]+)[} ]*\}|(\d))"  # "{12}", or "1"
-MARKER = "*_`'\"“”„«»‹›"  # of emphasis, or quotes: "**B**:", but neither "2*3", "f'(x)" nor "x_1"
+MARKER = "*_`'\"“”„«»‹›"  # emphasis or quotes: "**B**:", but not in "2*3", "f'(x)" or "x_1"
 SPELLINGS = [(re.compile(pattern), spelling) for pattern, spelling in (
     ("<sup>", "^"), ("<sub>", "_"), ("</su[bp]>", ""),                      # HTML
     (r"<[biu]>(?=[^<>]*</)|</[biu]>|</?(?:strong|em|code|span|div|br) ?/?>", "\n"),
@@ -103,14 +101,14 @@ SPELLINGS = [(re.compile(pattern), spelling) for pattern, spelling in (
 
 
 def composed(text, form="NFC"):
-    """`text` in a normal form of Unicode: "é" is one character, however it was typed."""
+    """Returns `text` in a normal form of Unicode: "é" is one character, however it was typed."""
     return unicodedata.normalize(form, MARKS.sub(r"\1", text))
 
 
 def plain(text):
-    """`text` in plain characters, single-spaced, without what only dresses it: LaTeX's fonts, HTML,
-    markdown, quotes. NFKC makes "Ｂ", "𝐁" and "Ⓑ" a B; what it would glue to a number ("10²",
-    "1½") is set apart first.
+    """Returns `text` in plain characters, single-spaced, without markup: LaTeX fonts, HTML,
+    markdown, quotes. NFKC turns "Ｂ", "𝐁" and "Ⓑ" into B. It would also turn "10²" into 102 and
+    "1½" into 11/2, so exponents and fractions are separated first.
 
     >>> [plain(t) for t in ("**Answer:** $Ⓑ$", "1½", "<b>\\\\frac12</b>", "12 cm$^{2}$", "10²")]
     ['Answer: B', '1 1/2', '1/2', '12 cm^2', '10^2']
@@ -127,7 +125,7 @@ def plain(text):
 # ----------------------------------------------------------------------- multiple choice
 
 OPTION = re.compile(r"\s*\(?([A-Za-z])[.):\]、]\s*(.*)", re.DOTALL)  # "A. text", as in the records
-DASH = r"(?:-+>?|[>*|]|\#+)\ "  # a bullet, or after a word
+DASH = r"(?:-+>?|[>*|]|\#+)\ "  # a bullet, or between words
 LEAD_IN = (  # "Therefore, the answer is: (", "I choose option ", "Answer - ", "答案是"
     rf"(?:{DASH})*(?:(?:option|choice|answer)[-_](?=[a-z]\b)"
     r"|(?:(?:therefore|thus|hence|so|the|my|final|correct|right|best|ans(?:wer)?|option|choice"
@@ -137,16 +135,16 @@ LEAD_IN = (  # "Therefore, the answer is: (", "I choose option ", "Answer - ", "
 END = r"[\s.,;:!)\]>】」$|-]*"
 CHOICE = re.compile(
     LEAD_IN + r"(?P<letter>[a-z])(?:"
-    rf"(?:[\s.,;]+(?P=letter))*{END}(?:选?项{END})?"  # nothing else, or the letter again; or ...
+    rf"(?:[\s.,;]+(?P=letter))*{END}(?:选?项{END})?"  # nothing else, or the letter again
     r"|(?: ?[)\]>】」]| ?[.:](?=[^!-~])| -(?= )|[.,;:!]?\n)(?P<rest>.*))",  # "B) x", not "B.5"
     re.IGNORECASE | re.DOTALL | re.ASCII)  # ASCII: "ı" is no "I"
-# what may stand around an option's text: "B. ", "The answer is: "; ")", " (B)", ", option B"
+# before an option's text: "B. ", "The answer is: "; after it: ")", " (B)", ", option B"
 BEFORE = re.compile(LEAD_IN + r"(?:(?P<letter>[a-z])[ .,;:=)(\[\]>】」、|-]+)?", re.ASCII)
 AFTER = re.compile(
     rf"{END}|(?:[.,;:] | -+>? |[.,;:]? ?[(\[]){LEAD_IN}(?P<letter>[a-z]){END}", re.A)
 SECOND = re.compile(r"""(?<![\w'-])([A-Za-z])(?:
     (?=[^\w '-]|$|\ (?:is|was|or|and)\b)       # "c) text", "or c", "A is right"
-    |(?<=[B-HJ-Z])(?![\w'-]))                  # any capital, but "A" and "I" are words
+    |(?<=[B-HJ-Z])(?![\w'-]))                  # any capital except "A" and "I", which are words
     """, re.VERBOSE | re.ASCII)
 VERDICT = re.compile(  # "B) is wrong", "B. Not sure", "B. No.", but "B. No doubt"
     r"\W*(?:(?:that|which|this|i)(?:'[sm])? )?"
@@ -156,25 +154,25 @@ VERDICT = re.compile(  # "B) is wrong", "B. Not sure", "B. No.", but "B. No doub
 
 
 def comparable(text):
-    """Plain `text` as options are compared: no case, last full stop, mark of index or thousands."""
+    """Returns a plain `text` without case, final full stops, "_" of an index, "," of thousands."""
     line = re.sub(r"_|(?<=\d),(?=\d{3}(?!\d))", "", text.replace("\n", " "))
     return line.casefold().rstrip(". ") or text
 
 
 def named_by_text(text, spelled, bodies):
-    """The letter of the option whose own text the plain `text` is; None when it is no option's.
+    """Returns the letter of the option that has the plain `text`, or None if no option has it.
 
-    "" when several options have this text, or a letter beside it is another option's. Of texts
-    that end alike ("cat", "the cat") the longest is meant; of texts that differ only in dress or
-    case ("mg", "Mg") the one that stands letter for letter in `spelled`, the text as it was.
+    If several have it, or if a letter beside it is another option's, the result is "". If texts end
+    alike ("cat", "the cat"), the longest counts. If they differ only in markup or case ("mg",
+    "Mg"), the one that occurs in `spelled`, the text as it was written, counts.
     """
-    line, fits = comparable(text), {}  # (length, exact length) -> letters, "" for a contradiction
+    line, fits = comparable(text), {}  # how well a text fits -> letters, "" for a contradiction
     for letter, body in bodies.items():
-        own = comparable(plain(body))  # "" for "<br>" or "{", which only dress
+        own = comparable(plain(body))  # "" for "<br>" or "{", which are only markup
         before, found, after = line.rpartition(own) if own else ("", "", "")
         around = BEFORE.fullmatch(before), AFTER.fullmatch(after)
         signed = before.rstrip().endswith(("-", "+", "<", ">")) and found[:1].isdigit()
-        if found and all(around) and not signed:  # "- 5" may be -5
+        if found and all(around) and not signed:  # "- 5" can mean -5
             agrees = {match["letter"] for match in around} <= {None, letter.lower()}
             if re.fullmatch("[a-z]", found) and around[1]["letter"]:
                 agrees = False  # "A - C" names two options, even if the text of C is "A"
@@ -187,12 +185,12 @@ def named_by_text(text, spelled, bodies):
 
 
 def choice_letter(text, options=()):
-    """The option letter "A" to "Z" that `text` means, or "".
+    """Returns the option letter "A" to "Z" that `text` means, or "".
 
-    The text is a letter, dressed or led in ("(b)", "**Option B**", "The answer is: B"); or an
-    option's own text, with its letter or without; or a letter, a mark and another text or line
-    ("B) a puppy"), unless that holds a second letter or another option's text, begins with a
-    verdict ("B) is wrong") or asks. A letter wins over an option whose text is that letter.
+    Accepted are a letter, with markup or a lead-in ("(b)", "**Option B**", "The answer is: B"); an
+    option's text, with or without its letter; and a letter before another text or line ("B) a
+    puppy"). That text must not hold a second letter or another option's text, begin with a verdict
+    ("B) is wrong") or be a question. "A" means option A even if another option's text is "A".
 
     >>> options = ["A. cat", "B. a dog"]
     >>> [choice_letter(t, options) for t in ("(b)", "A dog", "A bird", "A. a dog", "A or B", "C")]
@@ -207,19 +205,19 @@ def choice_letter(text, options=()):
     named, match = named_by_text(line, text, bodies), CHOICE.fullmatch(line)
     letter = match["letter"].upper() if match else ""
     alone = letter in bodies and match["rest"] is None
-    if named == "" or named and not alone:  # "right (A)", where "right" is B, is no letter
+    if named == "" or named and not alone:  # if "right" is B, "right (A)" means neither
         return named
     if not match or (bodies and letter not in bodies):
         return ""
     rest = (match["rest"] or "").lstrip().removeprefix(plain(bodies.get(letter, "")))
-    letters = set(bodies or ascii_uppercase) - {letter}  # the "m" of "B. 5 m" is none of A to D
+    letters = set(bodies or ascii_uppercase) - {letter}  # the "m" of "B. 5 m" is no option
     second = letters & {found.upper() for found in SECOND.findall(rest)}
     doubt = second or VERDICT.match(rest) or rest.endswith("?")
     return "" if doubt or named_by_text(rest, rest, bodies) not in (None, letter) else letter
 
 
 def multiple_choice(predicted, truth, options=()):
-    """1.0 when both texts mean the same option (see `choice_letter`), else 0.0.
+    """Returns 1.0 if both texts mean the same option (see `choice_letter`), otherwise 0.0.
 
     >>> multiple_choice("**B**", "B"), multiple_choice("B", "(B)"), multiple_choice("A, B", "B")
     (1.0, 1.0, 0.0)
@@ -230,7 +228,7 @@ def multiple_choice(predicted, truth, options=()):
 
 # ------------------------------------------------------------------------------- numbers
 
-# what is counted: a plural, but no number ("thirds", "hundreds"), nor "less", "plus" or "is"
+# what is counted: a plural that is neither a number ("thirds") nor "less", "plus" or "is"
 THING = (r"(?!(?:halv|third|quarter|ten|hundred|thousand|dozen|[a-z]*illion|lakh|crore"
          r"|[a-z]+th)e?s\b)"
          r"(?:[a-z]{2,}[^\W\d_sui]s|people|men|women|children)\b")
@@ -262,16 +260,16 @@ NUMBER = re.compile(rf"""
     [ ]?\.?""", re.VERBOSE | re.IGNORECASE)
 
 CENT = Decimal("0.01")
-# The largest float has 309 digits before the point. Half-even on the shortest decimal form:
-# 2.675 is 2.68, which round(2.675, 2) misses because the binary number is a little smaller.
+# The largest float has 309 digits before the point. Decimals are rounded half-even: 2.675 to 2.68.
+# round(2.675, 2) is 2.67, because the binary number is a little smaller.
 EXACT = Context(prec=320, rounding=ROUND_HALF_EVEN)
 
 
 def parse_number(text):
-    """The finite number that `text` is as a float; None when it is anything else.
+    """Returns the finite number that `text` is, or None.
 
-    The whole text must be one NUMBER. "50%" is 50 and "about 5" is 5; only a fraction or a power of
-    ten is worked out. A comma, space or apostrophe groups thousands: "3,14" could be a list.
+    The whole text must be one NUMBER. "50%" is 50 and "about 5" is 5. Only fractions and powers of
+    ten are evaluated. A comma only groups thousands: "3,14" could be a list, so it is no number.
 
     >>> [parse_number(t) for t in ("−1,000.5", "$3", "42 km/h", "20 m²", "-1 1/2", "1.5×10^3")]
     [-1000.5, 3.0, 42.0, 20.0, -1.5, 1500.0]
@@ -293,7 +291,7 @@ def parse_number(text):
 
 
 def numerical(predicted, truth):
-    """1.0 when both are numbers that round to the same two decimals, else 0.0.
+    """Returns 1.0 if both are numbers that round to the same two decimals, otherwise 0.0.
 
     >>> numerical("1,000", "1000.001"), numerical("-5", "5"), numerical("about 3 or 4", "3")
     (1.0, 0.0, 0.0)
@@ -306,7 +304,7 @@ def numerical(predicted, truth):
 
 
 def regression(predicted, truth):
-    """1 - |p - g| / |g|, clipped to [0, 1]; for g = 0, 1.0 when p = 0 and else 0.0.
+    """Returns 1 - |p - g| / |g|, clipped to [0, 1]. If g = 0, only p = 0 scores 1.0.
 
     >>> regression("8 m", "10"), regression("25", "10"), regression("0.1", "0")
     (0.8, 0.0, 0.0)
@@ -314,32 +312,30 @@ def regression(predicted, truth):
     p, g = parse_number(predicted), parse_number(truth)
     if p is None or g is None:
         return 0.0
-    if g == 0:
-        return 1.0 if p == 0 else 0.0
-    return max(0.0, 1.0 - abs(p - g) / abs(g))
+    error = abs(p - g) / abs(g) if g else float(p != 0)
+    return max(0.0, 1.0 - error)
 
 
 # ---------------------------------------------------------------------------------- text
 
-# Han, kana: scripts without spaces, in which a character is the usual unit of ROUGE
+# Han and kana are written without spaces: a character is the usual unit of ROUGE
 CHARACTER = r"\u3040-\u30ff\u3400-\u4dbf\u4e00-\u9fff\uf900-\ufaff"
-WORD = regex.compile(  # letters and digits, each with its marks: Hindi's vowels are such marks
+WORD = regex.compile(  # letters and digits, each with its marks, such as Hindi's vowels
     rf"[{CHARACTER}]\p{{M}}*|(?:(?![{CHARACTER}])[\p{{L}}\p{{N}}]\p{{M}}*)+")
-STEMMED = range(4, 65)  # from 4 as rouge_score's; no word is longer, and nltk 3.8 recurses on "yyy"
-STEMS_KEPT = 100_000  # distinct words; a vocabulary of English and its misspellings
-
-# it is given stems with spaces between, see `stems`
+STEMMED = range(4, 65)  # lengths: from 4 as in rouge_score; nltk 3.8 recurses on a long "yyy"
+stem = lru_cache(maxsize=100_000)(PorterStemmer().stem)  # words: English with its misspellings
+# its texts are stems joined by spaces, see `stems`
 ROUGE = RougeScorer(["rouge1", "rouge2"], tokenizer=SimpleNamespace(tokenize=str.split))
-stem = lru_cache(maxsize=STEMS_KEPT)(PorterStemmer().stem)
 
 
 def ocr(predicted, truth):
-    """1 - WER, clipped to [0, 1]: WER = word edits / words of the truth, case and marks counted.
+    """Returns 1 - WER, clipped to [0, 1]. WER = word edits / words of the truth, with case and
+    punctuation.
 
     >>> ocr("STOP ahead", "STOP AHEAD"), ocr("STOP", "STOP"), ocr("a b c", "x")
     (0.5, 1.0, 0.0)
     """
-    # split here: jiwer itself takes a line break for a letter
+    # split here, because jiwer treats a line break as a letter
     p, g = composed(predicted).split(), composed(truth).split()
     if not p or not g:  # jiwer 3 raises on an empty truth
         return 1.0 if p == g else 0.0
@@ -347,10 +343,10 @@ def ocr(predicted, truth):
 
 
 def stems(text):
-    """The stemmed words of `text`, as rouge_score finds them in ASCII text.
+    """Returns the stemmed words of `text`. In ASCII text they are rouge_score's.
 
-    Its tokenizer keeps only [a-z0-9], so that every answer in another script would score 0. Here
-    letters of all scripts make words, and each Han or kana character is a word.
+    rouge_score keeps only [a-z0-9], so every answer in another script would score 0. Here letters
+    of all scripts form words, and each Han or kana character is a word.
 
     >>> stems("Running dogs: 2 小狗")
     ['run', 'dog', '2', '小', '狗']
@@ -360,9 +356,9 @@ def stems(text):
 
 
 def free_form(predicted, truth):
-    """Mean F-measure of ROUGE-1, ROUGE-2 and ROUGE-L over stems, in [0, 1].
+    """Returns the mean F-measure of ROUGE-1, ROUGE-2 and ROUGE-L over stems, in [0, 1].
 
-    A truth of one word has no pair of words: its ROUGE-2 is 0, so at best it scores 2/3.
+    A truth of one word has no bigram, so its ROUGE-2 is 0, and the best score is 2/3.
 
     >>> free_form("the cat sat", "the cat sat"), round(free_form("the cat sat", "the cat ran"), 4)
     (1.0, 0.6111)
@@ -371,8 +367,8 @@ def free_form(predicted, truth):
     if not p or not g:
         return 0.0
     scores = ROUGE.score(" ".join(g), " ".join(p))
-    # rouge_score's own ROUGE-L fills a len(p) x len(g) table in Python, 0.1 s a million cells.
-    # The same number, fast: F = 2PR / (P + R) with P = common / len(p) and R = common / len(g).
+    # rouge_score computes ROUGE-L in Python, 0.1 s for a million pairs of words. The same number
+    # in C: F = 2PR / (P + R) with P = common / len(p) and R = common / len(g).
     rouge_l = 2 * LCSseq.similarity(p, g) / (len(p) + len(g))
     return (scores["rouge1"].fmeasure + scores["rouge2"].fmeasure + rouge_l) / 3
 
@@ -384,9 +380,9 @@ GRADERS = {"multiple choice": multiple_choice, "numerical": numerical, "OCR": oc
 
 
 def accuracy_reward(response, record):
-    """The grade in [0, 1] of the response's answer by the record's problem type; 0.0 without one.
+    """Returns the grade in [0, 1] of a response by its record's problem type; 0.0 without answer.
 
-    Raises ValueError for a problem type that has no rule, or a solution without an answer.
+    Raises ValueError if the problem type is unknown, or if the solution has no answer.
 
     >>> record = {"problem_id": 1, "problem_type": "multiple choice", "options": ["A. up", "B. no"],
     ...           "solution": "<answer>A</answer>"}
@@ -410,10 +406,8 @@ def accuracy_reward(response, record):
 
 
 def length_reward(correct, lengths, omega, l_min, l_max):
-    """Eq. 5: omega for each correct response of l_min to l_max tokens, both included, else 0.0.
-
-    `correct` and `lengths` (tokens, the end token included) hold one entry for each of the G
-    responses of a group; the result is a list of G floats.
+    """Returns Eq. 5 for the G responses of a group, a list of floats: omega for a correct response
+    of l_min to l_max tokens, both included, otherwise 0.0. lengths: tokens, end token included.
 
     >>> length_reward([True, True, False], [320, 513, 400], omega=0.2, l_min=320, l_max=512)
     [0.2, 0.0, 0.0]

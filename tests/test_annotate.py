@@ -16,7 +16,6 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 import numpy as np
 import psutil
 import pytest
-import requests
 
 import annotate
 import build_data
@@ -44,7 +43,6 @@ class Server:
 
     def __init__(self, answer):
         outer, self.requests, self.lock = self, [], threading.Lock()
-        self.clients = set()  # an address for each connection
 
         class Handler(BaseHTTPRequestHandler):
             protocol_version = "HTTP/1.1"  # a connection serves many requests
@@ -53,7 +51,6 @@ class Server:
                 body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
                 with outer.lock:
                     outer.requests.append((self.path, dict(self.headers), body, time.monotonic()))
-                    outer.clients.add(self.client_address)
                     number = len(outer.requests) - 1
                 sent = answer(body, number)
                 status, headers, text = sent if isinstance(sent, tuple) else (200, {}, sent)
@@ -103,9 +100,8 @@ HI = [{"role": "user", "content": "Hi"}]
 
 
 def ask(server, n=1, *more):
-    with requests.Session() as session:
-        args = flags(server, "--samples", str(n), *more)
-        return annotate.request_responses(session, args, HI, seed=5)
+    args = flags(server, "--samples", str(n), *more)
+    return annotate.request_responses(args, HI, seed=5)
 
 
 # ----------------------------------------------------------------------------- the server
@@ -220,16 +216,6 @@ def test_a_request_has_a_total_time_however_slowly_its_reply_comes():
     assert time.monotonic() - started < 5
 
 
-def test_a_reply_without_end_and_a_text_too_long_are_malformed(monkeypatch):
-    monkeypatch.setattr(annotate, "LARGEST_REPLY", 2**17)
-    monkeypatch.setattr(annotate, "LONGEST_TEXT", 10)
-    with Server(lambda body, number: (200, {}, pieces("x" * 2**16, 0, 10**9))) as server:
-        with pytest.raises(ApiError, match="no whole reply: .* more than 131072 bytes"):
-            ask(server)
-    with Server(lambda body, number: reply("x" * (11 if number == 0 else 10))) as server:
-        assert ask(server) == [("x" * 10, 7, False)]
-
-
 @pytest.mark.parametrize("status", [301, 302, 307, 308])
 def test_a_redirect_is_named_and_not_followed(status):
     with Server(lambda body, number: reply("a")) as other:
@@ -247,18 +233,14 @@ def times_of_requests(answer, *more):
     return [after - before for before, after in zip(times, times[1:])]
 
 
-def test_retry_after_is_honoured_as_seconds_and_as_a_date_and_printed(capsys):
-    from email.utils import formatdate
-    waits = ["1", formatdate(time.time() + 3, usegmt=True)]
-    first, second = times_of_requests(lambda body, number: (
-        429, {"Retry-After": waits[number]}, "slow down") if number < 2 else reply("a"))
-    assert 1 <= first < 1.5 and 0 < second < 3
-    printed = capsys.readouterr().err
-    assert all(f"HTTP 429: slow down. It asks to wait (Retry-After: {wait})" in printed
-               for wait in waits)
+def test_retry_after_is_honoured_in_seconds_and_printed_once(capsys):
+    pauses = times_of_requests(lambda body, number: (
+        429, {"Retry-After": "1"}, "slow down") if number < 2 else reply("a"))
+    assert len(pauses) == 2 and all(1 <= pause < 1.5 for pause in pauses)
+    assert capsys.readouterr().err.count("HTTP 429: slow down (Retry-After: 1)") == 1
 
 
-@pytest.mark.parametrize("wait", ["601", "86400", "Wed, 21 Oct 2099 07:28:00 GMT"])
+@pytest.mark.parametrize("wait", ["601", "86400"])
 def test_a_retry_after_of_hours_ends_the_run_with_what_the_server_said(wait):
     with Server(lambda body, number: (429, {"Retry-After": wait}, "daily budget spent")) as server:
         with pytest.raises(InputError, match=f"HTTP 429: daily budget spent.*Retry-After: {wait}"):
@@ -267,18 +249,18 @@ def test_a_retry_after_of_hours_ends_the_run_with_what_the_server_said(wait):
 
 
 @pytest.mark.parametrize("text", ["", "soon", "-3", "nan", "9e9", "1.5", "9" * 5000,
-                                  "Wed, 21 Oct 99999 07:28:00 GMT"])
-def test_a_retry_after_that_is_neither_means_the_usual_pause(text):
+                                  "Wed, 21 Oct 2099 07:28:00 GMT"])
+def test_any_other_retry_after_means_the_usual_pause(text):
     pauses = times_of_requests(lambda body, number: (429, {"Retry-After": text}, "")
                                if number < 2 else reply("a"))
     assert len(pauses) == 2 and max(pauses) < 1
 
 
-def test_a_request_is_repeated_at_once_and_then_after_pauses_that_double(monkeypatch):
+def test_a_request_is_repeated_after_pauses_that_double(monkeypatch):
     monkeypatch.setattr(annotate, "FIRST_PAUSE", 0.2)
     first, second, third = times_of_requests(
         lambda body, number: (500, {}, "") if number < 3 else reply("a"), "--api_retries", "3")
-    assert first < 0.2 <= second and 0.4 <= third
+    assert 0.2 <= first < 0.5 and 0.4 <= second < 0.7 and 0.8 <= third
 
 
 def test_the_last_error_is_told_without_the_key():
@@ -372,16 +354,21 @@ def test_a_server_that_is_not_there_is_a_clear_error():
         ask(server)
 
 
-def test_four_requests_at_a_time_need_four_connections_in_all():
+def test_at_most_four_requests_run_at_a_time_and_each_has_its_own_seed():
+    running, most = [], []
+
     def answer(body, number):
+        running.append(number)
+        most.append(len(running))
         time.sleep(0.02)
+        running.remove(number)
         return reply("a")
     samples = [{"record": {"problem_id": i, "path": ""}, "messages": HI} for i in range(20)]
     rows = []
     with Server(answer) as server:
         annotate.generate_on_server(flags(server, "--concurrency", "4"), samples, annotate.row_of,
                                     rows.extend)
-        assert len(server.requests) == 20 and len(server.clients) == 4
+        assert len(server.requests) == 20 and max(most) <= 4
         assert len({body["seed"] for _, _, body, _ in server.requests}) == 20
     assert sorted(row["problem_id"] for row in rows) == list(range(20))
 

@@ -339,7 +339,7 @@ def test_a_converted_release_lies_in_its_folder_or_has_paths_below_a_folder_abov
         record, = read("videommmu", file).values()
         assert record["path"] == path and record["data_source"] == "VideoMMMU/perception"
         assert record["media_path"] == f"{folder}/Science/dev_Biology_3.mp4"
-    with pytest.raises(InputError, match="--media_root .*/elsewhere is no folder above"):
+    with pytest.raises(InputError, match="--media_root .*/elsewhere is not above"):
         converted("videommmu", folder, tmp_path / "a.json", "--media_root", f"{tmp_path}/elsewhere")
 
 
@@ -448,7 +448,7 @@ def test_a_folder_without_frames_or_rate_costs_its_record(tmp_path):
 def test_what_a_release_would_not_have_is_refused_by_name(
         name, file, content, message, tmp_path):
     put(tmp_path / file, content)
-    with pytest.raises(InputError, match=f"{file} is not as .* is released: .*{message}"):
+    with pytest.raises(InputError, match=f"{file} differs from the release of .*: .*{message}"):
         converted(name, tmp_path / file, tmp_path / "a.json")
 
 
@@ -673,7 +673,7 @@ def test_a_release_is_answered_and_stands_in_the_paper_s_table(toy, mmvu, tmp_pa
     assert {"discipline: Science", "subject: Art"} <= set(result["scores"])
     row = result["rows"][0]
     assert row["reward"] == row["accuracy"] + row["format"] and row["size"] == [8, 28, 28]
-    assert row["prompt_tokens"] > 0 and len(result["configuration_sha256"]) == 64
+    assert row["prompt_tokens"] > 0
     printed = capsys.readouterr().out
     assert "mmvu: 6 questions; MMVU (mc) has 625" in printed
     lines = printed.splitlines()

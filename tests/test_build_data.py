@@ -159,8 +159,8 @@ def test_options_have_letters_in_the_prompt_as_they_stand_or_given(tmp_path, opt
     (["B. left", "C. right", "D. up"], "with B, C, D"), (["A. left", "up", "B. right"], "A, B"),
     (["left", ""], "an option is empty"), (["A. left", "B."], "an option is empty"),
     (["A. left", "B.  "], "an option is empty"), (["left", "right", "left"], "options are equal"),
-    (["left", 2], "not a list of strings"), (["left", None], "not a list of strings"),
-    ({"A": "left", "B": "right"}, "not a list of strings")])
+    (["left", 2], "must be a list of strings"), (["left", None], "must be a list of strings"),
+    ({"A": "left", "B": "right"}, "must be a list of strings")])
 def test_options_that_are_neither_lettered_nor_plain_are_refused(tmp_path, options, reason):
     with pytest.raises(InputError, match=r"record 0 \(problem_id 7\): field options.*" + reason):
         load_records(write(tmp_path, RECORD | {"options": options}))

@@ -16,7 +16,7 @@ import build_data
 import rewards
 from build_data import (FIGURE_2, Dropped, InputError, draft, figure_rows, load_records,
                         make_record, option_texts, read_recipe, release_rows, shuffle_options,
-                        split_options, spread, texts_by_letter, wanted_type)
+                        split_options, spread, wanted_type)
 from conftest import ROOT, cells, run
 
 ALL_TYPES = ["multiple choice", "numerical", "OCR", "free-form", "regression"]
@@ -54,7 +54,7 @@ def llava(medium, *turns):
 def dropped(found):
     """Why a draft becomes no record."""
     with pytest.raises(Dropped) as reason:
-        make_record(draft(**{"medium": "1.png"} | found), entry("llava", ""), "")
+        make_record(draft(**{"file": "1.png"} | found), entry("llava", ""), "")
     return str(reason.value)
 
 
@@ -97,13 +97,14 @@ def test_the_paper_s_recipe_says_what_is_missing_below_the_folder_of_the_records
 
 
 @pytest.mark.parametrize("change, words", [
-    ({"count": "5"}, "count must be a int, not '5'"), ({"count": -1}, "count -1 is negative"),
-    ({"format": "x"}, "format 'x' is none of"),
-    ({"problem_type": ["mc"]}, "problem_type ['mc'] must be one or more of"),
-    ({"problem_type": []}, "problem_type [] must be one or more of"),
-    ({"media": None}, "media must be a str, not None"),
-    ({"annotation": ""}, "annotation '' must be a path below"),
-    ({"annotation": "/data/a.json"}, "annotation '/data/a.json' must be a path below")])
+    ({"count": "5"}, "count must be of type int, not '5'"),
+    ({"count": -1}, "count must be at least 0, not -1"),
+    ({"format": "x"}, f"format must be one of {list(build_data.CONVERTERS)}, not 'x'"),
+    ({"problem_type": ["mc"]}, f"must be one or more of {[*rewards.GRADERS]}, not ['mc']"),
+    ({"problem_type": []}, f"problem_type must be one or more of {[*rewards.GRADERS]}, not []"),
+    ({"media": None}, "media must be of type str, not None"),
+    ({"annotation": ""}, "annotation must be a path below --media_root, not ''"),
+    ({"annotation": "/data/a.json"}, "a path below --media_root, not '/data/a.json'")])
 def test_a_wrong_recipe_names_entry_and_key(tmp_path, change, words):
     write(tmp_path / "recipe.json", [entry("llava", "a.json"), entry("llava", "a.json") | change])
     with pytest.raises(InputError) as error:
@@ -113,7 +114,7 @@ def test_a_wrong_recipe_names_entry_and_key(tmp_path, change, words):
 
 @pytest.mark.parametrize("text, words", [
     ("{", "cannot read .*recipe.json"), ("7", "cannot read .*recipe.json"),
-    ('["llava"]', "entry 0 .*: not a JSON object but str")])
+    ('["llava"]', "entry 0 .*: it must be a JSON object, not a str")])
 def test_a_file_that_is_no_recipe_is_named(tmp_path, text, words):
     write(tmp_path / "recipe.json", text)
     with pytest.raises(InputError, match=words):
@@ -353,7 +354,7 @@ def test_letters_are_taken_off_options_where_all_have_theirs(options, texts):
     ({"A": "A. x", "B": "B. y"}, ["x", "y"]), ({"A": "x", "B": "y", "C": None}, ["x", "y"]),
     ({"option_a": "x", "option_b": "y"}, ["x", "y"]), ({}, [])])
 def test_options_by_letter_are_sorted_and_those_that_a_question_lacks_left_out(options, texts):
-    assert texts_by_letter(options) == texts
+    assert option_texts(options) == texts
 
 
 @pytest.mark.parametrize("options", ["A. x\nB. y", ["x", None], [["x"], ["y"]], [{"A": "x"}],
@@ -388,7 +389,7 @@ def test_a_table_of_one_s_own_becomes_records_by_the_recipe_for_it(tmp_path):
         question("./2.png", "What, here?", "a red dog", kind="free-form"),
         question("./1.mp4", "How far?", "3", kind="regression"),
         question("./2.png", "What is written?", "STOP", kind="OCR"))]
-    assert counts == {"rows": 10, "not of the wanted problem type": 1, "no medium": 1,
+    assert counts == {"rows": 10, "not of the wanted problem type": 1, "no file": 1,
                       "malformed row": 2}
 
 
@@ -448,8 +449,8 @@ def test_files_are_read_as_lists_objects_lines_or_tables(tmp_path):
      "answer is not one of the options"),
     ({"problem": "?", "answer": "3 or 4", "problem_type": "numerical"}, "answer is not one number"),
     ({"problem": "?", "answer": "many", "problem_type": "regression"}, "answer is not one number"),
-    ({"problem": "?", "answer": "x", "medium": "../../etc/x.png"}, "path leaves the media folder"),
-    ({"problem": "?", "answer": "x", "medium": "/etc/x.png"}, "path leaves the media folder")])
+    ({"problem": "?", "answer": "x", "file": "../../etc/x.png"}, "path leaves the media folder"),
+    ({"problem": "?", "answer": "x", "file": "/etc/x.png"}, "path leaves the media folder")])
 def test_what_cannot_be_a_question_is_dropped_with_its_reason(found, reason):
     assert dropped(found) == reason
 
@@ -551,7 +552,7 @@ def test_media_of_benchmarks_are_left_out_by_folder_and_name_and_by_content(tmp_
     records, report = mix(tmp_path, [entry("llava", "a.json")], "--exclude",
                           tmp_path / "bench" / "eval.json")
     assert {r["path"] for r in records} == {"./clevrer2/video_1.mp4", "./copy/third.mp4"}
-    assert "2 medium of a benchmark" in report
+    assert "2 file of a benchmark" in report
 
 
 # -------------------------------------------------------------------- sampling and balance
