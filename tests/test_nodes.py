@@ -33,14 +33,14 @@ def on_two_machines(*commands):
         probe.bind(("127.0.0.1", 0))
         port = str(probe.getsockname()[1])
     return together(*(partial(
-        run, *command, check=False, timeout=100, fresh=command[0] != "sft.py", env={
+        run, *command, check=False, fresh=command[0] != "sft.py", env={
             "RANK": str(rank), "LOCAL_RANK": "0", "WORLD_SIZE": "2", "LOCAL_SIZE": "1",
             "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port})
         for rank, command in enumerate(commands)))
 
 
 def test_a_file_that_one_machine_lacks_ends_the_ranks_of_all_with_that_error(toy, tmp_path):
-    """Either way round, long before --timeout_minutes."""
+    """Either way round, long before --timeout_minutes: in the seconds that `run` waits."""
     here, absent = command(toy, tmp_path / "run"), command(toy, tmp_path / "run", "--data=absent")
     for commands in ((here, absent), (absent, here)):
         ranks = on_two_machines(*commands)
