@@ -470,6 +470,7 @@ CONNECT_TIMEOUT = 10.0  # seconds
 FIRST_PAUSE = 1.0  # seconds before the first retry, doubled for each further one
 LONGEST_PAUSE = 600  # seconds; if a server asks for more, the run ends
 REPLY_PART = 2**16  # bytes that are read at once
+LARGEST_REPLY = 2**21  # bytes; the filter takes seconds for a megabyte of text
 FATAL_STATUS = {*range(300, 400), 401, 402, 403, 404}  # HTTP: no request of this run can succeed
 NO_RETRY_STATUS = {*range(400, 500)} - FATAL_STATUS - {408, 409, 425, 429}
 ERROR_SHOWN = 300  # characters of an error in a message
@@ -536,7 +537,8 @@ def request_responses(args, messages, seed):
 
 def send(args, url, body):
     """Sends a request and returns (status, Retry-After, text) of the reply. The key is removed from
-    the text. If no whole reply comes within --api_timeout, the status is 0, the text the reason."""
+    the text. If the reply is not whole by --api_timeout, or too large, the status is 0 and the text
+    the reason."""
     deadline = time.monotonic() + args.api_timeout
     key = os.environ.get(KEY_VARIABLE, "").strip()
     if not (key.isascii() and key.isprintable()):  # an error of requests would show it
@@ -554,6 +556,8 @@ def send(args, url, body):
                 data += part
                 if time.monotonic() > deadline:
                     raise requests.Timeout("the reply was not complete within --api_timeout")
+                if len(data) > LARGEST_REPLY:
+                    raise ValueError(f"the reply has more than {LARGEST_REPLY} bytes")
             text = reply.headers["Location"] if reply.is_redirect else data.decode(
                 errors="strict" if status == 200 else "replace")
     except (requests.RequestException, HTTPError, ValueError) as error:

@@ -69,9 +69,9 @@ MEASURES = {"ordered": "ordered, %", "shuffled": "shuffled, %", "gap": "gap",
             "agree": "agree, %", "tokens": "tokens", "watch_conflict": "watch, %"}
 COMPARED = ("ordered", "gap", "order", "conflict")  # measures in the tables of differences
 ORDERS = ("ordered", "shuffled")
-# Kinds of toy questions (build_data.py's toy_question) that need the order of the frames
+# Kinds of questions of build_data.py's toy that need the order of the frames
 ORDER_KINDS = ("direction_agree", "direction_conflict", "describe", "first", "end")
-# In the thoughts of build_data.py's toy_question: which it takes, and that it is of a direction
+# In the toy's thoughts: which of two it is, and that it is of a direction
 WATCH, DIRECTION = "watch:", ", so "
 # Student's t that leaves 2.5 % on either side, for 1, 2, ... degrees of freedom
 T_95 = (12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262, 2.228, 2.201, 2.179, 2.160,

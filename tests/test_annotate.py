@@ -216,6 +216,13 @@ def test_a_request_has_a_total_time_however_slowly_its_reply_comes():
     assert time.monotonic() - started < 5
 
 
+def test_a_reply_without_end_is_given_up(monkeypatch):
+    monkeypatch.setattr(annotate, "LARGEST_REPLY", 2**17)
+    with Server(lambda body, number: (200, {}, pieces("x" * 2**16, 0, 10**9))) as server:
+        with pytest.raises(ApiError, match="no whole reply: .* more than 131072 bytes"):
+            ask(server)
+
+
 @pytest.mark.parametrize("status", [301, 302, 307, 308])
 def test_a_redirect_is_named_and_not_followed(status):
     with Server(lambda body, number: reply("a")) as other:
@@ -260,7 +267,7 @@ def test_a_request_is_repeated_after_pauses_that_double(monkeypatch):
     monkeypatch.setattr(annotate, "FIRST_PAUSE", 0.2)
     first, second, third = times_of_requests(
         lambda body, number: (500, {}, "") if number < 3 else reply("a"), "--api_retries", "3")
-    assert 0.2 <= first < 0.5 and 0.4 <= second < 0.7 and 0.8 <= third
+    assert 0.2 <= first and 0.4 <= second and 0.8 <= third < 2
 
 
 def test_the_last_error_is_told_without_the_key():
@@ -368,7 +375,7 @@ def test_at_most_four_requests_run_at_a_time_and_each_has_its_own_seed():
     with Server(answer) as server:
         annotate.generate_on_server(flags(server, "--concurrency", "4"), samples, annotate.row_of,
                                     rows.extend)
-        assert len(server.requests) == 20 and max(most) <= 4
+        assert len(server.requests) == 20 and 1 < max(most) <= 4
         assert len({body["seed"] for _, _, body, _ in server.requests}) == 20
     assert sorted(row["problem_id"] for row in rows) == list(range(20))
 
