@@ -4,19 +4,18 @@
     deepspeed sft.py --model Qwen/Qwen2.5-VL-7B-Instruct --data Video-R1-COT-165k.json \
         --output sft
 
-The prompt is the one of every stage (build_data.build_messages); the target is the record's
-`process`, a newline and its `solution`, closed by the end token. The loss is the mean of
--log p over the target tokens of the global batch, whatever their split over ranks and
-micro-batches; prompt and visual tokens carry none.
+The prompt is that of every stage (build_data.build_messages). The target is the record's
+`process`, a newline, its `solution` and the end token. The loss is the mean of -log p over the
+target tokens of the global batch, however they are split over ranks and micro-batches; prompt and
+visual tokens have no loss.
 
 Left out on purpose: packing (rows are padded to the longest of the micro-batch).
 
-The second half, behind a ruler, is what any training run here is; tgrpo.py trains by it too.
+The second half, below the double ruler, is what both trainings share; tgrpo.py imports it.
 
 Shapes: B records of a micro-batch, L tokens, N target tokens, V vocabulary.
 """
 import argparse
-import errno
 import hashlib
 import json
 import math
@@ -31,7 +30,7 @@ from collections.abc import Callable
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from functools import lru_cache, partial
-from itertools import islice
+from itertools import chain, islice, zip_longest
 from pathlib import Path
 
 import torch
@@ -41,7 +40,7 @@ from safetensors import SafetensorError
 from torch.utils.data import DataLoader, Dataset
 from transformers import GenerationConfig
 
-from build_data import (FULL_DISK, FlagParser, InputError, MediaError, above, add_machine_flags,
+from build_data import (FlagParser, InputError, MediaError, above, add_machine_flags,
                         add_media_flags, as_in_file, at_least, encode, encode_blank,
                         forbidden_tokens, generate, image_as_video, load_model, load_processor,
                         load_records, load_vision_of, model_hash, pad_batch, provenance, read_file,
@@ -50,11 +49,11 @@ from build_data import (FULL_DISK, FlagParser, InputError, MediaError, above, ad
                         to_device, whole_rows, write_whole)
 from rewards import accuracy_reward, format_reward
 
-import deepspeed  # after build_data, which quiets its first words
+import deepspeed  # after build_data, which silences its import messages
 from deepspeed.accelerator import get_accelerator
 from deepspeed.runtime.config import DeepSpeedConfigError
 
-IGNORED = -100  # label of a token without loss, as in torch's cross entropy
+IGNORED = -100  # label of a token without loss
 
 
 def parse_args(argv=None):
@@ -63,13 +62,13 @@ def parse_args(argv=None):
     add("--num_train_epochs", type=above(0, float), default=1.0, help="passes over the data")
     add("--max_steps", type=at_least(0, int), default=0, help="steps of the run; 0: those passes")
     add("--per_rank_batch_size", type=above(0, int), default=1,
-        help="records of a micro-batch on a rank")
+        help="records per micro-batch on each rank")
     add("--gradient_accumulation_steps", type=above(0, int), default=2,
-        help="micro-batches of a step")
+        help="micro-batches per step")
     add("--gradient_checkpointing", action=argparse.BooleanOptionalAction, default=False,
         help="recompute activations in the backward pass to save memory")
     add("--val_max_new_tokens", type=above(0, int), default=768,
-        help="most tokens of a held-out answer")
+        help="maximum tokens of a response to a held-out question")
     add_run_flags(add, lr_schedule="cosine", save_steps=500)
     return parser.parse_args(argv)
 
@@ -77,17 +76,17 @@ def parse_args(argv=None):
 # -------------------------------------------------------------------------- pure functions
 
 def target_text(record) -> str:
-    """Returns what the model learns to answer."""
+    """Returns the response that the model learns."""
     return f"{record.get('process') or ''}\n{record['solution']}"
 
 
 def is_well_formed(target) -> bool:
-    """Whether a target earns the format reward and its thought is not empty."""
+    """Returns whether a target earns the format reward and its thought is not empty."""
     return format_reward(target) == 1 and target.split("</think>")[0].strip() != "<think>"
 
 
 def sft_labels(prompt_ids, response_ids):
-    """Input ids and labels of one example: loss on the response only, its end token included.
+    """Returns ids and labels (1, L) of one example. Only response tokens have a loss.
 
     >>> sft_labels(torch.tensor([[1, 2]]), torch.tensor([[3, 4]]))[1].tolist()
     [[-100, -100, 3, 4]]
@@ -98,27 +97,26 @@ def sft_labels(prompt_ids, response_ids):
 
 
 def continue_positions(positions, labels):
-    """Rotary positions (3, B, L) with each response counted on from its prompt's largest one.
-
-    That is where generate() and a rollout put it. In the model's own positions for prompt and
-    response together it follows the prompt's text, which a long video's time axis can exceed.
-    """
+    """Returns rotary positions (3, B, L) in which each response continues from its prompt's largest
+    position, as in generate() and in a rollout. The model's own positions continue from the text
+    of the prompt, which a long video's positions in time can exceed."""
     response = labels != IGNORED  # (B, L)
     largest = positions.masked_fill(response, 0).amax((0, 2))  # (B,)
-    counted = largest[:, None] + response.cumsum(1)  # (B, L)
-    return torch.where(response, counted, positions)  # (3, B, L)
+    continued = largest[:, None] + response.cumsum(1)  # (B, L)
+    return torch.where(response, continued, positions)  # (3, B, L)
 
 
 def target_loss(logits, target):
-    """Summed -log p of N target tokens (N,), from the logits (N, V) that predict them."""
+    """Returns the sum of -log p over target tokens (N,), from the logits (N, V) that predict them.
+    """
     return F.cross_entropy(logits.float(), target, reduction="sum")
 
 
 # ------------------------------------------------------------------ examples and their loss
 
 def sft_example(processor, record, vision, position):
-    """What a worker makes of a record: "inputs", those of encode() lengthened by the target, with
-    `labels` (1, L)."""
+    """Returns {"record", "inputs"}: the inputs of encode() with the target appended, and labels
+    (1, L). Runs in a data worker."""
     inputs = image_as_video(processor, encode(processor, record, vision))
     response = processor.tokenizer(target_text(record), add_special_tokens=False).input_ids
     response.append(processor.tokenizer.eos_token_id)
@@ -131,22 +129,23 @@ def sft_example(processor, record, vision, position):
 
 
 def batch_loss(engine, batch):
-    """target_loss of a padded micro-batch: input_ids, labels (B, L) and the rest of the inputs.
-    Only the places that predict a target token reach the vocabulary."""
+    """Returns target_loss of a padded micro-batch: input_ids, labels (B, L) and the other inputs.
+    Logits are computed only where they predict a target token."""
     batch = dict(batch)
     labels = batch.pop("labels")  # (B, L)
     positions, _ = rope_positions(engine, batch)
-    target = F.pad(labels[:, 1:], (0, 1), value=IGNORED)  # (B, L): what each place predicts
+    target = F.pad(labels[:, 1:], (0, 1), value=IGNORED)  # (B, L): predicted at each place
     logits = engine(**batch, position_ids=continue_positions(positions, labels), use_cache=False,
                     logits_to_keep=target != IGNORED).logits  # (N, V)
     return target_loss(logits, target[target != IGNORED])
 
 
 def train_on(run, step, micro_batches, metrics):
-    """One optimizer step on this rank's micro-batches; False when it was not finite."""
+    """Does one optimizer step on this rank's micro-batches. Returns False, without that step, if
+    the loss or a gradient is not finite."""
     tokens = sum((batch["labels"][:, 1:] != IGNORED).sum().item() for batch in micro_batches)
     total_tokens = sum(gather_objects(tokens))
-    if not total_tokens:  # nothing on any rank could be used
+    if not total_tokens:  # all questions of the step are skipped
         return True
     loss_sum = 0.0
     for i, batch in enumerate(micro_batches):
@@ -159,17 +158,17 @@ def train_on(run, step, micro_batches, metrics):
 
 
 def greedy_texts(run, processor, prompts):
-    """validate's answers, by transformers' generate, which keeps ranks in step where they hold the
-    model in parts; for a batch that only other ranks have, a blank question stands in."""
+    """Returns the greedy responses to encoded prompts, for validate. Collective: a rank without a
+    prompt answers a blank question."""
     model, tokenizer = run.engine.module, processor.tokenizer
-    # the model's own defaults, in Qwen2.5-VL's release a repetition penalty, are put aside
+    # without the model's own defaults, such as the repetition penalty of Qwen2.5-VL's release
     own, model.generation_config = model.generation_config, GenerationConfig(
         do_sample=False, max_new_tokens=run.args.val_max_new_tokens,
         eos_token_id=stop_tokens(model, tokenizer), pad_token_id=tokenizer.pad_token_id,
         suppress_tokens=forbidden_tokens(model, tokenizer))
-    ids = generate(model, prompts or [image_as_video(processor, encode_blank(processor))])
+    ids = generate(model, prompts or [image_as_video(processor, encode_blank(processor))])  # (B, L)
     model.generation_config = own
-    return tokenizer.batch_decode(ids[:len(prompts)], skip_special_tokens=True)  # of (B, L)
+    return tokenizer.batch_decode(ids[:len(prompts)], skip_special_tokens=True)
 
 
 # ---------------------------------------------------------------------------------- main
@@ -181,11 +180,12 @@ def main(args):
     if unusable:
         first = unusable[0]
         raise InputError(f"{args.data}: {len(unusable)} of {len(records)} records have a process "
-                         "that is not just <think>a thought</think>; the first is problem_id "
-                         f"{first['problem_id']}, with the target {target_text(first)[:99]!r}")
+                         "that is not <think>a thought</think>; the first is problem_id "
+                         f"{first['problem_id']}, with the target {target_text(first)[:99]!r}: "
+                         "correct or remove them")
     refuse_absent_media(args.data, records)
     processor = load_processor(args)
-    per_step = args.per_rank_batch_size * args.gradient_accumulation_steps  # a rank, a step
+    per_step = args.per_rank_batch_size * args.gradient_accumulation_steps  # per rank
     run = open_run(args, records, parse_args, per_step)
     questions = start_questions(run, processor, records, sft_example)
     model = load_model(args, run.config)
@@ -206,7 +206,7 @@ def main(args):
         for i in range(0, per_step, args.per_rank_batch_size):
             good = [sample["inputs"] for sample in drawn[i:i + args.per_rank_batch_size]
                     if "record" in sample]
-            # a rank whose whole micro-batch is broken still makes the calls of the others
+            # without a usable record a rank still makes the collective calls of the others
             micro_batches.append(pad_batch(good or [blank], pad_values, "right"))
             note(metrics, "response/tokens", [(inputs["labels"] != IGNORED).sum().item()
                                               for inputs in good])
@@ -219,31 +219,30 @@ def main(args):
 
 
 # ========================================================================================
-# What a training run is. A stage opens a run, starts its engine and goes through its steps; each
-# ends in close_step, which writes what the step was and, where one is due, a checkpoint.
+# What both trainings share. A script opens a run, starts its engine and iterates over its steps.
+# Each step ends with close_step, which writes its logs and, if it is due, a checkpoint.
 # ========================================================================================
 
-ORDER_STREAM = 0  # first key of the data order's generators; a stage's own streams begin at 1
-ADAPTER_STREAM = 3  # of the adapters' first weights
-VAL_BATCH = 8  # held-out questions that a rank answers together, videos in both orders
+ORDER_STREAM, ADAPTER_STREAM = 0, 3  # first part of a seed; tgrpo.py has 1 and 2
+VAL_BATCH = 8  # held-out questions per rank that are answered together, videos in both orders
 # A resumed run may change these: they affect speed or paths only
 FREE_ARGUMENTS = {"data", "media_root", "output", "deepspeed_config", "num_workers",
                   "decode_timeout", "save_steps", "keep_checkpoints", "max_skipped", "resume",
-                  "timeout_minutes", "local_rank", "rollout_steps", "show_steps", "chunk_size",
-                  "gradient_checkpointing", "val_data", "val_steps", "val_limit",
+                  "timeout_minutes", "rollout_steps", "show_steps", "chunk_size",
+                  "gradient_checkpointing", "static_decode", "val_data", "val_steps", "val_limit",
                   "val_max_new_tokens"}
-# As well, where the learning rate does not decay towards the end
+# These too, if the learning rate does not decay towards the end
 LENGTH_ARGUMENTS = {"max_steps", "num_train_epochs"}
+# Metrics that are printed after each step, and their names there
 PRINTED = {"reward/total": "reward", "reward/accuracy": "accuracy", "group/p": "p",
            "group/p_tilde": "p_tilde", "policy/kl": "kl", "optim/loss": "loss",
            "val/accuracy": "held-out accuracy", "val/accuracy_shuffled": "shuffled",
-           "val/gap": "gap"}  # of each step
-FULL_BELOW = 2**24  # bytes: with less, a failed write is taken for a full disk
-LOGS = ("metrics", "rollouts", "skipped")  # <name>.jsonl in --output
+           "val/gap": "gap"}
+LOGS = ("metrics", "rollouts", "skipped", "validation")  # <name>.jsonl in --output
 
 
 def add_run_flags(add, lr_schedule, save_steps):
-    """Data, optimizer, checkpoints and machine; `add` is a parser's add_argument."""
+    """Adds the flags of both trainings; add: the parser's add_argument."""
     # data and model
     add("--model", required=True, help="Hugging Face directory or name of the model to start from")
     add("--data", required=True, help="Video-R1 records, .json or .jsonl")
@@ -254,62 +253,62 @@ def add_run_flags(add, lr_schedule, save_steps):
     add("--lr_schedule", choices=("constant", "linear", "cosine"), default=lr_schedule,
         help="decay to 0 after the warm-up")
     add("--warmup_steps", type=at_least(0, int), default=0, help="steps of linear warm-up")
-    add("--adam_beta2", type=float, default=0.999, help="AdamW's second decay rate")
-    add("--weight_decay", type=at_least(0, float), default=0.01, help="AdamW's, decoupled")
+    add("--adam_beta2", type=float, default=0.999, help="beta2 of AdamW")
+    add("--weight_decay", type=at_least(0, float), default=0.01, help="weight decay of AdamW")
     add("--max_grad_norm", type=at_least(0, float), default=5.0,
         help="gradients are clipped to this norm")
     # adapters
     add("--lora_rank", type=at_least(0, int), default=0,
-        help="rank of adapters, trained in the place of all weights; they need a learning rate 10 "
-             "to 100 times as high; 0: none")
+        help="rank of adapters (LoRA), trained instead of all weights, with 10 to 100 times the "
+             "learning rate; 0: none")
     add("--lora_alpha", type=above(0, float), default=32.0,
-        help="an adapter counts alpha / rank times")
+        help="the adapters' output is multiplied by alpha / rank")
     # held-out questions
-    add("--val_data", help="records that are not trained on, to answer during the run")
+    add("--val_data", help="held-out records, to evaluate on during the run")
     add("--val_steps", type=at_least(0, int), default=100,
-        help="steps between such answers, besides those at the start and the end; 0: none at all")
+        help="evaluate every N steps, and at the start and the end; 0: never")
     add("--val_limit", type=above(0, int), default=128, help="only the first records of --val_data")
     # the run and the machine
     add("--deepspeed_config", default=str(Path(__file__).parent / "ds_zero3.json"),
         help="DeepSpeed's JSON file: ZeRO stage, offload, precision, monitors")
     add("--save_steps", type=at_least(0, int), default=save_steps,
-        help="steps between checkpoints; 0: none")
+        help="save a checkpoint every N steps; 0: never")
     add("--keep_checkpoints", type=at_least(0, int), default=2,
-        help="newest checkpoints that stay; 0: all")
+        help="number of checkpoints to keep; 0: all")
     add("--max_skipped", type=at_least(0, float), default=0.1,
-        help="share of questions with unusable media above which the run stops")
+        help="stop if more than this share of questions is skipped, as their files are unreadable")
     add("--resume", action="store_true", help="continue from the newest checkpoint in --output")
     add_machine_flags(add)
 
 
 @dataclass
 class Run:
-    """The state of a training run on one rank."""
+    """Holds the state of a training run on one rank."""
     args: argparse.Namespace
-    config: dict          # DeepSpeed's
-    identity: dict        # first line of metrics.jsonl: what made this run, and what resumes it
+    config: dict          # of DeepSpeed
+    identity: dict        # first line of metrics.jsonl, which --resume compares
     rank: int
     world: int            # number of ranks
     device: torch.device
-    signals: list         # SIGTERM or SIGINT, once received: the run ends after its step
-    per_step: int         # questions of a step on a rank
-    held_out: list        # records that are answered during the run
-    first_step: int = 0   # the newest checkpoint's, where one is resumed
+    signals: list         # SIGTERM and SIGINT received so far; one ends the run after its step
+    per_step: int         # questions per step on each rank
+    held_out: list        # records of --val_data
+    first_step: int = 0   # step of the checkpoint to resume
     saved: int = 0        # step of the newest checkpoint
     updated: int = -1     # the last step with an optimizer step
-    skipped: int = 0      # questions without a usable medium so far, on all ranks
-    lapped: float = 0.0   # when the last part of a step ended, by perf_counter
-    engine: deepspeed.DeepSpeedEngine | None = None  # the policy in training; start_engine
-    infinite: torch.Tensor | None = None  # counts gradients that hold NaN or infinity
-    validate: Callable | None = None  # validate, as far as it is the same at every step
+    skipped: int = 0      # questions skipped so far, on all ranks
+    lapped: float = 0.0   # time of the last lap, by perf_counter
+    engine: deepspeed.DeepSpeedEngine | None = None  # the model in training
+    infinite: torch.Tensor | None = None  # number of gradients with NaN or infinity so far
+    validate: Callable | None = None  # validate(step, metrics), with the script's own respond
 
 
 # ------------------------------------------------------------------------------ adapters
 
 class AdaptedLinear(torch.nn.Linear):
-    """A linear map with an adapter (LoRA, Hu et al. 2021, section 4.1), of which only A
-    (rank, in) and B (out, rank) are trained: y = W x + b + alpha / rank * B A x."""
-    on = True  # of all maps at once: adapters_off
+    """Adds an adapter to a linear map (LoRA, Hu et al. 2021, section 4.1):
+    y = W x + b + alpha / rank * B A x. Only A (rank, in) and B (out, rank) are trained."""
+    on = True  # one switch for all maps, see adapters_off
 
     def forward(self, x):
         y = super().forward(x)
@@ -319,25 +318,26 @@ class AdaptedLinear(torch.nn.Linear):
 
 
 def add_adapters(model, args):
-    """With --lora_rank: freezes the model and adds an adapter to each torch.nn.Linear of its
-    language model. B is 0 at first: the model computes what it did. Experts that share one tensor
-    have none."""
+    """If --lora_rank is above 0, freezes the model and adds an adapter to each torch.nn.Linear of
+    its language model. B starts at 0, so that the model's output is unchanged. Experts whose
+    weights are one tensor get none."""
     if not args.lora_rank:
         return
     model.requires_grad_(False)
-    generator = seeded_generator(ADAPTER_STREAM, args.seed)  # the same draws on all ranks
+    generator = seeded_generator(ADAPTER_STREAM, args.seed)  # the same on all ranks
     for layer in model.model.language_model.modules():
         if type(layer) is torch.nn.Linear:
             layer.__class__, layer.scale = AdaptedLinear, args.lora_alpha / args.lora_rank
             A = torch.empty(args.lora_rank, layer.in_features)
             torch.nn.init.kaiming_uniform_(A, a=math.sqrt(5), generator=generator)
-            layer.A = torch.nn.Parameter(A.to(layer.weight))  # its type and device
+            layer.A = torch.nn.Parameter(A.to(layer.weight))  # dtype and device
             layer.B = torch.nn.Parameter(layer.A.new_zeros(layer.out_features, args.lora_rank))
 
 
 @contextmanager
 def adapters_off():
-    """Inside, models compute what they did before they got adapters, bit for bit."""
+    """Turns all adapters off inside the context: models then compute, bit for bit, what they did
+    before add_adapters."""
     AdaptedLinear.on = False
     try:
         yield
@@ -346,7 +346,7 @@ def adapters_off():
 
 
 def merge_adapters(model, state):
-    """Adds the adapters in a state dict of the model to its weights: W + alpha / rank * B A."""
+    """Merges the adapters in a state dict of the model: W becomes W + alpha / rank * B A."""
     for name, layer in model.named_modules():
         if isinstance(layer, AdaptedLinear):
             W, A, B = (state.pop(f"{name}.{part}") for part in ("weight", "A", "B"))
@@ -357,9 +357,9 @@ def merge_adapters(model, state):
 # ------------------------------------------------------------------------------- start
 
 def open_run(args, records, parse_args, per_step) -> Run:
-    """Everything before a model is loaded: DeepSpeed's file, ranks, --output, what to resume; the
-    end of the process where --output is finished. parse_args is the script's own: a flag that an
-    older run does not have counts as its default of today."""
+    """Returns a run that is checked against other ranks and --output, before a model is loaded.
+    Ends the process if --output is finished. parse_args is the script's own: for a flag that an
+    older run lacks, it gives today's default."""
     config, held_out = read_deepspeed_config(args), load_held_out(args)
     weights = model_hash(args.model)
     rank, device = setup_distributed(args)
@@ -379,22 +379,22 @@ def open_run(args, records, parse_args, per_step) -> Run:
         reached = whole_rows(Path(args.output) / "metrics.jsonl")[-1].get("step", 0)
         if reached >= args.max_steps:
             if rank == 0:
-                print(f"{args.output} is finished, at step {reached}: nothing is left to do")
+                print(f"{args.output} is finished, at step {reached}: nothing to do")
             sys.exit(0)
         if not run.first_step:
             raise InputError(f"--output {args.output} holds a model after {reached} steps and no "
-                             "checkpoint to go on from: name another folder")
+                             "checkpoint to continue from: use another folder")
     return run
 
 
 def digest_of(records) -> str:
-    """Returns a short hash of records as their file has them."""
+    """Returns a short hash of records, without the fields that load_records adds."""
     text = json.dumps([as_in_file(record) for record in records])
     return hashlib.sha256(text.encode()).hexdigest()[:12]
 
 
 def read_deepspeed_config(args):
-    """Returns the user's DeepSpeed file, completed with what this script's flags decide."""
+    """Returns the config in --deepspeed_config, completed from this script's flags."""
     name = f"--deepspeed_config {args.deepspeed_config}"
     config = read_file(args.deepspeed_config)
     if not isinstance(config, dict):
@@ -406,44 +406,51 @@ def read_deepspeed_config(args):
             "gradient_clipping": args.max_grad_norm}
     for key in (*ours, "train_batch_size", "optimizer", "scheduler"):
         if config.get(key, "auto") != "auto":
-            raise InputError(f"remove {key!r} from {args.deepspeed_config}: "
-                             "this script's own flags decide it")
+            raise InputError(f"{name} sets {key!r}: remove it, this script's flags set it")
     if config.pop("fp16").get("enabled", False) not in (False, "auto"):
         raise InputError(f"{name} enables fp16: use bf16, or neither for fp32")
-    if config["bf16"].get("enabled") == "auto":  # bf16 where there is an accelerator
+    if config["bf16"].get("enabled") == "auto":
         config["bf16"]["enabled"] = get_accelerator().device_name() != "cpu"
-    config.setdefault("zero_force_ds_cpu_optimizer", False)  # torch's AdamW, also offloaded
+    config.setdefault("zero_force_ds_cpu_optimizer", False)  # torch's AdamW, also on the host
     config = {key: value for key, value in config.items() if value != "auto"} | ours
     try:
         deepspeed.DeepSpeedConfig(config)
     except (ValueError, AssertionError, DeepSpeedConfigError) as error:
-        reason = re.sub(r"For further information visit \S+", "", str(error))  # pydantic's
+        reason = re.sub(r"For further information visit \S+", "", str(error))  # of pydantic
         raise InputError(f"{name}: {' '.join(reason.split())}") from None
     return config
 
 
+def comparable(identity):
+    """Returns {name: value} of what must be equal on all ranks. A resumed run may change the
+    FREE_ARGUMENTS among it."""
+    return {"records of --data": identity["records"],
+            "number of processes": identity["world_size"], "ZeRO stage": identity["zero_stage"],
+            "weights of --model": identity["model_sha256"],
+            **{f"--{name}": value for name, value in identity["arguments"].items()
+               if name != "local_rank"}}
+
+
 def require_equal_ranks(run):
-    """Raises InputError that names what differs between two ranks, as it can on two machines:
-    files, software, flags. Collective."""
-    flags = {f"--{name}": value for name, value in vars(run.args).items() if name != "local_rank"}
+    """Raises InputError if files, software or flags differ between ranks, as they can between
+    machines. Collective."""
     first, *others = gather_objects({
-        "records of --data": run.identity["records"], "git commit": run.identity["git_commit"],
+        **run.identity["versions"], **comparable(run.identity),
         "records of --val_data": digest_of(run.held_out), "DeepSpeed's file": run.config,
-        "weights of --model": run.identity["model_sha256"], **run.identity["versions"], **flags})
+        "git commit": run.identity["git_commit"]})
     for rank, other in enumerate(others, 1):
         differs = [f"{name} {first[name]} and {other[name]}" for name in first
                    if first[name] != other[name]]
         if differs:
-            raise InputError(f"ranks 0 and {rank} differ: {'; '.join(differs)}. Every machine "
-                             "needs the same files and software")
+            raise InputError(f"ranks 0 and {rank} differ: {'; '.join(differs)}. Give every machine "
+                             "the same files and software")
 
 
 def open_output(run) -> int:
     """Makes --output. Returns the step to start from: 0, or with --resume that of the newest
-    checkpoint up to the one that `latest` names, the last that is known to be whole.
+    complete checkpoint: the one that `latest` names or, if it has been removed, an older one.
 
-    A folder that holds another's model, or without --resume a run, is refused: nothing is written
-    over.
+    Raises InputError if the folder holds a model but no run, or without --resume a run.
     """
     output, resume = Path(run.args.output), run.args.resume
     probe, latest = output / "shared.probe", output / "latest"
@@ -455,62 +462,61 @@ def open_output(run) -> int:
             probe.touch()
     except OSError as error:
         reason = f"cannot write to --output {output}: {error}"
-    # the ranks agree before any of them writes more; one that sees another disk is found out here
+    # every rank must reach the next collective call: either all raise or none
     if reasons := list(filter(None, gather_objects(reason))):
         raise InputError(reasons[0])
     found = gather_objects((probe.exists(), tag))
     if run.rank == 0:
         probe.unlink()
     if len(set(found)) > 1:
-        raise InputError(f"ranks see different files in --output {output}: it must be on storage "
-                         f"that all nodes share (newest checkpoints: {[tag for _, tag in found]})")
+        raise InputError(f"ranks see different files in --output {output} (newest checkpoints: "
+                         f"{[tag for _, tag in found]}): use storage that all nodes share")
     there = checkpoints(output)
     logged, model = ((output / name).exists() for name in ("metrics.jsonl", "config.json"))
-    if (there or logged or model) if not resume else (model and not logged):
+    taken = (model and not logged) if resume else (there or logged or model)
+    if taken:
         raise InputError(f"--output {output} holds a run or a model: continue a run with --resume, "
-                         "or name another folder")
+                         "or use another folder")
     named = re.fullmatch(r"checkpoint-(\d+)", tag)
     whole = [step for step in there if named and step <= int(named[1])]
-    # a kill leaves at most one checkpoint that `latest` does not name
+    # a kill during the first save leaves one checkpoint and no `latest`
     if not whole and (tag or len(there) > 1):
-        raise InputError(f"{latest} must name the checkpoint to go on from, and says {tag!r}: "
+        raise InputError(f"{latest} must name the checkpoint to continue from, but holds {tag!r}: "
                          f"write one of {[folder.name for folder in there.values()]} into it, "
-                         "or name another --output")
+                         "or use another --output")
     return max(whole, default=0)
 
 
 def check_identity(run, defaults):
-    """Raises InputError that names what differs between the run in --output and this one."""
-    output = Path(run.args.output)
-
-    def flat(line):
-        return {f"--{name}": value for name, value in (defaults | line["arguments"]).items()} | {
-            "records of --data": line["records"], "number of processes": line["world_size"],
-            "ZeRO stage": line["zero_stage"],  # older runs lack the next one
-            "weights of --model": line.get("model_sha256", run.identity["model_sha256"])}
+    """Raises InputError, with both values, if the run in --output differs from this one. Flags that
+    it lacks count as their defaults."""
+    log = Path(run.args.output) / "metrics.jsonl"
     try:
-        was = flat(whole_rows(output / "metrics.jsonl")[0])
+        line = whole_rows(log)[0]
+        # runs of older versions lack the hash
+        was = comparable({"model_sha256": run.identity["model_sha256"], **line,
+                          "arguments": defaults | line["arguments"]})
     except (InputError, OSError, LookupError, TypeError) as error:
-        raise InputError(f"the first line of {output / 'metrics.jsonl'} must say what run this is: "
-                         f"{error!r}") from None
-    saves_only = run.args.max_steps == run.first_step  # the model, without another step
+        raise InputError(f"the first line of {log} must hold the run's configuration: {error!r}. "
+                         "Use another --output") from None
+    saves_only = run.args.max_steps == run.first_step  # no step is left to schedule
     constant = run.args.lr_schedule == "constant"
     free = FREE_ARGUMENTS | (LENGTH_ARGUMENTS if constant or saves_only else set())
-    require_same(f"--resume: {output}", was, flat(run.identity), "Give what it had, or start "
-                 "another --output from its weights (README, 'When something breaks')",
+    require_same(f"--resume: {run.args.output}", was, comparable(run.identity), "Use its values, "
+                 "or start another --output from its weights (README, 'When something breaks')",
                  {f"--{name}" for name in free})
 
 
 def start_engine(run, model):
-    """DeepSpeed's engine around the model, with torch's AdamW, as the newest checkpoint left it;
-    each step sets its learning rate. From here on the run writes into --output."""
+    """Starts DeepSpeed's engine with the model and torch's AdamW, and loads the checkpoint to
+    resume. From here on the run writes into --output."""
     args, output = run.args, Path(run.args.output)
     optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=0.0,
                                   betas=(0.9, args.adam_beta2), weight_decay=args.weight_decay,
                                   fused=run.device.type in ("cpu", "cuda"))
     run.engine, *_ = deepspeed.initialize(model=model, optimizer=optimizer, config=run.config)
     if run.engine.zero_optimization_stage() == 0:
-        optimizer.state.clear()  # in bf16 DeepSpeed has tried a step, which would count as one
+        optimizer.state.clear()  # in bf16 DeepSpeed has made a trial step, which AdamW counts
     run.engine.train()
     run.infinite = watch_gradients(run.engine.module, run.device)
     if run.first_step:
@@ -519,12 +525,9 @@ def start_engine(run, model):
             _, state = run.engine.load_checkpoint(str(output), tag=tag,
                                                   load_module_strict=not args.lora_rank)
             run.skipped = state["skipped"]
-        except Exception as error:  # what torch and DeepSpeed raise on a damaged file has no end
-            if "DataLoader worker" in str(error):  # torch raises wherever a worker's end is met
-                raise
-            raise InputError(f"{output / tag} is damaged ({type(error).__name__}: "
-                             f"{str(error).splitlines()[:1]}): remove this folder, and --resume "
-                             "goes on from the checkpoint before it") from None
+        except Exception as error:  # unpickling a damaged file can raise any exception
+            raise InputError(f"cannot load {output / tag}: {error!r}. If it is damaged, remove it: "
+                             "--resume then continues from the checkpoint before") from None
     if run.rank == 0:
         for path in (output / f"{name}.jsonl" for name in LOGS):
             if path.exists():
@@ -534,41 +537,42 @@ def start_engine(run, model):
 
 
 def watch_gradients(model, device):
-    """A tensor that counts the gradients, of any parameter in any backward, that hold NaN or
-    infinity. Read before an optimizer step, it keeps them from the weights."""
+    """Returns a tensor that counts the gradients with NaN or infinity, of all parameters and
+    backward passes. It is read before an optimizer step, so that none reaches the weights."""
     count = torch.zeros((), device=device)
 
-    def look(gradient):
-        count.add_(~gradient.sum().isfinite())  # inf - inf is NaN; of its size nothing is made
+    def check(gradient):
+        # one NaN or infinity makes the sum not finite; isfinite().all() would need a copy
+        count.add_(~gradient.sum().isfinite())
     for parameter in model.parameters():
         if parameter.requires_grad:
-            parameter.register_hook(look)
+            parameter.register_hook(check)
     return count
 
 
 def trim_log(path, first_step):
-    """Leaves the lines of a log up to first_step: later steps will be done again."""
+    """Removes the lines of later steps from a log, because these steps run again."""
     kept = []
     for line in path.read_text(encoding="utf-8").splitlines() if first_step else ():
         try:
             if json.loads(line).get("step", 0) <= first_step:
                 kept.append(line)
-        except json.JSONDecodeError:  # cut short when the run was killed
+        except json.JSONDecodeError:  # the line that was being written when the run was killed
             break
     write_whole({path: (line + "\n" for line in kept)})
 
 
 def catch_signals(rank) -> list:
-    """Lets SIGTERM (pre-emption) and Ctrl-C end the run after its current step: the list that is
-    returned is no longer empty then. A second Ctrl-C ends it at once."""
+    """Returns a list that collects SIGTERM (pre-emption) and SIGINT (Ctrl-C). If it is not empty,
+    the run ends after its current step. A second Ctrl-C ends the process at once."""
     received = []
 
     def handle(number, _):
         if number == signal.SIGINT and number in received:
-            os._exit(128 + number)  # the shells' convention
+            os._exit(128 + number)  # as shells do
         received.append(number)
         if rank == 0:
-            with suppress(OSError):  # not by print, which may be in the middle of a line
+            with suppress(OSError):  # not print: the signal may have interrupted one
                 os.write(2, b"\nending after this step (a second Ctrl-C: at once)\n")
     signal.signal(signal.SIGTERM, handle)
     signal.signal(signal.SIGINT, handle)
@@ -576,32 +580,31 @@ def catch_signals(rank) -> list:
 
 
 def leave_signals_to_main(_):
-    """For data workers, whom a launcher's SIGTERM or a terminal's Ctrl-C reaches too: the current
-    step needs them."""
+    """Makes a data worker ignore SIGTERM and Ctrl-C. They reach all processes of a run, but the
+    current step needs its workers."""
     signal.signal(signal.SIGTERM, signal.SIG_IGN)
     signal.signal(signal.SIGINT, signal.SIG_IGN)
 
 
 # ---------------------------------------------------------------------------- questions
 
-@lru_cache(maxsize=1)  # of the epoch asked for last
+@lru_cache(maxsize=1)  # the last epoch
 def epoch_order(epoch, count, seed) -> list[int]:
+    """Returns the order of the records in an epoch."""
     return torch.randperm(count, generator=seeded_generator(ORDER_STREAM, seed, epoch)).tolist()
 
 
 def record_index(position, count, seed) -> int:
-    """Which record stands at `position` of the endless data order, reshuffled every epoch.
-
-    A pure function, so a resumed run needs no stored state to go on where it stopped.
-    """
+    """Returns which record is at a position of the endless data order, reshuffled every epoch. A
+    resumed run needs no stored state, because this is a pure function."""
     epoch, offset = divmod(position, count)
     return epoch_order(epoch, count, seed)[offset]
 
 
 class Questions(Dataset):
-    """position -> what the stage's example(processor, record, vision, position) makes of the
-    record there, or the line of skipped.jsonl where its medium cannot be used; runs in worker
-    processes."""
+    """Maps a position of the data order to the script's example(processor, record, vision,
+    position). If the record's file cannot be read, maps it to a line of skipped.jsonl. Runs in data
+    workers."""
 
     def __init__(self, processor, records, example, args):
         self.processor, self.records, self.example, self.args = processor, records, example, args
@@ -616,30 +619,30 @@ class Questions(Dataset):
 
 
 def load_questions(run, processor, records, example, positions, together):
-    """Iterates over Questions at these positions; the next `together` of them, and one more a
-    worker, are decoded while the model is at work."""
+    """Returns an iterator over Questions at these positions. Data workers decode the next
+    `together` of them in advance, and each of them one more."""
     args = run.args
     ahead = -(-together // args.num_workers) + 1 if args.num_workers else None
     return iter(DataLoader(
         Questions(processor, records, example, args), sampler=positions, batch_size=None,
         collate_fn=dict, num_workers=args.num_workers, prefetch_factor=ahead,
         pin_memory=run.device.type != "cpu", worker_init_fn=leave_signals_to_main,
-        generator=torch.Generator()))  # else it draws from that of the model's dropout
+        generator=torch.Generator()))  # not torch's global one, which dropout uses
 
 
 def start_questions(run, processor, records, example):
-    """Starts the workers that prepare this rank's questions of all steps, and returns an iterator.
-    They are forked before model and optimizer are loaded: a write to shared memory copies it."""
+    """Starts data workers. Returns an iterator over this rank's questions of all steps. Must be
+    called before the model is loaded: a forked worker would share, and then copy, its memory."""
     positions = [(step * run.world + run.rank) * run.per_step + i
                  for step in range(run.first_step, run.args.max_steps) for i in range(run.per_step)]
     return load_questions(run, processor, records, example, positions, run.per_step)
 
 
 def steps(run, records, questions, work):
-    """Yields (step, this rank's per_step samples, an empty dict for the step's metrics).
+    """Yields (step, this rank's per_step samples, an empty dict for metrics).
 
-    An example has the key "record", the line of a skipped question does not. Before the first step
-    the run is described; `work` is what a rank does in a step.
+    A sample is an example, with the key "record", or the line of a skipped question. Before the
+    first step the run's settings are printed; work: what a rank does in a step, in words.
     """
     for step in range(run.first_step, run.args.max_steps):
         metrics = {}
@@ -647,7 +650,7 @@ def steps(run, records, questions, work):
         drawn = [next(questions) for _ in range(run.per_step)]
         lap(run, metrics, "data")
         if step == run.first_step and run.rank == 0:
-            print_start(run, records, work, [sample for sample in drawn if "record" in sample][:1])
+            print_start(run, records, work, drawn)
         if step == 0 and run.held_out:
             write_first(run)
         yield step, drawn, metrics
@@ -656,7 +659,7 @@ def steps(run, records, questions, work):
 # -------------------------------------------------------------------- held-out questions
 
 def load_held_out(args) -> list[dict]:
-    """The records of --val_data that are asked about; none where nothing is."""
+    """Returns the first --val_limit records of --val_data, or none if validation is off."""
     if not args.val_data or not args.val_steps:
         return []
     records = load_records(args.val_data, args.media_root)[:args.val_limit]
@@ -665,55 +668,63 @@ def load_held_out(args) -> list[dict]:
 
 
 def held_out_example(args, processor, record, vision, position):
-    """What a worker makes of a held-out record: its prompts, to the ordered frames and, of a
-    video, to the shuffled ones, in the order that evaluate.py's --order shuffled gives
-    with the same seed."""
-    seen = [vision]
+    """Returns {"record", "prompts"}: the encoded prompt with the ordered and, for a video, with the
+    shuffled frames. With the same seed, evaluate.py --order shuffled has the same order."""
+    visions = [vision]
     if vision.frames is not None:
         generator = seeded_generator(record_seed(args.seed, record))
-        seen.append(vision._replace(frames=shuffle_frames(vision.frames, generator)))
-    return {"record": record, "prompts": [image_as_video(processor, encode(processor, record, part))
-                                          for part in seen]}
+        visions.append(vision._replace(frames=shuffle_frames(vision.frames, generator)))
+    return {"record": record, "prompts": [image_as_video(processor, encode(processor, record, one))
+                                          for one in visions]}
 
 
-def validate(run, processor, answer, step, metrics):
-    """Where it is due after `step` steps, notes in metrics how well held-out questions are
-    answered, by the likeliest tokens (val/...). Collective.
+def validate(run, processor, respond, step, metrics):
+    """Answers the held-out questions greedily, if that is due after `step` steps. Adds val/... to
+    the metrics and the responses to validation.jsonl. Collective.
 
-    answer(prompts), the stage's, returns a text for each of a list of encoded prompts; every rank
-    calls it equally often, also without any. The run goes on as if it had not been asked: no
-    random number is drawn from its generators, and nothing of the model stays changed.
+    respond(prompts) is the script's own and returns the responses to a list of encoded prompts. It
+    is collective: every rank calls it equally often, also with an empty list. Validation does not
+    change the run: it draws no random number and restores the model's settings.
     """
     if not run.held_out or step % run.args.val_steps and step < run.args.max_steps:
         return
     samples = load_questions(run, processor, run.held_out, partial(held_out_example, run.args),
                              range(run.rank, len(run.held_out), run.world), VAL_BATCH)
-    skipped = 0
+    rows = []  # of this rank's questions; None for a skipped one
     run.engine.module.eval()
     for _ in range(0, len(run.held_out), VAL_BATCH * run.world):
         batch = list(islice(samples, VAL_BATCH))
-        good = [sample for sample in batch if "record" in sample]
-        skipped += len(batch) - len(good)
-        texts = iter(answer([prompt for sample in good for prompt in sample["prompts"]]))
-        for sample in good:
-            note_grades(metrics, sample["record"], [next(texts) for _ in sample["prompts"]])
+        texts = iter(respond([prompt for sample in batch for prompt in sample.get("prompts", ())]))
+        for sample in batch:
+            responses = [next(texts) for _ in sample.get("prompts", ())]
+            rows.append(grade_held_out(metrics, sample["record"], responses) if responses else None)
     run.engine.module.train()
-    note(metrics, "val/skipped", [skipped], count=int(run.rank == 0))  # the sum over ranks
+    note(metrics, "val/skipped", [rows.count(None)], count=int(run.rank == 0))  # the sum over ranks
+    in_order = chain(*zip_longest(*gather_objects(rows)))  # the order of one rank
+    if run.rank == 0:
+        write_lines(run, step - 1, "validation", [row for row in in_order if row])
     lap(run, metrics, "validation")
 
 
-def note_grades(metrics, record, texts):
-    """Metrics of a held-out question, from its answers to ordered and, of a video, shuffled frames.
-    An image's one answer counts in both accuracies, as in evaluate.py --order shuffled: gap 0."""
-    grades = [accuracy_reward(text, record) for text in texts]
-    note(metrics, "val/accuracy", grades[:1])
-    note(metrics, f"val/accuracy/{record['problem_type']}", grades[:1])
-    note(metrics, "val/accuracy_shuffled", grades[-1:])
-    note(metrics, "val/gap", [grades[0] - grades[-1]])
+def grade_held_out(metrics, record, responses):
+    """Notes a held-out question's accuracy with ordered and, for a video, with shuffled frames. An
+    image's accuracy counts as both, as in evaluate.py --order shuffled. Returns the question's line
+    of validation.jsonl."""
+    row = {key: record[key] for key in ("problem_id", "path", "problem", "solution")}
+    if record.get("options"):
+        row["options"] = record["options"]
+    for suffix, text in zip(("", "_shuffled"), responses):
+        row |= {f"response{suffix}": text, f"accuracy{suffix}": accuracy_reward(text, record)}
+    accuracy, shuffled = row["accuracy"], row.get("accuracy_shuffled", row["accuracy"])
+    note(metrics, "val/accuracy", [accuracy])
+    note(metrics, f"val/accuracy/{record['problem_type']}", [accuracy])
+    note(metrics, "val/accuracy_shuffled", [shuffled])
+    note(metrics, "val/gap", [accuracy - shuffled])
+    return row
 
 
 def write_first(run):
-    """Step 0 of metrics.jsonl: how the model answers before it is trained. Collective."""
+    """Validates before the first step and writes the metrics as step 0. Collective."""
     metrics = {}
     run.validate(0, metrics)
     note(metrics, "time/step", [metrics["time/validation"][0]])
@@ -725,8 +736,8 @@ def write_first(run):
 # ------------------------------------------------------------------------------ metrics
 
 def note(metrics, name, values, count=None):
-    """Adds values to a metric: sums and counts, so that means over ranks are exact. Of a metric
-    whose name ends in _max the largest value is kept."""
+    """Adds values to a metric, as sum and count, so that means over ranks are exact. A metric whose
+    name ends in _max keeps the largest value."""
     total, n = metrics.get(name, (0.0, 0))
     if name.endswith("_max"):
         metrics[name] = max(total, *values), 1
@@ -742,7 +753,7 @@ def lap(run, metrics, name):
 
 
 def gather_objects(value) -> list:
-    """The value of every rank, on every rank."""
+    """Returns the values of all ranks. Collective."""
     values = [None] * dist.get_world_size()
     dist.all_gather_object(values, value)
     return values
@@ -751,7 +762,7 @@ def gather_objects(value) -> list:
 # ----------------------------------------------------------------------- the end of a step
 
 def learning_rate(step, args):
-    """Learning rate of 0-based `step`: linear warm-up, then the schedule over the other steps."""
+    """Returns the learning rate of a step, counted from 0: linear warm-up, then the schedule."""
     if step < args.warmup_steps:
         return args.learning_rate * (step + 1) / args.warmup_steps
     progress = (step - args.warmup_steps) / max(1, args.max_steps - args.warmup_steps)
@@ -761,8 +772,8 @@ def learning_rate(step, args):
 
 
 def optimizer_step(run, step, loss) -> bool:
-    """The engine's step on the gradients that it holds; False, and no step, where the loss or a
-    gradient of any rank is not finite. Collective."""
+    """Does the engine's optimizer step. Returns False, without that step, if the loss or a gradient
+    of any rank is not finite. Collective."""
     bad = run.infinite.item() > 0 or not math.isfinite(loss)
     if any(gather_objects(bad)):
         return False
@@ -774,10 +785,10 @@ def optimizer_step(run, step, loss) -> bool:
 
 
 def close_step(run, step, drawn, metrics, finite, rollouts=()) -> bool:
-    """What every step ends with; collective. Merges the ranks' metrics, writes the step's lines
-    and a checkpoint where one is due. True when a signal has asked for the run's end.
+    """Ends a step: merges the ranks' metrics, writes the logs and, if it is due, a checkpoint.
+    Returns True if a signal ends the run. Collective.
 
-    InputError when the step was not finite, or too many questions had to be skipped.
+    Raises InputError if the step was not finite or too many questions were skipped.
     """
     args = run.args
     if finite:
@@ -792,7 +803,7 @@ def close_step(run, step, drawn, metrics, finite, rollouts=()) -> bool:
         row = merge(metrics) | {"optim/learning_rate": learning_rate(step, args),
                                 "data/skipped": len(skipped)}
         norm = run.engine.get_global_grad_norm() if finite and "optim/loss" in row else None
-        if norm is not None:  # DeepSpeed keeps none at stage 0 in fp32
+        if norm is not None:  # DeepSpeed has none at ZeRO stage 0 in fp32
             row["optim/grad_norm"] = float(norm)
         write_metrics(run, step, row)
         write_lines(run, step, "rollouts", rollouts)
@@ -804,13 +815,13 @@ def close_step(run, step, drawn, metrics, finite, rollouts=()) -> bool:
     if signals or args.save_steps and (step + 1) % args.save_steps == 0:
         save_checkpoint(run, step + 1)
     if signals and run.rank == 0:
-        print(f"stopped by {signal.Signals(signals[0]).name} after step {step + 1}: the same "
-              "command with --resume continues")
+        print(f"stopped by {signal.Signals(signals[0]).name} after step {step + 1}: continue with "
+              "the same command and --resume")
     return bool(signals)
 
 
 def write_metrics(run, step, row):
-    """Writes a step's row to metrics.jsonl and to DeepSpeed's monitor, and prints a line of it."""
+    """Writes a step's metrics to metrics.jsonl and DeepSpeed's monitor; prints the main ones."""
     write_lines(run, step, "metrics", [dict(sorted(row.items()))])
     run.engine.monitor.write_events([(name, value, step + 1) for name, value in row.items()])
     values = ", ".join(f"{PRINTED[name]} {row[name]:.3g}" for name in PRINTED if name in row)
@@ -818,7 +829,7 @@ def write_metrics(run, step, row):
 
 
 def merge(ranks) -> dict:
-    """{name: mean over all ranks' values} of the dicts that `note` fills."""
+    """Returns {name: mean over the values of all ranks} of dicts that `note` has filled."""
     merged = {}
     for metrics in ranks:
         for name, (total, count) in metrics.items():
@@ -827,37 +838,37 @@ def merge(ranks) -> dict:
 
 
 def write_lines(run, step, name, rows):
-    """Adds a step's rows to <output>/<name>.jsonl."""
+    """Appends a step's rows to <output>/<name>.jsonl, where steps count from 1."""
     if rows:
         with open(Path(run.args.output) / f"{name}.jsonl", "a", encoding="utf-8") as file:
             file.writelines(json.dumps({"step": step + 1, **row}) + "\n" for row in rows)
 
 
 def stop_at_infinity(run, step, ids):
-    """Saves the weights from before the step, which its gradients never reached, and raises."""
+    """Saves the weights from before the step, which did not change them, and raises InputError."""
     if step and run.updated < step:
         save_checkpoint(run, step)
     raise InputError(f"step {step + 1}: the loss or a gradient is not finite; problem_ids {ids}, "
-                     "see the ends of the logs. --resume would come to this step again: start "
+                     "see the last lines of the logs. --resume would repeat this step: start "
                      "another --output from the last checkpoint's weights (README, 'When something "
                      "breaks')")
 
 
 def check_skipped(run, drawn, skipped):
-    """InputError when more than --max_skipped of the questions drawn so far (of 100 when fewer
-    were) had media that cannot be used; `skipped` are the lines of the last ones."""
+    """Raises InputError if the share of skipped questions is above --max_skipped. drawn: number of
+    questions so far (at least 100 are assumed); skipped: the lines of this step."""
     if run.skipped > run.args.max_skipped * max(drawn, 100):
         reasons = "".join(f"\n  {line['reason']}" for line in skipped)
-        raise InputError(f"{run.skipped} of {drawn} questions had media that cannot be used, above "
-                         f"--max_skipped {run.args.max_skipped:g}. All are in {run.args.output}/"
-                         f"skipped.jsonl, the last are:{reasons}")
+        raise InputError(f"{run.skipped} of {drawn} questions were skipped, above --max_skipped "
+                         f"{run.args.max_skipped:g}: repair their files, all listed in "
+                         f"{run.args.output}/skipped.jsonl, or raise it. The last are:{reasons}")
 
 
 # -------------------------------------------------------------------------- console output
 
-def print_start(run, records, work, first):
-    """Prints what the run is. The size of `first`, the first usable example if there is one, shows
-    whether flags and limits of frames and pixels act as they were meant."""
+def print_start(run, records, work, drawn):
+    """Prints the run's settings and the size of the first usable example in drawn. The size shows
+    the effect of the limits on frames and pixels."""
     args, kinds = run.args, Counter(record["data_type"] for record in records)
     epochs = args.max_steps * run.per_step * run.world / len(records)
     size = sum(getattr(p, "ds_numel", p.numel()) for p in run.engine.module.parameters())
@@ -867,7 +878,7 @@ def print_start(run, records, work, first):
         f"images\n{args.model}: {size:,} parameters, {precision}, ZeRO stage "
         f"{run.identity['zero_stage']} on {run.world} x {run.device.type}\n"
         f"a step on each rank: {work}; {args.max_steps:,} steps are {epochs:.3g} epochs")
-    for example in first:
+    for example in [sample for sample in drawn if "record" in sample][:1]:
         inputs = example.get("inputs", example.get("ordered"))
         grid = inputs.get("video_grid_thw", inputs.get("image_grid_thw"))[0].tolist()
         print(f"first {example['record']['data_type']}: {grid[0]} x {grid[1]} x {grid[2]} patches "
@@ -876,7 +887,7 @@ def print_start(run, records, work, first):
 
 
 def print_end(run, following):
-    """Prints where the model is, and the command that follows."""
+    """Prints where the model is and which command comes next."""
     if run.rank == 0:
         print(f"{run.args.output}: the model after {run.args.max_steps} steps\nnext: {following}")
 
@@ -884,8 +895,8 @@ def print_end(run, following):
 # ------------------------------------------------------------------ checkpoints, the model
 
 def save_checkpoint(run, step):
-    """checkpoint-<step>/, a tag of DeepSpeed's. `latest` names it when every rank has written its
-    part; only then those older than the newest --keep_checkpoints are removed. Collective."""
+    """Writes checkpoint-<step>/, a tag of DeepSpeed. `latest` names it once all ranks have written
+    their parts; only then, all but the newest --keep_checkpoints are removed. Collective."""
     output, tag = Path(run.args.output), f"checkpoint-{step}"
     if step == run.saved:
         return
@@ -906,25 +917,23 @@ def save_checkpoint(run, step):
 
 
 def cannot_write(folder, error) -> InputError:
-    """Removes what a checkpoint or model has become so far. Returns the error to raise, which names
-    a full disk in plain words: torch and safetensors have words of their own."""
-    free = shutil.disk_usage(folder.parent).free
-    full = getattr(error, "errno", None) in FULL_DISK or free < FULL_BELOW
+    """Removes an incomplete checkpoint or model. Returns the error to raise. It has the free space,
+    because torch and safetensors do not always say that a disk is full."""
+    free = shutil.disk_usage(folder.parent).free / 1e9
     shutil.rmtree(folder, ignore_errors=True)
-    reason = f"{os.strerror(errno.ENOSPC)}: make room" if full else error
-    return InputError(f"cannot write {folder}: {reason}. Checkpoints before it are whole: continue "
-                      "with --resume")
+    return InputError(f"cannot write {folder}: {error} ({free:.1f} GB free). Older checkpoints are "
+                      "whole: make room if the disk is full, and continue with --resume")
 
 
 def checkpoints(output) -> dict[int, Path]:
-    """{step: folder} of the checkpoints in a folder, oldest first. One that is later than `latest`
-    may be incomplete: the run was killed meanwhile, and will write over it."""
+    """Returns {step: folder} of the checkpoints in a folder, oldest first. One that is newer than
+    `latest` may be incomplete, because a kill interrupted its save; the run overwrites it."""
     found = {path.name.removeprefix("checkpoint-"): path for path in output.glob("checkpoint-*")}
     return {int(step): found[step] for step in sorted(filter(str.isdigit, found), key=int)}
 
 
 def save_model(run, processor):
-    """The trained model as a Hugging Face directory: the end of a run. Collective."""
+    """Writes the trained model to --output, as a Hugging Face directory. Collective."""
     sharded = run.engine.zero_optimization_partition_weights()
     state = {}
     for name, parameter in run.engine.module.named_parameters():
@@ -940,8 +949,8 @@ def save_model(run, processor):
         except (OSError, SafetensorError) as error:
             raise cannot_write(aside, error) from None
         for path in sorted(aside.iterdir(), key=lambda path: path.name == "config.json"):
-            path.chmod((output / "metrics.jsonl").stat().st_mode)  # safetensors': the owner's alone
-            path.replace(output / path.name)  # config.json last: it makes it a model
+            path.chmod((output / "metrics.jsonl").stat().st_mode)  # safetensors: owner only
+            path.replace(output / path.name)  # config.json last: with it the model is complete
         aside.rmdir()
     dist.barrier()
 

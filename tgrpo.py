@@ -4,21 +4,21 @@
     deepspeed tgrpo.py --model Qwen2.5-VL-7B-SFT --data Video-R1-260k.json --output tgrpo
 
 One step, for each question q of a rank:
-  1. draw the question, its frames in order and, for a video, shuffled           shuffle_frames
+  1. decode the frames of q and, if it is a video, shuffle a copy of them        shuffle_frames
   2. sample G responses o_i to the ordered and G_tilde to the shuffled frames            rollout
   3. reward r_i: accuracy + format; p, p_tilde: shares of correct responses        group_rewards
   4. temporal reward r_t = alpha if p >= p_tilde, to correct responses (Eq. 1, 2) temporal_reward
      and omega to correct ones of moderate length (Eq. 5)                          length_reward
   5. advantage A_i = (R_i - mean) / std within the group (Eq. 3)               group_advantages
   6. clipped policy-gradient step with a KL term (Eq. 4)                     tgrpo_loss, update
-Shuffled responses are only compared with; they are never trained on. `--alpha 0` is GRPO.
+Responses to shuffled frames only give p_tilde; they are never trained on. `--alpha 0` is GRPO.
 
 Which variant: the ratio and its clip are per token, the loss is the mean over a response's
 tokens and then over responses, the KL is the k3 estimator. Left out: reward models, packing.
-What any training run is, from flags to checkpoints, stands in sft.py.
+What both trainings share, from flags to checkpoints, is in sft.py.
 
-Shapes: G responses of a question, n of a chunk, L response tokens, P prompt tokens, B prompts side
-by side, N rows of a rollout, of which n still decode, V vocabulary, T frames, C x H x W pixels.
+Shapes: G responses of a question, n of them in a chunk, L response tokens, P prompt tokens,
+B prompts side by side, N rows of a rollout, of which n still decode, V vocabulary, T frames.
 """
 from functools import partial
 
@@ -39,11 +39,11 @@ from sft import (adapters_off, add_adapters, add_run_flags, close_step, gather_o
                  open_run, optimizer_step, print_end, save_model, start_engine, start_questions,
                  steps, validate)
 
-import deepspeed  # after build_data, which quiets its first words
+import deepspeed  # after build_data, which silences its import messages
 
-PIECE = 512  # tokens whose logits are turned into log-probabilities together
+PIECE = 512  # tokens per log-softmax
 STD_EPSILON = 1e-4  # added to the standard deviation in Eq. 3, as in the released code
-FRAME_STREAM, ROLLOUT_STREAM = 1, 2  # first key of the generators: no two kinds of draw share one
+FRAME_STREAM, ROLLOUT_STREAM = 1, 2  # first part of a seed: frames and rollouts draw separately
 
 
 def parse_args(argv=None):
@@ -52,17 +52,19 @@ def parse_args(argv=None):
     # rollout
     add("--G", type=at_least(2, int), default=8, help="responses to the ordered frames")
     add("--G_tilde", type=at_least(0, int), default=4, help="responses to the shuffled frames")
-    add("--max_new_tokens", type=above(0, int), default=768, help="most tokens of a response")
+    add("--max_new_tokens", type=above(0, int), default=768, help="maximum tokens of a response")
     add("--temperature", type=above(0, float), default=1.0,
-        help="sampling temperature, also of the loss")
+        help="sampling temperature; the loss divides the logits by it too")
     add("--top_p", type=above(0, float, 1), default=1.0, help="nucleus sampling; 1: off")
+    add("--static_decode", action="store_true",
+        help="decode in fixed buffers, on a CUDA device as a CUDA graph (not yet run there)")
     # rewards and advantages
     add("--alpha", type=at_least(0, float), default=0.3, help="temporal reward (Eq. 1); 0: GRPO")
     add("--omega", type=at_least(0, float), default=0.2, help="length reward (Eq. 5)")
-    add("--l_min", type=int, default=320, help="fewest tokens that earn the length reward")
-    add("--l_max", type=int, default=512, help="most tokens that earn the length reward")
+    add("--l_min", type=int, default=320, help="fewest tokens for the length reward")
+    add("--l_max", type=int, default=512, help="most tokens for the length reward")
     add("--correct_threshold", type=float, default=0.5,
-        help="accuracy reward from which a response is correct")
+        help="a response is correct if its accuracy reward is at least this")
     add("--temporal_test", choices=("ge", "gt"), default="ge", help="p >= p_tilde (Eq. 1), or >")
     add("--temporal_to", choices=("reward", "advantage"), default="reward",
         help="add r_t to the reward (Eq. 2) or to the advantage (the paper's remark)")
@@ -72,20 +74,20 @@ def parse_args(argv=None):
     add("--beta", type=at_least(0, float), default=0.04,
         help="weight of the KL term; 0: no reference model")
     add("--epsilon", type=at_least(0, float), default=0.2,
-        help="clip range of the ratio (not in the paper); acts from a rollout's second update on")
+        help="clip range of the ratio (not in the paper); no effect with --updates_per_rollout 1")
     add("--loss_mean", choices=("response", "token", "length"), default="response",
-        help="mean over a response's tokens, then responses (Eq. 4); over all tokens of the group "
-             "alike; or the sum over G * max_new_tokens")
+        help="mean over a response's tokens, then over responses (Eq. 4); mean over all tokens of "
+             "the group; sum divided by G * max_new_tokens")
     add("--updates_per_rollout", type=above(0, int), default=1,
         help="optimizer steps on each rollout")
     add("--prompts_per_rank", type=above(0, int), default=1,
-        help="questions of a step on each rank")
+        help="questions per step on each rank")
     add("--chunk_size", type=above(0, int), default=2,
-        help="responses of one forward and backward pass: memory for speed")
+        help="responses per forward and backward pass; more are faster and take more memory")
     add("--freeze_vision", action="store_true", help="train the language model only")
     add("--gradient_checkpointing", action="store_true",
         help="recompute activations in the backward pass to save memory")
-    add("--max_steps", type=above(0, int), default=1000, help="steps of the run, a rollout each")
+    add("--max_steps", type=above(0, int), default=1000, help="steps of the run, one rollout each")
     add("--rollout_steps", type=above(0, int), default=10,
         help="write responses to rollouts.jsonl every N steps")
     add("--show_steps", type=at_least(0, int), default=10,
@@ -93,18 +95,20 @@ def parse_args(argv=None):
     add_run_flags(add, lr_schedule="constant", save_steps=100)
     args = parser.parse_args(argv)
     if args.l_min > args.l_max:
-        parser.error(f"--l_min {args.l_min} is above --l_max {args.l_max}")
+        parser.error(f"--l_min {args.l_min} is above --l_max {args.l_max}: lower it")
     if args.alpha and not args.G_tilde:
-        parser.error("--G_tilde must be positive: p_tilde is its share of correct responses "
-                     "(for plain GRPO use --alpha 0)")
+        parser.error("--G_tilde 0 leaves p_tilde undefined: raise it, or use --alpha 0 for GRPO")
+    if args.static_decode and args.attn_implementation != "sdpa":
+        parser.error("--static_decode needs --attn_implementation sdpa, not "
+                     f"{args.attn_implementation}: change one of them")
     return args
 
 
 # ------------------------------------------------------- the algorithm: pure functions
 
 def temporal_reward(correct, correct_shuffled, alpha, test="ge") -> float:
-    """Returns r_t (Eq. 1): alpha if the ordered group's share of correct responses is at least
-    (test "ge") or above (test "gt") the shuffled group's, else 0.
+    """Returns r_t (Eq. 1): alpha if p >= p_tilde (test "ge") or p > p_tilde (test "gt"), else 0.
+    These are the shares of correct responses to the ordered and to the shuffled frames.
 
     >>> temporal_reward([True, False], [True, False, False, False], alpha=0.3)
     0.3
@@ -116,8 +120,8 @@ def temporal_reward(correct, correct_shuffled, alpha, test="ge") -> float:
 
 def group_advantages(rewards, scale="std"):
     """Returns A_i (Eq. 3) of a group's rewards (G,): centred, and for scale "std" divided by the
-    unbiased standard deviation. A group of equal rewards teaches nothing: zeros."""
-    if (rewards == rewards[0]).all():
+    unbiased standard deviation. They are 0 if all rewards are equal."""
+    if (rewards == rewards[0]).all():  # their mean may differ from them by rounding
         return torch.zeros_like(rewards)
     advantages = rewards - rewards.mean()  # (G,)
     return advantages / (rewards.std() + STD_EPSILON) if scale == "std" else advantages
@@ -127,9 +131,9 @@ def tgrpo_loss(logps, old_logps, ref_logps, advantages, mask, beta, epsilon, wei
     """Returns -J (Eq. 4) of one group, or of a chunk of it: a scalar to minimise.
 
     logps, old_logps, ref_logps (n, L): log-probabilities of the response tokens under the
-    policy, the policy that sampled them and the reference (None when beta is 0);
-    advantages (n,); mask (n, L): 1 up to and including the end token; weights (n, L): of each
-    token in the group's mean, by default token_weights(mask).
+    policy, the policy that sampled them and the reference (None if beta is 0);
+    advantages (n,); mask (n, L): 1 up to and including the end token; weights (n, L): weight of
+    each token in the group's mean, by default token_weights(mask).
     """
     A = advantages[:, None]  # (n, 1)
     ratio = policy_ratio(logps, old_logps, mask)  # (n, L)
@@ -142,22 +146,22 @@ def tgrpo_loss(logps, old_logps, ref_logps, advantages, mask, beta, epsilon, wei
 
 
 def token_weights(mask, mean="response", longest=None):
-    """Returns the weight (G, L) of each token in its group's mean, from the mask: "response",
-    1 / (G * its response's tokens), Eq. 4; "token", 1 / the group's tokens; "length",
-    1 / (G * longest), whatever was sampled. A chunk takes its rows."""
+    """Returns the weight (G, L) of each token in its group's mean, from the group's mask (G, L):
+    for "response" 1 / (G * tokens of its response), as in Eq. 4; for "token" 1 / tokens of the
+    group; for "length" 1 / (G * longest), a constant."""
     tokens = {"response": len(mask) * mask.sum(1, keepdim=True), "token": mask.sum(),
               "length": len(mask) * (longest or mask.shape[1])}[mean]
     return mask / tokens
 
 
 def policy_ratio(logps, old_logps, mask):
-    """Returns rho (n, L), the policy's probability over the sampling policy's, per token, and 1
-    after the response's end. Both the loss and the metrics of clipping use it."""
+    """Returns rho (n, L): a token's probability under the policy, divided by that under the policy
+    that sampled it; 1 after the end token. The loss and the clip metrics use it."""
     return torch.exp(torch.where(mask.bool(), logps - old_logps, 0))
 
 
 def kl_k3(logps, ref_logps):
-    """Returns Schulman's k3 estimator of KL(policy || reference), per token: never negative."""
+    """Returns Schulman's k3 estimator (n, L) of KL(policy || reference) per token, at least 0."""
     return torch.exp(ref_logps - logps) - (ref_logps - logps) - 1
 
 
@@ -172,11 +176,9 @@ def response_mask(ids, eos_ids):
 
 
 def group_rewards(texts, texts_shuffled, lengths, record, args):
-    """Grades one question's responses, by part, and compares the two groups.
-
-    Returns {"accuracy", "format", "temporal", "length": (G,) each; "p", "p_tilde", "r_t"}; the
-    last two and "temporal" only when there is a shuffled group.
-    """
+    """Returns the rewards of one question's responses by part, with the two shares and r_t:
+    {"accuracy", "format", "length", "temporal": (G,) each; "p", "p_tilde", "r_t": numbers}.
+    Without responses to shuffled frames, "temporal", "p_tilde" and "r_t" are absent."""
     accuracy = [accuracy_reward(text, record) for text in texts]
     correct = [value >= args.correct_threshold for value in accuracy]
     parts = {"accuracy": accuracy, "format": [format_reward(text) for text in texts],
@@ -195,24 +197,24 @@ def group_rewards(texts, texts_shuffled, lengths, record, args):
 # ------------------------------------------------------------ rollout: prefill and decode
 
 def require_full_attention(args):
-    """Raises InputError, before weights are loaded, if a layer of the model does not keep the keys
-    and values of all tokens: responses share those of their prompt."""
+    """Raises InputError if a layer of the model does not keep the keys and values of all tokens.
+    Responses share those of their prompt. Reads the config only, before weights are loaded."""
     try:
         config = AutoConfig.from_pretrained(args.model)
     except (OSError, ValueError) as error:
         raise InputError(f"cannot load --model {args.model}: {error}") from None
-    kinds, _ = get_layer_types_and_kwargs(config.get_text_config(decoder=True))  # one a layer
+    kinds, _ = get_layer_types_and_kwargs(config.get_text_config(decoder=True))  # one per layer
     others = sorted({*kinds} - {"full_attention"})
     if others:
         raise InputError(f"--model {args.model} has layers of {' and '.join(others)}: they do not "
-                         "keep the keys and values of a whole prompt, which T-GRPO's responses "
-                         "share; take a model of full attention, as Qwen2.5-VL or Qwen3-VL")
+                         "keep the keys and values of a whole prompt, which responses share; use "
+                         "a model with full attention, such as Qwen2.5-VL or Qwen3-VL")
 
 
 class KeptLayer(DynamicLayer):
-    """A layer's keys and values in a forward pass that may be recomputed (gradient checkpointing).
-    The backward pass then calls update again: it returns what it did before and stores nothing."""
-    is_prompt = False  # whether the pass itself fills the layer; else it follows what is there
+    """Keeps a layer's keys and values while gradient checkpointing recomputes the layer. Then the
+    backward pass calls update again, which returns the same tensors and stores nothing."""
+    is_prompt = False  # True if the pass fills the layer, False if it continues a prompt
 
     def update(self, keys, values, *_, **__):
         if not self.is_initialized:
@@ -224,17 +226,18 @@ class KeptLayer(DynamicLayer):
 
 
 def recompute_activations(model):
-    """Lets the backward pass recompute each layer; those with a KeptLayer keep their cache."""
+    """Turns gradient checkpointing on. The layers of the language model keep their cache, which is
+    made of KeptLayers."""
     model.activation_checkpointing_enable({"use_reentrant": False})
     for layer in model.model.language_model.layers:
         layer._can_checkpoint_with_cache = True
 
 
 def run_prompt(model, inputs):
-    """Runs one forward over a prompt (B, P). Returns the model's output with its cache of keys and
-    values (B, heads, P, dim a layer), and a pair of positions (B, 1): of the prompt's last token
-    and of the first response token. If the time axis of a long video exceeds the positions of the
-    text after it, the two are not neighbours."""
+    """Runs one forward over a prompt (B, P). Returns the model's output, which holds the cache of
+    keys and values (B, heads, P, dim per layer), and two positions (B, 1): of the prompt's last
+    token and of the first response token. They are not consecutive if a video's positions in time
+    exceed those of the text after it."""
     positions, next_position = rope_positions(model, inputs)
     vision = {key: inputs[key] for key in inputs
               if key.startswith("pixel_values") or key.endswith("grid_thw")}
@@ -245,17 +248,17 @@ def run_prompt(model, inputs):
 
 
 def forbid_tokens(model, ids, device):
-    """Sets these logits to -inf whenever the model runs, so that sampler, policy and reference are
-    distributions over the same tokens. Must be called before the model gets an engine."""
+    """Sets these logits to -inf whenever the model runs. Sampler, policy and reference are thus
+    distributions over the same tokens. Must be called before DeepSpeed wraps the model."""
     head = model.get_output_embeddings()
-    barrier = torch.zeros(head.out_features, dtype=model.dtype, device=device)  # (V,)
-    barrier[ids] = -torch.inf
-    head.register_forward_hook(lambda head, inputs, logits: logits.add_(barrier))
+    bias = torch.zeros(head.out_features, dtype=model.dtype, device=device)  # (V,)
+    bias[ids] = -torch.inf
+    head.register_forward_hook(lambda head, inputs, logits: logits.add_(bias))
 
 
 def sample_tokens(logits, temperature, top_p, generator):
-    """Returns one token a row, (n,), from the (n, V) logits: sampled at the temperature within the
-    nucleus, or the likeliest one at temperature 0."""
+    """Returns one token per row (n,) of the logits (n, V): sampled at the temperature from the
+    nucleus, or at temperature 0 the likeliest."""
     if temperature == 0:
         return logits.argmax(-1)  # (n,)
     probs = torch.softmax(logits.float() / temperature, dim=-1)  # (n, V)
@@ -263,7 +266,7 @@ def sample_tokens(logits, temperature, top_p, generator):
         ranked, order = probs.sort(dim=-1, descending=True)  # (n, V)
         ranked[ranked.cumsum(-1) - ranked >= top_p] = 0  # the first token always stays
         probs = torch.zeros_like(probs).scatter(-1, order, ranked)  # (n, V)
-    # by the inverse of the distribution function: one random number a row, multinomial draws V
+    # inverse transform sampling: one random number per row, where torch.multinomial draws V
     cumulative = probs.double().cumsum(-1)  # (n, V)
     draws = torch.rand(len(probs), 1, dtype=torch.float64, generator=generator,
                        device=probs.device) * cumulative[:, -1:]  # (n, 1)
@@ -271,15 +274,15 @@ def sample_tokens(logits, temperature, top_p, generator):
 
 
 def prefill(model, prompts, counts, max_new_tokens):
-    """Runs each prompt once, a video's two orders side by side, and lays out N rows, of which
-    counts[s] continue prompt row s: prompts are padded on the left to the longest, P tokens.
+    """Runs each prompt once, a video's two orders side by side. Then repeats prompt row s counts[s]
+    times, which makes N rows. Prompts are padded on the left to the longest, P tokens.
 
-    Returns the cache of keys and values (N, heads, P + L, dim a layer) with room for L new
-    tokens, the mask (N, P + L) of what may be attended to, and logits (N, V) and position (N, 1)
-    of each row's first response token.
+    Returns the cache of keys and values (N, heads, P + L, dim per layer), with room for L new
+    tokens; the attention mask (N, P + L); and each row's logits (N, V) and position (N, 1) for its
+    first response token.
     """
     P = max(inputs["input_ids"].shape[1] for inputs in prompts)
-    origin = torch.arange(len(counts)).repeat_interleave(torch.tensor(counts))  # (N,) prompt rows
+    origin = torch.arange(len(counts)).repeat_interleave(torch.tensor(counts))  # (N,): prompt rows
     origin = origin.to(prompts[0]["input_ids"].device)
     caches, masks, logits, positions = [], [], [], []
     for inputs in prompts:
@@ -298,34 +301,70 @@ def prefill(model, prompts, counts, max_new_tokens):
 
 
 def decode(model, tokens, position, mask, cache):
-    """Returns the logits (n, V) after one more token (n,) a row, at its position (n, 1)."""
+    """Returns the logits (n, V) after one more token per row (n,), at its position (n, 1)."""
     return model(input_ids=tokens[:, None], position_ids=position.expand(3, -1, -1),
                  attention_mask=mask, past_key_values=cache, use_cache=True).logits[:, -1]
 
 
-def rollout(model, prompts, counts, *, max_new_tokens, temperature, top_p, eos_ids, generator):
+def static_decoder(model, ids, position, mask, cache):
+    """Returns a function whose t-th call decodes column t of ids (N, L) into logits (N, V). All N
+    rows stay, and every tensor keeps its address. On a CUDA device a call thus replays a CUDA
+    graph, captured here: one launch instead of one per kernel. This has not yet run on a GPU."""
+    t = torch.zeros(1, dtype=torch.int64, device=ids.device)  # (1,)
+    P = mask.shape[1] - ids.shape[1]
+
+    def step():
+        mask.index_fill_(1, P + t, 1)
+        tokens = ids.index_select(1, t)[:, 0]  # (N,)
+        logits = decode(model, tokens, position + t, mask, cache)  # (N, V)
+        t.add_(1)
+        return logits
+
+    if ids.device.type != "cuda":
+        return step
+    step()  # warm-up: CUDA libraries initialise themselves, which cannot be captured
+    for count in (t, *(layer.cumulative_length for layer in cache.layers)):
+        count.sub_(1)  # the first replay decodes column 0 again, and overwrites its keys
+    graph = torch.cuda.CUDAGraph()  # it and its memory are freed when the rollout returns
+    # thread_local: the data loader's thread may pin memory during the capture
+    with torch.cuda.graph(graph, capture_error_mode="thread_local"):
+        logits = step()
+
+    def replay():
+        graph.replay()
+        return logits
+    return replay
+
+
+def rollout(model, prompts, counts, *, max_new_tokens, temperature, top_p, eos_ids, generator,
+            static=False):
     """Samples counts[i][b] responses to row b of prompts[i], all of them in one decode batch.
 
     prompts: encoded inputs of B rows each (a video's two orders side by side: B = 2).
-    A row leaves the batch at its first end token. Makes no collective call, so that ranks need
-    not wait for each other's longest response.
-    Returns one (count, L) tensor of ids for each prompt row; end tokens fill it up.
+    A row leaves the batch at its first end token; if static, only its sampling ends. Makes no
+    collective call: a rank does not wait for another's longest response.
+    Returns one (count, L) tensor of ids for each prompt row, filled up with end tokens.
     """
-    of_rows = [n for of_prompt in counts for n in of_prompt]  # one a prompt row
+    of_rows = [n for of_prompt in counts for n in of_prompt]  # responses of each prompt row
     device = prompts[0]["input_ids"].device
     rows, eos = torch.arange(sum(of_rows), device=device), torch.tensor(eos_ids, device=device)
     ids = torch.full((len(rows), max_new_tokens), eos_ids[0], device=device)  # (N, L)
-    with torch.inference_mode():  # faster than no_grad; what it makes must not meet autograd
+    with torch.inference_mode():  # faster than no_grad, but autograd cannot use its tensors
         cache, mask, logits, position = prefill(model, prompts, of_rows, max_new_tokens)
         P = mask.shape[1] - max_new_tokens
+        step = static_decoder(model, ids, position, mask, cache) if static else None
         for t in range(max_new_tokens):
             tokens = sample_tokens(logits, temperature, top_p, generator)  # (n,)
             ids[rows, t] = tokens
             alive = (~torch.isin(tokens, eos)).nonzero()[:, 0]  # of the n rows
             if len(alive) == 0 or t + 1 == max_new_tokens:
                 break
-            if len(alive) < len(rows):
-                rows, tokens, position, mask = (x[alive] for x in (rows, tokens, position, mask))
+            rows, tokens = rows[alive], tokens[alive]  # (n,)
+            if static:
+                logits = step()[rows]  # (n, V): of these rows only, so that the draws are the same
+                continue
+            if len(alive) < len(mask):
+                position, mask = position[alive], mask[alive]
                 cache.reorder_cache(alive)
             mask[:, P + t] = 1
             logits = decode(model, tokens, position + t, mask, cache)  # (n, V)
@@ -335,9 +374,9 @@ def rollout(model, prompts, counts, *, max_new_tokens, temperature, top_p, eos_i
 # -------------------------------------- update: the prompt is encoded once for its group
 
 def response_logits(model, cache, inputs, positions, responses):
-    """Returns the logits (n, L, V) that predict each response token, from the prompt's cached keys
-    and values (1, heads, P - 1, dim) a layer. The prompt's last token runs again, as the first
-    input. positions: run_prompt's pair."""
+    """Returns the logits (n, L, V) that predict each response token. cache: the prompt's keys and
+    values (1, heads, P - 1, dim) of each layer. The prompt's last token runs again, as the first
+    input. positions: those that run_prompt returns."""
     (n, L), (last, following) = responses.shape, positions  # following: of the first response token
     ids = torch.cat([inputs["input_ids"][:, -1:].expand(n, 1), responses[:, :-1]], dim=1)  # (n, L)
     later = following + torch.arange(L - 1, device=ids.device)  # (1, L - 1)
@@ -351,9 +390,9 @@ def response_logits(model, cache, inputs, positions, responses):
 
 
 def token_logps(logits, responses, temperature):
-    """Returns the log-probabilities (n, L) of the response tokens under the (n, L, V) logits. They
-    are computed in pieces, and again in the backward pass: with a vocabulary of 150,000 the float32
-    copies of the logits take more memory than all activations of the model."""
+    """Returns the log-probabilities (n, L) of the response tokens under the (n, L, V) logits. Works
+    in pieces, which the backward pass recomputes: with a vocabulary of 150,000, float32 copies of
+    all logits would take more memory than the activations of the model."""
     def of_piece(logits, ids):  # (m, V), (m,)
         return (logits.float() / temperature).log_softmax(-1).gather(-1, ids[:, None])[:, 0]
     pieces = zip(logits.flatten(0, 1).split(PIECE), responses.flatten().split(PIECE))
@@ -369,7 +408,8 @@ def token_entropy(logits, temperature):
 
 
 def prompt_cache(output):
-    """Returns [(keys, values)], (1, heads, P - 1, dim) a layer, without the last prompt token."""
+    """Returns [(keys, values)] of the layers, (1, heads, P - 1, dim) each, without the prompt's
+    last token."""
     return [(layer.keys[:, :, :-1], layer.values[:, :, :-1])
             for layer in output.past_key_values.layers]
 
@@ -377,8 +417,8 @@ def prompt_cache(output):
 @torch.no_grad()
 def group_logps(model, inputs, responses, lengths, chunk_size, temperature=1.0):
     """Returns the log-probabilities (G, L) of a group's responses, up to their lengths (G,). The
-    prompt runs once, then the responses, chunk_size at a time. The result equals that of a forward
-    over G copies of both."""
+    prompt runs once, then chunk_size responses at a time. The result is that of one forward over
+    G copies of the prompt, each with its response."""
     output, positions = run_prompt(model, inputs)
     cache = prompt_cache(output)
     logps = torch.zeros(responses.shape, device=responses.device)  # (G, L)
@@ -389,8 +429,8 @@ def group_logps(model, inputs, responses, lengths, chunk_size, temperature=1.0):
 
 
 def chunks_of(responses, lengths, chunk_size):
-    """Yields (rows, responses[rows] cut to the longest of them), responses of similar length
-    together: little of a chunk is padding."""
+    """Yields (rows, responses[rows] cut to their longest). Responses of similar length share a
+    chunk, so that little of it is padding."""
     for rows in lengths.argsort().split(chunk_size):
         yield rows, responses[rows, :lengths[rows].max()]  # (n,), (n, L)
 
@@ -398,13 +438,13 @@ def chunks_of(responses, lengths, chunk_size):
 def begin_backward(engine, blank):
     """Runs a backward of zeros through every parameter, before a step's first group.
 
-    ZeRO overwrites a parameter's gradient in a step's first backward and adds in later ones. A
-    group's first backward stops at the prompt's keys and values, so without this the vision
-    tower's gradients would be added to those of the step before.
+    In a step's first backward ZeRO overwrites gradients, in later ones it adds to them. A group's
+    first backward stops at the prompt's keys and values. Without this call, the vision tower's
+    gradients would be added to those of the step before.
     """
     engine.set_gradient_accumulation_boundary(False)
     output, _ = run_prompt(engine, blank)
-    engine.backward(0.0 * output.logits.max())  # not their sum: those of forbidden tokens are -inf
+    engine.backward(0.0 * output.logits.max())  # not the sum: forbidden tokens have -inf
 
 
 def backward_group(engine, inputs, responses, lengths, chunk_loss, chunk_size, temperature,
@@ -412,10 +452,10 @@ def backward_group(engine, inputs, responses, lengths, chunk_loss, chunk_size, t
     """Runs the backward of a group's loss with one prompt and one chunk of responses in memory.
 
     chunk_loss(rows, logps, entropy) -> scalar, for the chunk responses[rows] cut to its longest;
-    the group's loss is their sum. (a) The prompt runs once. (b) Its keys and values are cut off
-    as leaves. (c) Each chunk runs on them and goes backward; gradients collect in the leaves.
-    (d) One backward carries these through the prompt and the vision tower. `last`: gradients
-    are complete after this group, ranks may average them.
+    the group's loss is the sum over chunks. (a) The prompt runs once. (b) Its keys and values
+    become leaves of the graph. (c) Each chunk runs forward and backward on them; their gradients
+    add up in the leaves. (d) One backward carries these through the prompt and the vision tower.
+    last: whether the step's gradients are complete after this group, so that ranks average them.
     """
     output, positions = run_prompt(engine, inputs)  # (a)
     attached = [kv for pair in prompt_cache(output) for kv in pair]
@@ -427,7 +467,7 @@ def backward_group(engine, inputs, responses, lengths, chunk_loss, chunk_size, t
         engine.backward(chunk_loss(rows, token_logps(logits, chunk, temperature),
                                    token_entropy(logits, temperature)))
     engine.set_gradient_accumulation_boundary(last)
-    # (d); the zero term lets every parameter take part in the last backward, as DeepSpeed expects
+    # (d); DeepSpeed expects every parameter in the last backward: the zero term includes them
     engine.backward(sum((kv * leaf.grad).sum() for kv, leaf in zip(attached, leaves))
                     + 0.0 * output.logits.max())
 
@@ -436,7 +476,7 @@ def backward_group(engine, inputs, responses, lengths, chunk_loss, chunk_size, t
 
 def start_sampler(run, forbidden_ids):
     """Returns the model that rollouts sample from: the policy itself or, if its weights are sharded
-    (ZeRO-3), an unsharded model on the device, which gather_weights fills."""
+    (ZeRO-3), an unsharded copy of it, which gather_weights updates."""
     module = run.engine.module
     if not run.engine.zero_optimization_partition_weights():
         return module
@@ -454,8 +494,8 @@ def start_sampler(run, forbidden_ids):
 
 
 def gather_weights(engine, sampler, trained=True):
-    """Copies a sharded policy's trained weights, or its frozen ones, into its sampler, parameter by
-    parameter. Collective."""
+    """Copies a sharded policy's trained weights, or else its frozen ones, into the sampler, one
+    parameter at a time. Collective."""
     if sampler is not engine.module:
         for source, target in zip(engine.module.parameters(), sampler.parameters(), strict=True):
             if source.requires_grad == trained:
@@ -464,8 +504,8 @@ def gather_weights(engine, sampler, trained=True):
 
 
 def start_reference(run, forbidden_ids, sampler):
-    """Returns the frozen reference model, sharded if the policy is (ZeRO-3). With adapters it is
-    the sampler: update turns them off."""
+    """Returns the frozen reference model, sharded if the policy is (ZeRO-3). With --lora_rank it is
+    the sampler: update switches the adapters off."""
     if run.args.lora_rank:
         return sampler
     model = load_model(run.args, run.config).eval().requires_grad_(False)
@@ -479,11 +519,11 @@ def start_reference(run, forbidden_ids, sampler):
 
 # ------------------------------------------------------------------- one step, on one rank
 
-# A group, the dict of one question, gathers what the step makes of it. With *: only of a video,
-# when the temporal reward needs a second group.
+# A group is the dict of one question. The functions on the right add these keys; those with * only
+# for a video, if --alpha is above 0.
 #   record                                  the question                        example, in a worker
 #   ordered, shuffled*                      model inputs, the prompt's                             "
-#   frame_order*                            list of T: the place that each shuffled frame had      "
+#   frame_order*                            list of T: original index of each shuffled frame       "
 #   responses (G, L), responses_shuffled* (G_tilde, L)     ids                      sample_responses
 #   mask (G, L), lengths (G,)               up to the end token; their sums              grade_group
 #   texts, texts_shuffled, truncated        lists of G, G_tilde (or 0) and G                       "
@@ -494,7 +534,7 @@ def start_reference(run, forbidden_ids, sampler):
 
 
 def example(args, processor, record, vision, position):
-    """Returns a group's first keys, from a record at a position of the data order; in a worker."""
+    """Returns a record's group, with model inputs; position: its place in the data order."""
     group = {"record": record, "ordered": encode(processor, record, vision)}
     if record["data_type"] == "video" and args.alpha:
         generator = seeded_generator(FRAME_STREAM, args.seed, position)
@@ -505,15 +545,15 @@ def example(args, processor, record, vision, position):
 
 
 def blank_group(processor, G, end_id, device):
-    """Returns a group of G empty responses to a black picture, of weight zero. If a rank has no
-    usable question in a step, it makes the same calls with it as the other ranks."""
+    """Returns a group of G empty responses to a black picture, with a loss of 0. A rank that lacks
+    a question uses it, to make the same engine calls as the other ranks."""
     return {"ordered": to_device(encode_blank(processor), device), "A": torch.zeros(G),
             "responses": torch.full((G, 1), end_id, device=device),
             "mask": torch.ones(G, 1, device=device), "lengths": torch.ones(G, dtype=torch.int64)}
 
 
 def sample_responses(model, groups, args, generator, eos_ids):
-    """Does step 2 for a rank's questions: adds responses and, if frames were shuffled,
+    """Does step 2 for this rank's questions: adds responses and, if there are shuffled frames,
     responses_shuffled."""
     prompts, counts = [], []
     for group in groups:
@@ -523,10 +563,10 @@ def sample_responses(model, groups, args, generator, eos_ids):
         counts.append([args.G, args.G_tilde][:len(orders)])
     if not groups:
         return
-    model.eval()  # decoding recomputes nothing
+    model.eval()  # gradient checkpointing acts in train mode
     responses = iter(rollout(model, prompts, counts, max_new_tokens=args.max_new_tokens,
                              temperature=args.temperature, top_p=args.top_p, eos_ids=eos_ids,
-                             generator=generator))
+                             generator=generator, static=args.static_decode))
     for group in groups:
         group["responses"] = next(responses)
         if "shuffled" in group:
@@ -534,19 +574,19 @@ def sample_responses(model, groups, args, generator, eos_ids):
 
 
 def greedy_texts(run, sampler, tokenizer, eos_ids, prompts):
-    """Returns the rollout's greedy responses to held-out questions, for validate."""
+    """Returns the greedy responses to encoded prompts, for validate. Collective."""
     gather_weights(run.engine, sampler)
     if not prompts:  # of this rank
         return []
     responses = rollout(
         sampler, [to_device(prompt, run.device) for prompt in prompts], [[1]] * len(prompts),
         max_new_tokens=run.args.max_new_tokens, temperature=0, top_p=1, eos_ids=eos_ids,
-        generator=None)  # (1, L) each
+        generator=None, static=run.args.static_decode)  # (1, L) each
     return tokenizer.batch_decode(torch.cat(responses), skip_special_tokens=True)
 
 
 def grade_group(group, tokenizer, eos_ids, args):
-    """Does steps 3 to 5 for one question."""
+    """Does steps 3 to 5 for one question: adds rewards and advantages to its group."""
     def read(ids):
         mask = response_mask(ids, eos_ids)  # (n, L)
         kept = [row[:n] for row, n in zip(ids.tolist(), mask.sum(1).int().tolist())]
@@ -563,9 +603,8 @@ def grade_group(group, tokenizer, eos_ids, args):
     A = group_advantages(R.double(), args.scale_advantages).float()  # (G,) Eq. 3
     if args.temporal_to == "advantage":
         A = A + temporal  # (G,)
-    final = group["responses"].cpu()[torch.arange(args.G), lengths - 1]  # (G,)
-    truncated = ~torch.isin(final, torch.tensor(eos_ids))  # (G,): no end token
-    longest = lengths.max()  # other groups' longer responses need not be computed here
+    truncated = ~torch.isin(group["responses"].cpu(), torch.tensor(eos_ids)).any(1)  # (G,)
+    longest = lengths.max()  # of this group; responses are padded to the longest of the rollout
     group |= {"responses": group["responses"][:, :longest], "mask": mask[:, :longest],
               "lengths": lengths, "texts": texts, "texts_shuffled": texts_shuffled, "parts": parts,
               "R": R, "A": A, "truncated": truncated.float().tolist()}
@@ -573,16 +612,16 @@ def grade_group(group, tokenizer, eos_ids, args):
 
 def update(run, step, reference, groups, blank, metrics):
     """Does step 6: updates_per_rollout optimizer steps on the responses of this rank's questions.
-    Returns False, before the optimizer step, when the loss or a gradient is not finite.
+    Returns False, without an optimizer step, if the loss or a gradient is not finite.
 
-    Every rank makes prompts_per_rank times the same engine calls; where a question was skipped,
-    the blank one stands in. Every group counts the same, on whichever rank it is.
+    Every rank runs prompts_per_rank groups; the blank group replaces skipped questions. All groups
+    have the same weight, whichever rank they are on.
     """
     args, engine = run.args, run.engine
     total = sum(gather_objects(len(groups)))  # of all ranks
-    if total == 0:  # on every rank
+    if total == 0:
         return True
-    # a group without advantages, and without a KL term, has no gradient: the blank is cheaper
+    # a group without advantages and KL term has no gradient: the blank group is cheaper
     moving = [group for group in groups if args.beta or group["A"].any()]
     note(metrics, "update/saved_share", [float(len(groups) - len(moving))], count=len(groups))
     note(metrics, "optim/loss", [0.0] * (len(groups) - len(moving)))
@@ -601,7 +640,7 @@ def update(run, step, reference, groups, blank, metrics):
         begin_backward(engine, blank["ordered"])
         for i, group in enumerate(groups):
             def chunk_loss(rows, logps, entropy):
-                if u == 0:  # the policy that sampled is this one
+                if u == 0:  # the policy is still the one that sampled
                     group["old"][rows, :logps.shape[1]] = logps.detach()
                 loss = group_loss(group, rows, logps, args)
                 if group is blank:
@@ -619,7 +658,7 @@ def update(run, step, reference, groups, blank, metrics):
 
 
 def group_loss(group, rows, logps, args):
-    """Returns the part of the group's loss (Eq. 4) that the chunk responses[rows] has."""
+    """Returns the part of the group's loss (Eq. 4) that comes from the chunk responses[rows]."""
     part = rows, slice(logps.shape[1])  # of the (G, L) tensors
     ref = None if group["ref"] is None else group["ref"][part]
     return tgrpo_loss(logps, group["old"][part], ref, group["A"][rows], group["mask"][part],
@@ -627,7 +666,7 @@ def group_loss(group, rows, logps, args):
 
 
 def note_policy(metrics, group, rows, logps, entropy, args):
-    """Notes per-token metrics of the chunk responses[rows], (n, L), over tokens in the mask."""
+    """Notes per-token metrics of the chunk responses[rows], from its logps and entropy (n, L)."""
     part = rows, slice(logps.shape[1])
     inside, A = group["mask"][part].bool(), group["A"][rows, None]  # (n, L), (n, 1)
     note(metrics, "policy/entropy", entropy[inside].tolist())
@@ -641,7 +680,7 @@ def note_policy(metrics, group, rows, logps, entropy, args):
 
 
 def note_group(metrics, group):
-    """Notes reward, group and response metrics of one question; undefined ones are absent."""
+    """Notes reward, group and response metrics of one question. Undefined ones are absent."""
     parts, record = group["parts"], group["record"]
     for name in ("accuracy", "format", "length", "temporal"):
         if name in parts:
@@ -653,7 +692,7 @@ def note_group(metrics, group):
     if "p_tilde" in parts:
         note(metrics, "group/p_tilde", [parts["p_tilde"]])
         note(metrics, "group/tie_rate", [float(parts["p"] == parts["p_tilde"])])
-        if parts["p"] > 0:  # with no correct response there is nothing to reward
+        if parts["p"] > 0:  # r_t goes to correct responses
             note(metrics, "group/temporal_rate", [float(parts["r_t"] > 0)])
     note(metrics, "response/tokens", group["lengths"].tolist())
     note(metrics, "response/truncated_rate", group["truncated"])
@@ -661,7 +700,7 @@ def note_group(metrics, group):
 
 
 def rollout_row(group):
-    """Returns one question's row of rollouts.jsonl."""
+    """Returns one question's line of rollouts.jsonl."""
     parts = {name: value.tolist() if torch.is_tensor(value) else value
              for name, value in group["parts"].items()}
     return {"problem_id": group["record"]["problem_id"], "path": group["record"]["path"],
@@ -671,7 +710,7 @@ def rollout_row(group):
 
 
 def print_question(group, step):
-    """Prints a question of a step with p, p_tilde, its best and its worst response."""
+    """Prints a question with p, p_tilde, and the responses of highest and lowest reward."""
     record, parts, R = group["record"], group["parts"], group["R"]
     options = "".join(f" | {option}" for option in record.get("options") or ())
     shares = f"p {parts['p']:.3g}"
@@ -685,7 +724,7 @@ def print_question(group, step):
 
 
 def brief(text, most=300):
-    """Returns a text on one line, without control characters; of a long one, its two ends.
+    """Returns a text on one line, without control characters and, if it is long, its middle.
 
     >>> brief("up\\n\\x1b[2J down"), brief("abcdef", most=4)
     ('up ?[2J down', 'ab ... ef')
@@ -721,7 +760,7 @@ def main(args):
     work = (f"{args.prompts_per_rank} questions x ({args.G} + {args.G_tilde if args.alpha else 0}) "
             f"responses, {min(args.chunk_size, args.G)} of them in a chunk of the update")
     for step, drawn, metrics in steps(run, records, questions, work):
-        # 1. questions, decoded and encoded ahead of need by the workers
+        # 1. questions, which data workers have decoded and encoded in advance
         groups = [group for group in drawn if "record" in group]
         # 2. responses to ordered and shuffled frames
         gather_weights(run.engine, sampler)

@@ -9,10 +9,14 @@ import socket
 import subprocess
 import sys
 import tempfile
+import threading
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from functools import cache, partial
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from types import SimpleNamespace
+from unittest.mock import patch
 
 import pytest
 
@@ -24,6 +28,7 @@ from safetensors.torch import load_file  # noqa: E402
 
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
+LIMITS = {"max_frames": 8, "min_frames": 4, "fps": 2, "min_pixels": 784, "max_pixels": 784}
 
 
 @cache
@@ -82,6 +87,12 @@ def cells(path):
     return re.sub(" +", " ", path.read_text(encoding="utf-8"))
 
 
+def table_rows(lines):
+    """Returns the cells of each row of a printed Markdown table, the heading first."""
+    return [[cell.strip() for cell in line.strip("|").split("|")] for line in lines
+            if line.startswith("|") and set(line) - set("|- ")]
+
+
 def break_media(toy, split, out, name, every=1):
     """Writes the toy's records of a split to a file and returns them. The first of each `every`
     names a file of the media folder that cannot be decoded."""
@@ -99,6 +110,70 @@ def equal_weights(a, b):
     first, second = (load_file(folder / "model.safetensors") for folder in (a, b))
     assert first.keys() == second.keys()
     return all(torch.equal(first[name], second[name]) for name in first)
+
+
+def run_here(script, *argv):
+    """Runs a script's main in this process. RANK and a port, which it sets, are not left to later
+    tests' runs."""
+    with patch.dict(os.environ):
+        script.main(script.parse_args(list(map(str, argv))))
+
+
+def reply(*texts, finish="stop"):
+    """A server's reply in OpenAI's form, 7 tokens a text."""
+    choices = [{"message": {"content": text}, "finish_reason": finish} for text in texts]
+    return {"choices": choices, "usage": {"completion_tokens": 7 * len(texts)}}
+
+
+class Server:
+    """A real HTTP server on this machine. `answer(body, number)` returns what to send: a dict, or
+    (status, headers, text), or a text; or pieces of a text, with pauses; or None, to hang up.
+    `requests` has the path, headers and body of each request."""
+
+    def __init__(self, answer=None):
+        outer, lock = self, threading.Lock()
+        self.answer, self.requests = answer, []
+
+        class Handler(BaseHTTPRequestHandler):
+            protocol_version = "HTTP/1.1"  # a connection serves many requests
+
+            def do_POST(self):
+                body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
+                with lock:
+                    outer.requests.append(SimpleNamespace(
+                        path=self.path, headers=dict(self.headers), body=body))
+                    number = len(outer.requests) - 1
+                sent = outer.answer(body, number)
+                status, headers, text = sent if isinstance(sent, tuple) else (200, {}, sent)
+                self.close_connection = sent is None or "Content-Length" in headers
+                if sent is None:
+                    return
+                self.send_response(status)
+                if isinstance(text, (str, dict)):
+                    text = [json.dumps(text) if isinstance(text, dict) else text]
+                    headers = {"Content-Length": str(len(text[0].encode()))} | headers
+                else:
+                    self.close_connection = True
+                for name, value in headers.items():
+                    self.send_header(name, value)
+                self.end_headers()
+                with suppress(OSError):  # the client may have hung up
+                    for piece in text:
+                        self.wfile.write(piece.encode())
+
+            def log_message(self, *_):
+                pass
+
+        self.http = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+        self.base = f"http://127.0.0.1:{self.http.server_port}/v1"
+        threading.Thread(target=self.http.serve_forever, args=(0.02,), daemon=True).start()
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *_):
+        self.http.shutdown()
+        self.http.server_close()
 
 
 @pytest.fixture(scope="session")
@@ -126,12 +201,11 @@ def model(toy):
 def samples(toy, processor):
     """Returns {"video", "image"}: (record, encoded inputs) of the first in the training file."""
     from build_data import encode, load_records, load_vision
-    limits = {"max_frames": 8, "min_frames": 4, "fps": 2, "min_pixels": 784, "max_pixels": 784}
     found = {}
     for record in load_records(toy / "train.json"):
         if record["data_type"] not in found:
             found[record["data_type"]] = (
-                record, encode(processor, record, load_vision(record, **limits)))
+                record, encode(processor, record, load_vision(record, **LIMITS)))
     return found
 
 

@@ -76,13 +76,16 @@ def test_machines_with_another_data_file_or_commit_are_refused_by_what_differs(t
 
 def test_another_version_of_a_package_is_refused_by_name(monkeypatch):
     def refuse(**changed):
-        monkeypatch.setattr(sft, "gather_objects", lambda mine: [mine, mine, mine | changed])
+        def gather(mine):
+            assert "--local_rank" not in mine
+            return [mine, mine, mine | changed]
+        monkeypatch.setattr(sft, "gather_objects", gather)
         sft.require_equal_ranks(SimpleNamespace(
-            args=SimpleNamespace(seed=0, local_rank=1), held_out=[], config={},
-            identity={"records": "a", "model_sha256": "b", "git_commit": None,
+            held_out=[], config={},
+            identity={"arguments": {"seed": 0, "local_rank": 1}, "records": "a",
+                      "model_sha256": "b", "world_size": 3, "zero_stage": 3, "git_commit": None,
                       "versions": {"torch": "2", "av": "5.0"}}))
     refuse()
-    refuse(**{"--local_rank": 0})
     with pytest.raises(InputError, match="^ranks 0 and 2 differ: av 5.0 and 5.1; --seed 0 and 1. "):
         refuse(**{"av": "5.1", "--seed": 1})
 
@@ -147,6 +150,19 @@ def test_data_workers_are_forked_before_a_model_is_loaded(toy, tmp_path, run_cod
     _, *flags = command(toy, tmp_path / "run", "--num_workers=2")
     result = run_code(code, *flags, check=False)
     assert result.stderr.splitlines()[-1] == "code.py: 2 workers"
+
+
+@pytest.mark.parametrize("error", [
+    RuntimeError("DataLoader worker (pid 7) is killed by signal: Killed"),
+    PermissionError(13, "Permission denied"), OSError(28, "No space left on device")])
+def test_a_checkpoint_that_cannot_be_written_is_an_error_with_its_reason(tmp_path, error):
+    def fail(*_, **__):
+        raise error
+    state = SimpleNamespace(args=SimpleNamespace(output=tmp_path, lora_rank=0), saved=0, skipped=0,
+                            engine=SimpleNamespace(save_checkpoint=fail))
+    with pytest.raises(InputError, match="cannot write .*Older checkpoints are whole") as found:
+        sft.save_checkpoint(state, 1)
+    assert f"checkpoint-1: {error} (" in str(found.value)
 
 
 # ------------------------------------------------- two nodes, by DeepSpeed's own launcher

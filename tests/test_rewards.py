@@ -1,15 +1,19 @@
 """Claims about rewards.py: what counts as an answer, how each problem type is graded, Eq. 5."""
 
+import json
 import math
 import random
 import time
+from string import ascii_uppercase
 
 import jiwer
 import pytest
 from rouge_score.rouge_scorer import RougeScorer
 
 import rewards
+from conftest import ROOT
 
+ANSWERS = json.loads((ROOT / "tests/answers.json").read_text(encoding="utf-8"))
 OPTIONS = ["A. cat", "B. a dog", "C. Vitamin C", "D. It is 5 m."]
 LONG = 100_000  # characters of the pathological inputs
 SECONDS = 1.0  # processor time that one call on them may take
@@ -18,33 +22,19 @@ SECONDS = 1.0  # processor time that one call on them may take
 
 
 @pytest.mark.parametrize("text, answer", [
-    ("<answer>B</answer>", "B"),
-    ("<think>x</think>\n<answer> B \n</answer>\n", "B"),
-    ("<answer>B</answer><|im_end|>", "B"),
-    ("<answer>B</answer>\n<|im_end|>\n<|endoftext|>", "B"),
-    ("<answer>two\nlines</answer>", "two\nlines"),
-    ("<answer>a < b</answer>", "a < b"),
-    ("B", ""),
-    ("", ""),
-    ("<answer></answer>", ""),
-    ("<answer>B", ""),
-    ("B</answer>", ""),
-    ("</answer>B<answer>", ""),
-    ("</answer><answer>B", ""),
-    ("<answer>A</answer><answer>B</answer>", ""),
+    ("<answer>B</answer>", "B"), ("<think>x</think>\n<answer> B \n</answer>\n", "B"),
+    ("<answer>B</answer><|im_end|>", "B"), ("<answer>B</answer>\n<|im_end|>\n<|endoftext|>", "B"),
+    ("<answer>two\nlines</answer>", "two\nlines"), ("<answer>a < b</answer>", "a < b"),
     ("<answer>B</answer><answer>B</answer>", "B"),
     ("<answer>B</answer>\n<answer> B\n</answer><|im_end|>", "B"),
     ("<think><answer>B</answer></think><answer>B</answer>", "B"),
-    ("<answer>B</answer><answer>B.</answer>", ""),
-    ("<answer>B</answer><answer>B</answer><answer>A</answer>", ""),
-    ("<answer>B</answer><answer></answer>", ""),
-    ("<answer>B</answer><answer>B", ""),
-    ("<answer>B</answer>B</answer>", ""),
-    ("<answer>A<answer>B</answer></answer>", ""),
-    ("<answer>A<answer>B</answer>", ""),
-    ("<answer>B</answer></answer>", ""),
-    ("<Answer>B</Answer>", ""),
-])
+    *((text, "") for text in (
+        "B", "", "<answer></answer>", "<answer>B", "B</answer>", "</answer>B<answer>",
+        "</answer><answer>B", "<answer>A</answer><answer>B</answer>",
+        "<answer>B</answer><answer>B.</answer>", "<answer>B</answer><answer></answer>",
+        "<answer>B</answer><answer>B</answer><answer>A</answer>", "<answer>B</answer><answer>B",
+        "<answer>B</answer>B</answer>", "<answer>A<answer>B</answer></answer>",
+        "<answer>A<answer>B</answer>", "<answer>B</answer></answer>", "<Answer>B</Answer>"))])
 def test_the_answer_is_the_one_text_that_the_answer_blocks_hold(text, answer):
     assert rewards.extract_answer(text) == answer
 
@@ -82,81 +72,26 @@ def test_any_other_format_has_no_reward(response):
 
 
 @pytest.mark.parametrize("options", [(), OPTIONS, None], ids=["no options", "options", "null"])
-@pytest.mark.parametrize("text", [
-    "B", "b", "B.", "b.", "(B)", "(b)", "[B]", "B)", "B:", " B\n", "**B**", "**B.**", "`B`", '"B"',
-    "'B'", "‘B’", "$B$", "\\boxed{B}", "$\\boxed{\\text{B}}$", "B</s>", "B<|im_end|>", "B。", "（B）",
-    "Option B", "option b", "Answer: B", "The answer is B.", "The correct answer is (B)",
-    "Final answer: **B**", "The correct option is B", "B. text", "B) text", "(B) text", "B: text",
-    "B - text", "**B.** text", "**B**: text", "B. a dog", "B) A DOG.", "**B. a dog**",
-    "Option B: a dog", "B. the answer is B",
-    # a lead-in within the emphasis, bracket or LaTeX
-    "**Answer: B**", "**Answer:** B", "(Option B)", "[Answer: B]", "\\boxed{Option B}",
-    "**The answer is B**", "Answer:\nB", "\\text{Answer: (B)}", "{B}", "«B»", "„B“", "<B>",
-    "\\(B\\)", "\\[B\\]", "\\textbf{B}", "\\mathbf{B}", "\\text{\\textbf{(B)}}", "$$B$$",
-    "Therefore, the answer is B.", "So the answer is (B)", "Hence, B", "I choose B",
-    "I pick option B",
-    "It is B", "It's B.", "It’s (B)", "B!", "B,", "B; ", "B...", "B, B", "B. B", "B\nB",
-    "B\nThe animal barks twice.", "(B)\n\nIt is not a cat.", "Answer: B\nIt barks.",
-    "Ｂ", "（ｂ）", "Ｂ．", "【B】", "答案：B", "答案是B", "正确答案为B。", "选B", "我选 B", "故选：B",
-    "选项 (B)", "B选项", "【答案】B", "B项。", "Ans: B", "Ans. B", "I would choose B", "I'd pick (B)",
-    "It would be B", "That's B", "\ufeffB", "B\u200b", "\u200eB\u00ad",
-])
-def test_a_letter_may_be_spelt_in_many_ways(text, options):
-    assert rewards.multiple_choice(text, "B", options) == 1.0
-    assert rewards.multiple_choice(text, "C", options) == 0.0
+@pytest.mark.parametrize("kind", ANSWERS["the letter B"])
+def test_a_letter_may_be_spelt_in_many_ways(kind, options):
+    for text in ANSWERS["the letter B"][kind]:
+        assert rewards.multiple_choice(text, "B", options) == 1.0, text
+        assert rewards.multiple_choice(text, "C", options) == 0.0, text
 
 
-@pytest.mark.parametrize("text", [
-    "", " ", ".", "()", "**", "A and B", "A or B", "A, B", "A/B", "A & B", "AB", "A B", "(A) (B)",
-    "(a) or (b)", "A. cat B. a dog", "B. or C", "B) and C)", "A. B. C.", "B. C", "I think B",
-    "B because it barks", "B is correct", "A bird", "A-frame", "B-52", "Bird", "dog", "ı",
-    "D.5", "None", "A.M.", "E", "(F)", "E. text", "B. cat", "(A) a dog", "A. Vitamin C", "cat dog",
-    "1", "🐶", "\x00", "\ud800",
-    "B?", "(B)?", "B. a puppy?", "B. That is wrong", "B, which is wrong", "B) which is false",
-    "not B", "It is not B", "I would not choose B", "either B or C", "B, C", "B; C", "B\nC",
-    "B, not C", "B, B, C", "I choose B or C", "The answer is B, C", "B (C)", "<A><B>", "<a><b>",
-    "B is wrong", "B) is wrong", "B. is not right", "(B) isn't it", "B: wrong", "B. No, C",
-    "A) is wrong, B is right", "A - or B maybe", "A. No. It is B instead", "A\nWait, B",
-    "B. A is so",
-    "B. is incorrect; the right one is C since it flies", "a dog\nA. cat", "B. a dog (C)",
-    "B, cat", "B (cat)", "B = cat", "cat (B)", "B、cat", "Answer B: cat", "\\boxed{B. cat}",
-    "a dog or cat", "not a dog", "The answer is not a dog", "The answer is a bird",
-    "选B或C", "不选B", "答案不是B", "B。不对", "\\boxed{A} or \\boxed{B}", "option", "I", "答案",
-])
+@pytest.mark.parametrize("text", ANSWERS["no letter"])
 def test_two_letters_or_a_letter_in_a_word_or_a_wrong_text_mean_nothing(text):
     assert rewards.choice_letter(text, OPTIONS) == ""
     assert rewards.multiple_choice(text, "B", OPTIONS) == 0.0
 
 
-@pytest.mark.parametrize("text, letter", [
-    ("cat", "A"), ("CAT", "A"), (" cat.\n", "A"), ("**cat**", "A"), ("A cat", "A"), ("A.cat", "A"),
-    ("a dog", "B"), ("A dog", "B"), ("a  dog", "B"), ("B a dog", "B"), ("Vitamin C", "C"),
-    ("C. Vitamin C", "C"), ("C. vitamin c", "C"), ("It is 5 m", "D"), ("D. It is 5 m.", "D"),
-    ("D. about 5 m", "D"),
-    ("B, a dog", "B"), ("B; a dog", "B"), ("B (a dog)", "B"), ("B = a dog", "B"), ("a dog (B)",
-    "B"),
-    ("B、a dog", "B"), ("B：a dog", "B"), ("**B.** a dog", "B"), ("B. \"a dog\"", "B"),
-    ("\\boxed{B. a dog}", "B"), ("\\boxed{\\text{a dog}}", "B"), ("Option B (a dog).", "B"),
-    ("The answer is: a dog", "B"), ("It is a dog.", "B"), ("**Answer:** a dog", "B"),
-    ("B -> a dog", "B"), ("B → a dog", "B"), ("B | a dog", "B"),
-    ("B. a dog because it barks", "B"), ("C. Vitamin C, as he says", "C"),
-])
-def test_an_options_exact_text_is_its_letter_with_or_without_it(text, letter):
-    assert rewards.choice_letter(text, OPTIONS) == letter
+@pytest.mark.parametrize("letter", "ABCD")
+def test_an_options_exact_text_is_its_letter_with_or_without_it(letter):
+    for text in ANSWERS["an option's text"][letter]:
+        assert rewards.choice_letter(text, OPTIONS) == letter, text
 
 
-@pytest.mark.parametrize("texts", [
-    ["-55 mv", "55 mv", "-70 mv", "70 mv"], ["1", "0", "-1", "-10"],
-    ["$15 per share.", "15 per share", "$150", "150"], ["\"Stop\"", "'Go'", "Stop it", "“Go on”"],
-    ["$\\left(\\frac{1}{2}\\right)$", "$\\frac{12}{3}$", "\\frac{1}{23}", "$$x$$"],
-    ["[-412]", "[412]", "(a) and (b)", "(b)"], ["**bold**", "*", "_", "`code`"],
-    ["Mg", "mg", "MG", "m.g."], ["f'(x)", "f''(x)", "f(x)", "F(x)"],
-    ["O(2ⁿ)", "O(2n)", "O(n²)", "O(n2)"],
-    ["cat", "the cat", "The answer is the cat", "a cat"],
-    ["No", "Not sure", "no one", "None of these"],
-    ["5'", "5\"", "5", "-5"], ["E. coli", "C. elegans", "B. subtilis", "A. thaliana"],
-    ["right", "wrong", "correct", "best"], ["猫、狗", "猫", "狗。", "（猫）"], ["3.5", ".5", "5.", "35"],
-], ids=lambda texts: texts[0])
+@pytest.mark.parametrize("texts", ANSWERS["options that are alike"], ids=lambda texts: texts[0])
 def test_an_options_own_text_letter_for_letter_is_its_letter_and_no_others(texts):
     options = [f"{key}. {text}" for key, text in zip("ABCD", texts)]
     for key, text in zip("ABCD", texts):
@@ -168,75 +103,18 @@ def test_an_options_own_text_letter_for_letter_is_its_letter_and_no_others(texts
             assert rewards.choice_letter(f"{other}. {text}", options) == "", (other, text)
 
 
-def test_an_options_text_may_lack_the_dress_that_the_option_has():
-    options = ["A. $\\frac{1}{2}$", "B. $\\sqrt{3}$", "C. *3* cm", "D. “None”"]
-    answers = ["\\frac{1}{2}", "\\boxed{\\sqrt{3}}", "3 cm", "none"]
-    assert [rewards.choice_letter(text, options) for text in answers] == ["A", "B", "C", "D"]
-    options = ["A. 15 per share", "D. $15 per share."]
-    assert rewards.choice_letter("A. $15 per share.", options) == ""
-    assert rewards.choice_letter("cafe\u0301", ["A. café", "B. cafe"]) == "A"
-
-
-def test_a_word_that_may_lead_in_is_an_options_text_first():
-    options = ["A. left", "B. right"]
-    assert [rewards.choice_letter(t, options) for t in ("right", "right (B)", "right (A)")] == [
-        "B", "B", ""]
-
-
-def test_a_single_letter_that_is_no_options_letter_may_be_an_options_text():
-    assert [rewards.choice_letter(t, ["A. x", "B. $y$", "C. C"]) for t in "xyC"] == ["A", "B", "C"]
-
-
-def test_without_options_a_letter_inside_a_word_means_nothing():
-    assert [rewards.choice_letter(t) for t in ("A dog", "AB", "Bird", "A-frame", "ı")] == [""] * 5
-
-
-def test_a_letter_wins_over_an_option_whose_text_is_that_letter():
-    options = ["A. B", "B. C", "C. A"]
-    assert [rewards.choice_letter(t, options) for t in ("A", "(b)", "C.")] == ["A", "B", "C"]
-    assert [rewards.choice_letter(t, options) for t in ("A. B", "B. C", "A. C")] == ["A", "B", ""]
-
-
-def test_an_options_text_glued_to_its_letter_or_an_empty_option_means_nothing():
-    assert rewards.choice_letter("Adog", ["A. dog", "B. "]) == ""
-    assert rewards.choice_letter("", ["A. dog", "B. "]) == ""
-
-
-def test_letters_and_texts_are_read_in_any_alphabet_of_unicode_and_markdown():
-    for text in ("𝐁", "𝑩", "𝗕", "𝖡", "𝙱", "Ⓑ", "⒝", "Ｂ", "- B", "* B", "> B", "# B", "- **B**",
-                 "| B |",
-                 "- B. a dog", "<strong>B</strong>", "B<br>", "-> B", "→ B", "Answer - B",
-                 "Answer — B", "Answer → B", "Option-B", "option_B", "a dog - B", "a dog: B",
-                 "a dog, option B"):
-        assert rewards.choice_letter(text, OPTIONS) == "B", text
-    for text in ("A - B", "A -> B", "| A | B |", "cat - B", "cat, option B", "<del>B</del>",
-                 "~~B~~",
-                 "\\neg B", "B) It's the cat", "Hepatitis B"):
-        assert rewards.choice_letter(text, OPTIONS + ["E. the cat"]) == "", text
-
-
-def test_an_options_text_may_be_spelt_with_other_signs():
-    for options, text, letter in (
-            (["A. 0.5", "B. 5", "C. 50%"], "50 \\%", "C"), (["A. 90°", "B. 45°"], "45^{\\circ}",
-            "B"),
-            (["A. $\\frac{1}{2}$", "B. 2"], "½", "A"), (["A. x", "B. x^{3}", "C. x3"], "x³", "B"),
-            (["A. H₂O", "B. CO₂"], "H2O", "A"), (["A. r → b", "B. b → r"], "r -> b", "A"),
-            (["A. 2,000", "B. 20,000"], "2000", "A"), (["A. 2,000", "B. 2000"], "2000", "B"),
-            (["A. 5", "B. -5"], "- 5", ""), (["A. 5", "B. 6"], "- 5", ""),
-            (["A. 2ⁿ", "B. 2n"], "2^n", "A"), (["A. 𝐱", "B. x"], "𝐱", "A")):
-        assert rewards.choice_letter(text, options) == letter, text
-
-
-def test_a_text_that_two_options_share_names_neither():
-    assert rewards.choice_letter("same", ["A. same", "B. same"]) == ""
-    assert rewards.choice_letter("B. same", ["A. same", "B. same"]) == "B"
+@pytest.mark.parametrize("row", ANSWERS["letters among options"], ids=lambda row: row["claim"])
+def test_a_letter_or_a_text_means_an_option_among_others(row):
+    for letter, texts in row["letters"].items():
+        for text in texts:
+            assert rewards.choice_letter(text, row["options"]) == letter, text
 
 
 def test_a_letter_beyond_the_options_means_nothing_but_all_of_a_to_z_can_exist():
-    options = [f"{chr(65 + i)}. text {i}" for i in range(26)]
-    assert [rewards.choice_letter(chr(65 + i), options) for i in range(26)] == [
-        chr(65 + i) for i in range(26)]
-    assert rewards.choice_letter("text 25", options) == "Z"
+    options = [f"{letter}. text {letter}" for letter in ascii_uppercase]
+    assert [rewards.choice_letter(letter, options) for letter in ascii_uppercase] == [
+        *ascii_uppercase]
+    assert rewards.choice_letter("text Z", options) == "Z"
     assert rewards.choice_letter("Z", options[:25]) == ""
 
 
@@ -253,83 +131,13 @@ def test_a_truth_that_means_nothing_is_never_matched():
 # ---- numbers -------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("text, value", [
-    ("3", 3), ("3.0", 3), ("+3", 3), ("007", 7), (".5", 0.5), ("-.5", -0.5), ("5.", 5),
-    ("1,000", 1000), ("1,234,567.89", 1234567.89), ("1 000", 1000), ("1\u202f000\u202f000", 1e6),
-    ("12'500", 12500), ("-5", -5), ("−5", -5), ("–5", -5), ("x = -5", -5), ("Age: -5", -5),
-    ("1e3", 1000), ("1E-2", 0.01), ("1.5e+2", 150), ("1.5×10^3", 1500), ("1.5 x 10^3", 1500),
-    ("1.5×10³", 1500), ("2 \\times 10^{-2}", 0.02), ("2·10⁻²", 0.02), ("10^3", 1000),
-    ("10⁶", 1e6), ("10^{-2}", 0.01), ("-10^2", -100), ("10^3 m", 1000), ("10^(-2)", 0.01),
-    ("$3", 3), ("-$3", -3), ("$-3$", -3), ("€ 1,000.50", 1000.5), ("US$5", 5), ("5 €", 5),
-    ("50%", 50), ("50 %", 50), ("50\\%", 50), ("50 percent", 50), ("45^\\circ", 45),
-    ("45^{\\circ}", 45), ("45°", 45), ("45°C", 45), ("-5℃", -5), ("45º", 45),
-    ("3.5 cm", 3.5), ("3.5cm", 3.5), ("42 km/h", 42), ("20 m2", 20), ("20m2", 20), ("20 m²", 20),
-    ("20 m^2", 20), ("20 \\text{cm}^2", 20), ("5 m s⁻¹", 5), ("5㎡", 5),
-    ("5 square meters", 5), ("60 miles per hour", 60), ("5 N m", 5), ("5 kJ/mol", None),
-    ("5 m long", 5), ("3 years old", 3), ("¾ mile", 0.75), ("5 GB", 5), ("2 L", 2),
-    ("5 cars", 5), ("12 people", 12), ("5 times", 5), ("9 months", 9),
-    ("5 red cars", None), ("1 car", None), ("2N", None),
-    ("3/4", 0.75), ("-1/2", -0.5), ("−1/2", -0.5), ("3 / 4", 0.75), ("1⁄2", 0.5), ("7 ÷ 2", 3.5),
-    ("½", 0.5), ("-½", -0.5), ("1 1/2", 1.5), ("-1 1/2", -1.5), ("1½", 1.5), ("2 ⅔", 2 + 2 / 3),
-    ("\\frac{3}{4}", 0.75), ("-\\frac{1}{2}", -0.5), ("1\\frac12", 1.5), ("7 \\over 3", 7 / 3),
-    ("2\\frac{1}{2}", 2.5), ("$3\\tfrac{1}{4}$", 3.25), ("{7 \\over 3}", 7 / 3),
-    ("\\frac12", 0.5), ("\\frac1{2}", 0.5), ("\\frac{1}2", 0.5), ("\\frac 1 2", 0.5),
-    ("-\\cfrac{ 1 }{2}", -0.5), ("\\frac{\\text{1}}{2}", 0.5), ("\\boxed{\\frac{10}{4}}", 2.5),
-    ("\\boxed{5}", 5), ("$5$", 5), ("**5**", 5), ("_5_", 5), ("__5 cm__", 5), ("*5*", 5), ("“5”",
-    5),
-    ("<b>5</b>", 5), ("<strong>5</strong>", 5), ("\\(5\\)", 5), ("`5`", 5), ("$x_1 = 5$", 5),
-    ("The answer is 5.", 5), ("The answer is: **5**", 5), ("Answer: 5", 5), ("Answer:\n5", 5),
-    ("Answer - 5", 5), ("Height – 1.8 m", 1.8), ("Number of chairs — 4", 4), ("x = 5", 5),
-    ("x=-5", -5), ("The number of people is 12.", 12), ("So, the total is 5", 5), ("It's 5", 5),
-    ("There are 5 apples", 5), ("I see 3 dogs", 3), ("= 5", 5), ("θ = 30°", 30),
-    ("答案是5", 5), ("答案：5", 5), ("共有3个", 3), ("约5米", 5), ("3 个", 3), ("负5", -5), ("是-5", -5),
-    ("٣", 3), ("१२", 12), ("５", 5), ("𝟓", 5), ("𝟏𝟎", 10), ("1e-999", 0), ("0", 0), ("-0", 0),
-    ("10{,}000", 10000), ("10\\;000", 10000), ("10\\ 000", 10000), ("10\\,000", 10000),
-    ("12{,}345.6", 12345.6), ("1，000", 1000), ("３．５", 3.5), ("－５", -5), ("1’000", 1000),
-    ("1٬000", 1000), ("3٫5", 3.5), ("1\u3000000", 1000), ("\ufeff5", 5), ("5\u200b", 5),
-    ("12 cm$^2$", 12), ("12 m/s$^2$", 12), ("12 cm<sup>2</sup>", 12), ("12 m**2", 12),
-    ("12 $\\text{cm}^{2}$", 12), ("12 m s$^{-2}$", 12), ("12 \\text{m}/\\text{s}^{2}", 12),
-    ("minus 5", -5), ("negative 1/2", -0.5), ("—5", -5), ("‑5", -5), ("‒5", -5), ("˗5", -5),
-    ("-\\$5", -5), ("\\$5", 5), ("1∕2", 0.5), ("1∙10^4", 10000), ("5\\times10^{ 3 }", 5000),
-    ("5*10**3", 5000), ("5 × 10<sup>3</sup>", 5000), ("1e10", 1e10),
-    ("about 5", 5), ("approximately 5 cm", 5), ("≈ 5", 5), ("~5", 5), ("exactly 5", 5),
-])
-def test_a_number_is_read_by_its_value(text, value):
-    assert rewards.parse_number(text) == value
+@pytest.mark.parametrize("value", ANSWERS["a number"])
+def test_a_number_is_read_by_its_value(value):
+    for text in ANSWERS["a number"][value]:
+        assert rewards.parse_number(text) == json.loads(value), text
 
 
-@pytest.mark.parametrize("text", [
-    "", " ", "-", ".", "e5", "%", "$", "3 or 4", "3-4", "3–4", "3 - 4", "3, 4", "3 4", "3;4", "3—4",
-    "3\n4", "3+4", "2x3", "2×3", "3:45", "2023-05-01", "3m-4m", "1.2.3", "1,2,3", "1,00", "0,123",
-    "1,0000", "1,000,00", "12,34,567", "1,000 000", "1.000,50", "3,14", "1_000", "5'11", "3\t400",
-    "3\n400", "5<br>6", "1 000/3", "1 3/2", "2 500/600",
-    "1/2/3", "1/0", "0/0", "3/4/2024", "5 m/2 s", "1e999", "-1e999", "1e999/1e999", "inf", "-inf",
-    "nan", "Infinity", "H2O", "²",
-    # what would have to be worked out
-    "5²", "5₂", "10²³", "2^{10}", "10^{2}3", "10^x", "√2", "\\sqrt{2}", "2π", "2pi", "2\\pi", "5!",
-    "5 ± 1", "±5", "+-5", "--5", "\\pm 2021", "$\\pm 5$", "\\mp 3", "\\boxed{\\pm 2}", "|-5|",
-    "\\lfloor 2.7 \\rfloor", "\\binom{5}{2}", "square root of 16", "one third of 9", "a third of 9",
-    "half of 5", "2/3 of 9", "10% of 50", "twice 4", "double 5", "2 cubed", "5 squared",
-    "5 factorial",
-    "2 hundred", "5 million", "5k", "5 K", "3 dozen", "2 dozens", "3 thirds", "3 quarters",
-    "5 halves",
-    "half past 5", "arctan 1", "arcsin(0.5)", "sec 60", "exp(2)", "log 5", "\\ln 5", "sin 5", "5万",
-    "5倍", "第5", "5个半", "2 + 3 = 5", "5 = 2 + 3", "2 + 3", "2 + 3 =", "60 s = 1 min",
-    # a formula
-    "x/2", "1/x", "360/x", "x + 2", "5 - x", "a - 3", "2n", "3y", "3\\lambda", "5\\theta", "2x = 4",
-    "1/x = 4", "\\frac{x}{2}", "\\frac{1}{x}", "\\frac{1}{0}", "\\frac123", "\\frac{1}{2}3",
-    "x = 5, y = 6", "x = 5 or 6", "x > 5",
-    # a dash that may set apart
-    "- 5", "- 5 cars", "Count: – 4", "Cars - 5", "Answer-5", "Cars -5",
-    # a numeral beside a digit
-    "5①", "①②", "½5", "½½", "5½½", "5⒈",
-    "not 5", "It is not equal to 5", "The answer is not 5", "I don’t think it is 5", "5 is wrong",
-    "more than 5", "less than $5", "no more than 5", "at least 5", "5 at most", "up to 5", "over 5",
-    "nearly 5", ">5", "> 5", "<5>", "≥ 5", "≠ 5", "$\\geq 5$", "\\neq 5", "a minimum of 5",
-    "one of 5", "5多", "5个多", "5+", "5 or more", "5 cm or fewer", "5-plus", "不是5", "至少5", "5个以上",
-    "5 less", "5 plus", "5 or so", "5?", "(5)",
-    "2m30s", "5ft10in", "1h30m", "2 m 30 s", "2 and a half", "5° 30'", "five", "two thirds",
-])
+@pytest.mark.parametrize("text", [t for texts in ANSWERS["no number"].values() for t in texts])
 def test_anything_but_one_finite_number_is_none(text):
     assert rewards.parse_number(text) is None
 
@@ -509,25 +317,24 @@ def seconds(function, *arguments):
     return time.process_time() - start
 
 
-@pytest.mark.parametrize("wrap, every", [
-    *((wrap, len(WRAPS)) for wrap in WRAPS),  # each unit in one of them
-    *(pytest.param(wrap, 1, marks=pytest.mark.slow) for wrap in WRAPS)])
-def test_100000_characters_of_anything_cost_less_than_a_second(wrap, every):
-    words = " ".join(random.Random(2).choices("abcdefgh", k=LONG // 2))
+@pytest.mark.parametrize("wrap, every, length", [
+    *((wrap, len(WRAPS), LONG // 4) for wrap in WRAPS),  # each unit in one of them
+    *(pytest.param(wrap, 1, LONG, marks=pytest.mark.slow) for wrap in WRAPS)])
+def test_100000_characters_of_anything_cost_less_than_a_second(wrap, every, length):
+    """Or a quarter of them a quarter of a second."""
+    words = " ".join(random.Random(2).choices("abcdefgh", k=length // 2))
     for unit in UNITS[WRAPS.index(wrap) % every::every]:
-        share = LONG // wrap.count("{}")
+        share = length // wrap.count("{}")
         text = wrap.replace("{}", (unit * share)[:share])
         calls = [(rewards.extract_answer, text), (rewards.format_reward, text),
                  (rewards.parse_number, text), (rewards.choice_letter, text, OPTIONS)]
         if wrap == "{}":
-            calls += [(rewards.multiple_choice, text, text, OPTIONS),
-                      (rewards.numerical, text, text), (rewards.regression, text, text)]
-            calls += [(grade, text, truth) for grade in (rewards.ocr, rewards.free_form)
-                      for truth in ("a", "the cat sat " * 100, text, words)]
-            calls += [(grade, words, text) for grade in (rewards.ocr, rewards.free_form)]
+            calls += [(grade, *pair) for grade in (rewards.ocr, rewards.free_form) for pair in (
+                (text, "a"), (text, "the cat sat " * 100), (text, text), (text, words),
+                (words, text))]
         for function, *arguments in calls:
             spent = seconds(function, *arguments)
-            assert spent < SECONDS, (function.__name__, unit, wrap, spent)
+            assert spent < SECONDS * length / LONG, (function.__name__, unit, wrap, spent)
 
 
 def test_100000_digits_are_a_number_only_when_finite():
@@ -557,10 +364,10 @@ FRAGMENTS = [
     "**", "`", "\\boxed{", "\\frac{", "}{", "}", "{", "(", ")", "[", ":", "'", '"', "_", "’", "and",
     "running", "yyy", "é", "ß", "İ", "ı", "ſ", "小", "狗", "🐶", "\ud800", "\udfff", "\u200d", "ﷺ",
 ]
-FUZZ_TEXT_EVERY = 8  # the two text grades cost most, so they see one string in eight
+FUZZ_TEXT_EVERY = 8  # the two text grades take longest, so they see one string in eight
 
 
-@pytest.mark.parametrize("strings", [20_000, pytest.param(200_000, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("strings", [4_000, pytest.param(200_000, marks=pytest.mark.slow)])
 def test_no_string_raises_or_leaves_the_unit_interval(strings):
     rng = random.Random(3)
     before, seen = "1", dict(answers=0, formats=0, numbers=0, letters=0, partial=0)

@@ -6,11 +6,13 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
 
 import sft
 import tgrpo
 from bench import naive_logits
-from build_data import pad_batch, seeded_generator
+from build_data import (load_records, load_vision_of, pad_batch, seeded_generator, toy_model,
+                        toy_processor)
 
 RULES = SimpleNamespace(G=4, alpha=0.3, omega=0.2, l_min=10, l_max=20, correct_threshold=0.5,
                         temporal_test="ge", temporal_to="reward", scale_advantages="std")
@@ -221,6 +223,61 @@ def test_no_row_attends_to_a_place_that_is_still_empty(model, processor, samples
         for row, length in zip(mask, (lengths[0], lengths[0], lengths[1])):
             expected = [0] * (P - length) + [1] * (length + t + 1) + [0] * (4 - t)
             assert row.tolist() == expected
+
+
+class Operations(TorchDispatchMode):
+    """Collects the names of torch's operations."""
+    def __init__(self):
+        super().__init__()
+        self.names = set()
+
+    def __torch_dispatch__(self, operation, types, args=(), kwargs=None):
+        self.names.add(operation.__name__.partition(".")[0])
+        return operation(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("family", ["qwen2_5_vl", "qwen3_vl"])
+def test_static_decoding_gives_the_same_responses_from_fixed_buffers(
+        toy, processor, family, monkeypatch):
+    """A video in both orders and an image, of which rows end early; all rows are decoded. No
+    operation moves a value between CPU and device, which a CUDA graph could not hold."""
+    model = toy_model(processor.tokenizer, 0, family=family).eval()
+    processor = toy_processor(processor.tokenizer, family)
+    model.generation_config.eos_token_id = list(range(0, 488, 9))
+    records = {record["data_type"]: record for record in load_records(toy / "train.json")}
+    flags = ["--model=m", "--data=d", "--output=o", "--G=4", "--G_tilde=2", "--max_frames=4",
+             "--max_pixels=4096", "--image_min_pixels=1024", "--max_new_tokens=12"]
+    eos_ids, calls, decode = tgrpo.stop_tokens(model, processor.tokenizer), [], tgrpo.decode
+    forbid(processor, model)
+
+    def look(model, tokens, position, mask, cache):
+        calls.append((len(tokens), mask.data_ptr(), cache.layers[-1].keys.data_ptr()))
+        with operations:
+            return decode(model, tokens, position, mask, cache)
+    monkeypatch.setattr(tgrpo, "decode", look)
+    responses, operations = [], Operations()
+    for more in ([], ["--static_decode"]):
+        args = tgrpo.parse_args([*flags, *more])
+        groups = [tgrpo.example(args, processor, record, load_vision_of(record, args, processor), 0)
+                  for record in records.values()]
+        calls.clear()
+        tgrpo.sample_responses(model, groups, args, seeded_generator(3), eos_ids)
+        responses.append([group[key] for group in groups
+                          for key in ("responses", "responses_shuffled") if key in group])
+        if more:
+            assert {rows for rows, *_ in calls} == {4 + 2 + 4} and len({*calls}) == 1
+        else:
+            assert len({rows for rows, *_ in calls}) > 2, "rows do not end early enough"
+    assert "index_copy_" in operations.names and not operations.names & {
+        "item", "is_nonzero", "_local_scalar_dense", "nonzero", "lift_fresh"}
+    assert len(responses[0]) == 3 and all(map(torch.equal, *responses))
+
+
+def test_static_decoding_needs_attention_that_a_cuda_graph_can_hold(capsys):
+    with pytest.raises(SystemExit):
+        tgrpo.parse_args(["--model=m", "--data=d", "--output=o", "--static_decode",
+                          "--attn_implementation=flash_attention_2"])
+    assert "--static_decode needs --attn_implementation sdpa" in capsys.readouterr().err
 
 
 def test_sampling_frequencies_match_the_softmax():

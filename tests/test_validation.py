@@ -25,20 +25,24 @@ def command(toy, script, output, *more):
             "--media_root", toy, "--output", output, *SMALL, *own, *more]
 
 
+def lines(output, name):
+    return [json.loads(line) for line in (output / f"{name}.jsonl").read_text().splitlines()]
+
+
 def rows(output, held_out):
     """{step: its metrics} of a run, without times: those of held-out questions, or the others."""
-    found = [json.loads(line) for line in (output / "metrics.jsonl").read_text().splitlines()][1:]
     found = {row["step"]: {name: value for name, value in row.items() if name != "step"
                            and not name.startswith("time/") and name.startswith("val/") == held_out}
-             for row in found}
+             for row in lines(output, "metrics")[1:]}
     return {step: row for step, row in found.items() if row}
 
 
 # ------------------------------------------------------------------------------ the numbers
 
-RECORDS = [{"problem_type": "multiple choice", "options": ["A. x", "B. y"],
-            "solution": "<answer>B</answer>"},
-           {"problem_type": "regression", "solution": "<answer>10</answer>"}]
+RECORDS = [{"problem_type": "multiple choice", "options": ["A. x", "B. y"], "problem_id": 0,
+            "path": "a.mp4", "problem": "Which?", "solution": "<answer>B</answer>"},
+           {"problem_type": "regression", "problem_id": 1, "path": "b.png",
+            "problem": "How long?", "solution": "<answer>10</answer>"}]
 SAMPLES = [  # a prompt is its own answer here
     {"record": RECORDS[0], "prompts": ["<answer>B</answer>", "<answer>A</answer>"]},  # 1 and 0
     {"record": RECORDS[0], "prompts": ["<answer>A</answer>", "<answer>B</answer>"]},  # 0 and 1
@@ -55,21 +59,36 @@ def fake_run(rank=0, world=1, module=None, **flags):
                            held_out=SAMPLES, lapped=0.0, device=torch.device("cpu"))
 
 
+@pytest.fixture
+def written(monkeypatch):
+    """Lines that validate writes. As ranks run in turn here, rank 0 must be the last."""
+    gathered, written = [], []
+
+    def gather(value):
+        gathered.insert(0, value)
+        return gathered
+    monkeypatch.setattr(sft, "gather_objects", gather)
+    monkeypatch.setattr(sft, "write_lines", lambda run, step, name, rows: written.extend(
+        (name, step + 1, row) for row in rows))
+    return written
+
+
 @pytest.mark.parametrize("world", [1, 2, 3, 9])
 @pytest.mark.parametrize("batch", [1, 2, 8])
-def test_metrics_of_held_out_answers_by_hand_on_any_number_of_ranks(monkeypatch, world, batch):
+def test_metrics_and_lines_of_held_out_answers_by_hand_on_any_number_of_ranks(
+        monkeypatch, written, world, batch):
     monkeypatch.setattr(sft, "VAL_BATCH", batch)
     monkeypatch.setattr(sft, "load_questions", lambda run, processor, records, example, positions,
                         together: iter([records[i] for i in positions]))
     ranks, calls = [], []
-    for rank in range(world):
+    for rank in reversed(range(world)):
         answered = []
 
-        def answer(prompts):
+        def respond(prompts):
             answered.append(len(prompts))
             return prompts
         ranks.append({})
-        sft.validate(fake_run(rank, world), None, answer, 10, ranks[-1])
+        sft.validate(fake_run(rank, world), None, respond, 10, ranks[-1])
         calls.append(answered)
     assert len({len(answered) for answered in calls}) == 1  # or ranks would wait for each other
     assert sum(map(sum, calls)) == 7
@@ -79,12 +98,22 @@ def test_metrics_of_held_out_answers_by_hand_on_any_number_of_ranks(monkeypatch,
         "val/accuracy": (1 + 0 + 0.9 + 0.5) / 4, "val/accuracy/multiple choice": 0.5,
         "val/accuracy/regression": 0.7, "val/accuracy_shuffled": (0 + 1 + 0.4 + 0.5) / 4,
         "val/gap": (1 - 1 + 0.5 + 0) / 4, "val/skipped": 1})
+    assert [(name, step) for name, step, _ in written] == [("validation", 10)] * 4
+    _, second, third, image = (row for _, _, row in written)  # without the skipped one
+    assert second == {
+        "problem_id": 0, "path": "a.mp4", "problem": "Which?", "options": ["A. x", "B. y"],
+        "solution": "<answer>B</answer>", "response": "<answer>A</answer>", "accuracy": 0,
+        "response_shuffled": "<answer>B</answer>", "accuracy_shuffled": 1}
+    assert [third["response"], third["response_shuffled"]] == SAMPLES[2]["prompts"]
+    assert image == {"problem_id": 1, "path": "b.png", "problem": "How long?",
+                     "solution": "<answer>10</answer>", "response": "<answer>5</answer>",
+                     "accuracy": 0.5}
 
 
 @pytest.mark.parametrize("val_steps, max_steps, due", [
     (10, 25, [0, 10, 20, 25]), (10, 20, [0, 10, 20]), (1, 3, [0, 1, 2, 3]), (100, 7, [0, 7])])
 def test_validation_is_due_at_the_start_every_val_steps_and_at_the_end(
-        monkeypatch, val_steps, max_steps, due):
+        monkeypatch, written, val_steps, max_steps, due):
     monkeypatch.setattr(sft, "load_questions", lambda *_: iter(SAMPLES))
     answered = []
     for step in range(max_steps + 1):
@@ -97,7 +126,7 @@ def test_validation_is_due_at_the_start_every_val_steps_and_at_the_end(
 # ---------------------------------------------------------------------- answers and the model
 
 @pytest.fixture
-def held_out(toy, processor):
+def held_out(toy, processor, written):
     """Returns validated(model, answer, script): the metrics of a run of the script on eight
     questions of the toy, which answer(the run, prompts) answers."""
     def validated(model, answer, script, num_workers=1):
@@ -175,10 +204,18 @@ def broken(toy, tmp_path_factory):
     return path
 
 
+def usable_ids(path, toy, limit):
+    """The problem_ids of the first records with a usable file, in the order of validation."""
+    records = load_records(path, toy)
+    order = [records[sft.record_index(position, limit, 0)] for position in range(limit)]
+    return [record["problem_id"] for record in order if "rotten" not in record["path"]]
+
+
 @pytest.mark.parametrize("script", SCRIPTS)
 def test_a_run_is_the_same_without_validation_also_resumed_with_other_flags(
         toy, tmp_path, broken, script):
-    """Validated at steps 0 and 2, stopped, resumed, and validated at 3 and 4; ZeRO-0."""
+    """Validated at steps 0 and 2, stopped, resumed, and validated at 3 and 4; ZeRO-0. A line of a
+    step that is repeated, and one that a kill has cut, do not stay."""
     config = tmp_path / "ds.json"
     config.write_text(json.dumps({"zero_optimization": {"stage": 0}, "csv_monitor": {
         "enabled": True, "output_path": str(tmp_path), "job_name": "csv"}}))
@@ -188,6 +225,8 @@ def test_a_run_is_the_same_without_validation_also_resumed_with_other_flags(
     run(*command(toy, script, tmp_path / "without", *common, "--max_steps", 4))
     first = run(*command(toy, script, tmp_path / "with", *common, "--max_steps", 2, *flags,
                          "--val_steps", 5))
+    with (tmp_path / "with/validation.jsonl").open("a") as file:
+        file.write('{"step": 3, "problem_id": "repeated"}\n{"step": 3, "prob')
     run(*command(toy, script, tmp_path / "with", *common, "--max_steps", 4, *flags,
                  "--val_steps", 3, "--resume"))
     assert equal_weights(tmp_path / "with", tmp_path / "without")
@@ -197,12 +236,19 @@ def test_a_run_is_the_same_without_validation_also_resumed_with_other_flags(
     found = rows(tmp_path / "with", held_out=True)
     assert list(found) == [0, 2, 3, 4] and all(row["val/skipped"] == 3 for row in found.values())
     assert {"val/accuracy", "val/accuracy_shuffled", "val/gap"} < found[0].keys()
+    usable = usable_ids(broken, toy, 10)
+    answered = lines(tmp_path / "with", "validation")
+    assert [(line["step"], line["problem_id"]) for line in answered] == \
+        [(step, problem_id) for step in found for problem_id in usable]
+    for step, row in found.items():
+        accuracies = [line["accuracy"] for line in answered if line["step"] == step]
+        assert row["val/accuracy"] == pytest.approx(sum(accuracies) / len(usable))
+    assert not (tmp_path / "without/validation.jsonl").exists()
 
     events = (tmp_path / "csv" / "val_accuracy.csv").read_text().split()
     assert [line.split(",")[0] for line in events if line[0].isdigit()] == ["0", "2", "3", "4"]
     assert not first.stderr
-    lines = first.stdout.splitlines()
-    printed = [line for line in lines if "held-out accuracy " in line]
+    printed = [line for line in first.stdout.splitlines() if "held-out accuracy " in line]
     assert [line[:7] for line in printed] == ["step 0 ", "step 2 "]
     assert all(", shuffled " in line and ", gap " in line for line in printed)
 
@@ -222,6 +268,11 @@ def test_a_run_is_the_same_without_validation_on_two_ranks_under_zero_3(
     assert list(found) == [0, 1]
     for row in found.values():
         assert row["val/skipped"] == 1 and ("val/accuracy" in row) == (limit > 1)
+    if limit > 1:
+        usable = usable_ids(broken, toy, limit)
+        assert [(line["step"], line["problem_id"])
+                for line in lines(tmp_path / "with", "validation")] == \
+            [(step, problem_id) for step in found for problem_id in usable]
 
 
 def test_held_out_files_must_be_there_and_zero_steps_switch_them_off(toy, tmp_path):
