@@ -1,14 +1,18 @@
-"""Tests import the scripts from the repository's top level and share one small toy."""
+"""Tests import the scripts from the repository's top level and share one small toy. Two processes
+share the test modules."""
 import json
 import os
+import pickle
 import re
+import signal
 import socket
 import subprocess
 import sys
+import tempfile
 import threading
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
-from functools import cache
+from functools import cache, partial
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from types import SimpleNamespace
@@ -39,18 +43,20 @@ def fork_server():
     return ours
 
 
-def run(*command, ranks=0, env=None, check=True, timeout=400, fresh=False, **options):
+def run(*command, ranks=0, env=None, check=True, timeout=400, fresh=None, **options):
     """Runs one of the scripts as a user would, alone or on several ranks; options are
     subprocess.run's.
 
     The script is a fork of a process that has imported everything (tests/forked.py). It is a new
-    process, on several ranks under DeepSpeed's launcher, if `fresh`, after "-c", if `env` may
-    change what an import does, or on a machine with GPUs, which a fork could not use.
+    process, on several ranks under DeepSpeed's launcher, if `fresh`, which is by default after "-c"
+    and if `env` may change what an import does; or on a machine with GPUs, which a fork could not
+    use.
     """
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = str(probe.getsockname()[1])
-    fresh = fresh or command[0] == "-c" or {*(env or {})} - {"PYTHONPATH"}
+    if fresh is None:
+        fresh = command[0] == "-c" or bool({*(env or {})} - {"PYTHONPATH"})
     if not (fresh or torch.cuda.is_available()):
         server = fork_server().fileno()
         launcher = [sys.executable, "-IS", ROOT / "tests/forked.py", str(server), str(ranks), port]
@@ -217,3 +223,102 @@ def samples(toy, processor):
             found[record["data_type"]] = (
                 record, encode(processor, record, load_vision(record, **LIMITS)))
     return found
+
+
+# ------------------------------------------------------------------- modules, two at a time
+
+def pytest_collection(session):
+    """Starts the server of forks, which imports while a folder's tests are collected."""
+    if any(map(os.path.isdir, session.config.args)) and not torch.cuda.is_available():
+        fork_server()
+
+
+def pytest_runtestloop(session):
+    """Runs the tests in this process and in a fork of it. Each takes its next module from one
+    queue. The fork writes its reports to a file, and this process passes them on.
+
+    pytest's own loop runs a single module, and everything after an error of collection, with --pdb
+    or with a GPU, which a fork could not use.
+    """
+    modules = {}  # those that start scripts take long: they come first
+    for item in sorted(session.items, key=lambda item: not hasattr(item.module, "run")):
+        modules.setdefault(item.module, []).append(item)
+    options = session.config.option
+    if (len(modules) < 2 or options.collectonly or options.usepdb or session.testsfailed
+            or torch.cuda.is_available()):
+        return None
+    fork_server()  # of both
+    queue, end = os.pipe()
+    os.write(end, bytes(range(len(modules))))  # a byte a module
+    os.close(end)
+    items = (item for number in iter(partial(os.read, queue, 1), b"")
+             for item in list(modules.values())[number[0]])
+    with tempfile.NamedTemporaryFile() as file:
+        if not (fork := os.fork()):
+            run_fork(session, items, file.name)
+        try:
+            for _ in run_items(session, items):
+                pass_on(session, file)
+        except BaseException:  # with -x, Ctrl-C
+            os.kill(fork, signal.SIGINT)
+            raise
+        finally:
+            _, status = os.waitpid(fork, 0)
+        pass_on(session, file)
+    assert status == 0, f"the other half of the tests ended with {status}"
+    return True
+
+
+def run_items(session, items):
+    """Runs tests and yields after each, as pytest's own loop does."""
+    item = next(items, None)
+    while item:
+        following = next(items, None)
+        item.config.hook.pytest_runtest_protocol(item=item, nextitem=following)
+        yield
+        if session.shouldfail:
+            raise session.Failed(session.shouldfail)
+        if session.shouldstop:
+            raise session.Interrupted(session.shouldstop)
+        item = following
+
+
+def run_fork(session, items, path):
+    """Runs tests in the forked process, which prints nothing, and ends it."""
+    status = 1
+    try:
+        plugins = session.config.pluginmanager
+        plugins.unregister(name="terminalreporter")
+        capture = plugins.getplugin("capturemanager")  # both would write to one file
+        capture.stop_global_capturing()
+        capture.start_global_capturing()
+        with open(path, "ab") as file:
+            def write(report):
+                pickle.dump(report, file)
+                file.flush()
+            plugins.register(SimpleNamespace(pytest_runtest_logreport=write))
+            for _ in run_items(session, items):
+                pass
+        status = 0
+    except session.Failed:
+        status = 0  # the report is written: the other process stops as well
+    finally:
+        os._exit(status)
+
+
+def pass_on(session, file):
+    """Passes the reports that the fork has written since the last call to pytest's plugins."""
+    hook, start = session.config.hook, file.tell()
+    while True:
+        try:
+            report = pickle.load(file)
+        except (EOFError, pickle.UnpicklingError):  # not there yet, or not whole
+            file.seek(start)
+            return
+        start = file.tell()
+        place = {"nodeid": report.nodeid, "location": report.location}
+        if report.when == "setup":
+            hook.pytest_runtest_logstart(**place)
+        hook.pytest_runtest_logreport(report=report)
+        if report.when == "teardown":
+            hook.pytest_runtest_logfinish(**place)

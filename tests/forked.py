@@ -11,6 +11,7 @@ A script runs as `python SCRIPT` runs it, with the client's environment, but in 
 own. All forks have the same order of sets of strings, and what an import reads from the environment
 is the server's.
 """
+import atexit
 import gc
 import importlib
 import json
@@ -19,6 +20,7 @@ import select
 import signal
 import socket
 import sys
+import threading
 from contextlib import suppress
 from pathlib import Path
 from types import ModuleType
@@ -74,7 +76,7 @@ def watch(stdin, stdout, stderr, client, command, ranks, port, environment):
             os.environ.update(environment)
             if ranks:
                 join_launch(command, rank, ranks, port)
-            return start(*command)  # then the interpreter ends as after any script
+            return end(start(*command))
         processes[os.pidfd_open(pid)] = pid
     for fd in (stdin, stdout, stderr):
         os.close(fd)
@@ -103,7 +105,8 @@ def join_launch(command, rank, ranks, port):
 
 
 def start(script, *argv):
-    """Runs a script as the program of this process."""
+    """Runs a script as the program of this process. Returns its exit status; what it raises ends
+    the interpreter as after any script."""
     import numpy
     numpy.random.seed()  # else all forks would draw the same; Python's own generator does this
     added = os.environ.get("PYTHONPATH", "").split(os.pathsep)
@@ -111,7 +114,22 @@ def start(script, *argv):
     sys.path[:1] = [os.path.dirname(os.path.abspath(script)), *filter(None, added)]
     module = sys.modules["__main__"] = ModuleType("__main__")
     module.__file__ = script
-    exec(compile(Path(script).read_bytes(), script, "exec"), vars(module))
+    try:
+        exec(compile(Path(script).read_bytes(), script, "exec"), vars(module))
+    except SystemExit as exit:
+        if not isinstance(exit.code, (int, type(None))):
+            raise  # the interpreter prints it
+        return exit.code or 0
+    return 0
+
+
+def end(status):
+    """Ends this process as the interpreter does, but does not free each object: 0.6 CPU seconds."""
+    threading._shutdown()
+    atexit._run_exitfuncs()
+    for stream in (sys.stdout, sys.stderr):
+        stream.flush()
+    os._exit(status)
 
 
 def request(server, command, ranks, port):

@@ -6,6 +6,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+import torch.nn.functional as F
 from transformers import (AutoConfig, AutoModelForImageTextToText, AutoProcessor,
                           CLIPImageProcessor, LlavaProcessor, Qwen2VLImageProcessor,
                           Qwen2VLProcessor, Qwen2VLVideoProcessor)
@@ -16,7 +17,7 @@ import tgrpo
 from bench import naive_logits
 from build_data import (InputError, encode_blank, image_as_video, load_processor, load_records,
                         load_vision_of, pad_batch, token_side, toy_model, toy_processor)
-from conftest import ROOT, PlainEngine, equal_weights, run, together
+from conftest import ROOT, PlainEngine, equal_weights, run
 from test_faults import command, same_run
 from test_runs import tgrpo as command_line
 from test_tgrpo import forbid, sampling
@@ -203,22 +204,23 @@ def difference(model, gradients):
                for name, p in model.named_parameters())
 
 
-@pytest.mark.parametrize("medium", ["video", "image"])
-def test_prefix_shared_log_probs_and_gradients_equal_naive_ones(family, medium):
+@pytest.mark.parametrize("medium, chunk_size", [("video", 1), ("video", 2), ("image", 5)])
+def test_prefix_shared_log_probs_and_gradients_equal_naive_ones(family, medium, chunk_size):
     """Features that enter the language model between its layers are the prompt's pass's alone."""
     model, inputs = family.model, getattr(family, medium)["ordered"]
     responses = torch.randint(0, 400, (5, 9), generator=torch.Generator().manual_seed(0))
     lengths, A = torch.tensor([9, 2, 5, 3, 9]), torch.linspace(-1, 1.5, 5)
     mask = (torch.arange(9) < lengths[:, None]).float()
     naive = tgrpo.token_logps(naive_logits(model, inputs, responses), responses, 1.0)
-    ref = tgrpo.group_logps(model, inputs, responses, lengths, 2)
+    ref = tgrpo.group_logps(model, inputs, responses, lengths, chunk_size)
     assert torch.allclose(ref * mask, naive * mask, atol=1e-5)
 
     def loss(rows, logps, entropy=None):
         part = rows, slice(logps.shape[1])
         return tgrpo.tgrpo_loss(logps, logps.detach(), ref[part] - 0.1, A[rows], mask[part], 0.04,
                                 0.2) * len(rows) / 5
-    tgrpo.backward_group(PlainEngine(model), inputs, responses, lengths, loss, 2, 1.0, last=True)
+    tgrpo.backward_group(PlainEngine(model), inputs, responses, lengths, loss, chunk_size, 1.0,
+                         last=True)
     shared = {name: p.grad.clone() for name, p in model.named_parameters()}
     model.zero_grad()
     loss(torch.arange(5), naive).backward()
@@ -244,20 +246,19 @@ def test_recomputed_activations_give_the_same_gradients_in_every_bit(family, dty
         tgrpo.backward_group(PlainEngine(model), inputs, responses, lengths, loss, chunk_size, 1.0,
                              last=True)
         return {name: p.grad.clone() for name, p in model.named_parameters()}, len(calls)
-    for inputs in (family.video["ordered"], family.image["ordered"]):
-        for chunk_size in (1, 2, 4):
-            model.activation_checkpointing_disable()
-            kept, once = gradients(inputs, chunk_size)
-            tgrpo.recompute_activations(model)
-            recomputed, twice = gradients(inputs, chunk_size)
-            assert twice == 2 * once > 0
-            assert all(torch.equal(kept[name], recomputed[name]) for name in kept)
+    for group, chunk_size in ((family.video, 1), (family.video, 4), (family.image, 2)):
+        model.activation_checkpointing_disable()
+        kept, once = gradients(group["ordered"], chunk_size)
+        tgrpo.recompute_activations(model)
+        recomputed, twice = gradients(group["ordered"], chunk_size)
+        assert twice == 2 * once > 0
+        assert all(torch.equal(kept[name], recomputed[name]) for name in kept)
 
 
 def test_the_cold_start_learns_a_response_where_it_is_sampled_and_in_any_batch(family):
-    """Positions of a response follow its prompt's as in a rollout; the loss of a padded batch of a
-    video and an image, with gradient checkpointing, is that of both by themselves, without a
-    router's own loss."""
+    """Positions of a response follow its prompt's as in a rollout. The loss of a padded batch of a
+    video and an image, from the logits of target tokens alone and with gradient checkpointing, is
+    the cross entropy of both by themselves, without a router's own loss."""
     model, processor, args = family.model, family.processor, tgrpo.parse_args(FLAGS)
     rows = []
     for record in load_records(family.folder / "cot.json")[:12]:
@@ -276,20 +277,27 @@ def test_the_cold_start_learns_a_response_where_it_is_sampled_and_in_any_batch(f
     pads = {"input_ids": processor.tokenizer.pad_token_id, "attention_mask": 0,
             "mm_token_type_ids": 0, "labels": sft.IGNORED}
     model.train().activation_checkpointing_enable({"use_reentrant": False})
+    model.config.text_config.output_router_logits = True
+    assert rows[0]["input_ids"].shape != rows[1]["input_ids"].shape
+    blank = rows[0] | {"labels": torch.full_like(rows[0]["labels"], sft.IGNORED)}
+    sft.batch_loss(PlainEngine(model), blank).backward()
+    assert not any(p.grad.any() for p in model.parameters())  # of no target: zeros
     loss = sft.batch_loss(PlainEngine(model), pad_batch(rows, pads, "right"))
     loss.backward()
     model.activation_checkpointing_disable()
     together = {name: p.grad.clone() for name, p in model.named_parameters()}
     model.zero_grad()
-    model.config.text_config.output_router_logits = True
-    alone = [sft.batch_loss(PlainEngine(model), row) for row in rows]
+    alone = []
+    for row in rows:
+        labels = row.pop("labels")
+        alone.append(F.cross_entropy(model(**row).logits[0, :-1], labels[0, 1:], reduction="sum"))
     sum(alone).backward()
     assert loss.item() == pytest.approx(sum(alone).item(), rel=1e-5)
     assert difference(model, together) < 1e-4
 
 
-@pytest.mark.parametrize("name", ["qwen3_vl", "qwen3_vl_moe",
-                                  pytest.param("qwen2_vl", marks=pytest.mark.slow)])
+@pytest.mark.parametrize("name", ["qwen3_vl_moe", *(pytest.param(name, marks=pytest.mark.slow)
+                                                    for name in ("qwen2_vl", "qwen3_vl"))])
 def test_gradients_with_a_video_and_an_image_on_two_ranks(folder_of, tmp_path, name):
     """ZeRO-3 (parameters of every size sharded) against the naive form in one process."""
     folder = folder_of(name)
@@ -308,15 +316,13 @@ def test_gradients_with_a_video_and_an_image_on_two_ranks(folder_of, tmp_path, n
 # --------------------------------------------------------------------------- runs, refusals
 
 def test_a_killed_run_of_qwen3_vl_resumes_as_if_nothing_had_happened(folder_of, tmp_path):
-    folder, (whole, cut) = folder_of("qwen3_vl"), (tmp_path / name / "run" for name in "ab")
-    for output in (whole, cut):
-        output.parent.mkdir()
-    together(
-        lambda: run(*command(folder, "tgrpo", whole, 0)),
-        lambda: run(*command(folder, "tgrpo", cut, 0, fault="kill:update:22"), check=False))
+    folder, whole, cut = folder_of("qwen3_vl"), tmp_path / "whole", tmp_path / "cut"
+    three = "--max_steps=3"
+    run(*command(folder, "tgrpo", whole, 0, three))
+    run(*command(folder, "tgrpo", cut, 0, three, fault="kill:update:14"), check=False)
     assert (cut / "latest").read_text() == "checkpoint-2"
-    run(*command(folder, "tgrpo", cut, 0, "--resume"))
-    same_run(whole, cut)
+    run(*command(folder, "tgrpo", cut, 0, three, "--resume"))
+    same_run(whole, cut, steps=3)
     model = AutoModelForImageTextToText.from_pretrained(cut)
     assert model.config.model_type == "qwen3_vl"
     assert token_side(AutoProcessor.from_pretrained(cut)) == 32

@@ -43,7 +43,8 @@ def test_arguments_streams_and_the_environment_are_the_callers(script, monkeypat
     ("1 / 0", 1, "ZeroDivisionError: division by zero"), ("raise KeyboardInterrupt", -2,
                                                           "KeyboardInterrupt"),
     ("os.kill(os.getpid(), 9)", -9, ""), ("os.kill(os.getpid(), 15)", -15, ""),
-    ("import atexit; atexit.register(print, 'why', file=sys.stderr)", 0, "why")])
+    ("import atexit; atexit.register(print, 'why', file=sys.stderr)", 0, "why"),
+    ("import threading; threading.Timer(0.2, os.write, (2, b'why')).start()", 0, "why")])
 def test_a_script_ends_with_its_status_signal_and_traceback(script, code, status, last, fresh):
     result = run(script(f"import os, sys; {code}"), check=False, fresh=fresh)
     assert (result.returncode, "".join(result.stderr.splitlines()[-1:])) == (status, last)

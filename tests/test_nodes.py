@@ -7,13 +7,14 @@ import socket
 import subprocess
 import sys
 import time
+from functools import partial
 from types import SimpleNamespace
 
 import pytest
 
 import sft
 from build_data import InputError
-from conftest import ROOT, equal_weights, run
+from conftest import ROOT, equal_weights, run, together
 
 SMALL = ["--min_pixels=784", "--max_pixels=784", "--image_min_pixels=784", "--max_frames=8",
          "--num_workers=1", "--max_steps=4", "--lr_schedule=constant"]
@@ -24,32 +25,25 @@ def command(toy, output, *more, script="sft.py"):
                                    "--media_root", toy, "--output", output, *SMALL, *more)]
 
 
-def on_two_machines(first, second, limit=100):
-    """Runs a rank of each command as if on a machine of its own, without a launcher that ends the
-    other. Returns both ended processes, with their stderr as text."""
+def on_two_machines(*commands):
+    """Runs a rank of each of two commands as if on a machine of its own, without a launcher that
+    ends the other. Returns both results. A copy of sft.py is a new process: a fork has imported
+    from this folder."""
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = str(probe.getsockname()[1])
-    ranks = [subprocess.Popen(
-        [sys.executable, *words], cwd=folder, text=True, stdout=subprocess.DEVNULL,
-        stderr=subprocess.PIPE, env=os.environ | {
+    return together(*(partial(
+        run, *command, check=False, fresh=command[0] != "sft.py", env={
             "RANK": str(rank), "LOCAL_RANK": "0", "WORLD_SIZE": "2", "LOCAL_SIZE": "1",
             "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port})
-        for rank, (folder, words) in enumerate((first, second))]
-    try:
-        for rank in ranks:
-            rank.stderr = rank.communicate(timeout=limit)[1]
-    finally:
-        for rank in ranks:
-            rank.kill()
-    return ranks
+        for rank, command in enumerate(commands)))
 
 
 def test_a_file_that_one_machine_lacks_ends_the_ranks_of_all_with_that_error(toy, tmp_path):
-    """Either way round, long before --timeout_minutes."""
+    """Either way round, long before --timeout_minutes: in the seconds that `run` waits."""
     here, absent = command(toy, tmp_path / "run"), command(toy, tmp_path / "run", "--data=absent")
     for commands in ((here, absent), (absent, here)):
-        ranks = on_two_machines(*((ROOT, words) for words in commands))
+        ranks = on_two_machines(*commands)
         lacking = commands.index(absent)
         assert [rank.returncode for rank in ranks] == [1, 1]
         assert all("Traceback" not in rank.stderr for rank in ranks)
@@ -66,10 +60,11 @@ def test_machines_with_another_data_file_or_commit_are_refused_by_what_differs(t
     there.mkdir()
     for script in ("sft", "build_data", "rewards"):
         shutil.copy(ROOT / f"{script}.py", there)
+    config = f"--deepspeed_config={ROOT}/ds_zero3.json"
     ranks = on_two_machines(
-        (ROOT, command(toy, tmp_path / "run", f"--deepspeed_config={ROOT}/ds_zero3.json")),
-        (there, command(toy, tmp_path / "run", f"--deepspeed_config={ROOT}/ds_zero3.json",
-                        f"--data={tmp_path}/cot.json", "--media_root", toy)))
+        command(toy, tmp_path / "run", config),
+        command(toy, tmp_path / "run", config, f"--data={tmp_path}/cot.json", "--media_root", toy,
+                script=there / "sft.py"))
     for rank in ranks:
         assert rank.returncode == 1 and "Traceback" not in rank.stderr
         last = rank.stderr.splitlines()[-1]
@@ -96,49 +91,54 @@ def test_another_version_of_a_package_is_refused_by_name(monkeypatch):
 
 
 @pytest.mark.parametrize("send", [
-    None, signal.SIGTERM, pytest.param(signal.SIGINT, marks=pytest.mark.slow)])
+    signal.SIGTERM, pytest.param(signal.SIGINT, marks=pytest.mark.slow)])
 def test_a_run_whose_reader_is_gone_goes_on(toy, tmp_path, send):
-    """Both streams are closed after the first line; with a signal it still ends in a checkpoint."""
-    steps = "--max_steps=100" if send else "--max_steps=4"
-    process = subprocess.Popen([sys.executable, *command(toy, tmp_path / "run", steps)], cwd=ROOT,
-                               stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+    """Both streams are closed after the first line; a signal still ends it in a checkpoint."""
+    words = command(toy, tmp_path / "run", "--max_steps=100", "--deepspeed_config",
+                    toy / "ds_zero0.json")
+    process = subprocess.Popen([sys.executable, *words], cwd=ROOT, stdout=subprocess.PIPE,
+                               stderr=subprocess.PIPE)
     process.stdout.readline()
     process.stdout.close()
     process.stderr.close()
-    if send:
-        log = tmp_path / "run" / "metrics.jsonl"
-        while len(log.read_text().splitlines()) < 3:
-            time.sleep(0.1)
-        process.send_signal(send)
+    log = tmp_path / "run" / "metrics.jsonl"
+    wait_until(lambda: len(log.read_text().splitlines()) > 2, process)
+    process.send_signal(send)
     assert process.wait(timeout=100) == 0
-    rows = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").open()]
-    if send:
-        assert (tmp_path / "run" / "latest").read_text() == f"checkpoint-{rows[-1]['step']}"
-    else:
-        assert rows[-1]["step"] == 4 and (tmp_path / "run" / "model.safetensors").exists()
+    last = json.loads(log.read_text().splitlines()[-1])
+    assert (tmp_path / "run" / "latest").read_text() == f"checkpoint-{last['step']}"
 
 
-def test_output_that_is_read_again_and_again_is_whole(tmp_path):
+@pytest.fixture
+def run_code(tmp_path):
+    """Runs code as a script that imports those of the repository."""
+    def call(code, *flags, **options):
+        (tmp_path / "code.py").write_text(code, encoding="utf-8")
+        return run(tmp_path / "code.py", *flags, env={"PYTHONPATH": str(ROOT)}, **options)
+    return call
+
+
+def test_output_that_is_read_again_and_again_is_whole(run_code):
     """The streams that outlive their reader write what print, tqdm and a C library write."""
-    code = ("import os, sys, build_data; from tqdm import tqdm\n"
-            "build_data.make_output_last()\n"
-            "print('one'); tqdm.write('two'); print('three', file=sys.stderr)\n"
-            "os.system('echo four'); print('fünf')")
-    result = run("-c", code, env={"PYTHONIOENCODING": "utf-8"})
+    result = run_code("import os, sys, build_data; from tqdm import tqdm\n"
+                      "build_data.make_output_last()\n"
+                      "print('one'); tqdm.write('two'); print('three', file=sys.stderr)\n"
+                      "os.system('echo four'); print('fünf')")
     assert result.stdout == "one\ntwo\nfour\nfünf\n" and result.stderr == "three\n"
 
 
-def test_timeout_minutes_reaches_the_group_in_which_zero_communicates():
-    code = ("import torch, build_data\nfrom types import SimpleNamespace\n"
-            "build_data.setup_distributed(SimpleNamespace(timeout_minutes=7))\n"
-            "from deepspeed.utils import groups\n"
-            "for group in (groups._get_data_parallel_group(), torch.distributed.group.WORLD):\n"
-            "    print(group._get_backend(torch.device('cpu')).options._timeout)")
-    assert run("-c", code).stdout.splitlines()[-2:] == ["0:07:00", "0:07:00"]
+def test_timeout_minutes_reaches_the_group_in_which_zero_communicates(run_code):
+    result = run_code(
+        "import torch, build_data\nfrom types import SimpleNamespace\n"
+        "build_data.setup_distributed(SimpleNamespace(timeout_minutes=7))\n"
+        "from deepspeed.utils import groups\n"
+        "for group in (groups._get_data_parallel_group(), torch.distributed.group.WORLD):\n"
+        "    print(group._get_backend(torch.device('cpu')).options._timeout)")
+    assert result.stdout.splitlines()[-2:] == ["0:07:00", "0:07:00"]
 
 
 @pytest.mark.parametrize("script", ["sft", "tgrpo"])
-def test_data_workers_are_forked_before_a_model_is_loaded(toy, tmp_path, script):
+def test_data_workers_are_forked_before_a_model_is_loaded(toy, tmp_path, run_code, script):
     """Each write to memory that was shared with them would copy it: twice 4 bytes a parameter of
     AdamW's moments, where the optimizer is on the host and a run resumes."""
     code = (f"import multiprocessing, {script}, build_data\n"
@@ -148,8 +148,8 @@ def test_data_workers_are_forked_before_a_model_is_loaded(toy, tmp_path, script)
             f"{script}.load_model = look\n"
             f"build_data.run_script({script}.main, {script}.parse_args)")
     _, *flags = command(toy, tmp_path / "run", "--num_workers=2")
-    result = run("-c", code, *flags, check=False)
-    assert result.stderr.splitlines()[-1] == "-c: 2 workers"
+    result = run_code(code, *flags, check=False)
+    assert result.stderr.splitlines()[-1] == "code.py: 2 workers"
 
 
 @pytest.mark.parametrize("error", [

@@ -32,25 +32,27 @@ def lines(output, name):
 
 @pytest.fixture(scope="module")
 def mixed(toy, tmp_path_factory):
-    """A run on two ranks, ZeRO-3: images and videos; every third file is broken."""
+    """A run on two ranks, ZeRO-3: images and videos; every third file is broken. With this seed,
+    rank 0 has no usable question in the first step."""
     out = tmp_path_factory.mktemp("mixed")
     records = break_media(toy, "train", out / "data.json", "broken.mp4", every=3)
-    run(*tgrpo(toy, out / "run", "--prompts_per_rank", 2, "--max_steps", 4, "--save_steps", 2,
-               "--updates_per_rollout", 2, "--chunk_size", 2, data=out / "data.json"), ranks=2)
+    run(*tgrpo(toy, out / "run", "--prompts_per_rank", 2, "--max_steps", 2, "--save_steps", 1,
+               "--updates_per_rollout", 2, "--chunk_size", 2, "--seed", 8,
+               data=out / "data.json"), ranks=2)
     return out / "run", records
 
 
 def test_a_broken_video_is_skipped_and_logged(mixed):
     output, records = mixed
     steps, skipped = lines(output, "metrics")[1:], lines(output, "skipped")
-    assert [row["step"] for row in steps] == [1, 2, 3, 4]
+    assert [row["step"] for row in steps] == [1, 2]
     assert len(skipped) == sum(row["data/skipped"] for row in steps) > 0
     assert {row["path"] for row in skipped} == {"./media/broken.mp4"}
     assert all("broken.mp4" in row["reason"] and row["problem_id"] in range(0, 32, 3)
                for row in skipped)
     # two updates on four questions a step, less the skipped: nothing else was left out
     rollouts = lines(output, "rollouts")
-    assert len(rollouts) + len(skipped) == 16
+    assert len(rollouts) + len(skipped) == 8
 
 
 def test_ranks_hold_images_and_videos_in_the_same_step(mixed):
@@ -93,7 +95,7 @@ def test_the_result_is_a_model_that_differs_from_its_start(mixed, toy):
     AutoProcessor.from_pretrained(mixed[0])
     assert not equal_weights(mixed[0], toy / "model")
     assert sorted(path.name for path in mixed[0].glob("checkpoint-*")) == \
-        ["checkpoint-2", "checkpoint-4"]
+        ["checkpoint-1", "checkpoint-2"]
 
 
 def test_the_readme_gets_the_weights_out_of_a_checkpoint(mixed, toy, tmp_path):
@@ -102,7 +104,7 @@ def test_the_readme_gets_the_weights_out_of_a_checkpoint(mixed, toy, tmp_path):
              if block.lstrip().startswith("from deepspeed.utils.zero_to_fp32")]
     code = textwrap.dedent(code.split("  ```")[0])
     for name, path in (("sft", toy / "model"), ("tgrpo", mixed[0]),
-                       ("checkpoint-100", "checkpoint-4"), ("weights", tmp_path / "weights")):
+                       ("checkpoint-100", "checkpoint-2"), ("weights", tmp_path / "weights")):
         assert code.count(f'"{name}"') == 1
         code = code.replace(f'"{name}"', repr(str(path)))
     exec(code)
@@ -113,7 +115,7 @@ def test_the_readme_gets_the_weights_out_of_a_checkpoint(mixed, toy, tmp_path):
 
 def test_grpo_without_reference_or_shuffled_group_on_a_frozen_vision_tower(toy, tmp_path):
     run(*tgrpo(toy, tmp_path, "--alpha", 0, "--beta", 0, "--max_steps", 2, "--prompts_per_rank", 3,
-               "--freeze_vision"))
+               "--freeze_vision", "--deepspeed_config", toy / "ds_zero0.json"))
     for row in lines(tmp_path, "metrics")[1:]:
         assert not {"policy/kl", "group/p_tilde", "group/tie_rate", "reward/temporal"} & set(row)
     assert all(row["responses_shuffled"] == [] and row["frame_order"] is None
@@ -144,20 +146,13 @@ def test_bad_input_is_named_before_a_run_starts(toy, tmp_path, capsys, change, w
     assert not (tmp_path / "out").exists()
 
 
+@pytest.mark.parametrize("ranks", [0, 2])
 @pytest.mark.parametrize("change, status", [(["--data", "absent.json"], 1), (["--G", "zero"], 2)])
-def test_bad_input_is_one_line(toy, tmp_path, change, status):
-    result = run(*tgrpo(toy, tmp_path / "out"), *change, check=False)
-    assert result.returncode == status and len(result.stderr.splitlines()) == 1
-    assert change[1] in result.stderr and not result.stdout
-
-
-def test_a_fault_of_every_rank_is_printed_once(toy, tmp_path):
-    """Under DeepSpeed's launcher, and by forks."""
-    for change, fresh in ((["--data", "absent.json"], True), (["--zzz"], False)):
-        result = run(*tgrpo(toy, tmp_path / "out"), *change, ranks=2, check=False, fresh=fresh)
-        printed = [line for line in (result.stdout + result.stderr).splitlines()
-                   if line.startswith("tgrpo.py: ")]
-        assert result.returncode and len(printed) == 1 and change[-1] in printed[0]
+def test_bad_input_is_one_line_on_any_number_of_ranks(toy, tmp_path, change, status, ranks):
+    result = run(*tgrpo(toy, tmp_path / "out"), *change, ranks=ranks, check=False)
+    line, = result.stderr.splitlines()
+    assert result.returncode == status and not result.stdout
+    assert line.startswith("tgrpo.py: ") and change[1] in line
 
 
 @pytest.mark.parametrize("model, words", [
@@ -219,8 +214,8 @@ def test_a_run_prints_its_settings_each_step_and_its_result(toy, tmp_path):
                                                result.stdout))
     assert re.fullmatch(r"\S+/train.json: 32 records, \d+ videos and \d+ images", begin[0])
     assert re.fullmatch(r"\S+/model: [\d,]+ parameters, fp32, ZeRO stage 3 on 1 x cpu", begin[1])
-    assert begin[2] == ("a step on each rank: 2 questions x (4 + 2) responses, 2 of them in a chunk "
-                        "of the update; 2 steps are 0.125 epochs")
+    assert begin[2] == ("a step on each rank: 2 questions x (4 + 2) responses, 2 of them in a "
+                        "chunk of the update; 2 steps are 0.125 epochs")
     assert re.fullmatch(r"first \w+: \d x \d x \d patches \(time x height x width\), "
                         r"\d+ of its \d+ tokens visual", begin[3]) and len(begin) == 4
     assert re.match(r"step 1 of 2: reward [\d.]+, accuracy [\d.]+, p [\d.]+, .*kl ", line)
@@ -233,19 +228,11 @@ def test_a_run_prints_its_settings_each_step_and_its_result(toy, tmp_path):
                        "--output FOLDER"]
 
 
-def test_sft_stops_after_max_steps(toy, tmp_path):
-    result = run("sft.py", "--model", toy / "model", "--data", toy / "cot.json", "--output",
-                 tmp_path, "--max_steps", 2, *[flag for flag in SMALL if hasattr(
-                     sft.parse_args(["--model=", "--data=", "--output="]),
-                     flag.strip("-").partition("=")[0])])
-    assert [row["step"] for row in lines(tmp_path, "metrics")[1:]] == [1, 2]
-    assert "step 2 of 2: loss " in result.stdout
-
-
 def test_groups_without_a_gradient_are_skipped_and_the_weights_are_the_same(
         toy, tmp_path, monkeypatch):
     """At --beta 0 a group with equal rewards is skipped; compared with a run that skips none."""
-    flags = ["--beta", 0, "--max_steps", 3, "--prompts_per_rank", 4, "--max_new_tokens", 6]
+    flags = ["--beta", 0, "--max_steps", 3, "--prompts_per_rank", 4, "--max_new_tokens", 6,
+             "--deepspeed_config", toy / "ds_zero0.json"]
     all_of_them = tmp_path / "all.py"
     all_of_them.write_text(
         "import sys, tgrpo, build_data, torch\n"
@@ -332,16 +319,6 @@ def test_a_finished_run_is_not_trained_again(tmp_path, capsys, opened, checkpoin
             opened(*longer)
 
 
-def test_without_a_damaged_checkpoint_a_run_goes_on_from_the_one_before(tmp_path, opened):
-    """As the message about a damaged one advises: remove its folder."""
-    left_off(tmp_path / "run", opened(), step=2)
-    left_off(tmp_path / "run", opened("--resume"), step=4)
-    (tmp_path / "run" / "checkpoint-6").mkdir()  # cut off
-    assert opened("--resume").first_step == 4
-    (tmp_path / "run" / "checkpoint-4").rmdir()
-    assert opened("--resume").first_step == 2
-
-
 def test_an_output_that_a_node_does_not_share_is_found_at_the_start(monkeypatch, opened):
     monkeypatch.setattr(sft, "gather_objects", lambda value: [
         value, (False, "") if isinstance(value, tuple) else value])
@@ -362,24 +339,20 @@ def test_latest_must_name_a_checkpoint_that_is_there(tmp_path, opened, tag):
 
 
 def test_what_a_run_did_not_write_stays_in_its_folder(toy, tmp_path):
-    """Data beside the logs, folders of the user's own, checkpoints of a lost `latest`."""
+    """Data beside the logs, folders of the user's own, and of a run that was killed."""
     data = tmp_path / "train.jsonl"
     data.write_text("".join(json.dumps(record) + "\n"
                             for record in json.loads((toy / "train.json").read_text())))
     before = data.read_bytes()
     (tmp_path / "checkpoint-best").mkdir()
-    flags = ["--save_steps", 1, "--keep_checkpoints", 1]
+    flags = ["--save_steps", 1, "--keep_checkpoints", 1, "--deepspeed_config",
+             toy / "ds_zero0.json"]
     run(*tgrpo(toy, tmp_path, *flags, "--max_steps", 1, data=data))
     (tmp_path / "checkpoint-7").mkdir()  # as of a run that was killed while it saved
     run(*tgrpo(toy, tmp_path, *flags, "--max_steps", 2, "--resume", data=data))
     assert data.read_bytes() == before
     assert sorted(path.name for path in tmp_path.glob("checkpoint-*")) == \
         ["checkpoint-2", "checkpoint-7", "checkpoint-best"]
-    for name in ("latest", "config.json"):  # not finished, and `latest` is lost
-        (tmp_path / name).unlink()
-    lost = run(*tgrpo(toy, tmp_path, *flags, "--resume", data=data), check=False)
-    assert lost.returncode == 1 and "['checkpoint-2', 'checkpoint-7']" in lost.stderr
-    assert len(lines(tmp_path, "metrics")) == 3
 
 
 @pytest.mark.parametrize("line", ["", "{}", '{"step": 1}', "[1]", '{"argum'])

@@ -57,7 +57,7 @@ def test_a_variant_is_short_says_its_idea_and_makes_a_step(toy, tmp_path, name):
     assert start > 1 and all(line.startswith("# ") for line in diff[:start])
     assert 0 < sum(line[0] in "+-" for line in diff[start + 2:] if line) <= 20
     run(ablate.make_variant(tmp_path, name), f"@{toy}/tgrpo.args", "--model", toy / "model",
-        "--output", tmp_path / "run", "--max_steps", 1, "--prompts_per_rank", 4, "--G", 4,
+        "--output", tmp_path / "run", "--max_steps", 1, "--prompts_per_rank", 2, "--G", 4,
         "--G_tilde", 2, "--max_new_tokens", 8, "--num_workers", 1, "--val_steps", 0,
         env={"PYTHONPATH": str(ROOT)})
     _, step = lines(tmp_path / "run/metrics.jsonl")
