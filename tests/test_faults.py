@@ -100,10 +100,13 @@ def test_a_run_killed_at_any_moment_resumes_as_if_nothing_had_happened(
     ("tgrpo", "update:22"), pytest.param("sft", "update:4", marks=pytest.mark.slow)])
 def test_the_config_for_one_gpu_trains_as_without_offload_and_resumes_after_a_kill(
         toy, tmp_path, whole_run, script, moment):
-    output, config = tmp_path / "run", ["--deepspeed_config", ROOT / "assets/one_gpu.json"]
+    whole, output = tmp_path / "whole", tmp_path / "run"
+    config = ["--deepspeed_config", ROOT / "assets/one_gpu.json"]
+    run(*command(toy, script, whole, 2, *config))
     cut = run(*command(toy, script, output, 2, *config, fault=f"kill:{moment}"), check=False)
     assert cut.returncode != 0 and (output / "latest").read_text() == "checkpoint-2"
     run(*command(toy, script, output, 2, *config, "--resume"))
+    same_run(whole, output)
     plain, offloaded = (load_file(folder / "model.safetensors")
                         for folder in (whole_run(script, 0, 0), output))
     for name, weights in plain.items():  # the norm that gradients are clipped by is rounded
