@@ -6,7 +6,7 @@
 
 The model gets the prompt of training and evaluation, and generates --samples responses to each
 record. It runs behind any server that speaks OpenAI's protocol (--api_base), or with transformers
-on this machine. There each rank holds the whole model, so a larger one needs a server. The filter
+on this machine. Each rank then holds the whole model: if it does not fit, use a server. The filter
 rejects a response for the first of these reasons:
 
     truncated     it did not end within --max_new_tokens
@@ -21,10 +21,10 @@ rejects a response for the first of these reasons:
 
 A record gets the most accurate response that passes. Whether a thought is true is not checked.
 
---out has the annotated records, with `process`, as sft.py reads them. Beside cot.json stand
-`cot.rank<r>.jsonl` with all responses, `cot.rejected.jsonl` with those to records that no response
-passed for, and the reasons, and `cot.report.md` with the counts. The same command resumes, on any
-number of ranks. It generates what is missing or failed; with other thresholds it filters again.
+--out has the annotated records for sft.py: the thought is the field `process`. Beside cot.json are
+`cot.rank<r>.jsonl` with all responses, `cot.rejected.jsonl` with the responses and reasons of
+records without a passing response, and `cot.report.md` with the counts. The same command resumes,
+on any number of ranks. It generates what is missing or failed, and always filters again.
 
 Shapes: B records of a batch, n responses to each, L tokens, T frames, C channels, H x W pixels.
 """
@@ -68,8 +68,8 @@ from rewards import (WORD, accuracy_reward, choice_letter, extract_answer, forma
                      parse_number)
 
 REASONS_SHOWN = 20  # in the report: the most frequent reasons why a record has no response
-NGRAM = 6  # words in a row that are not shared with the prompt, or repeated, by chance
-EAST_ASIAN = {"HIRAGANA", "KATAKANA", "HANGUL"}  # scripts counted as Han, which Unicode calls CJK
+NGRAM = 6  # words; so many in a row are rarely shared with the prompt, or repeated, by chance
+EAST_ASIAN = {"HIRAGANA", "KATAKANA", "HANGUL"}  # counted as Han, which Unicode's names call CJK
 
 QUOTATION = re.compile(r"\"[^\"\n]*\"|(?<!\w)'(?=\w).{1,200}?'(?!\w)")
 VIDEO = r"(?:(?:the|this|any|your) )?(?:video|image|clip|picture|frame)s?\b"
@@ -128,7 +128,7 @@ def thought_of(response):
 
 
 def without_quotations(text):
-    """Returns a text in Unicode's form NFKC, without the words in quotation marks.
+    """Returns a text in the Unicode form NFKC, without quotations.
 
     >>> without_quotations("I’m sure: he waves “goodbye”。")
     "I'm sure: he waves  。"
@@ -178,7 +178,7 @@ def count_scripts(text):
 def language_share(thought, problem):
     """Returns the share of a thought's words that are in the problem's most frequent script.
 
-    Latin and Greek letters also stand in formulas: these two count only if there is no other.
+    Latin and Greek letters also occur in formulas, so another script in the problem wins.
 
     >>> language_share("这是 my dog", "What is it?"), language_share("两只狗", "求 sin x")
     (0.5, 1.0)
@@ -200,7 +200,7 @@ def has_form(answer, record):
 
 
 def reject_reason(response, truncated, record, args):
-    """Returns the first reason to reject a response, of those at the top of this file, or None."""
+    """Returns the first reason to reject a response (list: top of this file), or None."""
     thought = thought_of(response)
     checks = {
         "truncated": lambda: truncated,
@@ -217,7 +217,7 @@ def reject_reason(response, truncated, record, args):
 
 def choose(record, row, args):
     """Returns (the annotated record or None, [(reason or None, response), ...]) for a record and
-    its row. Of the responses that pass, the first with the highest accuracy reward is taken."""
+    its row. Takes the first response with the highest accuracy reward, of those that pass."""
     judged = [(reject_reason(text, cut, record, args), text)
               for text, cut in zip(row.get("output", []), row.get("truncated", []))]
     passed = [text for reason, text in judged if reason is None]
@@ -230,7 +230,7 @@ def choose(record, row, args):
 # --------------------------------------------------------------------------------- the command
 
 def row_of(sample, responses, seconds):
-    """Returns the row of one record's responses, [(text, tokens, truncated), ...]."""
+    """Returns the log row of one record's responses, [(text, tokens, truncated), ...]."""
     texts, tokens, truncated = map(list, zip(*responses))
     return {"problem_id": sample["record"]["problem_id"], "output": texts, "tokens": tokens,
             "truncated": truncated, "seconds": seconds}
@@ -239,7 +239,7 @@ def row_of(sample, responses, seconds):
 def write_result(records, rows, args):
     """Writes --out, the rejected responses and the report, and returns the report."""
     kept, rejected, reasons = [], [], Counter()
-    rows = [rows[str(record["problem_id"])] for record in records]  # without those beyond --limit
+    rows = [rows[str(record["problem_id"])] for record in records]  # not those beyond --limit
     for record, row in zip(records, rows):
         annotated, judged = choose(record, row, args)
         reasons.update(reason or "passed" for reason, _ in judged)
@@ -287,7 +287,7 @@ http_url = number(str, lambda text: text.startswith(("http://", "https://")),
 
 
 def add_generation_flags(add, temperature, top_p, max_new_tokens):
-    """Adds the flags of generation. `add` is a parser's add_argument; the rest are defaults."""
+    """Adds the flags of generation. `add`: a parser's add_argument. The others: defaults."""
     add("--temperature", type=at_least(0, float), default=temperature,
         help="sampling temperature; 0: greedy")
     add("--top_p", type=above(0, float, 1), default=top_p, help="nucleus sampling; 1: off")
@@ -306,7 +306,7 @@ def add_generation_flags(add, temperature, top_p, max_new_tokens):
 
 
 def request_keys(text):
-    """Returns the JSON object that a flag gives. Refuses the keys that the run sets."""
+    """Parses --api_body, a JSON object. Refuses keys that the run sets itself."""
     try:
         keys = json.loads(text)
         json.dumps(keys, allow_nan=False)  # a server cannot read NaN
@@ -320,7 +320,7 @@ def request_keys(text):
 
 # ------------------------------------------------------------------- rows, which survive a kill
 
-LONGEST_WAIT = timedelta(days=7)  # from the end of the first rank to that of the last
+LONGEST_WAIT = timedelta(days=7)  # how long the first rank to finish waits for the last
 PR_SET_PDEATHSIG = 1  # of Linux's sys/prctl.h
 
 
@@ -341,8 +341,8 @@ class Generator:
 def prepare(processor, args, record, change=None):
     """Returns a record's sample, or its skip row if the file cannot be used.
 
-    A sample is {"record", "size", "inputs" or "messages"}: the size [T, H, W] of its pixels, and
-    model inputs, or without a processor a server's messages. change(vision) replaces the pixels.
+    A sample is {"record", "size": [T, H, W], "inputs"}. Without a processor, it has "messages" for
+    a server instead of "inputs". change(vision) returns other pixels to use.
     """
     try:
         vision = load_vision_of(record, args, processor)
@@ -358,8 +358,8 @@ def prepare(processor, args, record, change=None):
 
 
 def collect_responses(generator, output, stem, records, configuration, prepare, row_of):
-    """Generates the responses that are missing, each rank its share, and returns the rows of all
-    ranks and earlier runs, {problem_id as text: row}.
+    """Generates the missing responses, each rank its share. Returns the rows of all ranks and
+    earlier runs, {problem_id as text: row}. They are in the files output/stem.rank<r>.jsonl.
 
     prepare(record) runs in worker processes and returns a sample or a skip row.
     row_of(sample, its responses, seconds) returns the row to write.
@@ -368,7 +368,7 @@ def collect_responses(generator, output, stem, records, configuration, prepare, 
     rows = read_rows(output, stem, configuration)
     missing = [record for record in records
                if "output" not in rows.get(str(record["problem_id"]), {})]
-    # what failed before comes last: first in line, it could end the run, see MOST_FAILURES
+    # earlier failures come last: at the start, they could end the run (see MOST_FAILURES)
     missing.sort(key=lambda record: str(record["problem_id"]) in rows)
     dist.barrier(generator.ranks)  # all ranks have read the rows before one of them adds more
     if missing:
@@ -389,8 +389,8 @@ def collect_responses(generator, output, stem, records, configuration, prepare, 
 
 
 def die_with_parent(_):
-    """Makes the kernel kill a data worker if the main process is killed. Otherwise the worker would
-    stay forever: it waits until its pictures are read from a full pipe."""
+    """Makes the kernel kill a data worker if the main process is killed. Otherwise the worker could
+    block forever on a full pipe that no process reads."""
     ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
 
 
@@ -412,10 +412,10 @@ def refuse_repeated_ids(path, records):
 
 def read_rows(output, stem, configuration):
     """Returns the rows of all ranks and earlier runs, {problem_id as text: row}. If a record has
-    both a response and a skip row, the response counts.
+    both responses and a skip row, the responses count.
 
-    Raises InputError if the rows are of another configuration. Only the model's path may differ if
-    its hash is equal.
+    Raises InputError if the rows have another configuration. The model's path may differ if its
+    hash is equal.
     """
     free, rows = {"model"} if "model_sha256" in configuration else (), {}
     for path in sorted(Path(output).glob(f"{escape(stem)}.rank*.jsonl")):
@@ -429,7 +429,7 @@ def read_rows(output, stem, configuration):
 
 
 def configuration_of(generator, *more):
-    """Returns all settings that change the responses. more: names of further flags."""
+    """Returns all settings that affect the responses. more: names of further flags."""
     args = generator.args
     flags = ("model", *SAMPLING_FLAGS, "temperature", "top_p", "max_new_tokens", "seed", *more)
     engine = {"engine": "api", "api_body": args.api_body} if args.api_base else {
@@ -447,7 +447,7 @@ JPEG_QUALITY = 95  # of frames sent to a server; Pillow's highest sensible value
 
 def api_messages(record, vision: Vision) -> list[dict]:
     """Returns build_messages in OpenAI's protocol. An image is sent as PNG, a video as its sampled
-    frames in JPEG, which the server treats as pictures without timing."""
+    frames in JPEG. The server sees them as separate images, without times."""
     *_, text = build_messages(record)[0]["content"]
     if vision.frames is None:
         urls = [data_url("image/png", vision.image)]
@@ -468,15 +468,15 @@ def data_url(kind, picture) -> str:
 KEY_VARIABLE = "OPENAI_API_KEY"  # the key is read only from here, and never written
 CONNECT_TIMEOUT = 10.0  # seconds
 FIRST_PAUSE = 1.0  # seconds before the first retry, doubled for each further one
-LONGEST_PAUSE = 600  # seconds; if a server asks for more, the run ends
+LONGEST_PAUSE = 600  # seconds; if Retry-After is longer, the run ends
 REPLY_PART = 2**16  # bytes that are read at once
-LARGEST_REPLY = 2**21  # bytes; the filter takes seconds for a megabyte of text
-FATAL_STATUS = {*range(300, 400), 401, 402, 403, 404}  # HTTP: no request of this run can succeed
-NO_RETRY_STATUS = {*range(400, 500)} - FATAL_STATUS - {408, 409, 425, 429}
+LARGEST_REPLY = 2**21  # bytes; the filter would take seconds for each megabyte
+FATAL_STATUS = {*range(300, 400), 401, 402, 403, 404}  # HTTP: every request of the run would fail
+NO_RETRY_STATUS = {*range(400, 500)} - FATAL_STATUS - {408, 409, 425, 429}  # this request fails
 ERROR_SHOWN = 300  # characters of an error in a message
 MOST_FAILURES = 20  # failed requests in a row that end the run
 MALFORMED_REPLY = (LookupError, AttributeError, TypeError, ValueError, ArithmeticError,
-                   RecursionError)  # what reading one can raise
+                   RecursionError)  # errors of parsing an unexpected reply
 ERROR_MESSAGE = re.compile(r'"message": *"((?:[^"\\]|\\.)+)"')  # in the JSON of an error
 # finish_reason: OpenAI's own first, then those of TGI, Together, Mistral and Bedrock
 ENDED = {"stop", "eos_token", "eos", "stop_sequence", "end_turn"}
@@ -484,11 +484,11 @@ CUT_OFF = {"length", "max_tokens", "model_length"}
 
 
 class ApiError(RuntimeError):
-    """A request failed, and so did its retries."""
+    """Reports that a request failed, and all its retries."""
 
 
 class Refused(ApiError):
-    """The server refused this request, or broke off its response. Others can succeed."""
+    """Reports that the server refused a request or broke off a response. Others can succeed."""
 
 
 def request_responses(args, messages, seed):
@@ -499,7 +499,7 @@ def request_responses(args, messages, seed):
     """
     url = args.api_base.rstrip("/") + "/chat/completions"
     responses, failures = [], 0
-    while len(responses) < args.samples:  # some servers return one response, whatever n is
+    while len(responses) < args.samples:  # some servers ignore n and return one response
         body = {"model": args.model, "messages": messages, "n": args.samples - len(responses),
                 "temperature": args.temperature, "top_p": args.top_p,
                 "max_tokens": args.max_new_tokens, "seed": seed + len(responses)}
@@ -530,18 +530,18 @@ def request_responses(args, messages, seed):
             raise failure(f"{url}: {failures} attempts failed, the last: {reason}")
         if seconds:
             print_once(f"{url}: {reason}")
-        # unseeded jitter: requests that failed together must not come back together
+        # unseeded jitter: requests that failed together must not be retried together
         time.sleep(pause + random.uniform(0, FIRST_PAUSE))
     return responses[:args.samples]
 
 
 def send(args, url, body):
     """Sends a request and returns (status, Retry-After, text) of the reply. The key is removed from
-    the text. If the reply is not whole by --api_timeout, or too large, the status is 0 and the text
-    the reason."""
+    the text. If no complete reply arrives in --api_timeout, or if it is too large, the status is 0
+    and the text is the reason."""
     deadline = time.monotonic() + args.api_timeout
     key = os.environ.get(KEY_VARIABLE, "").strip()
-    if not (key.isascii() and key.isprintable()):  # an error of requests would show it
+    if not (key.isascii() and key.isprintable()):  # `requests` would print it in an error
         raise InputError(f"{KEY_VARIABLE} holds characters that no key has: set it again")
 
     def add_key(request):  # passed as `auth`, because ~/.netrc would replace a plain header
@@ -567,7 +567,7 @@ def send(args, url, body):
 
 @lru_cache(maxsize=100)
 def print_once(text):
-    """Prints a text only once, because many requests give the same."""
+    """Prints a text only once, because many requests have the same error."""
     tqdm.write(text, file=sys.stderr)
 
 
@@ -575,8 +575,8 @@ def read_choices(reply):
     """Returns the responses in a server's reply, [(text, tokens, truncated), ...]. Raises Refused
     if one was broken off, and one of MALFORMED_REPLY if the reply cannot be read.
 
-    If the server has taken the thought out of the text, it is put back. A reply has only the sum of
-    its responses' tokens: each gets the mean, or None if there is no sum.
+    If the server returns the thought in a field of its own, it is put back into the text. A reply
+    has only the token count of all its responses: each gets the mean, or None without a count.
 
     >>> read_choices({"choices": [{"message": {"content": "Hi", "reasoning_content": "A guest."},
     ...                            "finish_reason": "stop"}], "usage": {"completion_tokens": 9}})
@@ -592,12 +592,12 @@ def read_choices(reply):
         thought = message.get("reasoning_content") or message.get("reasoning")
         if thought and "<think>" not in (text or ""):
             text = "<think>" + thought + ("</think>\n" + text if text else "")
-        # a server that gives no finish_reason has ended if it gives a text
+        # without a finish_reason, a response that has a text counts as ended
         ended = finish in ENDED and text is not None if finish else text
         if not ended and not cut:
             raise Refused(f"finish_reason {finish!r} is no answer")
         text = text or ""
-        if UNUSABLE.search(text):  # a TypeError if it is no text
+        if UNUSABLE.search(text):  # raises TypeError if it is not a string
             raise ValueError("a response has a character that no text has")
         responses.append((text, tokens and round(tokens / len(choices)), cut))
     return responses
@@ -607,12 +607,12 @@ def generate_on_server(args, samples, row_of, write, answered=False):
     """Generates responses to samples, args.concurrency requests at a time, and writes their rows.
     A request that fails gets a skip row.
 
-    Raises InputError if MOST_FAILURES requests in a row fail. If the server has `answered` others,
-    Refused ones do not count: those requests are at fault, not the server.
+    Raises InputError if MOST_FAILURES requests in a row fail. If the server has `answered` any
+    request, Refused ones do not count, because the fault is then in the request.
     """
     running, failed = set(), 0
 
-    def work(sample):  # in a thread, which writes its row before a kill can lose it
+    def work(sample):  # each thread writes its row at once, so that a kill loses none
         record, started = sample["record"], time.perf_counter()
         try:
             seed = record_seed(args.seed, record)
@@ -641,14 +641,14 @@ def generate_on_server(args, samples, row_of, write, answered=False):
                 check(done)
             running.add(pool.submit(work, sample))
         check(as_completed(running))
-    finally:  # after an error, do not wait for the retries of the others
+    finally:  # after an error, the other requests' retries are not awaited
         pool.shutdown(wait=False, cancel_futures=True)
 
 
 # ------------------------------------------------------------------- a model on this machine
 
 def cut_at_end(ids, end_ids):
-    """Returns (the response up to and with its first end token, whether it has none).
+    """Returns (the ids up to and with the first end token, whether there is no end token).
 
     >>> cut_at_end([5, 6, 2, 0, 0], {2, 0}), cut_at_end([5, 6], {2, 0})
     (([5, 6, 2], False), ([5, 6], True))
@@ -661,7 +661,7 @@ def cut_at_end(ids, end_ids):
 def respond(model, tokenizer, samples, seed):
     """Returns the n responses [(text, tokens, truncated), ...] to each of B samples."""
     config = model.generation_config
-    # generate draws from torch's own generator, seeded for each batch by its first record
+    # transformers samples with torch's global generator, seeded here by the batch's first record
     torch.manual_seed(record_seed(seed, samples[0]["record"]))
     ids = generate(model, [sample["inputs"] for sample in samples])  # (B n, L)
     cut = [cut_at_end(row, config.eos_token_id) for row in ids.tolist()]
@@ -688,8 +688,8 @@ def precision():
 
 
 def load_answering_model(args, tokenizer, device):
-    """Returns the model, which generates as the flags say. Its own sampling defaults, such as the
-    repetition penalty of Qwen2.5-VL's release, are not used."""
+    """Returns the model with a generation config made from the flags. The model's own, such as
+    the repetition penalty of Qwen2.5-VL's release, is not used."""
     from transformers import GenerationConfig
     model = load_model(args, {"bf16": {"enabled": precision() == torch.bfloat16}})
     sampling = {"do_sample": True, "temperature": args.temperature, "top_p": args.top_p, "top_k": 0}

@@ -7,8 +7,8 @@ frames, a model's inputs, and files that survive a kill. The second half is the 
     python build_data.py convert mvbench MVBench --out MVBench/records.json
                                             records from a benchmark's own release
     python build_data.py mix --recipe assets/recipe.json --out data/train.json
-                                            records from public releases, here as in Figure 2
-    python build_data.py check --data data/train.json       decodes all media, keeps the usable
+                                            records from public releases (recipe: Figure 2)
+    python build_data.py check --data data/train.json       drops records that cannot be used
     python build_data.py stats --data data/train.json       the table of Figure 2
 
 Shapes: T frames, C channels, H x W pixels, L tokens, B records.
@@ -57,7 +57,7 @@ from tqdm import tqdm
 from rewards import GRADERS, accuracy_reward, choice_letter, extract_answer, parse_number
 
 ASSETS = Path(__file__).parent / "assets"
-PATCH = 28  # side of a visual token, in pixels, if no processor is loaded (see token_side)
+PATCH = 28  # pixels: side of a visual token (two patches), if no processor gives token_side
 
 # Harmless messages that DeepSpeed and PyTorch print at import without a GPU
 NO_GPU = re.compile("Setting accelerator to CPU|No CUDA runtime")
@@ -131,8 +131,8 @@ def at_least(low, kind, below=math.inf):
 
 
 def number(kind, fits, words):
-    """Returns a flag's type: values of `kind` (int or float) for which fits(value) is true. Others
-    raise an error: they must be `words`."""
+    """Returns a flag's type: values of `kind` (int, float or str) for which fits(value) is true.
+    `words` complete the error: "VALUE must be `words`"."""
     def read(text):
         value = kind(text)
         if not fits(value):
@@ -145,13 +145,13 @@ def number(kind, fits, words):
 most_pixels = number(int, lambda value: value >= PATCH**2, f"at least {PATCH**2}: {IN_PIXELS}")
 
 
-# With max_frames, the flags that decide which frames and pixels a model sees
+# These and max_frames determine which frames and pixels a model sees
 SAMPLING_FLAGS = ("min_frames", "fps", "min_pixels", "max_pixels", "image_min_pixels",
                   "image_max_pixels", "video_reader")
 
 
 def add_media_flags(add, max_frames=16, max_pixels=128 * 28 * 28):
-    """Adds the flags of frames and pixels by `add`, a parser's add_argument."""
+    """Adds the flags of frames, pixels and decoding. `add` is a parser's add_argument."""
     if max_frames:  # evaluate.py has --frames instead
         add("--max_frames", type=above(0, int), default=max_frames, help="most frames of a video")
     add("--min_frames", type=above(0, int), default=4, help="fewest frames of a video")
@@ -171,7 +171,7 @@ def add_media_flags(add, max_frames=16, max_pixels=128 * 28 * 28):
 
 
 def add_machine_flags(add):
-    """Adds the flags of model, ranks and seed by `add`, a parser's add_argument."""
+    """Adds the flags of attention, seed and ranks. `add` is a parser's add_argument."""
     add("--attn_implementation", default="sdpa", help="sdpa, eager or flash_attention_2")
     add("--seed", type=at_least(0, int), default=0, help="seed of every random draw")
     add("--timeout_minutes", type=above(0, float), default=30, help="timeout between ranks")
@@ -179,10 +179,10 @@ def add_machine_flags(add):
 
 
 def setup_distributed(args, error=None):
-    """Joins the process group, under the deepspeed launcher or alone. Returns (rank, device).
+    """Joins the process group of the deepspeed launcher, or makes one of a single process.
 
-    If one rank passes an `error`, the others raise InputError with it, before they load a model.
-    """
+    Returns (rank, device). A rank that has failed passes its `error`. All others then raise
+    InputError with it, before they load a model."""
     import deepspeed
     from deepspeed.accelerator import get_accelerator
     if "RANK" not in os.environ:  # started as `python SCRIPT`: a group of one process
@@ -195,7 +195,7 @@ def setup_distributed(args, error=None):
     # Each tensor that a data worker passes on is an open file, and 1024 is a common soft limit
     _, most = resource.getrlimit(resource.RLIMIT_NOFILE)
     resource.setrlimit(resource.RLIMIT_NOFILE, (most, most))
-    # DeepSpeed calls functions by names that torch has deprecated: a warning a step and rank
+    # DeepSpeed calls deprecated functions of torch: each rank would warn at each step
     warnings.filterwarnings("ignore", category=FutureWarning, module="torch.distributed")
     local_rank = int(os.environ["LOCAL_RANK"])
     get_accelerator().set_device(local_rank)
@@ -234,7 +234,7 @@ def find_model(name):
     if not try_to_load_from_cache(name, "config.json"):
         try:
             HfApi().model_info(name, timeout=constants.HF_HUB_ETAG_TIMEOUT)  # seconds
-        except Exception as error:  # its HTTP client's: httpx, httpx2 or requests, by version
+        except Exception as error:  # its class depends on the hub's version: httpx, requests
             reason = str(error).strip().splitlines() or [type(error).__name__]
             raise InputError(f"--model {name}: no such folder, and the hub does not give a model "
                              f"of that name: {reason[0]}") from None
@@ -260,9 +260,9 @@ def load_processor(args):
 def load_model(args, config):
     """Returns the model in the precision of the DeepSpeed config; under ZeRO-3, this rank's part.
 
-    Reads only safetensors, which are mapped into memory and split one parameter at a time. With an
-    accelerator, no process holds the whole model. Raises InputError if a file is damaged or lacks a
-    weight, which transformers would replace by random numbers.
+    Reads only safetensors: they are memory-mapped, and ZeRO-3 splits one parameter at a time. With
+    an accelerator, no process then holds the whole model. Raises InputError if a file is damaged or
+    lacks a weight, because transformers would initialise that weight randomly.
     """
     import deepspeed
     from safetensors import SafetensorError
@@ -286,12 +286,12 @@ def load_model(args, config):
     return model
 
 
-HASHED_BLOCKS, BLOCK_BYTES = 64, 4096  # read of each weight file: takes seconds for any model
+HASHED_BLOCKS, BLOCK_BYTES = 64, 4096  # hashed per weight file; takes seconds for any model
 
 
 def model_hash(model):
-    """Returns a hash of config.json and, of every weight file, its name, size and evenly spread
-    blocks. It distinguishes the checkpoints of a run without reading a whole one."""
+    """Returns a hash of config.json and of each weight file's name, size and evenly spaced blocks.
+    It distinguishes the checkpoints of a run without reading whole files."""
     import huggingface_hub
     try:
         folder = model if Path(model).is_dir() else huggingface_hub.snapshot_download(
@@ -312,8 +312,8 @@ def model_hash(model):
 def print_error(script, error, args=None):
     """Prints an error once per machine, and with `args` also on the other machines.
 
-    Rank 0 of a machine prints at once. If it exits, the launcher ends the machine's other ranks.
-    If only they have the error, they print it after RANK0_ERROR_WAIT seconds.
+    Local rank 0 prints at once. When it exits, the launcher ends the machine's other ranks. If
+    local rank 0 has no error, the others print theirs after RANK0_ERROR_WAIT seconds.
     """
     rank0 = os.environ.get("LOCAL_RANK", "0") == "0"
     if rank0:
@@ -323,14 +323,14 @@ def print_error(script, error, args=None):
         with suppress(Exception):  # the other ranks may be gone, and the error is known already
             setup_distributed(args, str(error))
     if not rank0:
-        signal.signal(signal.SIGTERM, signal.SIG_DFL)  # a training run's handler would go on
+        signal.signal(signal.SIGTERM, signal.SIG_DFL)  # training's handler would not end it
         time.sleep(RANK0_ERROR_WAIT)
         print(f"{script}: {error}", file=sys.stderr)
 
 
 class LastingOutput(io.FileIO):
-    """Writes to a standard stream, and to /dev/null after a failed write: a lost terminal must not
-    end a run. The output of C libraries then goes there, too."""
+    """Writes to a standard stream. After a failed write, it redirects the stream to /dev/null, for
+    C libraries too. So a lost terminal does not end a run."""
 
     def write(self, data):
         try:
@@ -343,7 +343,7 @@ class LastingOutput(io.FileIO):
 
 
 def make_output_last():
-    """Replaces sys.stdout and sys.stderr by a LastingOutput each."""
+    """Makes sys.stdout and sys.stderr survive a lost terminal (see LastingOutput)."""
     for name in ("stdout", "stderr"):
         stream = getattr(sys, name)
         if stream is not None:  # None if it was closed before the start
@@ -353,8 +353,8 @@ def make_output_last():
 
 
 def run_script(main, parse_args):
-    """Runs a script from its flags to its end. After an error it exits at once: exit hooks would
-    wait for data workers, and the launcher ends the other ranks only when this one is gone."""
+    """Parses the flags and runs `main`. After an error it exits without exit hooks, which would
+    wait for data workers. The launcher ends the other ranks only after this exit."""
     name, fault, args = Path(sys.argv[0]).name, None, None
     make_output_last()
     try:
@@ -372,7 +372,7 @@ def run_script(main, parse_args):
             traceback.print_exc()
     signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # torch's handler raises when a worker ends
     for worker in multiprocessing.active_children():
-        worker.kill()  # it holds our output open: whoever reads that would wait for its end
+        worker.kill()  # it shares our output: a pipe's reader would wait until it ends, too
     if fault is not None:
         print_error(name, fault, args)
     os._exit(1)
@@ -396,13 +396,13 @@ REQUIRED_FIELDS = ("problem_id", "problem", "data_type", "problem_type", "soluti
 # Optional: the part of a video, in seconds, and the frame rate of a video that is a folder
 CLIP_FIELDS = ("video_start", "video_end", "video_fps")
 FRAMES_FPS = 3  # frame rate of MVBench's videos that are folders of frames
-# Half of a surrogate pair, which no tokenizer takes, and zero, which no path contains
+# Lone surrogates, on which tokenizers fail, and NUL, which no path may contain
 UNUSABLE = re.compile(r"[\ud800-\udfff\0]")
-# What a tokenizer reads as pixels or the end of a turn: "<|video_pad|>", "<|im_end|>"
+# Text that a tokenizer would read as a special token: "<|video_pad|>", "<|im_end|>"
 SPECIAL_TOKEN = re.compile(r"<\|(\w+)\|>")
-# One block and nothing else: of several, any could be the answer
+# Exactly one block: with several, it is unclear which one is the answer
 SOLUTION = re.compile(r"\s*<answer>(?:(?!</?answer>).)*</answer>\s*", re.DOTALL)
-SURELY_TEXT = 100  # a free-form solution of more characters contains a word
+SURELY_TEXT = 100  # characters; a longer free-form solution always contains a word
 # An option's letter ("A", "(A" or "Option A") and what separates it from the text (".", ")", "、")
 LETTER = r"(?:(?i:option|choice|选项)[ _]?)?[(（\[【]?([A-ZＡ-Ｚ])"
 AFTER_LETTER = r"[.):\]．）：】、]+"
@@ -413,9 +413,9 @@ OPTION_MARK = re.compile(  # how an option begins: such a letter, "A - ", or a n
 def load_records(path, media_root=None) -> list[dict]:
     """Reads a .json list or .jsonl file of Video-R1 records and checks every one of them.
 
-    Adds `media_path`, the path below media_root (default: the file's own folder). Spells out
-    special tokens (`plain_texts`) and gives options letters (`with_letters`). Opens no media.
-    Raises InputError naming file, problem_id and field.
+    Adds `media_root` (default: the file's own folder) and `media_path`, the path joined to it.
+    Removes special tokens (`plain_texts`) and adds letters to options (`with_letters`). Opens no
+    media. Raises InputError naming file, problem_id and field.
     """
     records = read_file(path)
     if not isinstance(records, list) or not records:
@@ -425,8 +425,8 @@ def load_records(path, media_root=None) -> list[dict]:
         raise InputError(f"--media_root {root} is not a folder")
     for i, record in enumerate(records):
         if isinstance(record, dict) and record.get("data_type") == "frame":
-            # MVBench's released rows with a folder of frames. The start and end of other released
-            # rows are not used, as in the paper's code.
+            # In the released MVBench rows, "frame" means a video that is a folder of frames. Only
+            # these rows are cut by `start` and `end`, as in the paper's code.
             record |= {"data_type": "video", "video_fps": record.get("fps") or FRAMES_FPS,
                        "video_start": record.get("start"), "video_end": record.get("end")}
         fault = record_fault(record)
@@ -447,7 +447,7 @@ def load_records(path, media_root=None) -> list[dict]:
 
 
 def plain_texts(record) -> dict:
-    """Returns the fields that a model reads or learns, with <|im_end|> spelled <| im_end |>."""
+    """Returns a record's texts without special tokens: <|im_end|> becomes <| im_end |>."""
     def spelled(text):
         return SPECIAL_TOKEN.sub(r"<| \1 |>", text)
     texts = {field: spelled(record[field]) for field in ("problem", "solution", "process")
@@ -457,10 +457,9 @@ def plain_texts(record) -> dict:
 
 
 def unmatchable(record) -> bool:
-    """Returns whether no answer can match the solution, since it does not match itself: "00:12" is
-    not a number."""
+    """Returns whether even the solution itself scores 0, for example "00:12" as a number."""
     if record["problem_type"] == "free-form" and len(record["solution"]) > SURELY_TEXT:
-        return False  # it has a word; and grading long texts would take most of the time
+        return False  # it contains a word, so it matches itself; grading it would be slow
     return accuracy_reward(record["solution"], record) == 0
 
 
@@ -514,7 +513,7 @@ def record_fault(record) -> str | None:
             with_letters(options)
         except ValueError as error:
             return f"field options: {error}: {options!r}"
-    groups = record.get("groups", {})  # by which evaluate.py splits its scores
+    groups = record.get("groups", {})  # evaluate.py reports a score for each group
     if not isinstance(groups, dict) or not all(isinstance(name, str) for name in groups.values()):
         return f"field groups must be an object of strings like {{'motion': 'left'}}, not {groups}"
     return None
@@ -538,21 +537,21 @@ def lettered(options) -> list[str]:
 
 
 def plain_mark(text) -> str:
-    """Returns an option's letter or number as a plain one: A for "a" and "Ａ"."""
+    """Returns an option's letter or number in half width and upper case: A for "a" and "Ａ"."""
     return unicodedata.normalize("NFKC", text).upper()
 
 
 def option_texts(options, strict=True) -> list[str]:
-    """Returns the options' texts without letters. Only A, B, C, ... in order are letters.
+    """Returns the options' texts. Letters are removed only if they are A, B, C, ... in order.
 
-    options: a list, or an object {letter: text}, of which empty texts are left out. If `strict`,
+    options: a list, or a dict {letter: text}. Empty texts of a dict are left out. If `strict`,
     raises ValueError if an option of a list is empty, or if the options seem to be lettered or
     numbered in another way: "1." and "2.", or "A." twice.
 
     >>> option_texts(["(A) a cat", "(B) a dog"]), option_texts(["E. coli", "C. elegans"])
     (['a cat', 'a dog'], ['E. coli', 'C. elegans'])
     """
-    if isinstance(options, dict):  # a text may begin with its letter again
+    if isinstance(options, dict):  # removes the keys; texts may have letters as well
         options = option_texts([f"{key}. " + options[key] for key in sorted(options)
                                 if options[key]])
     marks = [OPTION_MARK.match(option) for option in options]
@@ -572,8 +571,8 @@ def option_texts(options, strict=True) -> list[str]:
 
 
 def with_letters(options) -> list[str]:
-    """Returns the options of a prompt: unchanged if they have the letters A, B, C, ... in order,
-    else with these in front. Raises ValueError like option_texts, or if two are equal."""
+    """Returns options for a prompt: unchanged if lettered A, B, C, ... in order, otherwise with
+    these letters added. Raises ValueError like option_texts, or if two options are equal."""
     texts = option_texts(options)
     if texts != [option.strip() for option in options]:
         return options
@@ -628,11 +627,11 @@ MEDIA_FAULTS = (OSError, ValueError, AssertionError, RuntimeError, SyntaxError, 
 DECODE_MEMORY = 16 * 2**30
 FRAME_SUFFIXES = (".jpg", ".jpeg", ".png")  # in a video that is a folder of frames
 ANIMATION_SUFFIXES = (".gif", ".webp", ".png", ".apng")
-# Browsers show a frame of an animation at 10 a second if its delay is at most these milliseconds
+# Browsers replace an animation's delays of at most SHORTEST_DELAY milliseconds by 10 frames/s
 GIF_FPS, SHORTEST_DELAY = 10.0, 10
 DAMAGED = "not a readable video: a part of it is damaged or missing"
-MOST_MISSING = 0.1  # of the length in a video's header: a file that lacks more was cut off
-# FFmpeg's formats that contain their pictures; playlists and scripts name other files instead
+MOST_MISSING = 0.1  # share of the length in a video's header; if more is missing, it was cut
+# The formats that FFmpeg may open. Playlists and scripts are refused: they open other files
 FORMATS = ("mov,matroska,avi,mpegts,mpeg,flv,asf,ogg,nut,mxf,rm,dv,ivf,gif,h264,hevc,obu,"
            "mpegvideo,m4v,yuv4mpegpipe")
 RAW_FPS = 25.0  # FFmpeg's rate for a video that states neither times nor a rate
@@ -649,9 +648,9 @@ def load_vision(record, *, max_frames, min_frames, fps, min_pixels, max_pixels,
                 factor=PATCH, video_reader="av") -> Vision:
     """Decodes a record's image or video.
 
-    A video gives fps frames a second, at least min_frames and at most max_frames: an even number,
-    spread evenly over the clip. Each frame, or the image, is resized to between min_pixels and
-    max_pixels, with sides that are multiples of `factor`. Raises MediaError "path: reason".
+    Samples a video evenly at `fps` frames a second: an even number of frames, at least min_frames
+    and at most max_frames. Resizes each frame, or the image, to between min_pixels and max_pixels,
+    with sides that are multiples of `factor`. Raises MediaError "path: reason".
     """
     path, root = record["media_path"], os.path.realpath(record["media_root"])
     try:
@@ -670,12 +669,12 @@ def load_vision(record, *, max_frames, min_frames, fps, min_pixels, max_pixels,
         raise MediaError(f"{path}: {reason[0] if reason else type(error).__name__}") from error
 
 
-DECODERS = {}  # {id of this process: (id, pipe) of its decoder}
+DECODERS = {}  # {id of this process: (process id, pipe) of its decoder}
 
 
 def load_vision_isolated(record, timeout, **limits) -> Vision:
-    """Returns load_vision's result from another process, the decoder. Raises MediaError if that
-    crashes, needs more than DECODE_MEMORY, or takes longer than `timeout` seconds."""
+    """Runs load_vision in another process, the decoder, and returns its result. Raises MediaError
+    if it crashes, needs more than DECODE_MEMORY, or takes longer than `timeout` seconds."""
     path, me = record["media_path"], os.getpid()
     for _ in range(2):  # the decoder may have been killed since its last record: start another
         if me not in DECODERS:  # the first record, one after a fault, or a newly forked process
@@ -712,8 +711,8 @@ def load_vision_of(record, args, processor=None) -> Vision:
 
 
 def start_decoder():
-    """Returns (id, pipe) of a child process that runs load_vision. It is forked by hand, because
-    PyTorch's data workers may not start processes by multiprocessing."""
+    """Starts a child process that runs load_vision, and returns (process id, pipe). It calls
+    os.fork, because multiprocessing does not allow children of PyTorch's data workers."""
     ours, its = multiprocessing.Pipe()
     pid = os.fork()
     if pid == 0:
@@ -799,7 +798,7 @@ class VideoIndex(NamedTuple):
     """Holds the times of a video's N frames, in a player's order, and a function to decode some."""
     seconds: list[float]          # (N,) from the file's beginning, ascending
     rate: float                   # frames a second, as the file states
-    pictures: Callable[[list[int]], Iterator[np.ndarray]]  # ascending numbers to (H, W, 3) uint8
+    pictures: Callable[[list[int]], Iterator[np.ndarray]]  # ascending indices -> (H, W, 3) uint8
 
 
 def read_video(path, video_reader, *, video_fps, **sampling) -> Vision:
@@ -817,15 +816,15 @@ def read_video(path, video_reader, *, video_fps, **sampling) -> Vision:
 
 
 def installed_reader(name):
-    """Returns the value of --video_reader. decord is optional: not every machine has a build."""
+    """Checks the value of --video_reader. decord is optional: some machines have no build of it."""
     if name == "decord" and not find_spec("decord"):
         raise argparse.ArgumentTypeError("decord is not installed: pip install decord (x86_64)")
     return name
 
 
 def read_by_decord(path, *, min_pixels, max_pixels, factor, **sampling) -> Vision:
-    """Returns decord's frames by qwen-vl-utils, as the released code read them. For H.264 in AVI,
-    transport streams and cut clips some differ from a player's. Damage is not noticed."""
+    """Returns decord's frames, by qwen-vl-utils, as the released code did. For H.264 in AVI,
+    transport streams and cut clips, some frames differ from a player's. Damage is not noticed."""
     import decord
     from qwen_vl_utils import vision_process
     with opened(path):  # raises if the format is not in FORMATS
@@ -848,8 +847,8 @@ def resize_frames(frames, size):
 
 def sample_frames(index, *, fps, min_frames, max_frames, min_pixels, max_pixels, factor,
                   video_start, video_end) -> Vision:
-    """Returns the frames between video_start and video_end (seconds or None), sampled evenly by
-    number and resized, by qwen-vl-utils' rules."""
+    """Samples frames between video_start and video_end (seconds or None) and resizes them, by
+    qwen-vl-utils' rules: evenly spaced in frame number, not in time."""
     from qwen_vl_utils import vision_process
     start = bisect_left(index.seconds, video_start or 0)
     end = len(index.seconds) if video_end is None else bisect_right(index.seconds, video_end)
@@ -858,8 +857,8 @@ def sample_frames(index, *, fps, min_frames, max_frames, min_pixels, max_pixels,
         part = "" if video_start is video_end is None else f" from {video_start} to {video_end} s"
         raise ValueError(f"the clip has fewer than 2 frames{part}")
     passed = seconds[-1] - seconds[0]
-    if abs(rate * passed - (len(seconds) - 1)) > 0.5:  # more than rounded times can explain
-        rate = (len(seconds) - 1) / passed  # the rate varies: take the mean
+    if abs(rate * passed - (len(seconds) - 1)) > 0.5:  # rounded times explain at most 0.5
+        rate = (len(seconds) - 1) / passed  # the frame rate varies: use its mean
     count = vision_process.smart_nframes(
         {"fps": fps, "min_frames": min_frames, "max_frames": max_frames}, len(seconds), rate)
     indices = torch.linspace(start, start + len(seconds) - 1, count).round().long().tolist()
@@ -914,7 +913,7 @@ class WrongPacketTimes(Exception):
 
 @contextmanager
 def opened(path):
-    """Yields (container, video stream) of a video file. Raises ValueError if it has none."""
+    """Yields (container, video stream) of a file. Raises ValueError if it is not a video."""
     import av
     try:
         with av.open(path, metadata_errors="ignore",
@@ -936,12 +935,12 @@ def opened(path):
 def index_by_packets(path) -> VideoIndex:
     """Indexes a video file by the times of its packets, without decoding them.
 
-    Its `pictures` decode only from a key frame to each wanted frame. Raises WrongPacketTimes, here
-    or in `pictures`, if frames have other times: H.264 in AVI, a stream without a container, or a
-    file that begins between key frames. Raises ValueError if a packet is damaged, or if the file
-    ends earlier than its header states.
+    VideoIndex.pictures then decodes only from a key frame to each wanted frame. Both functions
+    raise WrongPacketTimes if frames have other times: in H.264 in AVI, streams without a container,
+    or a file that begins between key frames. Raises ValueError if a packet is damaged, or if the
+    file ends earlier than its header states.
     """
-    times, keys, position, end = [], [], 0, 0.0  # end: of the last packet, in seconds
+    times, keys, position, end = [], [], 0, 0.0  # position: of a packet; end: in seconds
     with opened(path) as (container, stream):
         for packet in container.demux():
             if packet.pts is not None:  # a packet of any stream: pictures or sound
@@ -958,7 +957,7 @@ def index_by_packets(path) -> VideoIndex:
         rate, length = float(stream.average_rate or 0), (container.duration or 0) / 10**6
         if container.format.name == "mpegts" and ends_within_packet(path):
             raise ValueError(DAMAGED)
-        if length - end > MOST_MISSING * length + 2 / (rate or RAW_FPS):  # and 2 frames
+        if length - end > MOST_MISSING * length + 2 / (rate or RAW_FPS):  # plus 2 frames
             raise ValueError(f"cut off: {length:g} s by its header, but it ends at {end:g} s")
         if None in times or len(set(times)) < len(times):
             raise WrongPacketTimes
@@ -969,7 +968,7 @@ def index_by_packets(path) -> VideoIndex:
 
 
 def ends_within_packet(path) -> bool:
-    """Returns whether a transport stream ends within a packet: 188 bytes that begin with "G"."""
+    """Returns whether a transport stream was cut within a packet, 188 bytes that begin with "G"."""
     with open(path, "rb") as file:
         first = file.read(1)
         file.seek(-(os.path.getsize(path) % 188), os.SEEK_END)
@@ -977,7 +976,7 @@ def ends_within_packet(path) -> bool:
 
 
 def seconds_of(times, container, stream) -> list[float]:
-    """Returns seconds from a file's beginning. Its sound may begin before its pictures."""
+    """Converts a stream's times to seconds from the file's beginning. Sound may begin earlier."""
     starts = [other.start_time * other.time_base for other in container.streams
               if other.type == "audio" and other.start_time is not None]
     first = min(times, default=0) * stream.time_base
@@ -992,7 +991,7 @@ def index_by_decoding(path) -> VideoIndex:
         if any(is_corrupt for _, _, is_corrupt in frames):
             raise ValueError(DAMAGED)
         times, rate = [pts for pts, _, _ in frames], float(stream.guessed_rate or RAW_FPS)
-        # AVI stores when a packet is decoded: `delay` frames before its own frame is shown
+        # AVI stores only decoding times. A frame's dts is that of the packet `delay` frames later
         decoded = [dts for _, dts, _ in frames if dts is not None]
         delay = len(frames) - len(decoded)
         if ascending(times):
@@ -1014,9 +1013,9 @@ def ascending(times) -> bool:
 def decode_frames(path, times, entries, indices):
     """Yields the frames `indices` of a video file, (H, W, 3) uint8.
 
-    times: those of all frames, in the order in which a player shows them. entries: the (frame,
-    packet) numbers at which decoding can begin. It begins at the last entry before a wanted frame.
-    Raises WrongPacketTimes if a decoded frame has another time.
+    times: the pts of all frames, in a player's order. entries: the pairs (frame number, packet
+    number) at which decoding can begin. It begins at the last entry up to a wanted frame. Raises
+    WrongPacketTimes if a decoded frame has another pts.
     """
     wanted = list(indices)
     with opened(path) as (container, stream):
@@ -1029,10 +1028,10 @@ def decode_frames(path, times, entries, indices):
                 number = first  # of the frame that the decoder returns next
             for frame in packet.decode():
                 if times[number:number + 1] != [frame.pts]:
-                    if number == first > 0:  # a key frame may be stored before earlier frames
+                    if number == first > 0:  # stored after the key frame, but shown before it
                         continue
                     raise WrongPacketTimes
-                if frame.is_corrupt:  # the frames after it are built on it
+                if frame.is_corrupt:  # later frames are predicted from it
                     raise ValueError(DAMAGED)
                 if number == wanted[0]:
                     yield upright(frame, stream.sample_aspect_ratio or 1)
@@ -1059,7 +1058,7 @@ def upright(frame, aspect) -> np.ndarray:
 
 
 def shuffle_frames(frames, generator):
-    """Returns the (T, C, H, W) frames in a random order, never the given one if T > 1."""
+    """Returns the (T, C, H, W) frames in a random order, never the original one if T > 1."""
     if len(frames) < 2:
         return frames
     order = torch.arange(len(frames))
@@ -1100,9 +1099,9 @@ def encode(processor, record, vision: Vision, device=None) -> dict[str, torch.Te
 def image_as_video(processor, inputs) -> dict[str, torch.Tensor]:
     """Returns encode()'s inputs with an image turned into a video of one time step.
 
-    The model computes the same: visual features overwrite the placeholder, and positions agree. But
-    a batch of images and videos then runs the vision tower once, as a batch of videos does. Under
-    ZeRO-3, ranks with different numbers of calls would wait forever.
+    The model's output is the same: visual features replace the placeholders, and positions agree.
+    But each batch, even a mixed one, now runs the vision tower once. Under ZeRO-3, ranks with
+    different numbers of calls would wait forever.
     """
     if "image_grid_thw" not in inputs:
         return inputs
@@ -1119,7 +1118,7 @@ def image_as_video(processor, inputs) -> dict[str, torch.Tensor]:
 
 def encode_blank(processor) -> dict[str, torch.Tensor]:
     """Returns the inputs of a black picture and an empty question. A rank without a usable record
-    runs them with weight zero: it must make the same calls as the other ranks."""
+    runs them with loss weight 0, because all ranks must make the same calls."""
     record = {"problem": "", "problem_type": "free-form", "data_type": "image", "media_path": ""}
     side = 2 * token_side(processor)
     return encode(processor, record, Vision(None, {}, Image.new("RGB", (side, side))))
@@ -1157,13 +1156,13 @@ def rope_positions(model, inputs):
 
 
 def to_device(inputs, device) -> dict[str, torch.Tensor]:
-    """Copies a dict of tensors to a device, from pinned memory without waiting."""
+    """Copies a dict of tensors to a device, asynchronously if they are in pinned memory."""
     return {key: value.to(device, non_blocking=True) for key, value in inputs.items()}
 
 
 def generate(model, prompts) -> torch.Tensor:
-    """Returns transformers' responses (B n, L) to B encoded prompts. The model's generation_config
-    sets n, the responses per prompt. Collective under ZeRO-3."""
+    """Returns response ids (B n, L), generated by transformers for B encoded prompts. n is
+    generation_config's num_return_sequences. Under ZeRO-3, all ranks must call it."""
     pad = model.generation_config.pad_token_id
     pad_values = {"input_ids": pad, "attention_mask": 0, "mm_token_type_ids": 0}
     batch = to_device(pad_batch(prompts, pad_values, "left"), model.device)  # ids (B, prompt's L)
@@ -1179,7 +1178,7 @@ def seeded_generator(*key, device="cpu") -> torch.Generator:
 
 
 def record_seed(seed, record) -> int:
-    """Returns the record's own seed: its random draws depend on no batch, rank or restart."""
+    """Returns a seed of the record, so that random draws depend on no batch, rank or restart."""
     key = zlib.crc32(str(record["problem_id"]).encode())
     return seeded_generator(seed, key).initial_seed() % 2**31  # servers take 31 bits
 
@@ -1190,7 +1189,7 @@ FORBIDDEN_TOKENS = ("<|vision_start|>", "<|vision_end|>", "<|vision_pad|>", "<|i
 
 
 def stop_tokens(model, tokenizer):
-    """Returns every end token of the model, the tokenizer's own first."""
+    """Returns the ids of all end tokens, the tokenizer's first."""
     ends = model.generation_config.eos_token_id
     ends = ends if isinstance(ends, list) else [ends]
     return list(dict.fromkeys([tokenizer.eos_token_id, *(end for end in ends if end is not None)]))
@@ -1198,7 +1197,7 @@ def stop_tokens(model, tokenizer):
 
 def forbidden_tokens(model, tokenizer):
     """Returns the ids that must not be sampled: FORBIDDEN_TOKENS, ids without a token, and special
-    tokens except end tokens. A decoded text omits the last, but its length counts them."""
+    tokens except end tokens. Decoding drops special tokens, but a response's length counts them."""
     ids = {*tokenizer.convert_tokens_to_ids(list(FORBIDDEN_TOKENS)), *tokenizer.all_special_ids}
     beyond = range(len(tokenizer), model.config.get_text_config().vocab_size)
     return sorted((ids | set(beyond)) - {None, *stop_tokens(model, tokenizer)})
@@ -1249,8 +1248,8 @@ VALUE_SHOWN = 200  # characters of a value in an error
 
 
 def require_same(path, was, now, advice, free=()):
-    """Raises InputError if `now` differs from `was`, the configuration of the run that made a file
-    or folder. Keys in `free` may differ."""
+    """Raises InputError if the configuration `now` differs from `was`, that of the run that made
+    `path`. Keys in `free` may differ."""
     changed = [f"{key} was {str(was.get(key))[:VALUE_SHOWN]}, is {str(value)[:VALUE_SHOWN]}"
                for key, value in now.items() if key not in free and was.get(key) != value]
     if changed:
@@ -1259,8 +1258,8 @@ def require_same(path, was, now, advice, free=()):
 
 @contextmanager
 def row_writer(path, total, configuration=None, quiet=False):
-    """Yields write(rows), which any thread may call. It appends to a file that begins with
-    `configuration`."""
+    """Yields write(rows), which appends rows to a .jsonl file and which any thread may call. The
+    first row of a new file is `configuration`. total: rows of the progress bar."""
     lock, kept = threading.Lock(), len(whole_lines(path))
     with writing(path):
         file = path.open("ab", buffering=0)
@@ -1276,12 +1275,12 @@ def row_writer(path, total, configuration=None, quiet=False):
 
 
 def append_rows(file, rows):
-    """Appends rows to an unbuffered file: all of them, or none and raises InputError."""
+    """Appends rows to an unbuffered file. If this fails, appends none and raises InputError."""
     size = os.path.getsize(file.name)
     data = "".join(json.dumps(row) + "\n" for row in rows).encode()
     with writing(file.name, "The rows in it are whole: make room and repeat the command"):
         try:
-            while data:  # a nearly full disk takes only a part
+            while data:  # on a nearly full disk, write() may write only a part
                 data = data[file.write(data):]
         except OSError:
             file.truncate(size)
@@ -1299,7 +1298,7 @@ def writing(path, advice=""):
 
 
 def write_whole(files):
-    """Writes text files, {path: pieces}: all of them complete, or none and raises InputError."""
+    """Writes text files, {path: text pieces}. If one fails, raises InputError and writes none."""
     writer = f"{os.uname().nodename}.{os.getpid()}"  # several ranks may write the same file
     aside = {path: Path(f"{path}.{writer}.partial") for path in files}
     try:
@@ -1315,14 +1314,13 @@ def write_whole(files):
 
 
 def make_folder_of(path):
-    """Makes the folder of a file that will be written. Raises InputError before the work if it
-    cannot."""
+    """Makes an output file's folder at start-up, so that an InputError comes before the work."""
     with writing(path):
         Path(path).parent.mkdir(parents=True, exist_ok=True)
 
 
 def json_list(lines):
-    """Returns the pieces of a JSON list of encoded items, one a line."""
+    """Returns a JSON list as pieces for write_whole. lines: encoded items."""
     return "[\n", ",\n".join(lines), "\n]\n"
 
 
@@ -1339,13 +1337,13 @@ def markdown(rows) -> str:
 
 TOY_SIDE, TOY_FRAMES, TOY_FPS = 28, 8, 2  # pixels, frames a clip, frames a second
 TOY_COLOURS = {"red": (230, 40, 40), "green": (40, 210, 60), "blue": (60, 80, 240),
-               "yellow": (230, 220, 50)}  # in turn they name left, right, left, right
-TOY_PLAIN = {"white": (240, 240, 240), "purple": (170, 60, 200)}  # name no direction
+               "yellow": (230, 220, 50)}  # they stand for left, right, left, right
+TOY_PLAIN = {"white": (240, 240, 240), "purple": (170, 60, 200)}  # stand for no direction
 TOY_OPPOSITE = {"left": "right", "right": "left"}
 TOY_WORDS = ("cat", "dog", "sun", "map", "key", "cup", "hat", "box")
 TOY_BLOCK, TOY_NOISE, TOY_DARK = 8, 6.0, 50  # block side, noise std, brightest background
-TOY_LOOK = 0.7  # share of the cold start's thoughts that use the colour, not the motion
-TOY_QUESTIONS = {  # by kind, without its "_agree", "_conflict" or "_plain"
+TOY_LOOK = 0.7  # share of the cold start's direction thoughts that use colour, not motion
+TOY_QUESTIONS = {  # "direction" is for the kinds direction_agree, _conflict and _plain
     "direction": ("multiple choice", "Which way does the block move?"),
     "first": ("multiple choice", "Which colour comes first?"),
     "colour": ("multiple choice", "Which colour is the block?"),
@@ -1394,7 +1392,7 @@ def toy_scene(rng, kind):
     colour, direction = str(rng.choice(colours)), str(rng.choice(directions))
     watch = f"watch: it starts {TOY_OPPOSITE[direction]} and ends {direction}"
     if kind.startswith("direction"):
-        hints = colours[directions.index(direction)::len(directions)]  # name this direction
+        hints = colours[directions.index(direction)::len(directions)]  # the direction's colours
         others = [name for name in colours if name not in hints]
         colour = {"direction_agree": str(rng.choice(hints)),
                   "direction_conflict": str(rng.choice(others)),
@@ -1435,7 +1433,7 @@ def toy_scene(rng, kind):
 def write_video(path, frames, fps):
     """Writes (T, H, W, 3) uint8 frames as an H.264 mp4, the same bytes each time."""
     import av
-    # x264's slower presets gave other bytes from run to run for pictures as small as the toy's
+    # With pictures as small as the toy's, x264's slower presets are not deterministic
     options = {"crf": "10", "preset": "ultrafast"}
     with av.open(str(path), "w") as container:
         stream = container.add_stream("libx264", rate=fps, options=options)
@@ -1450,8 +1448,8 @@ def toy_records(out, split, count, seed, shortcut=False):
     """Draws `count` questions of a split, writes their media below `out`, and yields the records.
 
     assets/toy_mix.json has the share of each kind in a split. In a direction question, the block's
-    colour names its direction (direction_agree), the other one (direction_conflict), or none
-    (direction_plain). With `shortcut`, direction_conflict becomes direction_agree.
+    colour stands for its direction (direction_agree), the opposite one (direction_conflict), or
+    none (direction_plain). With `shortcut`, direction_conflict becomes direction_agree.
     """
     mixtures = read_file(ASSETS / "toy_mix.json")
     rng = np.random.default_rng([seed, sorted(mixtures).index(split)])
@@ -1487,7 +1485,7 @@ def toy_tokenizer(texts):
         pre_tokenizers.Split(Regex(PRETOKENIZE_REGEX), behavior="isolated"),
         pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)])
     tokenizer.train_from_iterator(texts, trainers.BpeTrainer(
-        vocab_size=800, show_progress=False,  # at most: every word of the toy is a token
+        vocab_size=800, show_progress=False,  # an upper limit; ends when each word is one token
         initial_alphabet=pre_tokenizers.ByteLevel.alphabet()))
     model = json.loads(tokenizer.to_str())["model"]
     return Qwen2Tokenizer(
@@ -1511,12 +1509,12 @@ def toy_processor(tokenizer, family="qwen2_5_vl"):
 def toy_model(tokenizer, seed, hidden=96, layers=3, heads=4, kv_heads=2, mlp=256,
               vision_hidden=64, vision_depth=2, vision_mlp=128, family="qwen2_5_vl"):
     """Returns a randomly initialised model of the family, by default of about 600,000 parameters.
-    Its configuration ignores keys that only the other family has."""
+    The config has the keys of both families. Each ignores the other's."""
     from transformers import AutoConfig, AutoModelForImageTextToText
     token = tokenizer.convert_tokens_to_ids
-    spread = {"initializer_range": 0.05}  # with Qwen's 0.02, so small a model learns nothing
+    spread = {"initializer_range": 0.05}  # with Qwen's 0.02, such a small model learns nothing
     end = [token("<|im_end|>"), token("<|endoftext|>")]
-    share = hidden // heads // 2 // 3  # of the rotary frequencies, to time, height and width
+    share = hidden // heads // 2 // 3  # rotary frequencies each for time, height and width
     config = AutoConfig.for_model(
         family,
         text_config={
@@ -1547,7 +1545,7 @@ def toy_model(tokenizer, seed, hidden=96, layers=3, heads=4, kv_heads=2, mlp=256
 
 def copy_toy_files(out, side):
     """Copies assets/toy (each stage's flags, and run.sh) to the folder `out`. Replaces {out} by its
-    name and {pixels} by side * side: a frame is one visual token."""
+    name and {pixels} by side * side, the pixels of a visual token: a frame is one token."""
     for path in (ASSETS / "toy").iterdir():
         folder = shlex.quote(str(out)) if path.suffix == ".sh" else str(out)
         text = path.read_text(encoding="utf-8").replace("{out}", folder)
@@ -1574,7 +1572,7 @@ def build_toy(args):
                 prompt = build_messages(record | {"media_path": ""})[0]["content"][1]["text"]
                 texts.append(f"{prompt}\n{record['process']}\n{record['solution']}")
     tokenizer = toy_tokenizer(texts)
-    # Each text that all prompts share is one token: prompts take a third of the time
+    # The texts that prompts share become one token each: prompts take a third of the time
     tokenizer.add_tokens([TEMPLATE.removeprefix("{question}\n"), *ANSWER_SUFFIX.values(),
                           "You are a helpful assistant."])
     model = toy_model(tokenizer, args.seed, family=args.model)
@@ -1590,27 +1588,27 @@ def build_toy(args):
 
 # ------------------- the sources and benchmarks: one converter for each release's format
 # A converter takes a row of a release and the path of its file, and yields drafts. To add a source
-# or a benchmark, write one and name it in CONVERTERS. If it raises one of MALFORMED, `mix` drops
-# the row and counts it, and `convert` refuses the file.
+# or a benchmark, write one and name it in CONVERTERS. If it raises an error of MALFORMED, `mix`
+# drops and counts the row, and `convert` refuses the file.
 
 MALFORMED = (KeyError, TypeError, IndexError, AttributeError, OverflowError, ValueError)
-# Instructions how to answer, which our own prompt replaces: a line, or a line's last sentence
+# Instructions on how to answer, which our prompt replaces: a line, or a line's last sentence
 HINT = re.compile(
     r"(?im)^[ \t]*(?:hint|reference ocr token):.*$|(?<=[.?!\n])[ \t]*(?:answer:[ \t]*"
     r"|(?:please )?(?:answer|respond|provide|select|choose|give)\b[^\n]{0,200}\b"
     r"(?:letter|options?|choices|single word or phrase|short|directly|multiple-choice)\b[^\n]*)$")
-# Marks at which options begin: in either case at the start of a line, in capitals within one
+# Letters at which options begin: of either case at a line's start, only capitals within a line
 LINE_MARK = re.compile(rf"^[ \t*•-]*{LETTER}{AFTER_LETTER}[*]*\s*", re.MULTILINE | re.IGNORECASE)
 INLINE_MARK = re.compile(rf"(?<![^\s:：;；,，?？。]){LETTER}{AFTER_LETTER}\s*")
 # How an option ends if another follows in its line: "A: a cat, B: a dog or C: a hat"
 SEPARATOR = re.compile(r"[,，;；、](?:\s*(?:and|or))?$|\s(?:and|or)$")
-AROUND = re.compile(r"(?i)^question:|(?:options|choices|选项)\s*[:：]$")  # before, after a question
+AROUND = re.compile(r"(?i)^question:|(?:options|choices|选项)\s*[:：]$")  # labels around a question
 
 
 def draft(file, problem, answer, options=(), **fields):
-    """Returns a question as its source has it, which make_record checks. file: a path below the
-    media folder. answer: a letter or a text. options: with or without letters. fields: the
-    record's, and "part", the part of the source that data_source names."""
+    """Returns a draft, a question as its source has it. file: path below the media folder. answer:
+    letter or text. options: with or without letters. fields: the record's other fields, and "part",
+    which make_record appends to data_source."""
     if isinstance(options, str) or not all(isinstance(text, (str, int, float)) for text in options):
         raise ValueError(f"the options are not texts: {options!r}")
     texts = option_texts(list(map(str, options)), strict=False)
@@ -1621,9 +1619,9 @@ def draft(file, problem, answer, options=(), **fields):
 def split_options(text):
     """Returns (question, options).
 
-    Options follow the marks A, B, C, ..., one on each line or all in one line, whichever gives
-    more. If that leaves an empty option, as in "B. C. elegans", a mark was part of a text: the
-    other way is preferred.
+    Options follow the marks A, B, C, ..., at line starts or anywhere. Of these two ways, one that
+    leaves no option empty is preferred, then the one with more options. An empty option means that
+    a mark was part of a text, as in "B. C. elegans".
 
     >>> split_options("Question: What is x? Choices: (A) 3 (B) 4")
     ('What is x?', ['3', '4'])
@@ -1645,8 +1643,8 @@ def split_options(text):
 
 
 def longest_run(marks):
-    """Returns the longest run of marks A, B, C, ...; of equally long ones the last."""
-    longest, after = [], {}  # after: {place in the alphabet: the run that begins with its mark}
+    """Returns the longest run of marks A, B, C, ..., the last one if several are as long."""
+    longest, after = [], {}  # after: {place in the alphabet: the run that begins with this letter}
     for mark in reversed(marks):
         place = ord(plain_mark(mark[1])) - ord("A")
         after[place] = [mark, *after.get(place + 1, [])]
@@ -1662,19 +1660,19 @@ def from_video_r1(row, path):
                 **{field: row.get(field) for field in fields})
 
 
-CSV_OPTION = re.compile("option.*|[a-z]")  # the column of an option: option_a, or A
+CSV_OPTION = re.compile("option.*|[a-z]")  # an option's column in lower case: option_a, or a
 
 
 def from_csv(row, path):
-    """Reads a table of your own: columns video (or image), question, answer, and for options
-    option_a, option_b, ... or A, B, ...; problem_type, video_start, video_end and video_fps may be
-    added. Without problem_type, options make a question multiple choice, a number as its answer
-    makes it numerical, and others are free-form."""
+    """Reads your own table with the columns video (or image), question and answer. Optional columns
+    are option_a, option_b, ... (or A, B, ...), problem_type, video_start, video_end and video_fps.
+    Without problem_type, a question with options is multiple choice. Otherwise it is numerical if
+    its answer is a number, else free-form."""
     row = {(name or "").strip().lower(): cell for name, cell in row.items()}
     if not {"question", "answer"} <= row.keys() or row.keys().isdisjoint(("video", "image")):
         raise InputError(f"{path} has the columns {', '.join(row)}: it needs the columns video or "
                          "image, question and answer, separated by commas")
-    # Cells beyond the heading are a list, which has no strip: a comma without quotes costs its row
+    # After an unquoted comma, surplus cells are a list. It has no strip(), so the row is dropped
     row = {name: (cell or "").strip() for name, cell in row.items()}
     options = option_texts({name: row[name] for name in row if CSV_OPTION.fullmatch(name)})
     types = ("multiple choice", "numerical", "free-form")
@@ -1688,7 +1686,7 @@ def from_llava(row, path):
     """Reads conversations, as LLaVA-Video-178K and most image sources have them: a draft a turn."""
     file = row.get("video") or row["image"]
     if isinstance(file, list):
-        file, = file  # a ValueError for several pictures: a record has one
+        file, = file  # ValueError if there are several: a record has one picture
     turns = row["conversations"]
     for question, answer in zip(turns[::2], turns[1::2], strict=True):
         if (question["from"], answer["from"]) != ("human", "gpt"):
@@ -1700,7 +1698,7 @@ def from_llava(row, path):
 
 @lru_cache(maxsize=1)
 def nextqa_paths(folder):
-    """Reads NExT-QA's map from video names to their paths, a file beside its questions."""
+    """Reads NExT-QA's map {video name: path}, a file in the folder of its questions."""
     return read_file(folder / "map_vid_vidorID.json")
 
 
@@ -1741,7 +1739,7 @@ def from_clevrer(row, path):
 
 
 def from_star(row, path):
-    """Reads STAR's questions, each about some seconds of a video of Charades."""
+    """Reads STAR's questions, each about a part of a Charades video."""
     choices = sorted(row["choices"], key=lambda choice: choice["choice_id"])
     options = [choice["choice"] for choice in choices]
     yield draft(f"{row['video_id']}.mp4", row["question"], letter(options.index(row["answer"])),
@@ -1754,7 +1752,7 @@ def clip_seconds(row):
 
 
 def from_scienceqa(row, path):
-    """Reads ScienceQA's training questions that have a picture: 7/image.png of the question "7"."""
+    """Reads ScienceQA's training questions with a picture, such as 7/image.png for question "7"."""
     if row["image"] and row["split"] == "train":
         problem = f"{row.get('hint') or ''}\n{row['question']}"
         yield draft(f"{row['row_key']}/{row['image']}", problem, letter(row["answer"]),
@@ -1768,31 +1766,31 @@ def from_a_okvqa(row, path):
 
 
 def from_tabmwp(row, path):
-    """Reads TabMWP's problems about the picture of a table, 7.png of the problem "7"."""
+    """Reads TabMWP's problems about a picture of a table, such as 7.png for problem "7"."""
     unit = f" (Unit: {row['unit']})" if row.get("unit") else ""
     yield draft(f"{row['row_key']}.png", row["question"] + unit, row["answer"],
                 row["choices"] or ())
 
 
 def from_geometry3k(row, path):
-    """Reads Geometry3K's problems. Each has a folder with its file and a picture."""
+    """Reads Geometry3K's problems, a folder each with a JSON file and a picture."""
     yield draft("img_diagram.png", row["problem_text"], row["answer"], row["choices"])
 
 
 def from_arxivqa(row, path):
-    """Reads ArxivQA. Labels are spelled in many ways; a row without an option is dropped."""
+    """Reads ArxivQA. Labels vary ("B", "B) y"). Rows with an empty option are dropped."""
     yield draft(row["image"], row["question"], row["label"], option_texts(row["options"]))
 
 
 def from_chartqa(row, path):
-    """Reads ChartQA. Percentages lose their sign."""
+    """Reads ChartQA. Removes the percent sign from answers."""
     yield draft(row["imgname"], row["query"], row["label"].strip().removesuffix("%"))
 
 
 @lru_cache(maxsize=1)
 def benchmark_facts():
     """Reads each benchmark's title, size, tasks, subjects, media folders, and tasks about clips.
-    files: patterns of its files of questions, of which the first that matches is used."""
+    "files" are patterns for its question files; only the first pattern that matches is used."""
     return read_file(ASSETS / "benchmarks.json")
 
 
@@ -1805,8 +1803,8 @@ def task_of(path, tasks):
 
 
 def subject_groups(path, subjects):
-    """Returns {"subject": Biology} of Science/dev_Biology_3.mp4 or videos/Biology/3.mp4. Adds the
-    "discipline" if `subjects`, {discipline: its subjects}, has it."""
+    """Returns {"subject": Biology} for Science/dev_Biology_3.mp4 or videos/Biology/3.mp4. Adds its
+    "discipline" if `subjects`, {discipline: list of subjects}, has it."""
     named = re.fullmatch(r"[a-z]+_(\w+)_\d+", Path(path).stem)
     subject = named[1] if named else Path(path).parent.name
     return {"subject": subject} | {"discipline": discipline for discipline, names
@@ -1835,7 +1833,7 @@ def from_videommmu(row, path):
         before, after = facts["prompts"][track]
         kind = "multi-choice" if options else "open-ended"
         groups = subject_groups(f"{row['id']}.mp4", facts["subjects"])
-        if "discipline" not in groups:  # which is the folder of the video
+        if "discipline" not in groups:  # it is also the video's folder
             raise ValueError(f"the id {row['id']!r} names no subject of VideoMMMU")
         yield draft(f"{groups['discipline']}/{row['id']}.mp4",
                     before.replace("{kind}", kind) + row["question"] + after, row["answer"],
@@ -1854,9 +1852,9 @@ def from_mmvu(row, path):
 
 
 def from_mvbench(row, path, name="mvbench"):
-    """Reads MVBench's json/action_sequence.json and so on, and TVBench's. Unpack their zips where
-    they lie. Videos are video/<the task's folder in assets/benchmarks.json>/<video>. TVBench's
-    release lacks the videos of action_antonym, which are NTU RGB+D's."""
+    """Reads MVBench's json/action_sequence.json and so on, and TVBench's. Unpack each zip in its
+    own folder. Videos are video/<the task's folder in assets/benchmarks.json>/<video>. TVBench's
+    release lacks the videos of action_antonym, which are from NTU RGB+D."""
     facts = benchmark_facts()[name]
     task = task_of(path, facts["folders"])
     clip = clip_seconds(row) if task in facts["clips"] else {}
@@ -1961,12 +1959,12 @@ def release_rows(path) -> list:
 
 # ------------------------------------- from a draft to a record; the command convert
 
-SHORT_ANSWER = 3  # words: "3.5 square meters" is a number, a sentence with a number is text
+SHORT_ANSWER = 3  # most words of a numerical answer ("3.5 square meters"); longer ones are text
 MEASURE = re.compile(r"(?<![\w.])(\d+(?:\.\d+)?) ?(m|cm|mm|km|ft|meters?|metres?|centimeters?|"
                      r"centimetres?|millimeters?|kilometers?|feet|foot|inch(?:es)?)\b")
 VIDEO_SUFFIXES = {".mp4", ".webm", ".avi", ".mkv", ".mov", ".m4v"}
-KEPT_FIELDS = ("process", *CLIP_FIELDS, "groups", "pair")  # a record has them if its draft has
-# The types of `convert`: a text without options is numerical or else free-form
+KEPT_FIELDS = ("process", *CLIP_FIELDS, "groups", "pair")  # copied from the draft if present
+# All types. A draft with neither type nor options becomes numerical or free-form
 CONVERTED_TYPES = ("multiple choice", "numerical", "free-form", "regression", "OCR")
 
 
@@ -1990,8 +1988,8 @@ def wanted_type(answer, options, wanted):
 
 
 def make_record(found, entry, folder="") -> dict:
-    """Returns the record of a draft, without problem_id, as an entry of a recipe wants it. Raises
-    Dropped if the question cannot be graded, or if the entry does not want its type."""
+    """Returns the record of a draft, without problem_id, by a recipe's `entry`. Raises Dropped if
+    the question cannot be graded, or if its type is not one of the entry's."""
     problem, answer, wanted = found["problem"], found["answer"], entry["problem_type"]
     media = entry["media"].replace("{folder}", folder)
     path = os.path.normpath(os.path.join(media, found["file"]))
@@ -1999,7 +1997,7 @@ def make_record(found, entry, folder="") -> dict:
     kind = found.get("problem_type") or wanted_type(answer, options, wanted)
     measure = MEASURE.findall(answer)
     if not (options or "problem_type" in found) and "regression" in wanted and len(measure) == 1:
-        (answer, unit), = measure  # the answer is a sentence; the model must know the unit
+        (answer, unit), = measure  # only the number is graded: the question gives the unit
         problem, kind = f"{problem} (Unit: {unit})", "regression"
     if kind == "multiple choice":
         answer = choice_letter(answer, options) if answer else ""
@@ -2033,7 +2031,7 @@ def convert(args):
     path, facts = Path(args.path), benchmark_facts().get(args.name, {})
     title, patterns = facts.get("title", args.name), facts.get("files", ["known file"])
     if path.is_dir():
-        release, out = path, Path(args.out).resolve()  # an earlier --out may be in that folder
+        release, out = path, Path(args.out).resolve()  # the --out of an earlier call is not read
         matches = ([file for file in path.glob(pattern) if file.resolve() != out]
                    for pattern in patterns)
         files = sorted(next(filter(None, matches), ()))
@@ -2067,13 +2065,13 @@ def convert(args):
 
 # ------------------------------------------------- mix: from sources to a file of records
 
-FIGURE_2 = ASSETS / "recipe.json"  # the paper's count of each source
+FIGURE_2 = ASSETS / "recipe.json"  # the paper's sources and their counts
 ENTRY = {"source": str, "category": str, "format": str, "annotation": str, "media": str,
          "problem_type": list, "count": int}  # the keys of a recipe's entry
-# A single letter ("B", "(a) and (b)"), except the words "A" and "I" and units; or "option 2"
+# An option's letter ("B", "(a)") or number ("option 2"), but not the words "A" and "I" or a unit
 NAMED_LETTER = re.compile(r"(?<![\w'’])(?<!\d )(?:[b-hj-zB-HJ-Z]|[AI](?! [a-z]))(?![\w'’])"
                           r"|\([ai]\)|(?i:\b(?:option|choice|answer)s? \d)")
-# Words that refer to other options. A word too many is safe: the options then keep their order
+# Words that may refer to other options. If one occurs, options keep their order
 OTHERS = re.compile(
     r"\b(?:all|none|both|neither|either|any|above|below|former|latter|other|others|these|those"
     r"|same|only|listed|mentioned|given|options?|choices?|answers?|(?:one|two) of)\b"
@@ -2135,9 +2133,9 @@ def content_hash(path) -> bytes:
 
 
 def benchmark_media(files, media_root, root):
-    """Returns is_excluded(path): whether a file below root is in a benchmark. files: the evaluation
-    files of benchmarks. Their media are recognised by the tails of their paths and, if they are on
-    this machine, by their content."""
+    """Returns is_excluded(path): whether a training file below root is also in a benchmark. files:
+    records of the benchmarks, with media below media_root. Media are recognised by the tails
+    of their paths and, if they are on this machine, by their content."""
     media = {record["media_path"] for file in files for record in load_records(file, media_root)}
     there = [path for path in media if os.path.isfile(path)]
     tails, sizes = set(map(tail, media)), set(map(os.path.getsize, there))
@@ -2149,7 +2147,7 @@ def benchmark_media(files, media_root, root):
     @lru_cache(maxsize=None)
     def is_excluded(path):
         full = os.path.join(root, path)
-        return tail(path) in tails or (  # sizes are compared so that few files need to be hashed
+        return tail(path) in tails or (  # compares sizes first, so that few files are hashed
             bool(sizes) and os.path.isfile(full) and os.path.getsize(full) in sizes
             and content_hash(full) in hashes)
     return is_excluded
@@ -2157,7 +2155,7 @@ def benchmark_media(files, media_root, root):
 
 def candidates_of(entry, root, is_excluded, seen, counts):
     """Yields the records of an entry's files, each question once. Counts rows, and dropped
-    questions by reason, in `counts`. seen: keys of questions that earlier entries have drawn."""
+    questions by reason, in `counts`. seen: keys of earlier entries' questions, to which it adds."""
     converter = CONVERTERS[entry["format"]]
     for path in sorted(Path(root).glob(entry["annotation"])):
         for row in tqdm(release_rows(path), desc=entry["source"], unit=" rows", leave=False):
@@ -2185,8 +2183,8 @@ def candidates_of(entry, root, is_excluded, seen, counts):
 
 
 def spread(records, count, per_medium, rng, taken=()):
-    """Returns at most `count` random records: first one of each file, then a second one of each, up
-    to per_medium. taken: {path: number of questions that other entries have drawn}."""
+    """Returns at most `count` random records, in rounds: one of each image or video, then a second
+    of each, up to per_medium. taken: {path: number of questions drawn by earlier entries}."""
     rounds, drawn = [[] for _ in range(per_medium)], Counter(taken)
     for record in sorted(records, key=lambda record: rng.random()):
         if drawn[record["path"]] < per_medium:
@@ -2196,9 +2194,9 @@ def spread(records, count, per_medium, rng, taken=()):
 
 
 def shuffle_options(record, rng) -> dict:
-    """Returns the record with its options in a random order, lettered A, B, C, ... Three kinds
-    of records are not changed: with a thought, with a letter in the question or an option, and with
-    an option that may refer to others."""
+    """Returns the record with its options in a random order, lettered A, B, C, ... A record is not
+    changed if it has a thought, if its question or an option names an option's letter, or if an
+    option may refer to others."""
     texts = [option.partition(" ")[2] for option in record["options"]]
     names_letter = any(map(NAMED_LETTER.search, [record["problem"], *texts]))
     if not texts or "process" in record or names_letter or any(map(OTHERS.search, texts)):
@@ -2248,7 +2246,7 @@ def mix(args):
 
 
 def in_validation(path, args) -> bool:
-    """Returns whether a file is held out, with all its questions."""
+    """Returns whether a file, with all its questions, belongs to the validation set."""
     digest = hashlib.blake2b(f"{args.seed} {path}".encode(), digest_size=8).digest()
     return int.from_bytes(digest, "big") / 2**64 < args.val_share
 
@@ -2269,8 +2267,7 @@ def mix_report(report) -> str:
 # ------------------------------------------------------ check: can every file be decoded?
 
 def state_of(record, args):
-    """Returns a file's size and time of change, and the flags of sampling: if one has changed, the
-    file is decoded again."""
+    """Returns size, modification time and sampling flags. After a change, `check` decodes again."""
     path = record["media_path"]
     file = [os.path.getsize(path), os.path.getmtime(path)] if os.path.exists(path) else []
     return file + [getattr(args, name) for name in ("max_frames", *SAMPLING_FLAGS)]
@@ -2288,8 +2285,8 @@ def check_clip(args, record):
 
 
 def check(args):
-    """Decodes every image and video of a file of records, as training will. Writes the records that
-    decode and that an answer can match. If interrupted, the same command resumes."""
+    """Decodes every image and video of a file of records, as in training. Writes the records with
+    readable media and a matchable solution. If interrupted, the same command resumes."""
     records = load_records(args.data, args.media_root)
     out = args.out or f"{os.path.splitext(args.data)[0]}_clean.json"
     stem = out.removesuffix(".json")
@@ -2331,8 +2328,8 @@ def plain(name):
 
 
 def figure_rows(records):
-    """Returns {(category, source, types): [records, Figure 2's count]}. Sources that are not in
-    Figure 2 count 0. A record is of a source if a part of its data_source or path has that name."""
+    """Returns {(category, source, types): [records, Figure 2's count]}. The count is 0 if Figure 2
+    lacks the source. A record's source is named by a part of its data_source or path."""
     rows = {(e["category"], e["source"], ", ".join(e["problem_type"])): [0, e["count"]]
             for e in read_recipe(FIGURE_2)}
     by_source = defaultdict(list)

@@ -1,20 +1,20 @@
 """How an answer is graded: the rule-based rewards of the paper's sections 3.1 and 3.3.
 
-A response is text, "<think>...</think><answer>...</answer>". Only the text of its answer block is
-graded. Without a block, or with different ones, there is no answer. Each problem type has a grade:
+A response is "<think>...</think><answer>...</answer>". Only the text of its answer block is graded.
+Without a block, or with different ones, there is no answer. Each problem type has its own grade:
 
     multiple choice   the letters are equal                                   {0, 1}
     numerical         the values round to the same two decimals               {0, 1}
     OCR               1 - WER, clipped                                        [0, 1]
     free-form         mean of ROUGE-1, ROUGE-2 and ROUGE-L (F, stemmed)       [0, 1]
-    regression        1 - |p - g| / |g|, clipped                              [0, 1]
+    regression        1 - |p - g| / |g|, clipped; p: answer, g: solution      [0, 1]
 
 A trainer adds the format reward, {0, 1}, and the length reward, {0, omega} (Eq. 5). The temporal
 reward (Eq. 1, 2) compares two groups of responses, so it is in tgrpo.py.
 
-Letters and numbers are read by a grammar, and the whole text must fit it. "(b)" and "**Option B**"
-are B, "about 5 cm" is 5; "A or B", "not B", "5 - x" and "more than 5" are nothing. Truths are read
-by the same functions. No text raises an error, and 100,000 characters take less than 1 s.
+Letters and numbers are parsed by patterns that must match the whole text. "(b)" and "**Option B**"
+are B, "about 5 cm" is 5; "A or B", "not B", "5 - x" and "more than 5" are rejected. Solutions are
+parsed in the same way. No text raises an error, and 100,000 characters take less than 1 s.
 """
 
 import math
@@ -35,7 +35,7 @@ from rouge_score.rouge_scorer import RougeScorer
 
 # end of turn and end of text of Qwen (generation_config.json), end token of Llama's family
 END_TOKEN = re.compile(r"<\|im_end\|>|<\|endoftext\|>|</s>")
-INSIDE = r"(?:(?!</?(?:think|answer)>).)*"  # of a block: any text without a tag
+INSIDE = r"(?:(?!</?(?:think|answer)>).)*"  # a block's content: any text without these tags
 FORMAT = re.compile(rf"\s*<think>{INSIDE}</think>\s*<answer>{INSIDE}</answer>"
                     rf"(?:\s|{END_TOKEN.pattern})*", re.DOTALL)
 
@@ -43,7 +43,7 @@ FORMAT = re.compile(rf"\s*<think>{INSIDE}</think>\s*<answer>{INSIDE}</answer>"
 def extract_answer(text):
     """Returns the stripped text of the <answer> block, or "" if there is none.
 
-    Several blocks must hold the same text. A stray tag makes the answer unclear, so it gives "".
+    Several blocks must hold the same text. Unpaired or nested tags are ambiguous and give "".
 
     >>> extract_answer("<think>left</think> <answer> B </answer><|im_end|>")
     'B'
@@ -73,18 +73,18 @@ def format_reward(response):
 
 # ------------------------------------------------------------------------------ spelling
 
-# a letter has at most 30 marks (UAX 15); unicodedata would take 10 s to sort 100,000
+# keeps 30 combining marks of a letter (limit of UAX 15); unicodedata takes 10 s for 100,000
 MARKS = regex.compile(r"(\p{M}{30})\p{M}+")
 INVISIBLE = regex.compile(r"\p{Cf}")  # byte order mark, zero-width space, soft hyphen ...
 EXPONENT, INDEX = re.compile("[⁰¹²³⁴-⁹⁺⁻ⁿ]+"), re.compile("[₀-₉]+")
-NUMERAL = regex.compile(r"(?<=[\d\p{No}])(?=\p{No})|(?<=\p{No})(?=\d)")  # beside "½", "①"
+NUMERAL = regex.compile(r"(?<=[\d\p{No}])(?=\p{No})|(?<=\p{No})(?=\d)")  # between "1" and "½"
 CHARACTERS = (  # spellings that NFKC does not unify
     dict.fromkeys(map(ord, "−–—―‐‑‒˗"), "-") | dict.fromkeys(map(ord, "·⋅∙"), "×")
     | dict.fromkeys(map(ord, "⁄∕÷"), "/") | dict.fromkeys(map(ord, "‘’′"), "'")
     | str.maketrans({"：": ": ", "。": ". ", "٬": ",", "٫": ".", "º": "°", "→": "->", "\t": "\n",
-                     "ﷺ": "\ufffd", "ﷻ": "\ufffd"}))  # 18 and 8 characters in NFKC
-ARGUMENT = r" ?(?:\{[{ ]*([-+]?[\d.]+)[} ]*\}|(\d))"  # "{12}", or "1"
-MARKER = "*_`'\"“”„«»‹›"  # emphasis or quotes: "**B**:", but not in "2*3", "f'(x)" or "x_1"
+                     "ﷺ": "\ufffd", "ﷻ": "\ufffd"}))  # NFKC makes 18 and 8 characters of them
+ARGUMENT = r" ?(?:\{[{ ]*([-+]?[\d.]+)[} ]*\}|(\d))"  # of \frac: "{12}" or "1"
+MARKER = "*_`'\"“”„«»‹›"  # emphasis or quotes around words, "**B**"; not "2*3", "f'(x)", "x_1"
 SPELLINGS = [(re.compile(pattern), spelling) for pattern, spelling in (
     ("<sup>", "^"), ("<sub>", "_"), ("</su[bp]>", ""),                      # HTML
     (r"<[biu]>(?=[^<>]*</)|</[biu]>|</?(?:strong|em|code|span|div|br) ?/?>", "\n"),
@@ -101,14 +101,14 @@ SPELLINGS = [(re.compile(pattern), spelling) for pattern, spelling in (
 
 
 def composed(text, form="NFC"):
-    """Returns `text` in a normal form of Unicode: "é" is one character, however it was typed."""
+    """Returns `text` in a Unicode normal form: "é" is then always one character."""
     return unicodedata.normalize(form, MARKS.sub(r"\1", text))
 
 
 def plain(text):
     """Returns `text` in plain characters, single-spaced, without markup: LaTeX fonts, HTML,
     markdown, quotes. NFKC turns "Ｂ", "𝐁" and "Ⓑ" into B. It would also turn "10²" into 102 and
-    "1½" into 11/2, so exponents and fractions are separated first.
+    "1½" into 11/2, so "^" and a space are inserted first.
 
     >>> [plain(t) for t in ("**Answer:** $Ⓑ$", "1½", "<b>\\\\frac12</b>", "12 cm$^{2}$", "10²")]
     ['Answer: B', '1 1/2', '1/2', '12 cm^2', '10^2']
@@ -125,7 +125,7 @@ def plain(text):
 # ----------------------------------------------------------------------- multiple choice
 
 OPTION = re.compile(r"\s*\(?([A-Za-z])[.):\]、]\s*(.*)", re.DOTALL)  # "A. text", as in the records
-DASH = r"(?:-+>?|[>*|]|\#+)\ "  # a bullet, or between words
+DASH = r"(?:-+>?|[>*|]|\#+)\ "  # a bullet, a heading, or a dash or arrow between words
 LEAD_IN = (  # "Therefore, the answer is: (", "I choose option ", "Answer - ", "答案是"
     rf"(?:{DASH})*(?:(?:option|choice|answer)[-_](?=[a-z]\b)"
     r"|(?:(?:therefore|thus|hence|so|the|my|final|correct|right|best|ans(?:wer)?|option|choice"
@@ -135,10 +135,10 @@ LEAD_IN = (  # "Therefore, the answer is: (", "I choose option ", "Answer - ", "
 END = r"[\s.,;:!)\]>】」$|-]*"
 CHOICE = re.compile(
     LEAD_IN + r"(?P<letter>[a-z])(?:"
-    rf"(?:[\s.,;]+(?P=letter))*{END}(?:选?项{END})?"  # nothing else, or the letter again
+    rf"(?:[\s.,;]+(?P=letter))*{END}(?:选?项{END})?"  # only the letter, perhaps repeated
     r"|(?: ?[)\]>】」]| ?[.:](?=[^!-~])| -(?= )|[.,;:!]?\n)(?P<rest>.*))",  # "B) x", not "B.5"
     re.IGNORECASE | re.DOTALL | re.ASCII)  # ASCII: "ı" is no "I"
-# before an option's text: "B. ", "The answer is: "; after it: ")", " (B)", ", option B"
+# what may precede an option's text: "B. ", "The answer is: "; or follow it: " (B)", ", option B"
 BEFORE = re.compile(LEAD_IN + r"(?:(?P<letter>[a-z])[ .,;:=)(\[\]>】」、|-]+)?", re.ASCII)
 AFTER = re.compile(
     rf"{END}|(?:[.,;:] | -+>? |[.,;:]? ?[(\[]){LEAD_IN}(?P<letter>[a-z]){END}", re.A)
@@ -146,7 +146,7 @@ SECOND = re.compile(r"""(?<![\w'-])([A-Za-z])(?:
     (?=[^\w '-]|$|\ (?:is|was|or|and)\b)       # "c) text", "or c", "A is right"
     |(?<=[B-HJ-Z])(?![\w'-]))                  # any capital except "A" and "I", which are words
     """, re.VERBOSE | re.ASCII)
-VERDICT = re.compile(  # "B) is wrong", "B. Not sure", "B. No.", but "B. No doubt"
+VERDICT = re.compile(  # "B) is wrong", "B. Not sure", "B. No."; "B. No doubt" is no match
     r"\W*(?:(?:that|which|this|i)(?:'[sm])? )?"
     r"(?:(?:am|is|was|seems|looks|can|could|do|does|would|should)(?: |(?=n't)))?"
     r"(?:not|no(?! [a-z])|nor|or|wrong|incorrect|false|unlikely|maybe|perhaps|n't|cannot|错|不)"
@@ -154,19 +154,19 @@ VERDICT = re.compile(  # "B) is wrong", "B. Not sure", "B. No.", but "B. No doub
 
 
 def comparable(text):
-    """Returns a plain `text` without case, final full stops, "_" of an index, "," of thousands."""
+    """Returns a plain `text` to compare: no case, final ".", "_" of an index, "," of thousands."""
     line = re.sub(r"_|(?<=\d),(?=\d{3}(?!\d))", "", text.replace("\n", " "))
     return line.casefold().rstrip(". ") or text
 
 
 def named_by_text(text, spelled, bodies):
-    """Returns the letter of the option that has the plain `text`, or None if no option has it.
+    """Returns the letter of the option that the plain `text` quotes, or None if it quotes none.
 
-    If several have it, or if a letter beside it is another option's, the result is "". If texts end
-    alike ("cat", "the cat"), the longest counts. If they differ only in markup or case ("mg",
-    "Mg"), the one that occurs in `spelled`, the text as it was written, counts.
+    Returns "" if several fit equally well, or if a letter beside it is another option's. If options
+    end alike ("cat", "the cat"), the longest counts. If they differ only in markup or case ("mg",
+    "Mg"), the one in `spelled`, the text before plain(), counts. bodies: {letter: option's text}.
     """
-    line, fits = comparable(text), {}  # how well a text fits -> letters, "" for a contradiction
+    line, fits = comparable(text), {}  # {how well an option fits: letters, or "" if they conflict}
     for letter, body in bodies.items():
         own = comparable(plain(body))  # "" for "<br>" or "{", which are only markup
         before, found, after = line.rpartition(own) if own else ("", "", "")
@@ -187,10 +187,10 @@ def named_by_text(text, spelled, bodies):
 def choice_letter(text, options=()):
     """Returns the option letter "A" to "Z" that `text` means, or "".
 
-    Accepted are a letter, with markup or a lead-in ("(b)", "**Option B**", "The answer is: B"); an
-    option's text, with or without its letter; and a letter before another text or line ("B) a
-    puppy"). That text must not hold a second letter or another option's text, begin with a verdict
-    ("B) is wrong") or be a question. "A" means option A even if another option's text is "A".
+    It may be a letter, with markup or a lead-in ("(b)", "**Option B**", "The answer is: B"), or an
+    option's text, with or without its letter. It may also be a letter before other text ("B) a
+    puppy"). The other text must not hold a second letter or another option's text, begin with a
+    verdict ("B) is wrong") or be a question. "A" is option A even if another option's text is "A".
 
     >>> options = ["A. cat", "B. a dog"]
     >>> [choice_letter(t, options) for t in ("(b)", "A dog", "A bird", "A. a dog", "A or B", "C")]
@@ -205,7 +205,7 @@ def choice_letter(text, options=()):
     named, match = named_by_text(line, text, bodies), CHOICE.fullmatch(line)
     letter = match["letter"].upper() if match else ""
     alone = letter in bodies and match["rest"] is None
-    if named == "" or named and not alone:  # if "right" is B, "right (A)" means neither
+    if named == "" or named and not alone:  # "" for "right (A)" if option B is "right"
         return named
     if not match or (bodies and letter not in bodies):
         return ""
@@ -228,7 +228,7 @@ def multiple_choice(predicted, truth, options=()):
 
 # ------------------------------------------------------------------------------- numbers
 
-# what is counted: a plural that is neither a number ("thirds") nor "less", "plus" or "is"
+# a plural noun after a number ("5 dogs"), but not "thirds", "less", "plus" or "is"
 THING = (r"(?!(?:halv|third|quarter|ten|hundred|thousand|dozen|[a-z]*illion|lakh|crore"
          r"|[a-z]+th)e?s\b)"
          r"(?:[a-z]{2,}[^\W\d_sui]s|people|men|women|children)\b")
@@ -260,16 +260,16 @@ NUMBER = re.compile(rf"""
     [ ]?\.?""", re.VERBOSE | re.IGNORECASE)
 
 CENT = Decimal("0.01")
-# The largest float has 309 digits before the point. Decimals are rounded half-even: 2.675 to 2.68.
-# round(2.675, 2) is 2.67, because the binary number is a little smaller.
+# 320 digits: the largest float has 309. Rounds the decimal that repr shows, 2.675 to 2.68;
+# round(2.675, 2) would give 2.67, because the binary number is a little smaller.
 EXACT = Context(prec=320, rounding=ROUND_HALF_EVEN)
 
 
 def parse_number(text):
-    """Returns the finite number that `text` is, or None.
+    """Returns the finite number that `text` states, or None.
 
-    The whole text must be one NUMBER. "50%" is 50 and "about 5" is 5. Only fractions and powers of
-    ten are evaluated. A comma only groups thousands: "3,14" could be a list, so it is no number.
+    NUMBER must match the whole text. "50%" is 50 and "about 5" is 5. Only fractions and powers of
+    ten are computed. A comma must group thousands: "3,14" could be a list, so it gives None.
 
     >>> [parse_number(t) for t in ("−1,000.5", "$3", "42 km/h", "20 m²", "-1 1/2", "1.5×10^3")]
     [-1000.5, 3.0, 42.0, 20.0, -1.5, 1500.0]
@@ -322,20 +322,19 @@ def regression(predicted, truth):
 CHARACTER = r"\u3040-\u30ff\u3400-\u4dbf\u4e00-\u9fff\uf900-\ufaff"
 WORD = regex.compile(  # letters and digits, each with its marks, such as Hindi's vowels
     rf"[{CHARACTER}]\p{{M}}*|(?:(?![{CHARACTER}])[\p{{L}}\p{{N}}]\p{{M}}*)+")
-STEMMED = range(4, 65)  # lengths: from 4 as in rouge_score; nltk 3.8 recurses on a long "yyy"
-stem = lru_cache(maxsize=100_000)(PorterStemmer().stem)  # words: English with its misspellings
-# its texts are stems joined by spaces, see `stems`
+STEMMED = range(4, 65)  # word lengths: 4 as in rouge_score; nltk 3.8 recurses on a long "yyy"
+stem = lru_cache(maxsize=100_000)(PorterStemmer().stem)  # enough for English with misspellings
+# gets stems joined by spaces (see free_form), so it only splits them
 ROUGE = RougeScorer(["rouge1", "rouge2"], tokenizer=SimpleNamespace(tokenize=str.split))
 
 
 def ocr(predicted, truth):
-    """Returns 1 - WER, clipped to [0, 1]. WER = word edits / words of the truth, with case and
-    punctuation.
+    """Returns max(0, 1 - WER). WER = word edits / words of the truth; case and punctuation count.
 
     >>> ocr("STOP ahead", "STOP AHEAD"), ocr("STOP", "STOP"), ocr("a b c", "x")
     (0.5, 1.0, 0.0)
     """
-    # split here, because jiwer treats a line break as a letter
+    # split here, because jiwer does not split words at a line break
     p, g = composed(predicted).split(), composed(truth).split()
     if not p or not g:  # jiwer 3 raises on an empty truth
         return 1.0 if p == g else 0.0
@@ -343,7 +342,7 @@ def ocr(predicted, truth):
 
 
 def stems(text):
-    """Returns the stemmed words of `text`. In ASCII text they are rouge_score's.
+    """Returns the stemmed words of `text`. For ASCII text they equal rouge_score's.
 
     rouge_score keeps only [a-z0-9], so every answer in another script would score 0. Here letters
     of all scripts form words, and each Han or kana character is a word.
@@ -380,7 +379,7 @@ GRADERS = {"multiple choice": multiple_choice, "numerical": numerical, "OCR": oc
 
 
 def accuracy_reward(response, record):
-    """Returns the grade in [0, 1] of a response by its record's problem type; 0.0 without answer.
+    """Returns a response's grade in [0, 1] by its record's problem type, or 0.0 without an answer.
 
     Raises ValueError if the problem type is unknown, or if the solution has no answer.
 
@@ -406,8 +405,8 @@ def accuracy_reward(response, record):
 
 
 def length_reward(correct, lengths, omega, l_min, l_max):
-    """Returns Eq. 5 for the G responses of a group, a list of floats: omega for a correct response
-    of l_min to l_max tokens, both included, otherwise 0.0. lengths: tokens, end token included.
+    """Returns a list, Eq. 5 for a group's G responses: omega for a correct response of l_min to
+    l_max tokens, both included, otherwise 0.0. lengths: tokens, end token included.
 
     >>> length_reward([True, True, False], [320, 513, 400], omega=0.2, l_min=320, l_max=512)
     [0.2, 0.0, 0.0]
