@@ -15,7 +15,7 @@ Responses to shuffled frames only give p_tilde; they are never trained on. `--al
 
 Which variant: the ratio and its clip are per token, the loss is the mean over a response's
 tokens and then over responses, the KL is the k3 estimator. Left out: reward models, packing.
-sft.py has the functions that both stages share, from flags to checkpoints.
+sft.py has what the cold start and T-GRPO share, from flags to checkpoints.
 
 Shapes: G responses of a question, n in a chunk of them; L response tokens, P prompt tokens;
 B prompts in a batch; N rows of a rollout, n of them not ended; V vocabulary, T frames.
@@ -429,7 +429,7 @@ def group_logps(model, inputs, responses, lengths, chunk_size, temperature=1.0):
 
 
 def chunks_of(responses, lengths, chunk_size):
-    """Yields (rows, responses[rows] up to the longest of them). Responses of similar length share a
+    """Yields (rows, responses[rows] up to their longest). Responses of similar length share a
     chunk, to save padding."""
     for rows in lengths.argsort().split(chunk_size):
         yield rows, responses[rows, :lengths[rows].max()]  # (n,), (n, L)
@@ -455,7 +455,7 @@ def backward_group(engine, inputs, responses, lengths, chunk_loss, chunk_size, t
     the group's loss is the sum over chunks. (a) The prompt runs once. (b) Its keys and values
     become leaves of the graph. (c) Each chunk runs forward and backward on them; their gradients
     add up in the leaves. (d) One backward carries these through the prompt and the vision tower.
-    last: whether this is the last group before the optimizer step; ranks then average.
+    last: whether this is the last group before the optimizer step, when ranks average gradients.
     """
     output, positions = run_prompt(engine, inputs)  # (a)
     attached = [kv for pair in prompt_cache(output) for kv in pair]
