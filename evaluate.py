@@ -12,15 +12,15 @@
 NAME=FILE is a file of records. If NAME is in BENCHMARKS, it is scored as that benchmark: give the
 released eval_*.json, or the output of `build_data.py convert`. Scores:
 
-    score      the benchmark's own; for VSI-Bench's numbers it is MRA. "mean of types": every
-               problem type counts equally, numbers by mra_released. "mean of tasks": every task
-               counts equally, numbers by mra; its easy, medium and hard forms are one task
+    score      the benchmark's own. "mean of types" and "mean of tasks" are means of the means of
+               each problem type or task. VSI-Bench's numbers count by mra, or by mra_released in
+               "mean of types". The easy, medium and hard forms of a task are one task
     text, video, group score  share of Vinoground's pairs with both text answers, both video
                answers, or all four right
     accuracy   mean accuracy reward; regression counts by its graded reward, not by MRA
     correct    share of responses with an accuracy reward >= --correct_threshold
-    mra        mean relative accuracy as VSI-Bench defines it, in exact fractions ("mra (exact)"):
-               0.2 to 0.3 points above VSI-Bench's float code; mra_released: by the paper's code
+    mra        mean relative accuracy as VSI-Bench defines it, in exact fractions ("mra (exact)"),
+               0.2 to 0.3 points above VSI-Bench's float code; mra_released: by Video-R1's code
     format     share of well-formed responses;  truncated: share cut off at --max_new_tokens
     tokens     mean length of a response, end token included
     reflections  mean number of phrases such as "wait" or "let me check" in a response
@@ -30,20 +30,20 @@ Each has a 95 % interval by bootstrap over images and videos, because questions 
 (Vinoground's pair scores: over pairs). Questions whose file cannot be read are skipped and listed.
 Every score is printed with the number of records answered.
 
---order changes the frames, to show what a score depends on. shuffled, reversed: on the order of
-frames. single_frame (the middle frame everywhere): on motion. blind (grey everywhere): on pixels.
-The prompt's text, length and timing stay the same. A video question of Vinoground joins two clips:
-reversing swaps them, and the answer can stay right, so use shuffled. With --judge a large model
+--order changes the frames, to show what a score depends on: the order of frames (shuffled,
+reversed), motion (single_frame repeats the middle frame) or pixels (blind makes frames grey).
+The prompt's text, length and timing stay the same. A video question of Vinoground joins two clips.
+If they are reversed, the answer can stay right, so use shuffled. With --judge, a large model
 decides which questions need temporal reasoning, and which responses use it (Figure 6).
 
 Each rank answers a share of the questions. A server (--api_base) gets pictures without timing, so
 its scores differ from those of the same model on this machine. All ranks write to one --output:
-`<name>_<frames>_<order>.rank<r>.jsonl` has a row for each response, the same name with .json the
-scores, settings, graded rows and skipped questions, `<result>.judge.json` the verdicts. The same
-command resumes, on any number of ranks.
+`<name>_<frames>_<order>.rank<r>.jsonl` (a row for each response), `<name>_<frames>_<order>.json`
+(the result: scores, settings, graded rows, skipped questions) and `<result>.judge.json`
+(verdicts). The same command continues an interrupted run, on any number of ranks.
 
 Shapes: B records of a batch, L tokens, T frames, C channels, H x W pixels, n rows, M files,
-K cells, R resamples.
+K groups, R resamples.
 """
 import argparse
 import hashlib
@@ -111,7 +111,7 @@ def parse_args(argv=None):
 
 
 def named_file(text):
-    """Returns a flag's NAME=FILE, or refuses it."""
+    """Returns the text, or raises ArgumentTypeError if it is not NAME=FILE."""
     if not re.fullmatch(r"[\w.-]+=.+", text):
         raise argparse.ArgumentTypeError(
             f"{text} is not NAME=FILE with a name of letters, digits, '_', '.' and '-'")
@@ -122,9 +122,9 @@ def named_file(text):
 
 class Overall(NamedTuple):
     """Defines one number for a benchmark: a mean over rows, groups or pairs."""
-    metric: str  # the field to average; of a row without it, the accuracy reward
-    by: str = ""  # a kind of group: the mean over the groups' means, not over rows
-    pairs: tuple[str, ...] = ()  # tasks: a pair is right if all its questions of these tasks are
+    metric: str  # the field to average; a row without it: the accuracy reward
+    by: str = ""  # a kind of group: average the means of these groups, not rows
+    pairs: tuple[str, ...] = ()  # tasks: average pairs; one is right if all its answers are
 
     def score(self, row):
         return row.get(self.metric, row["accuracy"])
@@ -134,14 +134,14 @@ class Benchmark(NamedTuple):
     """Describes a benchmark."""
     title: str
     size: int                     # number of questions; 0: any
-    overalls: dict[str, Overall]  # the first for which the records have groups is its score
+    overalls: dict[str, Overall]  # its score: the first whose groups the records have
 
 
 PLAIN = {"all": Overall("accuracy")}
 BY_TASK = {"mean of tasks": Overall("accuracy", "task"), **PLAIN}
 OVERALLS = {
     "vsibench": {"mean of types (the paper's)": Overall("mra_released", "problem_type"),
-                 "mean of tasks": Overall("mra", "task")},  # the benchmark's, but exact
+                 "mean of tasks": Overall("mra", "task")},  # the benchmark's own, exact
     "videommmu": {"all": Overall("contains")},
     "mvbench": BY_TASK, "tvbench": BY_TASK,
     "vinoground": {"group score": Overall("accuracy", pairs=("text", "video")),
@@ -155,7 +155,7 @@ RECORDS = Benchmark("a file of records", 0, PLAIN)
 
 def released_groups(name, row):
     """Returns the groups of a record of a released eval_*.json, {kind: name}. If no field names the
-    task, its number does: VideoMMMU's tracks and MVBench's tasks have equally many rows each."""
+    task, problem_id does: VideoMMMU's tracks and MVBench's tasks have equally many rows each."""
     facts, number = benchmark_facts()[name], row["problem_id"]
     folders, rows_a_task = facts.get("folders", {}), facts.get("rows_a_task", 0)
     tasks = sorted(facts.get("tasks", folders))
@@ -182,7 +182,7 @@ LEVELS = re.compile("_(easy|medium|hard)$")  # VSI-Bench averages these into one
 METRICS = {  # factor in printed tables (100: percent); 0: only in the result file
     "score": 100, "accuracy": 100, "correct": 0, "mra": 100, "mra_released": 0, "format": 100,
     "truncated": 100, "tokens": 1, "reflections": 1, "drop": 100}
-# "wait" is counted as a plain verb too
+# "wait" counts as an ordinary verb too
 REFLECTION = re.compile(r"\b(?:wait|hmm+|on second thought|let(?:'s| me| us) (?:re-?|double[- ])?"
                         r"(?:check|verify|consider|examine|read))\b", re.IGNORECASE)
 
@@ -191,8 +191,8 @@ def mean_relative_accuracy(predicted, truth) -> float:
     """Returns MRA: the share of theta in {.50, .55, ..., .95} with |p - g| / |g| <= 1 - theta.
 
     p and g are numbers or text. A text that is no number scores 0. If g is 0, only p = 0 scores.
-    Fractions are exact, because boundaries occur in practice: in floats 1 - .9 < .1, so p = 9,
-    g = 10 would miss a threshold. Source: VSI-Bench (Yang et al. 2024).
+    Fractions are exact: in floats 1 - .9 < .1, and p = 9, g = 10 would miss a threshold.
+    Source: VSI-Bench (Yang et al. 2024).
 
     >>> [mean_relative_accuracy(p, g) for p, g in ((1, 2), ("9 m", "10"), (4, 10), ("many", 3))]
     [0.1, 0.9, 0.0, 0.0]
@@ -237,7 +237,7 @@ def open_answer(predicted, truth) -> float:
         return float(item.lower() in predicted.lower())
     if not re.match(r"""\[.*['"]""", truth):
         return matches(truth)
-    # the list's quotes are not always in pairs
+    # the list's quotes are not always paired
     items = re.split(r"""['"],\s*['"]?|,\s*['"]""", truth.strip("[]'\" "))
     return max(map(matches, filter(None, items)), default=0.0)
 
@@ -245,10 +245,10 @@ def open_answer(predicted, truth) -> float:
 def bootstrap_mean(values, files, seed, cells=None):
     """Returns (mean, low, high): the mean of n values and its 95 % bootstrap interval over files.
 
-    values[i] belongs to files[i] and, if given, to the group cells[i]. With groups the mean is that
-    of their means; groups that differ only in LEVELS count as one. A resample draws M files with
-    replacement, each with all its values. If M is 1, low and high are None. If files are few, or
-    values equal, the interval is too narrow.
+    values[i] belongs to files[i] and, if given, to the group cells[i]. With groups, the mean is the
+    mean of their means; groups that differ only in LEVELS count as one. A resample draws M files
+    with replacement, each with all its values. If M is 1, low and high are None. If files are few
+    or values equal, the interval is too narrow.
 
     >>> bootstrap_mean([1.0, 1.0, 0.0], ["a", "a", "a"], seed=0, cells=["s", "s", "t"])
     (0.5, None, None)
@@ -305,18 +305,18 @@ def groups_of(record):
 
 
 def score_pairs(rows, tasks):
-    """Returns a row for each pair that has both its questions of all `tasks` among the rows. It is
-    right if all of them are."""
+    """Returns one row per pair whose questions, two of each of `tasks`, are all among the rows. The
+    pair is right if all of them are."""
     pairs = defaultdict(list)
     for row in rows:
         if groups_of(row).get("task") in tasks:
-            pairs[row.get("pair")].append(row.get("accuracy"))  # a record has none
+            pairs[row.get("pair")].append(row.get("accuracy"))  # None if not graded
     return [{"problem_id": pair, "path": pair, "accuracy": all(accuracies)}
             for pair, accuracies in pairs.items() if len(accuracies) == 2 * len(tasks)]
 
 
 def with_score(rows, overall, ordered):
-    """Returns rows with their score and, if `ordered` has the question, the drop from its score."""
+    """Returns rows with their score and the drop from that of the same question in `ordered`."""
     scored = [row | {"score": overall.score(row)} for row in rows]
     ordered_rows = {str(row["problem_id"]): row for row in ordered}
     for row in scored:
@@ -326,7 +326,7 @@ def with_score(rows, overall, ordered):
 
 
 def measure(rows, metrics, seed, by=""):
-    """Returns {metric: {"mean", "low", "high", "n"}} over rows that have it. by: see Overall."""
+    """Returns {metric: {"mean", "low", "high", "n"}} over rows with the metric. by: see Overall."""
     found = {}
     for metric in metrics:
         if having := [row for row in rows if metric in row]:
@@ -340,7 +340,7 @@ def measure(rows, metrics, seed, by=""):
 def score(records, graded, seed, overalls=PLAIN, ordered=()):
     """Returns {group: {"answered", "records", and measure's result}}.
 
-    First come the overalls over pairs or groups, if all records have such a group. Then comes
+    The groups are the overalls over pairs or over a kind of group that all records have, then
     "all", then each "<kind>: <name>" of groups_of.
     """
     usable = {name: overall for name, overall in overalls.items()
@@ -411,7 +411,7 @@ def table(title, scores, benchmark=""):
 
 
 def summary(results, compare):
-    """Returns results as the lines of a table: the paper's Table 1, with columns for other
+    """Returns results as the lines of a table like the paper's Table 1, with columns for other
     benchmarks. compare: adds the paper's rows. "n/N": n of N questions are answered."""
     paper, measured = read_file(ASSETS / "table1.csv"), {r["benchmark"] for r in results}
     columns = [name for name in BENCHMARKS if name in paper[0] or name in measured]
@@ -436,8 +436,8 @@ def summary(results, compare):
 
 
 def comparison(folders):
-    """Returns tables, as lines, of the results that all --output folders have in both orders: each
-    group's score with ordered frames, with shuffled frames, and the gap."""
+    """Returns the lines of tables: each group's score with ordered frames, with shuffled frames,
+    and the gap. Covers the results that all --output folders have in both orders."""
     names = [{path.name.rpartition("_")[0] for path in Path(folder).glob(f"*_{order}.json")}
              for folder in folders for order in ("ordered", "shuffled")]
     common, lines = sorted(set.intersection(*names)), []
@@ -473,7 +473,7 @@ def difference(a, b):
         raise InputError("the results have no question in common: give two of the same records")
     lines = [f"{key} differs: {str(a['configuration'].get(key))[:60]} | {str(value)[:60]}"
              for key, value in b["configuration"].items() if a["configuration"].get(key) != value]
-    # with b's rows in place of ordered ones, the "drop" of a's rows is b - a
+    # b's rows stand for ordered ones, so that the "drop" of a's rows is b - a
     overalls = BENCHMARKS.get(a["benchmark"], RECORDS).overalls
     of_a, of_b = (score(rows, rows, a["arguments"]["seed"], overalls, new) for rows in (old, new))
     groups, hidden = shown_groups(of_a, a["benchmark"])
@@ -494,7 +494,7 @@ def difference(a, b):
 # --------------------------------------------------------------------------------- data
 
 def read_records(name, path, media_root):
-    """Returns the records of a file, a benchmark's with their groups."""
+    """Returns the records of a file. Adds their groups if `name` is a benchmark."""
     if Path(path).is_dir():
         raise InputError(f"{path} is a folder, not a file of records. For a benchmark's release: "
                          f"python build_data.py convert {name} {path} --out {name}.json")
@@ -544,7 +544,7 @@ def prompt_of(processor, args, order, record):
 # ------------------------------------------------------------- answers, and what a run leaves
 
 def row_of(sample, responses, seconds):
-    """Returns the row of a record's one response."""
+    """Returns the row of a sample's only response."""
     (text, tokens, truncated), = responses
     row = {"problem_id": sample["record"]["problem_id"], "output": text, "truncated": truncated,
            "seconds": seconds, "size": sample["size"]}
@@ -566,7 +566,7 @@ def plan(args, benchmarks, shared):
     for (name, records), frames in product(benchmarks.items(), dict.fromkeys(args.frames)):
         digest = hash_of([as_in_file(record) for record in records])
         configuration = shared | {"frames": frames, "records_sha256": digest}
-        for order in ORDERS:  # also those not given, because results are compared
+        for order in ORDERS:  # all, because results are compared
             read_rows(args.output, f"{name}_{frames}_{order}", configuration)
         tasks.append((name, records[:args.limit], configuration))
     return tasks
@@ -588,7 +588,7 @@ def write_result(args, name, order, records, configuration, rows):
               "overall": next(iter(scores)), "scores": scores,
               "answered": len(graded), "records": len(records),
               "tokens": sum(row.get("tokens", 0) for row in rows.values()),
-              "rank_seconds": sum(row.get("seconds", 0) for row in rows.values()),  # generating
+              "rank_seconds": sum(row.get("seconds", 0) for row in rows.values()),
               "skipped": skipped, "arguments": vars(args), "configuration": configuration,
               "world_size": dist.get_world_size(),
               "written": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),

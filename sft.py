@@ -11,7 +11,7 @@ visual tokens have no loss.
 
 Left out on purpose: packing (rows are padded to the longest of the micro-batch).
 
-The second half, below the double ruler, is what both trainings share; tgrpo.py imports it.
+The second half, below the double ruler, is shared with T-GRPO: tgrpo.py imports it.
 
 Shapes: B records of a micro-batch, L tokens, N target tokens, V vocabulary.
 """
@@ -98,8 +98,8 @@ def sft_labels(prompt_ids, response_ids):
 
 def continue_positions(positions, labels):
     """Returns rotary positions (3, B, L) in which each response continues from its prompt's largest
-    position, as in generate() and in a rollout. The model's own positions continue from the text
-    of the prompt, which a long video's positions in time can exceed."""
+    position, as in generate() and in a rollout. The model's own continue from the prompt's last
+    token, but the positions of a long video can be larger."""
     response = labels != IGNORED  # (B, L)
     largest = positions.masked_fill(response, 0).amax((0, 2))  # (B,)
     continued = largest[:, None] + response.cumsum(1)  # (B, L)
@@ -107,8 +107,7 @@ def continue_positions(positions, labels):
 
 
 def target_loss(logits, target):
-    """Returns the sum of -log p over target tokens (N,), from the logits (N, V) that predict them.
-    """
+    """Returns the sum of -log p of target tokens (N,) under the logits (N, V) that predict them."""
     return F.cross_entropy(logits.float(), target, reduction="sum")
 
 
@@ -134,7 +133,7 @@ def batch_loss(engine, batch):
     batch = dict(batch)
     labels = batch.pop("labels")  # (B, L)
     positions, _ = rope_positions(engine, batch)
-    target = F.pad(labels[:, 1:], (0, 1), value=IGNORED)  # (B, L): predicted at each place
+    target = F.pad(labels[:, 1:], (0, 1), value=IGNORED)  # (B, L): next tokens
     logits = engine(**batch, position_ids=continue_positions(positions, labels), use_cache=False,
                     logits_to_keep=target != IGNORED).logits  # (N, V)
     return target_loss(logits, target[target != IGNORED])
@@ -158,8 +157,8 @@ def train_on(run, step, micro_batches, metrics):
 
 
 def greedy_texts(run, processor, prompts):
-    """Returns the greedy responses to encoded prompts, for validate. Collective: a rank without a
-    prompt answers a blank question."""
+    """Returns the greedy responses to encoded prompts, as `respond` of validate. Collective: a rank
+    without a prompt answers a blank question."""
     model, tokenizer = run.engine.module, processor.tokenizer
     # without the model's own defaults, such as the repetition penalty of Qwen2.5-VL's release
     own, model.generation_config = model.generation_config, GenerationConfig(
@@ -219,13 +218,13 @@ def main(args):
 
 
 # ========================================================================================
-# What both trainings share. A script opens a run, starts its engine and iterates over its steps.
+# Shared with tgrpo.py. A script opens a run, starts its engine and iterates over its steps.
 # Each step ends with close_step, which writes its logs and, if it is due, a checkpoint.
 # ========================================================================================
 
-ORDER_STREAM, ADAPTER_STREAM = 0, 3  # first part of a seed; tgrpo.py has 1 and 2
-VAL_BATCH = 8  # held-out questions per rank that are answered together, videos in both orders
-# A resumed run may change these: they affect speed or paths only
+ORDER_STREAM, ADAPTER_STREAM = 0, 3  # first number of a seed; tgrpo.py has 1 and 2
+VAL_BATCH = 8  # held-out questions per batch and rank; a video runs in both orders
+# A resumed run may change these: they do not affect what the model learns
 FREE_ARGUMENTS = {"data", "media_root", "output", "deepspeed_config", "num_workers",
                   "decode_timeout", "save_steps", "keep_checkpoints", "max_skipped", "resume",
                   "timeout_minutes", "rollout_steps", "show_steps", "chunk_size",
@@ -233,7 +232,7 @@ FREE_ARGUMENTS = {"data", "media_root", "output", "deepspeed_config", "num_worke
                   "val_max_new_tokens"}
 # These too, if the learning rate does not decay towards the end
 LENGTH_ARGUMENTS = {"max_steps", "num_train_epochs"}
-# Metrics that are printed after each step, and their names there
+# Metrics that are printed after each step, and their printed names
 PRINTED = {"reward/total": "reward", "reward/accuracy": "accuracy", "group/p": "p",
            "group/p_tilde": "p_tilde", "policy/kl": "kl", "optim/loss": "loss",
            "val/accuracy": "held-out accuracy", "val/accuracy_shuffled": "shuffled",
@@ -290,7 +289,7 @@ class Run:
     rank: int
     world: int            # number of ranks
     device: torch.device
-    signals: list         # SIGTERM and SIGINT received so far; one ends the run after its step
+    signals: list         # SIGTERM and SIGINT received so far; one ends the run after the step
     per_step: int         # questions per step on each rank
     held_out: list        # records of --val_data
     first_step: int = 0   # step of the checkpoint to resume
@@ -300,7 +299,7 @@ class Run:
     lapped: float = 0.0   # time of the last lap, by perf_counter
     engine: deepspeed.DeepSpeedEngine | None = None  # the model in training
     infinite: torch.Tensor | None = None  # number of gradients with NaN or infinity so far
-    validate: Callable | None = None  # validate(step, metrics), with the script's own respond
+    validate: Callable | None = None  # validate below, as (step, metrics)
 
 
 # ------------------------------------------------------------------------------ adapters
@@ -319,8 +318,8 @@ class AdaptedLinear(torch.nn.Linear):
 
 def add_adapters(model, args):
     """If --lora_rank is above 0, freezes the model and adds an adapter to each torch.nn.Linear of
-    its language model. B starts at 0, so that the model's output is unchanged. Experts whose
-    weights are one tensor get none."""
+    its language model. B starts at 0, so that the model's output is unchanged. Experts of a
+    mixture get none, because their weights are one tensor."""
     if not args.lora_rank:
         return
     model.requires_grad_(False)
@@ -336,8 +335,8 @@ def add_adapters(model, args):
 
 @contextmanager
 def adapters_off():
-    """Turns all adapters off inside the context: models then compute, bit for bit, what they did
-    before add_adapters."""
+    """Turns all adapters off inside the context. Outputs then equal, bit for bit, those from before
+    add_adapters."""
     AdaptedLinear.on = False
     try:
         yield
@@ -357,9 +356,9 @@ def merge_adapters(model, state):
 # ------------------------------------------------------------------------------- start
 
 def open_run(args, records, parse_args, per_step) -> Run:
-    """Returns a run that is checked against other ranks and --output, before a model is loaded.
-    Ends the process if --output is finished. parse_args is the script's own: for a flag that an
-    older run lacks, it gives today's default."""
+    """Returns a run, checked against other ranks and --output before a model is loaded. Ends the
+    process if the run in --output is finished. parse_args: the script's, for the defaults of flags
+    that an older run lacks."""
     config, held_out = read_deepspeed_config(args), load_held_out(args)
     weights = model_hash(args.model)
     rank, device = setup_distributed(args)
@@ -416,14 +415,14 @@ def read_deepspeed_config(args):
     try:
         deepspeed.DeepSpeedConfig(config)
     except (ValueError, AssertionError, DeepSpeedConfigError) as error:
-        reason = re.sub(r"For further information visit \S+", "", str(error))  # of pydantic
+        reason = re.sub(r"For further information visit \S+", "", str(error))  # pydantic's link
         raise InputError(f"{name}: {' '.join(reason.split())}") from None
     return config
 
 
 def comparable(identity):
-    """Returns {name: value} of what must be equal on all ranks. A resumed run may change the
-    FREE_ARGUMENTS among it."""
+    """Returns the settings that must be equal on all ranks, {name: value}. A resumed run may change
+    the FREE_ARGUMENTS among them."""
     return {"records of --data": identity["records"],
             "number of processes": identity["world_size"], "ZeRO stage": identity["zero_stage"],
             "weights of --model": identity["model_sha256"],
@@ -447,10 +446,10 @@ def require_equal_ranks(run):
 
 
 def open_output(run) -> int:
-    """Makes --output. Returns the step to start from: 0, or with --resume that of the newest
-    complete checkpoint: the one that `latest` names or, if it has been removed, an older one.
+    """Creates --output. Returns the step of the newest complete checkpoint, or 0. `latest` names
+    that checkpoint; if its folder has been removed, an older one is used.
 
-    Raises InputError if the folder holds a model but no run, or without --resume a run.
+    Raises InputError if the folder holds a run and --resume is not given, or a model but no run.
     """
     output, resume = Path(run.args.output), run.args.resume
     probe, latest = output / "shared.probe", output / "latest"
@@ -479,7 +478,7 @@ def open_output(run) -> int:
                          "or use another folder")
     named = re.fullmatch(r"checkpoint-(\d+)", tag)
     whole = [step for step in there if named and step <= int(named[1])]
-    # a kill during the first save leaves one checkpoint and no `latest`
+    # without `latest`, a single checkpoint is from a first save that was killed: return 0
     if not whole and (tag or len(there) > 1):
         raise InputError(f"{latest} must name the checkpoint to continue from, but holds {tag!r}: "
                          f"write one of {[folder.name for folder in there.values()]} into it, "
@@ -489,7 +488,7 @@ def open_output(run) -> int:
 
 def check_identity(run, defaults):
     """Raises InputError, with both values, if the run in --output differs from this one. Flags that
-    it lacks count as their defaults."""
+    an older run lacks count as their defaults."""
     log = Path(run.args.output) / "metrics.jsonl"
     try:
         line = whole_rows(log)[0]
@@ -499,7 +498,7 @@ def check_identity(run, defaults):
     except (InputError, OSError, LookupError, TypeError) as error:
         raise InputError(f"the first line of {log} must hold the run's configuration: {error!r}. "
                          "Use another --output") from None
-    saves_only = run.args.max_steps == run.first_step  # no step is left to schedule
+    saves_only = run.args.max_steps == run.first_step  # no step is left
     constant = run.args.lr_schedule == "constant"
     free = FREE_ARGUMENTS | (LENGTH_ARGUMENTS if constant or saves_only else set())
     require_same(f"--resume: {run.args.output}", was, comparable(run.identity), "Use its values, "
@@ -516,7 +515,7 @@ def start_engine(run, model):
                                   fused=run.device.type in ("cpu", "cuda"))
     run.engine, *_ = deepspeed.initialize(model=model, optimizer=optimizer, config=run.config)
     if run.engine.zero_optimization_stage() == 0:
-        optimizer.state.clear()  # in bf16 DeepSpeed has made a trial step, which AdamW counts
+        optimizer.state.clear()  # DeepSpeed made a trial step in bf16, which AdamW counted
     run.engine.train()
     run.infinite = watch_gradients(run.engine.module, run.device)
     if run.first_step:
@@ -537,8 +536,8 @@ def start_engine(run, model):
 
 
 def watch_gradients(model, device):
-    """Returns a tensor that counts the gradients with NaN or infinity, of all parameters and
-    backward passes. It is read before an optimizer step, so that none reaches the weights."""
+    """Returns a tensor that counts gradients with NaN or infinity, over all parameters and backward
+    passes. optimizer_step reads it first, so that no such gradient reaches the weights."""
     count = torch.zeros((), device=device)
 
     def check(gradient):
@@ -551,7 +550,7 @@ def watch_gradients(model, device):
 
 
 def trim_log(path, first_step):
-    """Removes the lines of later steps from a log, because these steps run again."""
+    """Removes the lines of steps after first_step from a log: these steps run again."""
     kept = []
     for line in path.read_text(encoding="utf-8").splitlines() if first_step else ():
         try:
@@ -569,7 +568,7 @@ def catch_signals(rank) -> list:
 
     def handle(number, _):
         if number == signal.SIGINT and number in received:
-            os._exit(128 + number)  # as shells do
+            os._exit(128 + number)  # exit status as in a shell
         received.append(number)
         if rank == 0:
             with suppress(OSError):  # not print: the signal may have interrupted one
@@ -588,22 +587,22 @@ def leave_signals_to_main(_):
 
 # ---------------------------------------------------------------------------- questions
 
-@lru_cache(maxsize=1)  # the last epoch
+@lru_cache(maxsize=1)  # of the current epoch
 def epoch_order(epoch, count, seed) -> list[int]:
     """Returns the order of the records in an epoch."""
     return torch.randperm(count, generator=seeded_generator(ORDER_STREAM, seed, epoch)).tolist()
 
 
 def record_index(position, count, seed) -> int:
-    """Returns which record is at a position of the endless data order, reshuffled every epoch. A
-    resumed run needs no stored state, because this is a pure function."""
+    """Returns the index of the record at a position of the endless data order, reshuffled every
+    epoch. Resuming needs no saved state, because this is a pure function."""
     epoch, offset = divmod(position, count)
     return epoch_order(epoch, count, seed)[offset]
 
 
 class Questions(Dataset):
     """Maps a position of the data order to the script's example(processor, record, vision,
-    position). If the record's file cannot be read, maps it to a line of skipped.jsonl. Runs in data
+    position), or to a line of skipped.jsonl if the record's file cannot be read. Runs in data
     workers."""
 
     def __init__(self, processor, records, example, args):
@@ -620,7 +619,7 @@ class Questions(Dataset):
 
 def load_questions(run, processor, records, example, positions, together):
     """Returns an iterator over Questions at these positions. Data workers decode the next
-    `together` of them in advance, and each of them one more."""
+    `together` positions in advance, and one more per worker."""
     args = run.args
     ahead = -(-together // args.num_workers) + 1 if args.num_workers else None
     return iter(DataLoader(
@@ -639,10 +638,10 @@ def start_questions(run, processor, records, example):
 
 
 def steps(run, records, questions, work):
-    """Yields (step, this rank's per_step samples, an empty dict for metrics).
+    """Yields (step, this rank's per_step samples, a dict for metrics).
 
     A sample is an example, with the key "record", or the line of a skipped question. Before the
-    first step the run's settings are printed; work: what a rank does in a step, in words.
+    first step, prints the run's settings. work: what a rank does in a step, in words.
     """
     for step in range(run.first_step, run.args.max_steps):
         metrics = {}
@@ -659,7 +658,7 @@ def steps(run, records, questions, work):
 # -------------------------------------------------------------------- held-out questions
 
 def load_held_out(args) -> list[dict]:
-    """Returns the first --val_limit records of --val_data, or none if validation is off."""
+    """Returns the first --val_limit records of --val_data, none if validation is off."""
     if not args.val_data or not args.val_steps:
         return []
     records = load_records(args.val_data, args.media_root)[:args.val_limit]
@@ -669,7 +668,7 @@ def load_held_out(args) -> list[dict]:
 
 def held_out_example(args, processor, record, vision, position):
     """Returns {"record", "prompts"}: the encoded prompt with the ordered and, for a video, with the
-    shuffled frames. With the same seed, evaluate.py --order shuffled has the same order."""
+    shuffled frames. evaluate.py --order shuffled shuffles alike, if the seed is the same."""
     visions = [vision]
     if vision.frames is not None:
         generator = seeded_generator(record_seed(args.seed, record))
@@ -679,12 +678,12 @@ def held_out_example(args, processor, record, vision, position):
 
 
 def validate(run, processor, respond, step, metrics):
-    """Answers the held-out questions greedily, if that is due after `step` steps. Adds val/... to
-    the metrics and the responses to validation.jsonl. Collective.
+    """Answers the held-out questions greedily, if validation is due after `step` steps. Adds
+    val/... to the metrics and the responses to validation.jsonl. Collective.
 
-    respond(prompts) is the script's own and returns the responses to a list of encoded prompts. It
-    is collective: every rank calls it equally often, also with an empty list. Validation does not
-    change the run: it draws no random number and restores the model's settings.
+    respond(prompts): the script's greedy_texts, with a list of encoded prompts. It is collective:
+    every rank calls it equally often, also with an empty list. Validation does not change the run:
+    it draws no random number and restores the model's settings.
     """
     if not run.held_out or step % run.args.val_steps and step < run.args.max_steps:
         return
@@ -699,8 +698,8 @@ def validate(run, processor, respond, step, metrics):
             responses = [next(texts) for _ in sample.get("prompts", ())]
             rows.append(grade_held_out(metrics, sample["record"], responses) if responses else None)
     run.engine.module.train()
-    note(metrics, "val/skipped", [rows.count(None)], count=int(run.rank == 0))  # the sum over ranks
-    in_order = chain(*zip_longest(*gather_objects(rows)))  # the order of one rank
+    note(metrics, "val/skipped", [rows.count(None)], count=int(run.rank == 0))  # a sum, not a mean
+    in_order = chain(*zip_longest(*gather_objects(rows)))  # as in --val_data
     if run.rank == 0:
         write_lines(run, step - 1, "validation", [row for row in in_order if row])
     lap(run, metrics, "validation")
@@ -736,8 +735,8 @@ def write_first(run):
 # ------------------------------------------------------------------------------ metrics
 
 def note(metrics, name, values, count=None):
-    """Adds values to a metric, as sum and count, so that means over ranks are exact. A metric whose
-    name ends in _max keeps the largest value."""
+    """Adds values to a metric as (sum, count), so that means over ranks are exact. count: how
+    many values the sum stands for. A metric whose name ends in _max keeps the largest value."""
     total, n = metrics.get(name, (0.0, 0))
     if name.endswith("_max"):
         metrics[name] = max(total, *values), 1
@@ -845,7 +844,7 @@ def write_lines(run, step, name, rows):
 
 
 def stop_at_infinity(run, step, ids):
-    """Saves the weights from before the step, which did not change them, and raises InputError."""
+    """Saves the weights if this step has not changed them, and raises InputError."""
     if step and run.updated < step:
         save_checkpoint(run, step)
     raise InputError(f"step {step + 1}: the loss or a gradient is not finite; problem_ids {ids}, "
@@ -856,7 +855,7 @@ def stop_at_infinity(run, step, ids):
 
 def check_skipped(run, drawn, skipped):
     """Raises InputError if the share of skipped questions is above --max_skipped. drawn: number of
-    questions so far (at least 100 are assumed); skipped: the lines of this step."""
+    questions so far (counted as at least 100); skipped: the lines of this step."""
     if run.skipped > run.args.max_skipped * max(drawn, 100):
         reasons = "".join(f"\n  {line['reason']}" for line in skipped)
         raise InputError(f"{run.skipped} of {drawn} questions were skipped, above --max_skipped "
@@ -895,8 +894,8 @@ def print_end(run, following):
 # ------------------------------------------------------------------ checkpoints, the model
 
 def save_checkpoint(run, step):
-    """Writes checkpoint-<step>/, a tag of DeepSpeed. `latest` names it once all ranks have written
-    their parts; only then, all but the newest --keep_checkpoints are removed. Collective."""
+    """Writes checkpoint-<step>/, a tag of DeepSpeed. Once all ranks have written their parts,
+    writes `latest` and removes all but the newest --keep_checkpoints. Collective."""
     output, tag = Path(run.args.output), f"checkpoint-{step}"
     if step == run.saved:
         return
@@ -917,8 +916,8 @@ def save_checkpoint(run, step):
 
 
 def cannot_write(folder, error) -> InputError:
-    """Removes an incomplete checkpoint or model. Returns the error to raise. It has the free space,
-    because torch and safetensors do not always say that a disk is full."""
+    """Removes an incomplete checkpoint or model. Returns the error to raise, with the free space:
+    torch and safetensors do not always report a full disk."""
     free = shutil.disk_usage(folder.parent).free / 1e9
     shutil.rmtree(folder, ignore_errors=True)
     return InputError(f"cannot write {folder}: {error} ({free:.1f} GB free). Older checkpoints are "
@@ -927,7 +926,7 @@ def cannot_write(folder, error) -> InputError:
 
 def checkpoints(output) -> dict[int, Path]:
     """Returns {step: folder} of the checkpoints in a folder, oldest first. One that is newer than
-    `latest` may be incomplete, because a kill interrupted its save; the run overwrites it."""
+    `latest` may be incomplete, if its save was killed; the run overwrites it."""
     found = {path.name.removeprefix("checkpoint-"): path for path in output.glob("checkpoint-*")}
     return {int(step): found[step] for step in sorted(filter(str.isdigit, found), key=int)}
 
@@ -949,8 +948,8 @@ def save_model(run, processor):
         except (OSError, SafetensorError) as error:
             raise cannot_write(aside, error) from None
         for path in sorted(aside.iterdir(), key=lambda path: path.name == "config.json"):
-            path.chmod((output / "metrics.jsonl").stat().st_mode)  # safetensors: owner only
-            path.replace(output / path.name)  # config.json last: with it the model is complete
+            path.chmod((output / "metrics.jsonl").stat().st_mode)  # safetensors sets owner-only
+            path.replace(output / path.name)  # config.json last: it marks a complete model
         aside.rmdir()
     dist.barrier()
 

@@ -6,19 +6,19 @@
 One step, for each question q of a rank:
   1. decode the frames of q and, if it is a video, shuffle a copy of them        shuffle_frames
   2. sample G responses o_i to the ordered and G_tilde to the shuffled frames            rollout
-  3. reward r_i: accuracy + format; p, p_tilde: shares of correct responses        group_rewards
-  4. temporal reward r_t = alpha if p >= p_tilde, to correct responses (Eq. 1, 2) temporal_reward
-     and omega to correct ones of moderate length (Eq. 5)                          length_reward
+  3. r_i = accuracy + format; p, p_tilde: share of G, of G_tilde that is correct   group_rewards
+  4. R_i = r_i, plus r_t = alpha if correct and p >= p_tilde (Eq. 1, 2),         temporal_reward
+     plus omega if correct and of l_min to l_max tokens (Eq. 5)                    length_reward
   5. advantage A_i = (R_i - mean) / std within the group (Eq. 3)               group_advantages
   6. clipped policy-gradient step with a KL term (Eq. 4)                     tgrpo_loss, update
 Responses to shuffled frames only give p_tilde; they are never trained on. `--alpha 0` is GRPO.
 
 Which variant: the ratio and its clip are per token, the loss is the mean over a response's
 tokens and then over responses, the KL is the k3 estimator. Left out: reward models, packing.
-What both trainings share, from flags to checkpoints, is in sft.py.
+sft.py has what the cold start and T-GRPO share, from flags to checkpoints.
 
-Shapes: G responses of a question, n of them in a chunk, L response tokens, P prompt tokens,
-B prompts side by side, N rows of a rollout, of which n still decode, V vocabulary, T frames.
+Shapes: G responses of a question, n in a chunk of them; L response tokens, P prompt tokens;
+B prompts in a batch; N rows of a rollout, n of them not ended; V vocabulary, T frames.
 """
 from functools import partial
 
@@ -41,9 +41,9 @@ from sft import (adapters_off, add_adapters, add_run_flags, close_step, gather_o
 
 import deepspeed  # after build_data, which silences its import messages
 
-PIECE = 512  # tokens per log-softmax
+PIECE = 512  # tokens per log-softmax, see token_logps
 STD_EPSILON = 1e-4  # added to the standard deviation in Eq. 3, as in the released code
-FRAME_STREAM, ROLLOUT_STREAM = 1, 2  # first part of a seed: frames and rollouts draw separately
+FRAME_STREAM, ROLLOUT_STREAM = 1, 2  # first number of a seed: independent draws
 
 
 def parse_args(argv=None):
@@ -108,7 +108,7 @@ def parse_args(argv=None):
 
 def temporal_reward(correct, correct_shuffled, alpha, test="ge") -> float:
     """Returns r_t (Eq. 1): alpha if p >= p_tilde (test "ge") or p > p_tilde (test "gt"), else 0.
-    These are the shares of correct responses to the ordered and to the shuffled frames.
+    p and p_tilde are the shares of correct responses to the ordered and to the shuffled frames.
 
     >>> temporal_reward([True, False], [True, False, False, False], alpha=0.3)
     0.3
@@ -119,9 +119,9 @@ def temporal_reward(correct, correct_shuffled, alpha, test="ge") -> float:
 
 
 def group_advantages(rewards, scale="std"):
-    """Returns A_i (Eq. 3) of a group's rewards (G,): centred, and for scale "std" divided by the
-    unbiased standard deviation. They are 0 if all rewards are equal."""
-    if (rewards == rewards[0]).all():  # their mean may differ from them by rounding
+    """Returns A_i (Eq. 3) of a group's rewards (G,): rewards minus their mean and, if scale is
+    "std", divided by the unbiased standard deviation. Equal rewards give 0."""
+    if (rewards == rewards[0]).all():  # a rounded mean would give noise
         return torch.zeros_like(rewards)
     advantages = rewards - rewards.mean()  # (G,)
     return advantages / (rewards.std() + STD_EPSILON) if scale == "std" else advantages
@@ -132,8 +132,8 @@ def tgrpo_loss(logps, old_logps, ref_logps, advantages, mask, beta, epsilon, wei
 
     logps, old_logps, ref_logps (n, L): log-probabilities of the response tokens under the
     policy, the policy that sampled them and the reference (None if beta is 0);
-    advantages (n,); mask (n, L): 1 up to and including the end token; weights (n, L): weight of
-    each token in the group's mean, by default token_weights(mask).
+    advantages (n,); mask (n, L): 1 up to and including the end token; weights (n, L): of the
+    tokens in the loss, by default token_weights(mask).
     """
     A = advantages[:, None]  # (n, 1)
     ratio = policy_ratio(logps, old_logps, mask)  # (n, L)
@@ -146,9 +146,9 @@ def tgrpo_loss(logps, old_logps, ref_logps, advantages, mask, beta, epsilon, wei
 
 
 def token_weights(mask, mean="response", longest=None):
-    """Returns the weight (G, L) of each token in its group's mean, from the group's mask (G, L):
-    for "response" 1 / (G * tokens of its response), as in Eq. 4; for "token" 1 / tokens of the
-    group; for "length" 1 / (G * longest), a constant."""
+    """Returns the weight (G, L) of each token in the loss, from the group's mask (G, L). mean:
+    "response": 1 / (G * tokens of the response), as in Eq. 4; "token": 1 / tokens of the group;
+    "length": 1 / (G * longest), a constant."""
     tokens = {"response": len(mask) * mask.sum(1, keepdim=True), "token": mask.sum(),
               "length": len(mask) * (longest or mask.shape[1])}[mean]
     return mask / tokens
@@ -176,7 +176,7 @@ def response_mask(ids, eos_ids):
 
 
 def group_rewards(texts, texts_shuffled, lengths, record, args):
-    """Returns the rewards of one question's responses by part, with the two shares and r_t:
+    """Returns the parts of one question's rewards, with p, p_tilde and r_t:
     {"accuracy", "format", "length", "temporal": (G,) each; "p", "p_tilde", "r_t": numbers}.
     Without responses to shuffled frames, "temporal", "p_tilde" and "r_t" are absent."""
     accuracy = [accuracy_reward(text, record) for text in texts]
@@ -197,8 +197,8 @@ def group_rewards(texts, texts_shuffled, lengths, record, args):
 # ------------------------------------------------------------ rollout: prefill and decode
 
 def require_full_attention(args):
-    """Raises InputError if a layer of the model does not keep the keys and values of all tokens.
-    Responses share those of their prompt. Reads the config only, before weights are loaded."""
+    """Raises InputError if a layer of the model does not keep the keys and values of all tokens,
+    because responses share those of their prompt. Reads the config only, not the weights."""
     try:
         config = AutoConfig.from_pretrained(args.model)
     except (OSError, ValueError) as error:
@@ -212,9 +212,9 @@ def require_full_attention(args):
 
 
 class KeptLayer(DynamicLayer):
-    """Keeps a layer's keys and values while gradient checkpointing recomputes the layer. Then the
-    backward pass calls update again, which returns the same tensors and stores nothing."""
-    is_prompt = False  # True if the pass fills the layer, False if it continues a prompt
+    """Stores a prompt's keys and values once. With gradient checkpointing the backward pass
+    calls update again, which returns the same values. Responses are not stored."""
+    is_prompt = False  # True in the prompt's forward; False if response_logits filled the layer
 
     def update(self, keys, values, *_, **__):
         if not self.is_initialized:
@@ -226,8 +226,8 @@ class KeptLayer(DynamicLayer):
 
 
 def recompute_activations(model):
-    """Turns gradient checkpointing on. The layers of the language model keep their cache, which is
-    made of KeptLayers."""
+    """Turns gradient checkpointing on. transformers then ignores the cache, unless a layer has the
+    flag set here; KeptLayer makes this safe."""
     model.activation_checkpointing_enable({"use_reentrant": False})
     for layer in model.model.language_model.layers:
         layer._can_checkpoint_with_cache = True
@@ -235,9 +235,9 @@ def recompute_activations(model):
 
 def run_prompt(model, inputs):
     """Runs one forward over a prompt (B, P). Returns the model's output, which holds the cache of
-    keys and values (B, heads, P, dim per layer), and two positions (B, 1): of the prompt's last
-    token and of the first response token. They are not consecutive if a video's positions in time
-    exceed those of the text after it."""
+    keys and values (B, heads, P, dim) of each layer, and the positions (B, 1) of the prompt's last
+    token and of the first response token. After a long video these are not consecutive: its
+    positions in time exceed those of the text after it."""
     positions, next_position = rope_positions(model, inputs)
     vision = {key: inputs[key] for key in inputs
               if key.startswith("pixel_values") or key.endswith("grid_thw")}
@@ -248,8 +248,8 @@ def run_prompt(model, inputs):
 
 
 def forbid_tokens(model, ids, device):
-    """Sets these logits to -inf whenever the model runs. Sampler, policy and reference are thus
-    distributions over the same tokens. Must be called before DeepSpeed wraps the model."""
+    """Sets the logits of token ids to -inf in every forward, so that sampler, policy and reference
+    are distributions over the same tokens. Must be called before DeepSpeed wraps the model."""
     head = model.get_output_embeddings()
     bias = torch.zeros(head.out_features, dtype=model.dtype, device=device)  # (V,)
     bias[ids] = -torch.inf
@@ -257,16 +257,16 @@ def forbid_tokens(model, ids, device):
 
 
 def sample_tokens(logits, temperature, top_p, generator):
-    """Returns one token per row (n,) of the logits (n, V): sampled at the temperature from the
-    nucleus, or at temperature 0 the likeliest."""
+    """Returns one token per row (n,) of the logits (n, V), sampled with temperature and top_p. If
+    the temperature is 0, it is the most likely token."""
     if temperature == 0:
         return logits.argmax(-1)  # (n,)
     probs = torch.softmax(logits.float() / temperature, dim=-1)  # (n, V)
     if top_p < 1:
         ranked, order = probs.sort(dim=-1, descending=True)  # (n, V)
-        ranked[ranked.cumsum(-1) - ranked >= top_p] = 0  # the first token always stays
+        ranked[ranked.cumsum(-1) - ranked >= top_p] = 0  # keeps the most likely token
         probs = torch.zeros_like(probs).scatter(-1, order, ranked)  # (n, V)
-    # inverse transform sampling: one random number per row, where torch.multinomial draws V
+    # inverse transform sampling: one random number per row; torch.multinomial draws V
     cumulative = probs.double().cumsum(-1)  # (n, V)
     draws = torch.rand(len(probs), 1, dtype=torch.float64, generator=generator,
                        device=probs.device) * cumulative[:, -1:]  # (n, 1)
@@ -274,15 +274,15 @@ def sample_tokens(logits, temperature, top_p, generator):
 
 
 def prefill(model, prompts, counts, max_new_tokens):
-    """Runs each prompt once, a video's two orders side by side. Then repeats prompt row s counts[s]
-    times, which makes N rows. Prompts are padded on the left to the longest, P tokens.
+    """Runs each prompt batch once. Then copies row s, numbered over all batches, counts[s] times:
+    N rows in all. Prompts are padded on the left to the longest, P tokens.
 
-    Returns the cache of keys and values (N, heads, P + L, dim per layer), with room for L new
-    tokens; the attention mask (N, P + L); and each row's logits (N, V) and position (N, 1) for its
+    Returns the cache of keys and values (N, heads, P + L, dim) of each layer, with room for L new
+    tokens; the attention mask (N, P + L); and the logits (N, V) and position (N, 1) of each row's
     first response token.
     """
     P = max(inputs["input_ids"].shape[1] for inputs in prompts)
-    origin = torch.arange(len(counts)).repeat_interleave(torch.tensor(counts))  # (N,): prompt rows
+    origin = torch.arange(len(counts)).repeat_interleave(torch.tensor(counts))  # (N,): prompt row s
     origin = origin.to(prompts[0]["input_ids"].device)
     caches, masks, logits, positions = [], [], [], []
     for inputs in prompts:
@@ -301,15 +301,15 @@ def prefill(model, prompts, counts, max_new_tokens):
 
 
 def decode(model, tokens, position, mask, cache):
-    """Returns the logits (n, V) after one more token per row (n,), at its position (n, 1)."""
+    """Runs one token per row (n,), at its position (n, 1). Returns the next one's logits (n, V)."""
     return model(input_ids=tokens[:, None], position_ids=position.expand(3, -1, -1),
                  attention_mask=mask, past_key_values=cache, use_cache=True).logits[:, -1]
 
 
 def static_decoder(model, ids, position, mask, cache):
-    """Returns a function whose t-th call decodes column t of ids (N, L) into logits (N, V). All N
-    rows stay, and every tensor keeps its address. On a CUDA device a call thus replays a CUDA
-    graph, captured here: one launch instead of one per kernel. This has not yet run on a GPU."""
+    """Returns a function whose t-th call decodes column t of ids (N, L) into logits (N, V). Rows
+    that ended stay, so that shapes and addresses do not change. On a CUDA device each call replays
+    a CUDA graph: one launch instead of one per kernel. This has not yet run on a GPU."""
     t = torch.zeros(1, dtype=torch.int64, device=ids.device)  # (1,)
     P = mask.shape[1] - ids.shape[1]
 
@@ -322,7 +322,7 @@ def static_decoder(model, ids, position, mask, cache):
 
     if ids.device.type != "cuda":
         return step
-    step()  # warm-up: CUDA libraries initialise themselves, which cannot be captured
+    step()  # warm-up: the initialisation of CUDA libraries cannot be captured
     for count in (t, *(layer.cumulative_length for layer in cache.layers)):
         count.sub_(1)  # the first replay decodes column 0 again, and overwrites its keys
     graph = torch.cuda.CUDAGraph()  # it and its memory are freed when the rollout returns
@@ -340,10 +340,10 @@ def rollout(model, prompts, counts, *, max_new_tokens, temperature, top_p, eos_i
             static=False):
     """Samples counts[i][b] responses to row b of prompts[i], all of them in one decode batch.
 
-    prompts: encoded inputs of B rows each (a video's two orders side by side: B = 2).
-    A row leaves the batch at its first end token; if static, only its sampling ends. Makes no
-    collective call: a rank does not wait for another's longest response.
-    Returns one (count, L) tensor of ids for each prompt row, filled up with end tokens.
+    prompts: encoded inputs of B rows each (B = 2 for a video: ordered and shuffled frames).
+    A row leaves the batch at its first end token. If static, it stays but is not sampled. Makes no
+    collective call, so that no rank waits for the longest response of another.
+    Returns one (count, L) tensor of ids for each prompt row, padded with end tokens.
     """
     of_rows = [n for of_prompt in counts for n in of_prompt]  # responses of each prompt row
     device = prompts[0]["input_ids"].device
@@ -361,7 +361,7 @@ def rollout(model, prompts, counts, *, max_new_tokens, temperature, top_p, eos_i
                 break
             rows, tokens = rows[alive], tokens[alive]  # (n,)
             if static:
-                logits = step()[rows]  # (n, V): of these rows only, so that the draws are the same
+                logits = step()[rows]  # (n, V): same draws as if not static
                 continue
             if len(alive) < len(mask):
                 position, mask = position[alive], mask[alive]
@@ -374,9 +374,9 @@ def rollout(model, prompts, counts, *, max_new_tokens, temperature, top_p, eos_i
 # -------------------------------------- update: the prompt is encoded once for its group
 
 def response_logits(model, cache, inputs, positions, responses):
-    """Returns the logits (n, L, V) that predict each response token. cache: the prompt's keys and
-    values (1, heads, P - 1, dim) of each layer. The prompt's last token runs again, as the first
-    input. positions: those that run_prompt returns."""
+    """Returns the logits (n, L, V) that predict each response token. cache: that of prompt_cache.
+    The prompt's last token is the first input, because it predicts the first response token.
+    positions: as run_prompt returns them."""
     (n, L), (last, following) = responses.shape, positions  # following: of the first response token
     ids = torch.cat([inputs["input_ids"][:, -1:].expand(n, 1), responses[:, :-1]], dim=1)  # (n, L)
     later = following + torch.arange(L - 1, device=ids.device)  # (1, L - 1)
@@ -390,9 +390,9 @@ def response_logits(model, cache, inputs, positions, responses):
 
 
 def token_logps(logits, responses, temperature):
-    """Returns the log-probabilities (n, L) of the response tokens under the (n, L, V) logits. Works
-    in pieces, which the backward pass recomputes: with a vocabulary of 150,000, float32 copies of
-    all logits would take more memory than the activations of the model."""
+    """Returns the log-probabilities (n, L) of the response tokens under the (n, L, V) logits.
+    Computes them in pieces, and again in the backward pass. With a vocabulary of 150,000, float32
+    copies of all logits would take more memory than the model's activations."""
     def of_piece(logits, ids):  # (m, V), (m,)
         return (logits.float() / temperature).log_softmax(-1).gather(-1, ids[:, None])[:, 0]
     pieces = zip(logits.flatten(0, 1).split(PIECE), responses.flatten().split(PIECE))
@@ -408,8 +408,8 @@ def token_entropy(logits, temperature):
 
 
 def prompt_cache(output):
-    """Returns [(keys, values)] of the layers, (1, heads, P - 1, dim) each, without the prompt's
-    last token."""
+    """Returns [(keys, values)] of the layers, (1, heads, P - 1, dim) each: without the prompt's
+    last token, which response_logits runs again."""
     return [(layer.keys[:, :, :-1], layer.values[:, :, :-1])
             for layer in output.past_key_values.layers]
 
@@ -417,8 +417,8 @@ def prompt_cache(output):
 @torch.no_grad()
 def group_logps(model, inputs, responses, lengths, chunk_size, temperature=1.0):
     """Returns the log-probabilities (G, L) of a group's responses, up to their lengths (G,). The
-    prompt runs once, then chunk_size responses at a time. The result is that of one forward over
-    G copies of the prompt, each with its response."""
+    prompt runs once, then chunk_size responses at a time. The result equals that of one forward
+    over G copies of the prompt, each with its response."""
     output, positions = run_prompt(model, inputs)
     cache = prompt_cache(output)
     logps = torch.zeros(responses.shape, device=responses.device)  # (G, L)
@@ -429,8 +429,8 @@ def group_logps(model, inputs, responses, lengths, chunk_size, temperature=1.0):
 
 
 def chunks_of(responses, lengths, chunk_size):
-    """Yields (rows, responses[rows] cut to their longest). Responses of similar length share a
-    chunk, so that little of it is padding."""
+    """Yields (rows, responses[rows] up to their longest). Responses of similar length share a
+    chunk, to save padding."""
     for rows in lengths.argsort().split(chunk_size):
         yield rows, responses[rows, :lengths[rows].max()]  # (n,), (n, L)
 
@@ -438,24 +438,24 @@ def chunks_of(responses, lengths, chunk_size):
 def begin_backward(engine, blank):
     """Runs a backward of zeros through every parameter, before a step's first group.
 
-    In a step's first backward ZeRO overwrites gradients, in later ones it adds to them. A group's
-    first backward stops at the prompt's keys and values. Without this call, the vision tower's
-    gradients would be added to those of the step before.
+    In a step's first backward ZeRO overwrites gradients; in later ones it adds to them. A group's
+    first backward ends at the prompt's keys and values, before the vision tower. Without this call
+    the tower's gradients would be added to the previous step's.
     """
     engine.set_gradient_accumulation_boundary(False)
     output, _ = run_prompt(engine, blank)
-    engine.backward(0.0 * output.logits.max())  # not the sum: forbidden tokens have -inf
+    engine.backward(0.0 * output.logits.max())  # not the sum: 0 * -inf is NaN
 
 
 def backward_group(engine, inputs, responses, lengths, chunk_loss, chunk_size, temperature,
                    last):
     """Runs the backward of a group's loss with one prompt and one chunk of responses in memory.
 
-    chunk_loss(rows, logps, entropy) -> scalar, for the chunk responses[rows] cut to its longest;
+    chunk_loss(rows, logps, entropy) -> scalar, for the chunk responses[rows] up to its longest;
     the group's loss is the sum over chunks. (a) The prompt runs once. (b) Its keys and values
     become leaves of the graph. (c) Each chunk runs forward and backward on them; their gradients
     add up in the leaves. (d) One backward carries these through the prompt and the vision tower.
-    last: whether the step's gradients are complete after this group, so that ranks average them.
+    last: whether this is the last group before the optimizer step, when ranks average gradients.
     """
     output, positions = run_prompt(engine, inputs)  # (a)
     attached = [kv for pair in prompt_cache(output) for kv in pair]
@@ -467,7 +467,7 @@ def backward_group(engine, inputs, responses, lengths, chunk_loss, chunk_size, t
         engine.backward(chunk_loss(rows, token_logps(logits, chunk, temperature),
                                    token_entropy(logits, temperature)))
     engine.set_gradient_accumulation_boundary(last)
-    # (d); DeepSpeed expects every parameter in the last backward: the zero term includes them
+    # (d); DeepSpeed expects every parameter in the last backward: the zero term reaches all
     engine.backward(sum((kv * leaf.grad).sum() for kv, leaf in zip(attached, leaves))
                     + 0.0 * output.logits.max())
 
@@ -494,8 +494,8 @@ def start_sampler(run, forbidden_ids):
 
 
 def gather_weights(engine, sampler, trained=True):
-    """Copies a sharded policy's trained weights, or else its frozen ones, into the sampler, one
-    parameter at a time. Collective."""
+    """Copies the trained weights (the frozen ones if `trained` is False) of a sharded policy into
+    the sampler, one parameter at a time. Collective."""
     if sampler is not engine.module:
         for source, target in zip(engine.module.parameters(), sampler.parameters(), strict=True):
             if source.requires_grad == trained:
@@ -505,7 +505,7 @@ def gather_weights(engine, sampler, trained=True):
 
 def start_reference(run, forbidden_ids, sampler):
     """Returns the frozen reference model, sharded if the policy is (ZeRO-3). With --lora_rank it is
-    the sampler: update switches the adapters off."""
+    the sampler, for which update turns the adapters off."""
     if run.args.lora_rank:
         return sampler
     model = load_model(run.args, run.config).eval().requires_grad_(False)
@@ -521,20 +521,20 @@ def start_reference(run, forbidden_ids, sampler):
 
 # A group is the dict of one question. The functions on the right add these keys; those with * only
 # for a video, if --alpha is above 0.
-#   record                                  the question                        example, in a worker
-#   ordered, shuffled*                      model inputs, the prompt's                             "
+#   record                                  the question                   example, in a data worker
+#   ordered, shuffled*                      model inputs of the prompt                             "
 #   frame_order*                            list of T: original index of each shuffled frame       "
 #   responses (G, L), responses_shuffled* (G_tilde, L)     ids                      sample_responses
-#   mask (G, L), lengths (G,)               up to the end token; their sums              grade_group
+#   mask (G, L), lengths (G,)               ones up to the end token; their number       grade_group
 #   texts, texts_shuffled, truncated        lists of G, G_tilde (or 0) and G                       "
 #   parts                                   accuracy, format, length, temporal*: (G,);             "
 #                                           p, p_tilde*, r_t*: numbers
 #   R, A                                    rewards and advantages (G,)                            "
-#   old, ref (None at --beta 0)             log-probabilities (G, L)                          update
+#   old, ref (None at --beta 0), weights    log-probabilities; token_weights: (G, L)          update
 
 
 def example(args, processor, record, vision, position):
-    """Returns a record's group, with model inputs; position: its place in the data order."""
+    """Returns a record's group with its model inputs. position: see sft.Questions."""
     group = {"record": record, "ordered": encode(processor, record, vision)}
     if record["data_type"] == "video" and args.alpha:
         generator = seeded_generator(FRAME_STREAM, args.seed, position)
@@ -546,15 +546,15 @@ def example(args, processor, record, vision, position):
 
 def blank_group(processor, G, end_id, device):
     """Returns a group of G empty responses to a black picture, with a loss of 0. A rank that lacks
-    a question uses it, to make the same engine calls as the other ranks."""
+    a question runs it, because all ranks must make the same engine calls."""
     return {"ordered": to_device(encode_blank(processor), device), "A": torch.zeros(G),
             "responses": torch.full((G, 1), end_id, device=device),
             "mask": torch.ones(G, 1, device=device), "lengths": torch.ones(G, dtype=torch.int64)}
 
 
 def sample_responses(model, groups, args, generator, eos_ids):
-    """Does step 2 for this rank's questions: adds responses and, if there are shuffled frames,
-    responses_shuffled."""
+    """Does step 2 for this rank's questions: adds responses and, for shuffled frames,
+    responses_shuffled to the groups."""
     prompts, counts = [], []
     for group in groups:
         orders = [group[key] for key in ("ordered", "shuffled") if key in group]
@@ -563,7 +563,7 @@ def sample_responses(model, groups, args, generator, eos_ids):
         counts.append([args.G, args.G_tilde][:len(orders)])
     if not groups:
         return
-    model.eval()  # gradient checkpointing acts in train mode
+    model.eval()  # turns gradient checkpointing off
     responses = iter(rollout(model, prompts, counts, max_new_tokens=args.max_new_tokens,
                              temperature=args.temperature, top_p=args.top_p, eos_ids=eos_ids,
                              generator=generator, static=args.static_decode))
@@ -574,7 +574,7 @@ def sample_responses(model, groups, args, generator, eos_ids):
 
 
 def greedy_texts(run, sampler, tokenizer, eos_ids, prompts):
-    """Returns the greedy responses to encoded prompts, for validate. Collective."""
+    """Returns the greedy responses to encoded prompts, as `respond` of validate. Collective."""
     gather_weights(run.engine, sampler)
     if not prompts:  # of this rank
         return []
@@ -604,7 +604,7 @@ def grade_group(group, tokenizer, eos_ids, args):
     if args.temporal_to == "advantage":
         A = A + temporal  # (G,)
     truncated = ~torch.isin(group["responses"].cpu(), torch.tensor(eos_ids)).any(1)  # (G,)
-    longest = lengths.max()  # of this group; responses are padded to the longest of the rollout
+    longest = lengths.max()  # of this group; until here padded to the longest of the rollout
     group |= {"responses": group["responses"][:, :longest], "mask": mask[:, :longest],
               "lengths": lengths, "texts": texts, "texts_shuffled": texts_shuffled, "parts": parts,
               "R": R, "A": A, "truncated": truncated.float().tolist()}
@@ -621,7 +621,7 @@ def update(run, step, reference, groups, blank, metrics):
     total = sum(gather_objects(len(groups)))  # of all ranks
     if total == 0:
         return True
-    # a group without advantages and KL term has no gradient: the blank group is cheaper
+    # without KL term and advantages a group has no gradient: the blank one is cheaper
     moving = [group for group in groups if args.beta or group["A"].any()]
     note(metrics, "update/saved_share", [float(len(groups) - len(moving))], count=len(groups))
     note(metrics, "optim/loss", [0.0] * (len(groups) - len(moving)))
@@ -692,7 +692,7 @@ def note_group(metrics, group):
     if "p_tilde" in parts:
         note(metrics, "group/p_tilde", [parts["p_tilde"]])
         note(metrics, "group/tie_rate", [float(parts["p"] == parts["p_tilde"])])
-        if parts["p"] > 0:  # r_t goes to correct responses
+        if parts["p"] > 0:  # only correct responses get r_t
             note(metrics, "group/temporal_rate", [float(parts["r_t"] > 0)])
     note(metrics, "response/tokens", group["lengths"].tolist())
     note(metrics, "response/truncated_rate", group["truncated"])
@@ -724,7 +724,7 @@ def print_question(group, step):
 
 
 def brief(text, most=300):
-    """Returns a text on one line, without control characters and, if it is long, its middle.
+    """Returns a text on one line, control characters as "?"; cuts the middle of a long text.
 
     >>> brief("up\\n\\x1b[2J down"), brief("abcdef", most=4)
     ('up ?[2J down', 'ab ... ef')
