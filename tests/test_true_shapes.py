@@ -34,8 +34,8 @@ FLAGS = {"sft": ["--num_train_epochs=1", "--gradient_accumulation_steps=1"],
          "tgrpo": ["--max_steps=1", "--G=2", "--G_tilde=2", "--max_new_tokens=24",
                    "--correct_threshold=0", "--l_min=8", "--l_max=24",
                    "--temporal_to=advantage"]}  # so that equal rewards have a gradient, too
-# Rank of the adapters (0: all weights are trained), ZeRO stage; in float32, as many CPUs have no
-# instructions for bfloat16 and take ten times as long
+# Rank of the adapters (0: all weights are trained), ZeRO stage; float32, since many CPUs compute in
+# bfloat16 much more slowly
 RUNS = [("Qwen2.5-VL-3B", 16, 0), ("Qwen2.5-VL-3B", 16, 3), ("Qwen2.5-VL-3B", 0, 0),
         ("Qwen2.5-VL-3B", 0, 3), ("Qwen2.5-VL-7B", 16, 0), ("Qwen2.5-VL-7B", 16, 3)]
 
