@@ -181,6 +181,11 @@ def short(number):
     return float(f"{number:.4g}")
 
 
+def mean_or_none(values):
+    """The mean of a list, short; None of an empty one."""
+    return short(statistics.fmean(values)) if values else None
+
+
 def scores_of(results) -> dict:
     """MEASURES of a model, from evaluate.py's {order: result}; accuracies and "watch" in %."""
     rows = [row | {"kind": row["data_source"].removeprefix("toy/")}
@@ -210,14 +215,14 @@ def development(path, parts=4) -> dict:
         found += [(row["step"], WATCH in text, d if accuracy == 1 else None)
                   for text, accuracy, d in zip(row["responses"], row["accuracy"], ds)
                   if DIRECTION in text]
-    last = max(step for step, *_ in found)
+    last = max((step for step, *_ in found), default=0)
     series = {"watch": [], "d_watch": [], "d_look": []}
     for part in range(parts):
         inside = [(watch, d) for step, watch, d in found if (step - 1) * parts // last == part]
-        series["watch"].append(short(100 * statistics.fmean(watch for watch, _ in inside)))
+        series["watch"].append(mean_or_none([100 * watch for watch, _ in inside]))
         for name, kind in (("d_watch", True), ("d_look", False)):
-            ds = [d for watch, d in inside if watch == kind and d is not None]
-            series[name].append(short(statistics.fmean(ds)) if ds else None)
+            series[name].append(mean_or_none([d for watch, d in inside
+                                              if watch == kind and d is not None]))
     return series
 
 
@@ -322,11 +327,12 @@ def tables_of(results) -> str:
                 f"`{name}`", *(cell([run[measure] for run in found if measure in run])
                                for measure in MEASURES),
                 f"{min(run['seconds'] for run in found):.0f}", str(len(found))])
-            if paired(runs, setting, name, COMPARED[0]) and name not in ("sft", BASE):
+            seeds = len(paired(runs, setting, name, COMPARED[0]))
+            if seeds and name not in ("sft", BASE):
                 differences.append([
                     f"`{name}`: {CONFIGS[name][0]}",
                     *(bounds_cell(compared.get((setting, name, measure))) for measure in COMPARED),
-                    str(len(paired(runs, setting, name, COMPARED[0])))])
+                    str(seeds)])
         if len(means) > 2:  # more than the cold start
             parts += [f"### {heading}", markdown(means).strip(), markdown(differences).strip()]
     apart = [f"{setting}, `{name}`, {measure} {bounds_cell(bounds)}"

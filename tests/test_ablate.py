@@ -107,6 +107,13 @@ def test_runs_follow_their_cold_start_and_what_is_finished_is_skipped(calls):
         path.split("/")[0] for path in calls[1:]} == {"seed2"}
 
 
+def test_a_run_without_thoughts_about_a_direction_has_no_development(tmp_path):
+    row = {"step": 1, "responses": ["look: it says cup"], "accuracy": [1]}
+    (tmp_path / "rollouts.jsonl").write_text(json.dumps(row))
+    assert ablate.development(tmp_path / "rollouts.jsonl") == dict.fromkeys(
+        ["watch", "d_watch", "d_look"], [None] * 4)
+
+
 def test_every_configuration_changes_what_it_says_and_nothing_else(tmp_path):
     for toy in ("toy", "toy_shortcut"):
         (tmp_path / toy).mkdir()
