@@ -27,7 +27,7 @@ released eval_*.json, or the output of `build_data.py convert`. Scores:
     drop       score with ordered frames minus this score, over records answered in both orders
 
 Each has a 95 % interval by bootstrap over images and videos, because questions share them
-(Vinoground's pair scores: over pairs). Questions whose file cannot be read are skipped and listed.
+(Vinoground's pair scores: over pairs). Questions with an unreadable file are skipped and listed.
 Every score is printed with the number of records answered.
 
 --order changes the frames, to show what a score depends on: the order of frames (shuffled,
@@ -134,7 +134,7 @@ class Benchmark(NamedTuple):
     """Describes a benchmark."""
     title: str
     size: int                     # number of questions; 0: any
-    overalls: dict[str, Overall]  # its score: the first whose groups the records have
+    overalls: dict[str, Overall]  # its score: the first with groups of the records
 
 
 PLAIN = {"all": Overall("accuracy")}
@@ -305,7 +305,7 @@ def groups_of(record):
 
 
 def score_pairs(rows, tasks):
-    """Returns one row per pair whose questions, two of each of `tasks`, are all among the rows. The
+    """Returns one row per pair with all its questions, two of each of `tasks`, among the rows. The
     pair is right if all of them are."""
     pairs = defaultdict(list)
     for row in rows:

@@ -736,7 +736,7 @@ def write_first(run):
 
 def note(metrics, name, values, count=None):
     """Adds values to a metric as (sum, count), so that means over ranks are exact. count: how
-    many values the sum stands for. A metric whose name ends in _max keeps the largest value."""
+    many values the sum stands for. If the name ends in _max, the largest value is kept."""
     total, n = metrics.get(name, (0.0, 0))
     if name.endswith("_max"):
         metrics[name] = max(total, *values), 1

@@ -307,7 +307,7 @@ def decode(model, tokens, position, mask, cache):
 
 
 def static_decoder(model, ids, position, mask, cache):
-    """Returns a function whose t-th call decodes column t of ids (N, L) into logits (N, V). Rows
+    """Returns a function that, at call t, decodes column t of ids (N, L) into logits (N, V). Rows
     that ended stay, so that shapes and addresses do not change. On a CUDA device each call replays
     a CUDA graph: one launch instead of one per kernel. This has not yet run on a GPU."""
     t = torch.zeros(1, dtype=torch.int64, device=ids.device)  # (1,)
