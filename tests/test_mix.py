@@ -1,17 +1,21 @@
-"""Mixtures: each release format, what is dropped and why, sampling, and the recipe."""
+"""Files of records: mixed from releases by a recipe, checked against their media, and counted."""
 import json
+import os
+import shutil
 import time
 from collections import Counter
 
 import numpy as np
 import pytest
+import qwen_vl_utils  # noqa: F401  a decoder is a fork: each would import it, slowly
+from PIL import Image
 
 import annotate
 import build_data
 import rewards
 from build_data import (FIGURE_2, Dropped, InputError, draft, figure_rows, load_records,
                         make_record, option_texts, read_recipe, release_rows, shuffle_options,
-                        split_options, spread, wanted_type)
+                        split_options, spread, wanted_type, write_video)
 from conftest import ROOT, cells
 
 ALL_TYPES = ["multiple choice", "numerical", "OCR", "free-form", "regression"]
@@ -401,10 +405,10 @@ def test_answer_letters_are_drawn_evenly_and_answers_stay_right():
 
 
 @pytest.mark.parametrize("option", [
-    "All are correct", "None above", "Both", "neither.", "either one", "any of them", "see below",
-    "as mentioned", "the former", "the latter", "the other", "these", "Same as before", "B only",
-    "the listed", "the given", "two of them", "option 1", "just A", "(a)", "A/B", "a and b", "a, c",
-    "以上都不是", "两者皆是", "A和B", "前者", "全选", "没有正确答案"])
+    "All are correct", "None", "Both", "neither.", "either one", "any of them", "see above",
+    "see below", "as mentioned", "the former", "the latter", "the other", "these", "Same as before",
+    "only so", "the listed", "the given", "two of them", "option 1", "B", "just A", "(a)", "A/B",
+    "a and b", "a, c", "以上都不是", "两者皆是", "A和B", "前者", "全选", "没有正确答案"])
 def test_options_that_refer_to_others_stay_in_their_place(option):
     options = ["A. right", "B. red", f"C. {option}"]
     assert all(shuffled(*options, seed=seed)["options"] == options for seed in range(9))
@@ -485,6 +489,109 @@ def test_a_kill_leaves_the_old_file_or_the_new_one(tmp_path, monkeypatch):
     with pytest.raises(InputError, match="cannot write .*out.json: disk full"):
         build_data.write_whole({tmp_path / "new.json": ["x"], tmp_path / "out.json": fails()})
     assert contents() == before  # no half of a file either, which would keep a full disk full
+
+
+# --------------------------------------------------------------------------------- check
+
+@pytest.fixture
+def data(tmp_path):
+    """Six records over five files: two good ones (one in two records), and three broken."""
+    write_video(tmp_path / "good.mp4", np.zeros((8, 28, 28, 3), np.uint8), fps=2)
+    Image.new("RGB", (56, 56)).save(tmp_path / "good.png")
+    (tmp_path / "noise.mp4").write_bytes(b"no video" * 100)
+    (tmp_path / "empty.png").write_bytes(b"")
+    names = ("good.mp4", "good.png", "noise.mp4", "empty.png", "absent.png", "good.mp4")
+    write(tmp_path / "a.json", [free_form(i, name) for i, name in enumerate(names)])
+    return tmp_path
+
+
+def free_form(number, path, **more):
+    return question(path, "?", "x", kind="free-form", problem_id=number, **more)
+
+
+def check(folder, *flags):
+    """Runs `check`; returns the usable records' ids and the report."""
+    command("check", "--data", folder / "a.json", "--num_workers", 0, *flags)
+    records = json.loads((folder / "a_clean.json").read_text())
+    return [r["problem_id"] for r in records], cells(folder / "a_clean.report.md")
+
+
+def decoded(folder):
+    """Returns the files in the order in which `check` has decoded them."""
+    lines = (folder / "a_clean.media.jsonl").read_text().splitlines()
+    return [json.loads(line)["clip"][0] for line in lines]
+
+
+def test_records_with_usable_media_stay_as_they_are_and_others_are_named(data):
+    ids, report = check(data, "--num_workers", 2)
+    assert ids == [0, 1, 5]
+    before = json.loads((data / "a.json").read_text())
+    assert json.loads((data / "a_clean.json").read_text()) == [before[i] for i in ids]
+    assert "| the file is empty (0 bytes) | 1 | 1 | empty.png |" in report
+    assert "| [Errno 2] No such file or directory: 'it' | 1 | 1 | absent.png |" in report
+    assert "noise.mp4" in report
+    assert sorted(decoded(data)) == ["absent.png", "empty.png", "good.mp4", "good.png", "noise.mp4"]
+    assert load_records(data / "a_clean.json")
+
+
+def test_a_second_run_decodes_only_what_failed_or_changed(data):
+    check(data)
+    with open(data / "a_clean.media.jsonl", "a") as file:
+        file.write('{"clip": ["good.png"')  # a kill tore this line
+    shutil.copy(data / "good.png", data / "absent.png")  # repaired
+    os.utime(data / "good.mp4", (1, 1))  # changed
+    ids, report = check(data)
+    assert ids == [0, 1, 4, 5] and "absent" not in report
+    assert decoded(data)[5:] == ["good.mp4", "noise.mp4", "empty.png", "absent.png"]
+    assert check(data, "--min_pixels", 5 * 28 * 28)[0] == [0, 1, 4, 5]  # other limits
+    assert decoded(data)[9:].count("good.mp4") == 1
+    pytest.importorskip("decord")
+    check(data, "--min_pixels", 5 * 28 * 28, "--video_reader", "decord")
+    assert decoded(data)[14:].count("good.mp4") == 1
+
+
+def test_a_damaged_log_is_named(data):
+    (data / "a_clean.media.jsonl").write_text("no row\n")
+    with pytest.raises(InputError, match="a_clean.media.jsonl is damaged: .*; remove it"):
+        check(data)
+
+
+def test_a_folder_that_cannot_be_is_named_before_the_work(data):
+    with pytest.raises(InputError, match="cannot write .*a.json/out.json"):
+        check(data, "--out", data / "a.json" / "out.json")
+
+
+def test_a_decoder_that_hangs_or_crashes_loses_one_file(data, monkeypatch):
+    real = build_data.load_vision
+
+    def load_vision(record, **limits):
+        if record["path"] == "good.png":
+            os.kill(os.getpid(), 9)
+        if record["path"] == "noise.mp4":
+            time.sleep(60)
+        return real(record, **limits)
+    monkeypatch.setattr(build_data, "load_vision", load_vision)
+    monkeypatch.setattr(build_data, "DECODERS", {})  # its decoders are forked with the above
+    ids, report = check(data, "--decode_timeout", 2)
+    assert ids == [0, 5]
+    assert "decoding took more than 2 seconds" in report and "its decoder died" in report
+
+
+def test_parts_of_one_video_are_checked_one_by_one(data):
+    write(data / "a.json", [free_form(0, "good.mp4", video_start=0.0, video_end=4.0),
+                            free_form(1, "good.mp4", video_start=90.0, video_end=95.0)])
+    ids, report = check(data)
+    assert ids == [0] and "| 1 | 1 | good.mp4 |" in report
+
+
+def test_records_that_nothing_can_be_earned_on_are_dropped_with_their_reason(data):
+    write(data / "a.json", [
+        *(question("good.mp4", "?", answer, kind="numerical", problem_id=i)
+          for i, answer in enumerate(("12", "00:12", "many"))), free_form(3, "absent.png")])
+    ids, report = check(data)
+    assert ids == [0]
+    assert "| no answer can match the solution | 1 | 2 | good.mp4 |" in report
+    assert "absent.png" in report and decoded(data).count("good.mp4") == 1
 
 
 # --------------------------------------------------------------------------------- stats
