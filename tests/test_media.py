@@ -12,7 +12,7 @@ import av
 import numpy as np
 import pytest
 import torch
-from PIL import Image, ImageColor
+from PIL import Image
 from qwen_vl_utils import vision_process
 from torch.utils.data import DataLoader
 
@@ -99,8 +99,7 @@ HIDDEN = {"auto-alt-ref": "1", "lag-in-frames": "16"}
 
 @pytest.mark.parametrize("name, codec, rate, options", [
     ("a.avi", "libx264", 10, {}), ("open.avi", "libx264", 10, OPEN),
-    ("a.avi", "mpeg4", 10, B_FRAMES), ("a.mp4", "mpeg4", 10, B_FRAMES),
-    ("a.mkv", "mpeg4", 10, B_FRAMES), ("a.mp4", "mpeg2video", 25, B_FRAMES),
+    ("a.avi", "mpeg4", 10, B_FRAMES), ("a.mkv", "mpeg4", 10, B_FRAMES),
     ("a.ts", "libx264", 10, {}), ("a.ts", "mpeg2video", 25, B_FRAMES),
     ("a.mpg", "mpeg2video", 25, B_FRAMES), ("a.mpg", "mpeg2video", 25, FINE),
     ("open.mp4", "libx264", 10, OPEN), ("open.ts", "libx264", 10, OPEN),
@@ -229,33 +228,27 @@ def test_the_environment_changes_nothing_and_large_frames_are_kept_or_brought_wi
 
 # -------------------------------------------------------------------- videos of other kinds
 
-@pytest.mark.parametrize("name, codec, pixels, side", [
-    ("odd.mp4", "libx264", "yuv444p", (57, 45)), ("odd.mkv", "ffv1", "yuv444p", (57, 45)),
-    ("ein schöner 视频.mp4", "libx264", "yuv420p", (56, 56))])
-def test_odd_sizes_and_names_of_any_letters_give_every_frame(tmp_path, name, codec, pixels, side):
-    vision = load_vision(record_of(encode_clip(tmp_path / name, codec, pixels, side)), **LIMITS)
-    assert vision.frames.shape == (8, 3, 56, 56)
+@pytest.mark.parametrize("name, options, shape", [
+    ("odd.mp4", {"pixels": "yuv444p", "side": (57, 45)}, (56, 56)),
+    ("odd.mkv", {"codec": "ffv1", "pixels": "yuv444p", "side": (57, 45)}, (56, 56)),
+    ("ein schöner 视频.mp4", {}, (56, 56)), ("a.mp4", {"aspect": Fraction(3, 2)}, (56, 84)),
+    ("a.mkv", {"aspect": Fraction(2)}, (56, 112)), ("a.ts", {"aspect": Fraction(3, 2)}, (56, 84)),
+    ("a.mov", {"aspect": Fraction(1, 2)}, (112, 56))])
+def test_every_frame_comes_at_odd_sizes_and_stretched_if_pixels_are_not_square(
+        tmp_path, name, options, shape):
+    vision = load_vision(record_of(encode_clip(tmp_path / name, **options)), **LIMITS)
+    assert vision.frames.shape == (8, 3, *shape)
     assert torch.allclose(greys(vision), 20.0 * torch.arange(8), atol=4)
 
 
-CORNERS = ("red", "lime", "blue", "white")  # top left, top right, bottom left, bottom right
+# red and green above blue and white: every turn and mirroring changes it
+CORNERS = Image.fromarray(np.array([[(255, 0, 0), (0, 255, 0)], [(0, 0, 255), (255, 255, 255)]],
+                                   np.uint8)).resize((112, 56), Image.Resampling.NEAREST)
 
 
-def cornered(width, height):
-    """A picture of four colours."""
-    image = Image.new("RGB", (width, height))
-    for i, colour in enumerate(CORNERS):
-        image.paste(colour, (i % 2 * width // 2, i // 2 * height // 2,
-                             (i % 2 + 1) * width // 2, (i // 2 + 1) * height // 2))
-    return image
-
-
-def corners(image):
-    """The names of an image's colours in its corners, as in CORNERS."""
-    pixels = [image.getpixel((int(x * image.width), int(y * image.height)))
-              for y in (0.25, 0.75) for x in (0.25, 0.75)]
-    return tuple(min(CORNERS, key=lambda name: np.abs(np.subtract(
-        ImageColor.getrgb(name), pixel)).sum()) for pixel in pixels)
+def alike(image, other):
+    """Returns whether two pictures have the same size and, but for their coding, pixels."""
+    return image.size == other.size and np.abs(np.subtract(image, other, dtype=int)).mean() < 9
 
 
 @pytest.mark.parametrize("matrix, transposition", [
@@ -266,7 +259,7 @@ def corners(image):
 def test_a_turned_or_mirrored_clip_stands_upright(tmp_path, matrix, transposition):
     """The position of a phone is a matrix in its clip's header: x' = a x + c y, y' = b x + d y.
     Pillow names the eight; its turns are counter-clockwise."""
-    picture, clip = cornered(112, 56), tmp_path / "a.mp4"
+    picture, clip = CORNERS, tmp_path / "a.mp4"
     write_video(clip, np.stack([picture] * 8), fps=2)
     data = bytearray(clip.read_bytes())
     at = data.find(b"tkhd") + 44  # after version, times, track id, duration, layer, volume
@@ -276,19 +269,7 @@ def test_a_turned_or_mirrored_clip_stands_upright(tmp_path, matrix, transpositio
     if transposition:
         picture = picture.transpose(Image.Transpose[transposition])
     frames = load_vision(record_of(clip), **LIMITS).frames  # (T, C, H, W)
-    assert frames.shape[2:] == (picture.height, picture.width)
-    assert corners(Image.fromarray(frames[3].permute(1, 2, 0).numpy())) == corners(picture)
-
-
-@pytest.mark.parametrize("name, aspect, shape", [
-    ("a.mp4", Fraction(3, 2), (56, 84)), ("a.mkv", Fraction(2), (56, 112)),
-    ("a.ts", Fraction(3, 2), (56, 84)), ("a.mov", Fraction(1, 2), (112, 56)),
-    ("a.mp4", Fraction(2, 3), (84, 56)), ("a.mp4", Fraction(1), (56, 56))])
-def test_pixels_that_are_not_square_are_stretched(tmp_path, name, aspect, shape):
-    clip = encode_clip(tmp_path / name, aspect=aspect)
-    frames = load_vision(record_of(clip), **LIMITS).frames
-    assert frames.shape == (8, 3, *shape)
-    assert torch.allclose(frames.float().mean((1, 2, 3)), 20.0 * torch.arange(8), atol=4)
+    assert alike(Image.fromarray(frames[3].permute(1, 2, 0).numpy()), picture)
 
 
 @pytest.mark.parametrize("name, options, fps", [
@@ -396,15 +377,12 @@ def test_a_file_or_a_folder_s_frame_that_is_a_link_out_of_media_root_is_refused(
 
 
 @pytest.mark.parametrize("name, text", [
-    ("a.m3u8", "#EXTM3U\n#EXT-X-TARGETDURATION:9\n#EXTINF:4,\n{0}\n#EXT-X-ENDLIST\n"),
-    ("a.mp4", "#EXTM3U\n#EXT-X-TARGETDURATION:9\n#EXTINF:4,\n{0}\n#EXT-X-ENDLIST\n"),
-    ("b.mp4", "ffconcat version 1.0\nfile {0}\n"),
-    ("a.mpd", "<MPD><Period><AdaptationSet><BaseURL>{0}</BaseURL></AdaptationSet></Period></MPD>"),
-    ("a.sdp", "v=0\nm=video 5000 RTP/AVP 96\na=rtpmap:96 H264/90000\n")])
+    ("a.m3u8", "#EXTM3U\n#EXT-X-TARGETDURATION:9\n#EXTINF:4,\nsegment.ts\n#EXT-X-ENDLIST\n"),
+    ("a.mp4", "ffconcat version 1.0\nfile segment.ts\n")])
 @pytest.mark.parametrize("reader", ["av", "decord"])
 def test_a_file_that_names_others_is_refused(tmp_path, name, text, reader):
     encode_clip(tmp_path / "segment.ts")
-    (tmp_path / name).write_text(text.format("segment.ts"))
+    (tmp_path / name).write_text(text)
     with pytest.raises(MediaError, match="not a readable video|decord"):
         load_vision(record_of(tmp_path / name), **LIMITS, video_reader=reader)
 
@@ -475,34 +453,30 @@ def test_a_file_that_cannot_be_read_is_a_media_error_that_names_it_and_the_reaso
 
 # -------------------------------------------------------------------------------- images
 
-INK = Image.new("L", (60, 60))
-INK.paste(255, (20, 20, 40, 40))  # what is not transparent: a square in the middle
+def image_of(path, **limits):
+    return load_vision(record_of(path, "image"), **LIMITS | limits).image
 
 
 def transparent(mode):
-    """A black square on a transparent ground whose hidden colour is not white; and how to save
-    its transparency."""
-    if mode.endswith("A"):
-        image = Image.new(mode[:-1], (60, 60))
-        image.putalpha(INK)
-        return image, {}
-    hidden, palette = {"P": (1, [0, 0, 0, 9, 9, 9]), "RGB": ((9, 8, 7), None)}.get(mode, (9, None))
-    image = Image.new(mode, (60, 60), hidden)
-    image.paste(0, (20, 20, 40, 40))
-    if palette:
-        image.putpalette(palette)
-    return image, {"transparency": hidden}
+    """Returns a black square on a transparent ground with the hidden colour (9, 8, 7)."""
+    image = Image.new("RGBA", (60, 60), (9, 8, 7, 0))
+    image.paste("black", (20, 20, 40, 40))
+    if mode != "P":
+        return image.convert(mode)
+    image = image.getchannel("A").point(lambda opacity: opacity == 0)
+    image.putpalette([0, 0, 0, 9, 8, 7])
+    return image
 
 
-@pytest.mark.parametrize("name, mode", [
-    ("a.png", "RGBA"), ("a.png", "LA"), ("a.tiff", "LA"), ("a.png", "L"), ("a.png", "RGB"),
-    ("a.png", "P"), ("a.gif", "P"), ("a.webp", "RGBA"), ("bytes.png", "P")])
-def test_transparency_of_every_mode_is_white(tmp_path, name, mode):
-    image, options = transparent(mode)
-    if name == "bytes.png":  # an opacity for each colour of the palette
-        options = {"transparency": bytes([255, 0])}
-    image.save(tmp_path / name, **options)
-    read = load_vision(record_of(tmp_path / name, "image"), **LIMITS).image
+@pytest.mark.parametrize("name, mode, options", [
+    ("a.png", "RGBA", {}), ("a.png", "LA", {}), ("a.tiff", "LA", {}), ("a.webp", "RGBA", {}),
+    # the hidden colour, its number in the palette, or an opacity for each colour of the palette
+    ("a.png", "RGB", {"transparency": (9, 8, 7)}), ("a.png", "L", {"transparency": 8}),
+    ("a.png", "P", {"transparency": 1}), ("a.gif", "P", {"transparency": 1}),
+    ("a.png", "P", {"transparency": bytes([255, 0])})])
+def test_transparency_of_every_mode_is_white(tmp_path, name, mode, options):
+    transparent(mode).save(tmp_path / name, **options)
+    read = image_of(tmp_path / name)
     assert read.getpixel((3, 3)) == (255, 255, 255)
     assert read.getpixel((read.width // 2, read.height // 2)) == (0, 0, 0)
 
@@ -512,20 +486,18 @@ def test_transparency_of_every_mode_is_white(tmp_path, name, mode):
     (5, "TRANSPOSE"), (6, "ROTATE_90"), (7, "TRANSVERSE"), (8, "ROTATE_270")])
 @pytest.mark.parametrize("name", ["a.jpg", "a.png", "a.webp"])
 def test_an_image_stands_upright_by_its_exif_orientation(tmp_path, name, orientation, stored):
-    image, exif = cornered(112, 56), Image.Exif()
+    image = CORNERS.transpose(Image.Transpose[stored]) if stored else CORNERS
+    exif = Image.Exif()
     exif[0x0112] = orientation
-    (image.transpose(Image.Transpose[stored]) if stored else image).save(
-        tmp_path / name, exif=exif)
-    read = load_vision(record_of(tmp_path / name, "image"), **LIMITS).image
-    assert read.size == (112, 56) and corners(read) == CORNERS
+    image.save(tmp_path / name, exif=exif)
+    assert alike(image_of(tmp_path / name), CORNERS)
 
 
 @pytest.mark.filterwarnings("ignore:Corrupt EXIF")
 def test_an_image_with_damaged_exif_is_read_as_it_is(tmp_path):
     for exif in (b"Exif\0\0junk", b"Exif\0\0MM\0*\0\0\0\x08\0\x05\x01\x12", b"Exif\0\0MM\0*\xff"):
-        cornered(112, 56).save(tmp_path / "a.jpg", exif=exif)
-        assert corners(load_vision(record_of(tmp_path / "a.jpg", "image"), **LIMITS).image) \
-            == CORNERS
+        CORNERS.save(tmp_path / "a.jpg", exif=exif)
+        assert alike(image_of(tmp_path / "a.jpg"), CORNERS)
 
 
 @pytest.mark.parametrize("height, width, tokens", [
@@ -535,18 +507,11 @@ def test_an_image_with_damaged_exif_is_read_as_it_is(tmp_path):
 def test_a_narrow_picture_has_no_side_of_zero_and_stays_within_the_limit(
         tmp_path, height, width, tokens, factor):
     Image.new("RGB", (width, height), (77, 77, 77)).save(tmp_path / "a.png")
-    limits = LIMITS | {"min_pixels": min(tokens, 4) * factor**2, "max_pixels": tokens * factor**2}
-    read = load_vision(record_of(tmp_path / "a.png", "image"), **limits, factor=factor).image
+    read = image_of(tmp_path / "a.png", min_pixels=min(tokens, 4) * factor**2,
+                    max_pixels=tokens * factor**2, factor=factor)
     assert read.width % factor == 0 == read.height % factor
     assert 0 < read.width * read.height <= tokens * factor**2
     assert (read.width >= read.height) == (width > height) or read.width == read.height
-
-
-def test_sides_are_multiples_of_the_factor_that_is_given(tmp_path):
-    clip = encode_clip(tmp_path / "a.mp4", side=(90, 160))
-    for factor in (28, 32):
-        assert load_vision(record_of(clip), **LIMITS, factor=factor).frames.shape[2:] == (
-            round(90 / factor) * factor, round(160 / factor) * factor)
 
 
 @pytest.mark.parametrize("name, image, colour", [
@@ -558,7 +523,7 @@ def test_sides_are_multiples_of_the_factor_that_is_given(tmp_path):
     ("pixel.png", Image.new("RGB", (1, 1), (9, 8, 7)), (9, 8, 7))])
 def test_images_of_every_mode_are_read_as_they_look(tmp_path, name, image, colour):
     image.save(tmp_path / name)
-    read = load_vision(record_of(tmp_path / name, "image"), **LIMITS).image
+    read = image_of(tmp_path / name)
     assert read.mode == "RGB" and read.width % 28 == 0 == read.height % 28
     assert np.abs(np.subtract(read.getpixel((0, 0)), colour)).max() <= 2
 
@@ -569,7 +534,7 @@ def test_images_that_cannot_be_shown_are_media_errors(tmp_path, monkeypatch, mos
     monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", most)
     Image.fromarray(np.full((60, 60), pixels, np.float32)).save(tmp_path / "a.tiff")
     with pytest.raises(MediaError, match=reason):
-        load_vision(record_of(tmp_path / "a.tiff", "image"), **LIMITS)
+        image_of(tmp_path / "a.tiff")
 
 
 # ----------------------------------------------------------- decoders that fall or stand still
@@ -580,9 +545,15 @@ def fresh_decoders(monkeypatch):
     monkeypatch.setattr(build_data, "DECODERS", {})
 
 
-@pytest.fixture
-def decoder(tmp_path, monkeypatch):
-    """Clips with the name of what their decoder does."""
+def frames_or_reason(record):
+    try:
+        return load_vision_isolated(record, 3, **LIMITS).frames
+    except MediaError as error:
+        return str(error)
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_a_decoder_that_crashes_or_hangs_loses_exactly_its_sample(tmp_path, monkeypatch, workers):
     def misbehave(record, **limits):
         if "crash" in record["problem_id"]:
             faulthandler.disable()  # pytest's, which would print a trace among the tests' dots
@@ -593,21 +564,10 @@ def decoder(tmp_path, monkeypatch):
             bytearray(2 * build_data.DECODE_MEMORY)
         return load_vision(record, **limits)
     monkeypatch.setattr(build_data, "load_vision", misbehave)
-    return [record_of(encode_clip(tmp_path / f"{name}.mp4"))
-            for name in ("good", "crash", "fine", "hang", "well", "greedy", "right")]
-
-
-def frames_or_reason(record):
-    try:
-        return load_vision_isolated(record, 3, **LIMITS).frames
-    except MediaError as error:
-        return str(error)
-
-
-@pytest.mark.parametrize("workers", [0, 2])
-def test_a_decoder_that_crashes_or_hangs_loses_exactly_its_sample(decoder, workers):
-    found = DataLoader(decoder, batch_size=None, num_workers=workers, collate_fn=frames_or_reason)
-    for record, result in zip(decoder, found, strict=True):
+    clips = [record_of(encode_clip(tmp_path / f"{name}.mp4"))
+             for name in ("good", "crash", "fine", "hang", "well", "greedy", "right")]
+    found = DataLoader(clips, batch_size=None, num_workers=workers, collate_fn=frames_or_reason)
+    for record, result in zip(clips, found, strict=True):
         reason = {"crash.mp4": "its decoder died", "hang.mp4": "more than 3 seconds",
                   "greedy.mp4": "bytes"}.get(record["problem_id"])
         if reason:
