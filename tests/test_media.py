@@ -12,7 +12,7 @@ import av
 import numpy as np
 import pytest
 import torch
-from PIL import Image, ImageColor
+from PIL import Image
 from qwen_vl_utils import vision_process
 from torch.utils.data import DataLoader
 
@@ -99,8 +99,7 @@ HIDDEN = {"auto-alt-ref": "1", "lag-in-frames": "16"}
 
 @pytest.mark.parametrize("name, codec, rate, options", [
     ("a.avi", "libx264", 10, {}), ("open.avi", "libx264", 10, OPEN),
-    ("a.avi", "mpeg4", 10, B_FRAMES), ("a.mp4", "mpeg4", 10, B_FRAMES),
-    ("a.mkv", "mpeg4", 10, B_FRAMES), ("a.mp4", "mpeg2video", 25, B_FRAMES),
+    ("a.avi", "mpeg4", 10, B_FRAMES), ("a.mkv", "mpeg4", 10, B_FRAMES),
     ("a.ts", "libx264", 10, {}), ("a.ts", "mpeg2video", 25, B_FRAMES),
     ("a.mpg", "mpeg2video", 25, B_FRAMES), ("a.mpg", "mpeg2video", 25, FINE),
     ("open.mp4", "libx264", 10, OPEN), ("open.ts", "libx264", 10, OPEN),
@@ -114,14 +113,6 @@ def test_frames_come_as_a_player_shows_them(tmp_path, name, codec, rate, options
                        options=options)
     assert shown(clip) == spread(0, 39)
     assert shown(clip, max_frames=40) == list(range(40))
-
-
-@pytest.mark.parametrize("codec", ["libvpx", "libvpx-vp9"])
-def test_a_live_recording_without_a_duration_is_read(tmp_path, codec):
-    clip = encode_clip(tmp_path / "a.webm", codec, count=40, step=5, live="1")
-    with av.open(str(clip)) as container:
-        assert container.duration is None
-    assert shown(clip) == spread(0, 39)
 
 
 @pytest.mark.parametrize("gop", [5, 25, 250])
@@ -150,7 +141,8 @@ STEADY_THEN_SLOW = [*range(0, 2100, 100), *range(4100, 6000, 100)]  # millisecon
 
 @pytest.mark.parametrize("name, codec", [("a.mkv", "libx264"), ("a.mp4", "libx264"),
                                          ("a.webm", "libvpx-vp9"), ("a.ts", "libx264")])
-def test_a_part_of_a_clip_of_variable_rate_is_found_by_its_times(tmp_path, name, codec):
+def test_a_part_of_a_clip_of_variable_rate_is_found_by_time_and_sampled_by_number(
+        tmp_path, name, codec):
     clip = encode_clip(tmp_path / name, codec, count=40, step=5, milliseconds=STEADY_THEN_SLOW)
     for part, first, last in (
             ({"video_start": 0.0, "video_end": 2.0}, 0, 20), ({"video_start": 5}, 30, 39),
@@ -236,46 +228,27 @@ def test_the_environment_changes_nothing_and_large_frames_are_kept_or_brought_wi
 
 # -------------------------------------------------------------------- videos of other kinds
 
-@pytest.mark.parametrize("name, codec, pixels, side", [
-    ("a.webm", "libvpx-vp9", "yuv420p", (56, 56)), ("a.avi", "mpeg4", "yuv420p", (56, 56)),
-    ("a.mkv", "libx264", "yuv420p", (56, 56)), ("a.mov", "libx264", "yuv420p", (56, 56)),
-    ("odd.mp4", "libx264", "yuv444p", (57, 45)), ("odd.mkv", "ffv1", "yuv444p", (57, 45)),
-    ("ein schöner 视频.mp4", "libx264", "yuv420p", (56, 56))])
-def test_containers_codecs_and_odd_sizes_give_every_frame(tmp_path, name, codec, pixels, side):
-    vision = load_vision(record_of(encode_clip(tmp_path / name, codec, pixels, side)), **LIMITS)
-    assert vision.frames.shape == (8, 3, 56, 56)
+@pytest.mark.parametrize("name, options, shape", [
+    ("odd.mp4", {"pixels": "yuv444p", "side": (57, 45)}, (56, 56)),
+    ("odd.mkv", {"codec": "ffv1", "pixels": "yuv444p", "side": (57, 45)}, (56, 56)),
+    ("ein schöner 视频.mp4", {}, (56, 56)), ("a.mp4", {"aspect": Fraction(3, 2)}, (56, 84)),
+    ("a.mkv", {"aspect": Fraction(2)}, (56, 112)), ("a.ts", {"aspect": Fraction(3, 2)}, (56, 84)),
+    ("a.mov", {"aspect": Fraction(1, 2)}, (112, 56))])
+def test_every_frame_comes_at_odd_sizes_and_stretched_if_pixels_are_not_square(
+        tmp_path, name, options, shape):
+    vision = load_vision(record_of(encode_clip(tmp_path / name, **options)), **LIMITS)
+    assert vision.frames.shape == (8, 3, *shape)
     assert torch.allclose(greys(vision), 20.0 * torch.arange(8), atol=4)
 
 
-@pytest.mark.parametrize("milliseconds", [
-    [0, 100, 200, 300, 1000, 2000, 3000, 3500],
-    [*range(0, 7000, 1000), 36_000_000]])  # ten hours
-def test_frames_of_a_clip_of_variable_frame_rate_are_taken_evenly_by_number(
-        tmp_path, milliseconds):
-    """As in the released code, not by time."""
-    clip = encode_clip(tmp_path / "a.mp4", milliseconds=milliseconds, step=5)
-    for count in (4, 8):
-        assert shown(clip, max_frames=count) == spread(0, 7, count)
+# red and green above blue and white: every turn and mirroring changes it
+CORNERS = Image.fromarray(np.array([[(255, 0, 0), (0, 255, 0)], [(0, 0, 255), (255, 255, 255)]],
+                                   np.uint8)).resize((112, 56), Image.Resampling.NEAREST)
 
 
-CORNERS = ("red", "lime", "blue", "white")  # top left, top right, bottom left, bottom right
-
-
-def cornered(width, height):
-    """A picture of four colours."""
-    image = Image.new("RGB", (width, height))
-    for i, colour in enumerate(CORNERS):
-        image.paste(colour, (i % 2 * width // 2, i // 2 * height // 2,
-                             (i % 2 + 1) * width // 2, (i // 2 + 1) * height // 2))
-    return image
-
-
-def corners(image):
-    """The names of an image's colours in its corners, as in CORNERS."""
-    pixels = [image.getpixel((int(x * image.width), int(y * image.height)))
-              for y in (0.25, 0.75) for x in (0.25, 0.75)]
-    return tuple(min(CORNERS, key=lambda name: np.abs(np.subtract(
-        ImageColor.getrgb(name), pixel)).sum()) for pixel in pixels)
+def alike(image, other):
+    """Returns whether two pictures have the same size and, but for their coding, pixels."""
+    return image.size == other.size and np.abs(np.subtract(image, other, dtype=int)).mean() < 9
 
 
 @pytest.mark.parametrize("matrix, transposition", [
@@ -286,7 +259,7 @@ def corners(image):
 def test_a_turned_or_mirrored_clip_stands_upright(tmp_path, matrix, transposition):
     """The position of a phone is a matrix in its clip's header: x' = a x + c y, y' = b x + d y.
     Pillow names the eight; its turns are counter-clockwise."""
-    picture, clip = cornered(112, 56), tmp_path / "a.mp4"
+    picture, clip = CORNERS, tmp_path / "a.mp4"
     write_video(clip, np.stack([picture] * 8), fps=2)
     data = bytearray(clip.read_bytes())
     at = data.find(b"tkhd") + 44  # after version, times, track id, duration, layer, volume
@@ -296,34 +269,14 @@ def test_a_turned_or_mirrored_clip_stands_upright(tmp_path, matrix, transpositio
     if transposition:
         picture = picture.transpose(Image.Transpose[transposition])
     frames = load_vision(record_of(clip), **LIMITS).frames  # (T, C, H, W)
-    assert frames.shape[2:] == (picture.height, picture.width)
-    assert corners(Image.fromarray(frames[3].permute(1, 2, 0).numpy())) == corners(picture)
-
-
-@pytest.mark.parametrize("name, aspect, shape", [
-    ("a.mp4", Fraction(3, 2), (56, 84)), ("a.mkv", Fraction(2), (56, 112)),
-    ("a.ts", Fraction(3, 2), (56, 84)), ("a.mov", Fraction(1, 2), (112, 56)),
-    ("a.mp4", Fraction(2, 3), (84, 56)), ("a.mp4", Fraction(1), (56, 56))])
-def test_pixels_that_are_not_square_are_stretched(tmp_path, name, aspect, shape):
-    clip = encode_clip(tmp_path / name, aspect=aspect)
-    frames = load_vision(record_of(clip), **LIMITS).frames
-    assert frames.shape == (8, 3, *shape)
-    assert torch.allclose(frames.float().mean((1, 2, 3)), 20.0 * torch.arange(8), atol=4)
-
-
-@pytest.mark.parametrize("name", ["a.gif", "a.webp", "a.apng"])
-@pytest.mark.parametrize("milliseconds, fps", [(10, 10), (20, 50), (100, 10), (1000, 1)])
-def test_an_animation_s_delay_of_10_ms_or_less_is_100_ms(tmp_path, name, milliseconds, fps):
-    first, *others = [Image.new("RGB", (56, 56), (20 * t,) * 3) for t in range(8)]
-    first.save(tmp_path / name, save_all=True, append_images=others, duration=milliseconds,
-               **({"format": "PNG"} if name == "a.apng" else {"lossless": True}))
-    assert load_vision(record_of(tmp_path / name), **LIMITS).metadata["fps"] == pytest.approx(fps)
+    assert alike(Image.fromarray(frames[3].permute(1, 2, 0).numpy()), picture)
 
 
 @pytest.mark.parametrize("name, options, fps", [
-    ("a.gif", {}, 10), ("a.gif", {"duration": 500}, 2),  # 10 is what browsers take without one
-    ("a.webp", {"lossless": True, "duration": 250}, 4), ("a.png", {"duration": 250}, 4),
-    ("a.apng", {"format": "PNG", "duration": 250}, 4),
+    # as in browsers: without a delay, or with one of 10 ms or less, 10 frames a second
+    ("a.gif", {}, 10), ("a.gif", {"duration": 10}, 10), ("a.gif", {"duration": 20}, 50),
+    ("a.webp", {"lossless": True, "duration": 10}, 10), ("a.png", {"duration": 250}, 4),
+    ("a.apng", {"format": "PNG", "duration": 10}, 10),
     ("poster.png", {"default_image": True, "duration": 250}, 4)])
 def test_a_moving_picture_is_a_video_with_its_rate_and_parts(tmp_path, name, options, fps):
     """A PNG may begin with a picture for viewers that cannot show it moving."""
@@ -331,8 +284,9 @@ def test_a_moving_picture_is_a_video_with_its_rate_and_parts(tmp_path, name, opt
     if "default_image" in options:
         frames.insert(0, Image.new("RGB", (56, 56), "red"))
     frames[0].save(tmp_path / name, save_all=True, append_images=frames[1:], **options)
-    vision = load_vision_isolated(record_of(tmp_path / name), 60, **LIMITS | {"fps": fps})
-    assert vision.metadata == {"fps": fps, "frames_indices": list(range(8)), "total_num_frames": 8}
+    vision = load_vision(record_of(tmp_path / name), **LIMITS | {"fps": fps})
+    assert vision.metadata == {"fps": pytest.approx(fps), "frames_indices": list(range(8)),
+                               "total_num_frames": 8}
     assert torch.allclose(greys(vision), 20.0 * torch.arange(8), atol=4)
     part = record_of(tmp_path / name) | {"video_start": 2 / fps, "video_end": 6 / fps}
     assert abs(greys(load_vision(part, **LIMITS | {"fps": fps}))[0] - 40) < 4
@@ -352,25 +306,15 @@ def test_a_moving_picture_s_transparent_ground_is_white(tmp_path):
 
 @pytest.mark.parametrize("names", [
     [f"{t + 1}.jpg" for t in range(12)], [f"frame_{t + 9995}.png" for t in range(12)],
-    [f"clip-{t + 1}-of-12.jpg" for t in range(12)], [f"img ({t}).PNG" for t in range(12)],
-    [f"v2_scene{t // 4 + 9}_{t % 4 + 8}.jpeg" for t in range(12)],
-    [f"{t / 2:.2f}.png" for t in range(12)], [f"{t:05d}.jpg" for t in range(12)]])
-def test_a_folder_s_frames_come_in_the_order_of_their_numbers(tmp_path, names):
+    [f"img ({t}).PNG" for t in range(12)], [f"{t / 2:.2f}.png" for t in range(12)],
+    [f"v2_scene{t // 4 + 9}_{t % 4 + 8}.jpeg" for t in range(12)]])
+def test_a_folder_s_frames_come_in_the_order_of_their_numbers_whatever_their_sizes(
+        tmp_path, names):
     for t, name in enumerate(names):
-        Image.new("RGB", (56, 56), (5 * t,) * 3).save(tmp_path / name)
-    assert shown_of_folder(tmp_path) == list(range(12))
-
-
-def shown_of_folder(folder):
-    return shown(folder, {"video_fps": 2, "media_root": str(folder.parent)}, max_frames=12)
-
-
-def test_a_folder_may_hold_a_mac_s_files_and_frames_of_other_sizes(tmp_path):
-    for t in range(8):
-        Image.new("RGB", (56, 56) if t % 3 else (80, 40), (5 * t,) * 3).save(
-            tmp_path / f"{t}.png")
-        (tmp_path / f"._{t}.png").write_bytes(b"resource fork")
-    assert shown_of_folder(tmp_path) == list(range(8))
+        Image.new("RGB", (56, 56) if t % 3 else (80, 40), (5 * t,) * 3).save(tmp_path / name)
+        (tmp_path / f"._{name}").write_bytes(b"resource fork")  # a Mac writes these
+    folder = {"video_fps": 2, "media_root": str(tmp_path.parent)}
+    assert shown(tmp_path, folder, max_frames=12) == list(range(12))
 
 
 @pytest.mark.parametrize("name, codec", [
@@ -433,25 +377,17 @@ def test_a_file_or_a_folder_s_frame_that_is_a_link_out_of_media_root_is_refused(
 
 
 @pytest.mark.parametrize("name, text", [
-    ("a.m3u8", "#EXTM3U\n#EXT-X-TARGETDURATION:9\n#EXTINF:4,\n{0}\n#EXT-X-ENDLIST\n"),
-    ("a.mp4", "#EXTM3U\n#EXT-X-TARGETDURATION:9\n#EXTINF:4,\n{0}\n#EXT-X-ENDLIST\n"),
-    ("b.mp4", "ffconcat version 1.0\nfile {0}\n"),
-    ("a.mpd", "<MPD><Period><AdaptationSet><BaseURL>{0}</BaseURL></AdaptationSet></Period></MPD>"),
-    ("a.sdp", "v=0\nm=video 5000 RTP/AVP 96\na=rtpmap:96 H264/90000\n")])
+    ("a.m3u8", "#EXTM3U\n#EXT-X-TARGETDURATION:9\n#EXTINF:4,\nsegment.ts\n#EXT-X-ENDLIST\n"),
+    ("a.mp4", "ffconcat version 1.0\nfile segment.ts\n")])
 @pytest.mark.parametrize("reader", ["av", "decord"])
 def test_a_file_that_names_others_is_refused(tmp_path, name, text, reader):
     encode_clip(tmp_path / "segment.ts")
-    (tmp_path / name).write_text(text.format("segment.ts"))
+    (tmp_path / name).write_text(text)
     with pytest.raises(MediaError, match="not a readable video|decord"):
         load_vision(record_of(tmp_path / name), **LIMITS, video_reader=reader)
 
 
 # ------------------------------------------------------------------- --video_reader decord
-
-def read_by_both(path):
-    pytest.importorskip("decord")
-    return [load_vision(record_of(path), **LIMITS, video_reader=name) for name in ("av", "decord")]
-
 
 @pytest.mark.parametrize("rate", [25, Fraction(30000, 1001)])
 @pytest.mark.parametrize("options", [{}, {"bf": "0"}])
@@ -467,16 +403,11 @@ def test_decord_reads_an_ordinary_mp4_as_av_does(tmp_path, rate, options, part):
     assert (ours.frames.float() - theirs.frames.float()).abs().mean() < 2
 
 
-def test_decord_shows_h264_in_avi_out_of_order_and_av_does_not(tmp_path):
-    ours, theirs = read_by_both(encode_clip(tmp_path / "a.avi", count=48, step=5, gop=12))
-    assert (greys(ours).diff() > 0).all() and not (greys(theirs).diff() > 0).all()
-
-
 def test_decord_works_in_a_decoder_that_is_forked_after_decord_was_used(tmp_path):
-    clip = encode_clip(tmp_path / "a.mp4")
-    expected = read_by_both(clip)[1].frames
-    vision = load_vision_isolated(record_of(clip), 30, **LIMITS, video_reader="decord")
-    assert torch.equal(vision.frames, expected)
+    pytest.importorskip("decord")
+    clip, limits = record_of(encode_clip(tmp_path / "a.mp4")), LIMITS | {"video_reader": "decord"}
+    expected = load_vision(clip, **limits).frames
+    assert torch.equal(load_vision_isolated(clip, 30, **limits).frames, expected)
 
 
 def test_what_decord_cannot_read_is_a_media_error(tmp_path):
@@ -496,69 +427,56 @@ def test_a_missing_decord_is_one_sentence(monkeypatch, capsys):
 
 # -------------------------------------------------------- files that are no readable video
 
-def broken_files(folder):
-    """Makes files that cannot be read, but for whole.mp4. Returns {path: kind}, and two without a
-    file."""
-    data = encode_clip(folder / "whole.mp4", movflags="faststart").read_bytes()
-    encode_clip(folder / "thin.mp4", side=(4, 2000))
-    encode_clip(folder / "one.mp4", count=1)
-    Image.new("RGB", (900, 3)).save(folder / "thin.png")
+def test_a_file_that_cannot_be_read_is_a_media_error_that_names_it_and_the_reason(tmp_path):
+    data = encode_clip(tmp_path / "thin.mp4", side=(4, 2000), movflags="faststart").read_bytes()
+    encode_clip(tmp_path / "one.mp4", count=1)
+    Image.new("RGB", (900, 3)).save(tmp_path / "thin.png")
     for name in ("still.gif", "still.webp", "still.jpg"):
-        Image.new("RGB", (56, 56)).save(folder / name)
+        Image.new("RGB", (56, 56)).save(tmp_path / name)
     for name, content in (("header.mp4", data[:data.find(b"mdat") + 8]), ("text.png", b"no image"),
                           ("cut.mp4", data[:len(data) // 2]), ("text.mp4", b"no video"),
                           ("empty.mp4", b""), ("empty.png", b"")):
-        (folder / name).write_bytes(content)
-    with av.open(str(folder / "sound.mp4"), "w") as output:
+        (tmp_path / name).write_bytes(content)
+    with av.open(str(tmp_path / "sound.mp4"), "w") as output:
         stream = output.add_stream("aac", rate=16000)
         frame = av.AudioFrame.from_ndarray(np.zeros((1, 16000), np.float32), "fltp", "mono")
         frame.rate = 16000
         output.mux(stream.encode(frame))
         output.mux(stream.encode())
-    paths = [*folder.iterdir(), folder / "absent.mp4", folder / "absent.png"]
-    return {path: "image" if path.suffix == ".png" else "video" for path in paths
-            if path.name != "whole.mp4"}
-
-
-def test_a_file_that_cannot_be_read_is_a_media_error_that_names_it_and_the_reason(tmp_path):
-    for path, kind in broken_files(tmp_path).items():
+    for path in (*tmp_path.iterdir(), tmp_path / "absent.mp4", tmp_path / "absent.png"):
         with pytest.raises(MediaError) as error:
-            load_vision_isolated(record_of(path, kind), 60, **LIMITS)
+            load_vision(record_of(path, "image" if path.suffix == ".png" else "video"), **LIMITS)
         message = str(error.value)
         assert message.startswith(f"{path}: ") and "\n" not in message, path
-        assert "read_video" not in message and len(message) > len(str(path)) + 5, path
+        assert len(message) > len(str(path)) + 5, path
 
 
 # -------------------------------------------------------------------------------- images
 
-INK = Image.new("L", (60, 60))
-INK.paste(255, (20, 20, 40, 40))  # what is not transparent: a square in the middle
+def image_of(path, **limits):
+    return load_vision(record_of(path, "image"), **LIMITS | limits).image
 
 
 def transparent(mode):
-    """A black square on a transparent ground whose hidden colour is not white; and how to save
-    its transparency."""
-    if mode.endswith("A"):
-        image = Image.new(mode[:-1], (60, 60))
-        image.putalpha(INK)
-        return image, {}
-    hidden, palette = {"P": (1, [0, 0, 0, 9, 9, 9]), "RGB": ((9, 8, 7), None)}.get(mode, (9, None))
-    image = Image.new(mode, (60, 60), hidden)
-    image.paste(0, (20, 20, 40, 40))
-    if palette:
-        image.putpalette(palette)
-    return image, {"transparency": hidden}
+    """Returns a black square on a transparent ground with the hidden colour (9, 8, 7)."""
+    image = Image.new("RGBA", (60, 60), (9, 8, 7, 0))
+    image.paste("black", (20, 20, 40, 40))
+    if mode != "P":
+        return image.convert(mode)
+    image = image.getchannel("A").point(lambda opacity: opacity == 0)
+    image.putpalette([0, 0, 0, 9, 8, 7])
+    return image
 
 
-@pytest.mark.parametrize("name, mode", [
-    ("a.png", "RGBA"), ("a.png", "LA"), ("a.tiff", "LA"), ("a.png", "L"), ("a.png", "RGB"),
-    ("a.png", "P"), ("a.gif", "P"), ("a.webp", "RGBA"), ("bytes.png", "P")])
-def test_transparency_of_every_mode_is_white(tmp_path, name, mode):
-    image, options = transparent(mode)
-    if name == "bytes.png":  # an opacity for each colour of the palette
-        options = {"transparency": bytes([255, 0])}
-    image.save(tmp_path / name, **options)
-    read = load_vision(record_of(tmp_path / name, "image"), **LIMITS).image
+@pytest.mark.parametrize("name, mode, options", [
+    ("a.png", "RGBA", {}), ("a.png", "LA", {}), ("a.tiff", "LA", {}), ("a.webp", "RGBA", {}),
+    # the hidden colour, its number in the palette, or an opacity for each colour of the palette
+    ("a.png", "RGB", {"transparency": (9, 8, 7)}), ("a.png", "L", {"transparency": 8}),
+    ("a.png", "P", {"transparency": 1}), ("a.gif", "P", {"transparency": 1}),
+    ("a.png", "P", {"transparency": bytes([255, 0])})])
+def test_transparency_of_every_mode_is_white(tmp_path, name, mode, options):
+    transparent(mode).save(tmp_path / name, **options)
+    read = image_of(tmp_path / name)
     assert read.getpixel((3, 3)) == (255, 255, 255)
     assert read.getpixel((read.width // 2, read.height // 2)) == (0, 0, 0)
 
@@ -568,20 +486,18 @@ def test_transparency_of_every_mode_is_white(tmp_path, name, mode):
     (5, "TRANSPOSE"), (6, "ROTATE_90"), (7, "TRANSVERSE"), (8, "ROTATE_270")])
 @pytest.mark.parametrize("name", ["a.jpg", "a.png", "a.webp"])
 def test_an_image_stands_upright_by_its_exif_orientation(tmp_path, name, orientation, stored):
-    image, exif = cornered(112, 56), Image.Exif()
+    image = CORNERS.transpose(Image.Transpose[stored]) if stored else CORNERS
+    exif = Image.Exif()
     exif[0x0112] = orientation
-    (image.transpose(Image.Transpose[stored]) if stored else image).save(
-        tmp_path / name, exif=exif)
-    read = load_vision(record_of(tmp_path / name, "image"), **LIMITS).image
-    assert read.size == (112, 56) and corners(read) == CORNERS
+    image.save(tmp_path / name, exif=exif)
+    assert alike(image_of(tmp_path / name), CORNERS)
 
 
 @pytest.mark.filterwarnings("ignore:Corrupt EXIF")
 def test_an_image_with_damaged_exif_is_read_as_it_is(tmp_path):
     for exif in (b"Exif\0\0junk", b"Exif\0\0MM\0*\0\0\0\x08\0\x05\x01\x12", b"Exif\0\0MM\0*\xff"):
-        cornered(112, 56).save(tmp_path / "a.jpg", exif=exif)
-        assert corners(load_vision(record_of(tmp_path / "a.jpg", "image"), **LIMITS).image) \
-            == CORNERS
+        CORNERS.save(tmp_path / "a.jpg", exif=exif)
+        assert alike(image_of(tmp_path / "a.jpg"), CORNERS)
 
 
 @pytest.mark.parametrize("height, width, tokens", [
@@ -591,18 +507,11 @@ def test_an_image_with_damaged_exif_is_read_as_it_is(tmp_path):
 def test_a_narrow_picture_has_no_side_of_zero_and_stays_within_the_limit(
         tmp_path, height, width, tokens, factor):
     Image.new("RGB", (width, height), (77, 77, 77)).save(tmp_path / "a.png")
-    limits = LIMITS | {"min_pixels": min(tokens, 4) * factor**2, "max_pixels": tokens * factor**2}
-    read = load_vision(record_of(tmp_path / "a.png", "image"), **limits, factor=factor).image
+    read = image_of(tmp_path / "a.png", min_pixels=min(tokens, 4) * factor**2,
+                    max_pixels=tokens * factor**2, factor=factor)
     assert read.width % factor == 0 == read.height % factor
     assert 0 < read.width * read.height <= tokens * factor**2
     assert (read.width >= read.height) == (width > height) or read.width == read.height
-
-
-def test_sides_are_multiples_of_the_factor_that_is_given(tmp_path):
-    clip = encode_clip(tmp_path / "a.mp4", side=(90, 160))
-    for factor in (28, 32):
-        assert load_vision(record_of(clip), **LIMITS, factor=factor).frames.shape[2:] == (
-            round(90 / factor) * factor, round(160 / factor) * factor)
 
 
 @pytest.mark.parametrize("name, image, colour", [
@@ -614,7 +523,7 @@ def test_sides_are_multiples_of_the_factor_that_is_given(tmp_path):
     ("pixel.png", Image.new("RGB", (1, 1), (9, 8, 7)), (9, 8, 7))])
 def test_images_of_every_mode_are_read_as_they_look(tmp_path, name, image, colour):
     image.save(tmp_path / name)
-    read = load_vision(record_of(tmp_path / name, "image"), **LIMITS).image
+    read = image_of(tmp_path / name)
     assert read.mode == "RGB" and read.width % 28 == 0 == read.height % 28
     assert np.abs(np.subtract(read.getpixel((0, 0)), colour)).max() <= 2
 
@@ -625,7 +534,7 @@ def test_images_that_cannot_be_shown_are_media_errors(tmp_path, monkeypatch, mos
     monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", most)
     Image.fromarray(np.full((60, 60), pixels, np.float32)).save(tmp_path / "a.tiff")
     with pytest.raises(MediaError, match=reason):
-        load_vision(record_of(tmp_path / "a.tiff", "image"), **LIMITS)
+        image_of(tmp_path / "a.tiff")
 
 
 # ----------------------------------------------------------- decoders that fall or stand still
@@ -636,9 +545,15 @@ def fresh_decoders(monkeypatch):
     monkeypatch.setattr(build_data, "DECODERS", {})
 
 
-@pytest.fixture
-def decoder(tmp_path, monkeypatch):
-    """Clips with the name of what their decoder does."""
+def frames_or_reason(record):
+    try:
+        return load_vision_isolated(record, 3, **LIMITS).frames
+    except MediaError as error:
+        return str(error)
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_a_decoder_that_crashes_or_hangs_loses_exactly_its_sample(tmp_path, monkeypatch, workers):
     def misbehave(record, **limits):
         if "crash" in record["problem_id"]:
             faulthandler.disable()  # pytest's, which would print a trace among the tests' dots
@@ -649,30 +564,10 @@ def decoder(tmp_path, monkeypatch):
             bytearray(2 * build_data.DECODE_MEMORY)
         return load_vision(record, **limits)
     monkeypatch.setattr(build_data, "load_vision", misbehave)
-    return [record_of(encode_clip(tmp_path / f"{name}.mp4"))
-            for name in ("good", "crash", "fine", "hang", "well", "greedy", "right")]
-
-
-class Clips(torch.utils.data.Dataset):
-    def __init__(self, records):
-        self.records = records
-
-    def __len__(self):
-        return len(self.records)
-
-    def __getitem__(self, i):
-        try:
-            return load_vision_isolated(self.records[i], 3, **LIMITS).frames
-        except MediaError as error:
-            return str(error)
-
-
-@pytest.mark.parametrize("workers", [0, 2])
-def test_a_decoder_that_crashes_or_hangs_loses_exactly_its_sample(decoder, workers):
-    start = time.perf_counter()
-    found = list(DataLoader(Clips(decoder), batch_size=None, num_workers=workers))
-    assert time.perf_counter() - start < 60
-    for record, result in zip(decoder, found):
+    clips = [record_of(encode_clip(tmp_path / f"{name}.mp4"))
+             for name in ("good", "crash", "fine", "hang", "well", "greedy", "right")]
+    found = DataLoader(clips, batch_size=None, num_workers=workers, collate_fn=frames_or_reason)
+    for record, result in zip(clips, found, strict=True):
         reason = {"crash.mp4": "its decoder died", "hang.mp4": "more than 3 seconds",
                   "greedy.mp4": "bytes"}.get(record["problem_id"])
         if reason:
