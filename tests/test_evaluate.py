@@ -16,10 +16,6 @@ from build_data import InputError, Vision, load_records
 from conftest import run as launch
 from conftest import run_here, table_rows
 
-def main(*argv):
-    run_here(evaluate, *argv)
-
-
 def flags(toy, output, *more):
     """A short run over the toy's test questions, decoding in the process itself."""
     return [f"@{toy}/evaluate.args", "--model", toy / "model", "--output", output, "--num_workers",
@@ -29,7 +25,7 @@ def flags(toy, output, *more):
 def run(toy, output, *more):
     """Runs in this process; returns the rows by problem_id and the whole result."""
     given = flags(toy, output, *more)
-    main(*given)
+    run_here(evaluate, *given)
     result = json.loads((output / f"toy_8_{parsed(*given).order[-1]}.json").read_text())
     return {row["problem_id"]: row for row in result["rows"]}, result
 
@@ -264,58 +260,13 @@ def test_two_ranks_give_the_rows_of_one(toy, uninterrupted, tmp_path):
     assert len(list(tmp_path.glob("*.rank*.jsonl"))) == 2
 
 
-def test_a_killed_run_goes_on_to_the_rows_of_an_uninterrupted_one(
-        toy, uninterrupted, tmp_path, monkeypatch):
-    """What a kill leaves is in test_annotate.py; here also, more ranks had run before."""
-    append, rows = build_data.append_rows, []
-
-    def killed(file, new):
-        rows.extend(new)
-        if len(rows) > 10:
-            raise KeyboardInterrupt
-        append(file, new)
-    with monkeypatch.context() as patched, pytest.raises(KeyboardInterrupt):
-        patched.setattr(build_data, "append_rows", killed)
-        run(toy, tmp_path, "--batch_size", 1)
-    earlier = tmp_path / "toy_8_ordered.rank3.jsonl"
-    (tmp_path / "toy_8_ordered.rank0.jsonl").rename(earlier)
-    assert earlier.read_bytes().count(b"\n") == 10
-    rows, result = run(toy, tmp_path)
-    assert rows == uninterrupted[0] and result["scores"] == uninterrupted[1]["scores"]
-    # what was kept was not answered again
-    assert (tmp_path / "toy_8_ordered.rank0.jsonl").read_bytes().count(b"\n") == 1 + 24 - 9
-
-
-def test_media_that_cannot_be_read_are_skipped_named_and_tried_again(toy, tmp_path, capsys):
-    root, out = tmp_path / "broken", tmp_path / "out"
-    records = [record for record in json.loads((toy / "test.json").read_text())
-               if record["data_type"] == "video"][:3]
-    ids, paths = zip(*((record["problem_id"], record["path"]) for record in records))
-    (root / "media").mkdir(parents=True)
-    (root / "test.json").write_text(json.dumps(records))
-    (root / paths[0]).write_bytes(b"not a video")
-    shutil.copy(toy / paths[2], root / paths[2])
-    more = ("--media_root", root, "--benchmark", f"toy={root}/test.json")
-    rows, result = run(toy, out, *more)
-    assert (*rows, result["answered"], result["records"]) == (ids[2], 1, 3)
-    assert [row["problem_id"] for row in result["skipped"]] == [*ids[:2]]
-    assert all(row["path"].removeprefix("./") in row["reason"] for row in result["skipped"])
-    printed = capsys.readouterr().out
-    assert "| 1/3 " in printed and "skipped 2, listed in" in printed
-
-    for path in paths[:2]:
-        shutil.copy(toy / path, root / path)
-    rows, result = run(toy, out, *more)
-    assert len(rows) == result["answered"] == 3 and result["skipped"] == []
-
-
 def test_several_orders_in_one_run_load_the_model_once_and_end_with_their_gap(
         toy, uninterrupted, tmp_path, capsys, monkeypatch):
     """A table names model and order, and the toy's groups as the README does."""
     loaded, load = [], annotate.load_answering_model
     monkeypatch.setattr(annotate, "load_answering_model",
                         lambda *given: loaded.append(1) or load(*given))
-    main(*flags(toy, tmp_path, "--order", "shuffled", "ordered"))
+    run_here(evaluate, *flags(toy, tmp_path, "--order", "shuffled", "ordered"))
     assert len(loaded) == 1
     ordered, shuffled = (json.loads((tmp_path / f"toy_8_{order}.json").read_text())
                          for order in ("ordered", "shuffled"))
@@ -331,14 +282,17 @@ def test_several_orders_in_one_run_load_the_model_once_and_end_with_their_gap(
     assert {"direction_agree", "problem_type: multiple choice"} <= {row[0] for row in rows}
 
 
-def test_a_limit_takes_the_first_questions_and_the_same_command_without_it_the_others(
+def test_a_limited_or_killed_run_continues_to_the_rows_of_a_whole_one(
         toy, uninterrupted, tmp_path):
+    """A real kill is in test_annotate.py."""
     rows, result = run(toy, tmp_path, "--limit", 5)
     assert list(rows) == list(uninterrupted[0])[:5] and result["records"] == 5
-    kept = (tmp_path / "toy_8_ordered.rank0.jsonl").read_text()
+    now, earlier = (tmp_path / f"toy_8_ordered.rank{rank}.jsonl" for rank in (0, 3))
+    now.rename(earlier)  # there were more ranks before
+    earlier.write_text(earlier.read_text()[:-9])  # a kill leaves a torn line
     rows, result = run(toy, tmp_path)
     assert rows == uninterrupted[0] and result["scores"] == uninterrupted[1]["scores"]
-    assert (tmp_path / "toy_8_ordered.rank0.jsonl").read_text().startswith(kept)
+    assert len(now.read_text().splitlines()) == 1 + 24 - 4  # what was kept is not answered again
     assert run(toy, tmp_path, "--limit", 2)[1]["tokens"] == sum(
         row["tokens"] for row in list(rows.values())[:2])  # of what the result is about
 
@@ -367,7 +321,7 @@ def test_bad_flags_end_in_one_sentence_before_the_model_is_loaded(
     (tmp_path / "twice.json").write_text(json.dumps(records + records[3:4]))
     more = [text.replace("TOY", str(toy)).replace("TMP", str(tmp_path)) for text in more]
     with pytest.raises(InputError, match=message):
-        main(*flags(toy, tmp_path / "out", *more))
+        run_here(evaluate, *flags(toy, tmp_path / "out", *more))
 
 
 def test_rows_of_another_configuration_are_refused_and_named(toy, tmp_path, monkeypatch):

@@ -197,20 +197,15 @@ def record(problem_type, truth, options=None):
     (record("regression", "10"), "8", 0.8),
 ])
 def test_accuracy_is_graded_by_the_records_problem_type(row, answer, reward):
-    for response in (f"<think>x</think>\n<answer>{answer}</answer>",
-                     f"<answer> {answer}\n</answer><|im_end|>"):
-        assert rewards.accuracy_reward(response, row) == pytest.approx(reward)
+    response = f"<think>x</think>\n<answer> {answer}\n</answer><|im_end|>"
+    assert rewards.accuracy_reward(response, row) == pytest.approx(reward)
 
 
-@pytest.mark.parametrize("problem_type", [
-    "multiple choice", "numerical", "OCR", "free-form", "regression"])
-def test_no_answer_block_or_different_ones_are_no_accuracy(problem_type):
-    row = record(problem_type, "B" if problem_type == "multiple choice" else "5")
-    truth = row["solution"]
-    assert rewards.accuracy_reward(truth, row) > 0.5
-    assert rewards.accuracy_reward(truth + truth, row) == rewards.accuracy_reward(truth, row)
-    for response in ("", "B", "5", truth + "<answer>6</answer>", truth[:-1], "<answer> </answer>"):
-        assert rewards.accuracy_reward(response, row) == 0.0
+def test_no_answer_block_or_different_ones_are_no_accuracy():
+    truth = "<answer>5</answer>"
+    assert rewards.accuracy_reward(truth + truth, record("numerical", "5")) == 1.0
+    for response in ("", "5", truth + "<answer>6</answer>", truth[:-1], "<answer> </answer>"):
+        assert rewards.accuracy_reward(response, record("numerical", "5")) == 0.0
 
 
 @pytest.mark.parametrize("wrong, words", [
