@@ -24,7 +24,7 @@ SECONDS = 1.0  # processor time that one call on them may take
     ("<answer>B</answer>\n<answer> B\n</answer>", "B"),
     ("<think><answer>B</answer></think><answer>B</answer>", "B"),
     *((text, "") for text in (
-        "B", "<answer></answer>", "<answer>B", "B</answer>", "</answer>B<answer>",
+        "B", "<answer></answer>", "<answer>B", "B</answer>", "</answer><answer>B</answer>",
         "<answer>A</answer><answer>B</answer>", "<answer>B</answer><answer></answer>",
         "<answer>B</answer><answer>B", "<answer>B</answer>B</answer>",
         "<answer>A<answer>B</answer></answer>", "<Answer>B</Answer>"))])
@@ -147,12 +147,13 @@ def test_regression_is_one_minus_the_relative_error_clipped(p, g, reward):
     ("stop", "STOP", 0.0), ("a b c d", "a b c x", 0.75), ("a b c", "a b c d", 0.75),
     ("a b c d e", "a b c d", 0.75), ("b a", "a b", 0.0), ("a\nb", "a b", 1.0),
     (" a \t b ", "a b", 1.0), ("x y z", "a", 0.0), ("", " ", 1.0), ("", "a", 0.0), ("a", "", 0.0),
-    ("\ud800 a", "\ud800 b", 0.5), ("S\u030ckoda", "Škoda", 1.0), ("दीन", "दिन", 0.0)])
+    ("\ud800 a", "\ud800 b", 0.5), ("S\u030ckoda café", "Škoda cafe\u0301", 1.0), ("दीन", "दिन", 0.0)])
 def test_ocr_is_one_minus_the_word_error_rate_clipped(p, g, reward):
     assert rewards.ocr(p, g) == pytest.approx(reward, abs=1e-12)
 
 
 @pytest.mark.parametrize("p, g, reward", [
+    ("The CAT, sat!", "the cat sat", 1.0),
     ("the cat ran", "the cat sat", (2 / 3 + 1 / 2 + 2 / 3) / 3),
     ("a c", "a b c d", (2 / 3 + 0 + 2 / 3) / 3),  # F of P = 1 and R = 1/2
     ("d c b a", "a b c d", (1 + 0 + 1 / 4) / 3),
