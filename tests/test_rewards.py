@@ -147,7 +147,7 @@ def test_regression_is_one_minus_the_relative_error_clipped(p, g, reward):
     ("stop", "STOP", 0.0), ("a b c d", "a b c x", 0.75), ("a b c", "a b c d", 0.75),
     ("a b c d e", "a b c d", 0.75), ("b a", "a b", 0.0), ("a\nb", "a b", 1.0),
     (" a \t b ", "a b", 1.0), ("x y z", "a", 0.0), ("", " ", 1.0), ("", "a", 0.0), ("a", "", 0.0),
-    ("\ud800 a", "\ud800 b", 0.5), ("S\u030ckoda café", "Škoda cafe\u0301", 1.0), ("दीन", "दिन", 0.0)])
+    ("\ud800 a", "\ud800 b", 0.5), ("S\u030c é", "Š e\u0301", 1.0), ("दीन", "दिन", 0.0)])
 def test_ocr_is_one_minus_the_word_error_rate_clipped(p, g, reward):
     assert rewards.ocr(p, g) == pytest.approx(reward, abs=1e-12)
 
