@@ -1,5 +1,6 @@
 """Grades made-up responses by tgrpo.py's own code, for test_variants.py."""
 import math
+from types import SimpleNamespace
 
 import torch
 
@@ -24,12 +25,8 @@ def graded(tgrpo, record, texts, texts_shuffled, lengths, **flags) -> dict:
     args = tgrpo.parse_args(["--model=", "--data=", "--output="])
     vars(args).update(G=len(texts), **flags)
     end, known = -1, texts + texts_shuffled
-
-    class Tokenizer:
-        """A response's first token is its text's number."""
-        @staticmethod
-        def batch_decode(rows, **_):
-            return [known[row[0]] for row in rows]
+    # a response's first token is its text's number
+    tokenizer = SimpleNamespace(batch_decode=lambda rows, **_: [known[row[0]] for row in rows])
 
     def tokens(first, lengths):  # (n, L), the end token included in the length
         width = max(lengths)
@@ -39,5 +36,5 @@ def graded(tgrpo, record, texts, texts_shuffled, lengths, **flags) -> dict:
     group = {"record": record, "responses": tokens(0, lengths)}  # (G, L)
     if texts_shuffled:
         group["responses_shuffled"] = tokens(len(texts), [2] * len(texts_shuffled))
-    tgrpo.grade_group(group, Tokenizer, [end], args)
+    tgrpo.grade_group(group, tokenizer, [end], args)
     return group

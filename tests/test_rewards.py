@@ -1,12 +1,10 @@
 """Claims about rewards.py: what counts as an answer, how each problem type is graded, Eq. 5."""
-
 import json
 import math
 import random
 import time
 from string import ascii_uppercase
 
-import jiwer
 import pytest
 from rouge_score.rouge_scorer import RougeScorer
 
@@ -20,21 +18,16 @@ SECONDS = 1.0  # processor time that one call on them may take
 
 # ---- reading a response --------------------------------------------------------------------------
 
-
 @pytest.mark.parametrize("text, answer", [
-    ("<answer>B</answer>", "B"), ("<think>x</think>\n<answer> B \n</answer>\n", "B"),
-    ("<answer>B</answer><|im_end|>", "B"), ("<answer>B</answer>\n<|im_end|>\n<|endoftext|>", "B"),
+    ("<answer>B</answer>", "B"), ("<think>x</think>\n<answer> B \n</answer>\n<|im_end|>", "B"),
     ("<answer>two\nlines</answer>", "two\nlines"), ("<answer>a < b</answer>", "a < b"),
-    ("<answer>B</answer><answer>B</answer>", "B"),
-    ("<answer>B</answer>\n<answer> B\n</answer><|im_end|>", "B"),
+    ("<answer>B</answer>\n<answer> B\n</answer>", "B"),
     ("<think><answer>B</answer></think><answer>B</answer>", "B"),
     *((text, "") for text in (
-        "B", "", "<answer></answer>", "<answer>B", "B</answer>", "</answer>B<answer>",
-        "</answer><answer>B", "<answer>A</answer><answer>B</answer>",
-        "<answer>B</answer><answer>B.</answer>", "<answer>B</answer><answer></answer>",
-        "<answer>B</answer><answer>B</answer><answer>A</answer>", "<answer>B</answer><answer>B",
-        "<answer>B</answer>B</answer>", "<answer>A<answer>B</answer></answer>",
-        "<answer>A<answer>B</answer>", "<answer>B</answer></answer>", "<Answer>B</Answer>"))])
+        "B", "<answer></answer>", "<answer>B", "B</answer>", "</answer><answer>B</answer>",
+        "<answer>A</answer><answer>B</answer>", "<answer>B</answer><answer></answer>",
+        "<answer>B</answer><answer>B", "<answer>B</answer>B</answer>",
+        "<answer>A<answer>B</answer></answer>", "<Answer>B</Answer>"))])
 def test_the_answer_is_the_one_text_that_the_answer_blocks_hold(text, answer):
     assert rewards.extract_answer(text) == answer
 
@@ -43,33 +36,25 @@ GOOD = "<think>it moves left</think>\n<answer>B</answer>"
 
 
 @pytest.mark.parametrize("response", [
-    GOOD, GOOD.replace("\n", ""), f" \n{GOOD}\n ", GOOD + "<|im_end|>",
-    GOOD + "\n<|im_end|>\n<|endoftext|>", "<think>1\n2</think>\n\n<answer>3\n4</answer>",
-    "<think>a < b > c</think> <answer>B</answer>",
-])
+    GOOD, GOOD.replace("\n", ""), f" \n{GOOD}\n ", GOOD + "\n<|im_end|>\n<|endoftext|>",
+    "<think>1\n2</think>\n\n<answer>3\n4</answer>", "<think>a < b > c</think> <answer>B</answer>"])
 def test_format_is_one_think_block_then_one_answer_block(response):
     assert rewards.format_reward(response) == 1.0
 
 
 @pytest.mark.parametrize("response", [
-    "", "B", "<answer>B</answer>", "<think>x</think>", "<think>x</think>B",
-    "<answer>B</answer><think>x</think>",
-    f"So: {GOOD}", f"{GOOD} done", f"{GOOD}.", f"<|im_end|>{GOOD}", f"{GOOD}<|im_end|>B",
-    GOOD + GOOD, GOOD + "<answer>B</answer>", "<think>y</think>" + GOOD,
-    "<think>x</think> and <answer>B</answer>",
-    "<think>x<think>y</think></think><answer>B</answer>",
-    "<think>x<answer>B</answer></think>",
-    "<think>x<answer></think>B</answer>",
-    "<think>x</think><answer><think>B</answer>",
-    "<think>x<answer>B</answer>", "<think>x</think><answer>B",
-    "<THINK>x</THINK><answer>B</answer>",
-])
+    "", "<answer>B</answer>", "<think>x</think>", "<think>x</think>B",
+    "<answer>B</answer><think>x</think>", f"So: {GOOD}", f"{GOOD} done", f"<|im_end|>{GOOD}",
+    f"{GOOD}<|im_end|>B", f"{GOOD}<answer>B</answer>", f"<think>y</think>{GOOD}",
+    "<think>x</think> and <answer>B</answer>", "<think>x<think>y</think></think><answer>B</answer>",
+    "<think>x<answer>B</answer></think>", "<think>x<answer></think>B</answer>",
+    "<think>x</think><answer><think>B</answer>", "<think>x<answer>B</answer>",
+    "<think>x</think><answer>B", "<THINK>x</THINK><answer>B</answer>"])
 def test_any_other_format_has_no_reward(response):
     assert rewards.format_reward(response) == 0.0
 
 
 # ---- multiple choice -----------------------------------------------------------------------------
-
 
 @pytest.mark.parametrize("options", [(), OPTIONS, None], ids=["no options", "options", "null"])
 @pytest.mark.parametrize("kind", ANSWERS["the letter B"])
@@ -124,12 +109,7 @@ def test_the_truth_may_be_spelt_in_the_same_ways(truth):
     assert rewards.multiple_choice("A", truth, OPTIONS) == 0.0
 
 
-def test_a_truth_that_means_nothing_is_never_matched():
-    assert rewards.multiple_choice("A or B", "A or B", OPTIONS) == 0.0
-
-
 # ---- numbers -------------------------------------------------------------------------------------
-
 
 @pytest.mark.parametrize("value", ANSWERS["a number"])
 def test_a_number_is_read_by_its_value(value):
@@ -143,74 +123,48 @@ def test_anything_but_one_finite_number_is_none(text):
 
 
 @pytest.mark.parametrize("p, g, equal", [
-    ("3", "3.0", True), ("1,000", "1000", True), ("50%", "50", True), ("−5", "-5", True),
-    ("1/3", "0.33", True), ("3.141", "3.14", True), ("3.146", "3.15", True), ("-0.001", "0", True),
-    ("2.675", "2.68", True), ("0.125", "0.12", True), ("1e308", "1e308", True),
-    ("9007199254740993", "9,007,199,254,740,993", True),
-    ("-5", "5", False), ("3", "4", False), ("3.14", "3.15", False), ("3.144", "3.15", False),
-    ("0.125", "0.13", False), ("1e308", "1.1e308", False), ("0.5", "50%", False),
-    ("3 or 4", "3", False), ("3 or 4", "3 or 4", False), ("", "", False), ("1 1/2", "1.5", True),
-    ("minus 5", "5", False), ("more than 5", "5", False), ("5", "2 + 3 = 5", False),
-    ("inf", "inf", False), ("1e999", "1e999", False), ("1.0", "10", False),
-])
+    ("3", "3.0", True), ("1/3", "0.33", True), ("3.141", "3.14", True), ("3.146", "3.15", True),
+    ("-0.001", "0", True), ("2.675", "2.68", True), ("0.125", "0.12", True),
+    ("1e308", "1e308", True), ("0.125", "0.13", False), ("3", "4", False), ("3.14", "3.15", False),
+    ("3.144", "3.15", False), ("1e308", "1.1e308", False), ("0.5", "50%", False),
+    ("1.0", "10", False), ("3 or 4", "3", False), ("5", "2 + 3 = 5", False), ("", "", False)])
 def test_numbers_are_equal_when_they_round_to_the_same_two_decimals(p, g, equal):
     assert rewards.numerical(p, g) == (1.0 if equal else 0.0)
 
 
 @pytest.mark.parametrize("p, g, reward", [
-    ("10", "10", 1.0), ("8", "10", 0.8), ("12", "10", 0.8), ("8 m", "10", 0.8), ("5", "10", 0.5),
-    ("20", "10", 0.0), ("0", "10", 0.0), ("1000", "10", 0.0), ("-10", "10", 0.0),
-    ("-8", "-10", 0.8), ("8", "-10", 0.0), ("1/2", "1", 0.5), ("1,500", "1,000", 0.5),
-    ("0", "0", 1.0), ("-0.0", "0", 1.0), ("0.001", "0", 0.0), ("5", "0", 0.0),
-    ("", "10", 0.0), ("8 or 9", "10", 0.0), ("8", "", 0.0), ("10^1", "10", 1.0),
-    ("at least 10", "10", 0.0),
-    ("1e308", "-1e308", 0.0), ("1e308", "1e-308", 0.0), ("1", "5e-324", 0.0),
-])
+    ("10", "10", 1.0), ("8", "10", 0.8), ("12", "10", 0.8), ("20", "10", 0.0), ("-8", "-10", 0.8),
+    ("8", "-10", 0.0), ("0", "0", 1.0), ("-0.0", "0", 1.0), ("0.001", "0", 0.0),
+    ("8 or 9", "10", 0.0), ("8", "", 0.0), ("1e308", "-1e308", 0.0), ("1e308", "1e-308", 0.0),
+    ("1", "5e-324", 0.0)])
 def test_regression_is_one_minus_the_relative_error_clipped(p, g, reward):
     assert rewards.regression(p, g) == pytest.approx(reward, abs=1e-12)
 
 
 # ---- text ----------------------------------------------------------------------------------------
 
-
 @pytest.mark.parametrize("p, g, reward", [
-    ("STOP", "STOP", 1.0), ("stop", "STOP", 0.0), ("a b c d", "a b c x", 0.75),
-    ("a b c", "a b c d", 0.75), ("a b c d e", "a b c d", 0.75), ("b a", "a b", 0.0),
-    ("a\nb", "a b", 1.0), (" a \t b ", "a b", 1.0), ("x y z", "a", 0.0), ("a b", "a", 0.0),
-    ("a b c", "a b", 0.5), ("", "", 1.0), (" ", "\n", 1.0), ("", "a", 0.0), ("a", "", 0.0),
-    ("出口", "出口", 1.0), ("\ud800 a", "\ud800 b", 0.5), ("S\u030ckoda", "Škoda", 1.0),
-    ("दीन", "दिन", 0.0),
-])
+    ("stop", "STOP", 0.0), ("a b c d", "a b c x", 0.75), ("a b c", "a b c d", 0.75),
+    ("a b c d e", "a b c d", 0.75), ("b a", "a b", 0.0), ("a\nb", "a b", 1.0),
+    (" a \t b ", "a b", 1.0), ("x y z", "a", 0.0), ("", " ", 1.0), ("", "a", 0.0), ("a", "", 0.0),
+    ("\ud800 a", "\ud800 b", 0.5), ("S\u030c é", "Š e\u0301", 1.0), ("दीन", "दिन", 0.0)])
 def test_ocr_is_one_minus_the_word_error_rate_clipped(p, g, reward):
     assert rewards.ocr(p, g) == pytest.approx(reward, abs=1e-12)
 
 
-def test_ocr_equals_jiwer_for_every_pair_of_lengths():
-    rng = random.Random(0)
-    for _ in range(500):
-        p, g = (" ".join(rng.choices("abcd", k=rng.randrange(1, 15))) for _ in range(2))
-        assert rewards.ocr(p, g) == pytest.approx(max(0.0, 1 - jiwer.wer(g, p)), abs=1e-12)
-
-
 @pytest.mark.parametrize("p, g, reward", [
-    ("the cat sat", "the cat sat", 1.0),
     ("The CAT, sat!", "the cat sat", 1.0),
-    ("running dogs", "run dog", 1.0),  # stems
     ("the cat ran", "the cat sat", (2 / 3 + 1 / 2 + 2 / 3) / 3),
     ("a c", "a b c d", (2 / 3 + 0 + 2 / 3) / 3),  # F of P = 1 and R = 1/2
     ("d c b a", "a b c d", (1 + 0 + 1 / 4) / 3),
     ("a a a", "a b", (2 / 5 + 0 + 2 / 5) / 3),  # a word counts as often as the truth has it
     ("red", "red", 2 / 3),  # one word has no pair of words
     ("his", "hi", 0.0),  # words of up to three letters are not stemmed
-    ("red", "blue", 0.0), ("", "red", 0.0), ("red", "", 0.0), ("", "", 0.0), ("?!", "?!", 0.0),
-    ("小狗在跑", "小狗在跑", 1.0), ("小狗在走", "小狗在跑", (3 / 4 + 2 / 3 + 3 / 4) / 3),
-    ("собака бежит", "Собака бежит", 1.0), ("un café noir", "un café noir", 1.0),
+    ("", "red", 0.0), ("red", "", 0.0), ("", "", 0.0), ("?!", "?!", 0.0),
+    ("小狗在走", "小狗在跑", (3 / 4 + 2 / 3 + 3 / 4) / 3), ("собака бежит", "Собака бежит", 1.0),
     # a combining mark belongs to its word, and a text has one form
-    ("दीन है", "दिन है", 1 / 3), ("กัน", "กิน", 0.0), ("কুল", "কাল", 0.0), ("किताब", "किताब",
-    2 / 3),
-    ("cafe\u0301 noir", "café noir", 1.0), ("か\u3099くせい", "がくせい", 1.0), ("한국 말", "한국 말", 1.0),
-    ("q\u0307", "q", 0.0), ("❤\ufe0f red", "❤ red", 2 / 3),
-])
+    ("दीन है", "दिन है", 1 / 3), ("กัน", "กิน", 0.0), ("cafe\u0301 noir", "café noir", 1.0),
+    ("か\u3099くせい", "がくせい", 1.0), ("q\u0307", "q", 0.0), ("❤\ufe0f red", "❤ red", 2 / 3)])
 def test_free_form_is_the_mean_of_three_rouge_f_measures(p, g, reward):
     assert rewards.free_form(p, g) == pytest.approx(reward, abs=1e-12)
 
@@ -228,7 +182,6 @@ def test_free_form_equals_rouge_score_on_ascii_text():
 
 # ---- the rewards of a response -------------------------------------------------------------------
 
-
 def record(problem_type, truth, options=None):
     return {"problem_id": 41, "problem_type": problem_type, "options": options,
             "solution": f"<answer>{truth}</answer>"}
@@ -245,48 +198,31 @@ def record(problem_type, truth, options=None):
     (record("regression", "10"), "8", 0.8),
 ])
 def test_accuracy_is_graded_by_the_records_problem_type(row, answer, reward):
-    for response in (f"<think>x</think>\n<answer>{answer}</answer>",
-                     f"<answer> {answer}\n</answer><|im_end|>"):
-        assert rewards.accuracy_reward(response, row) == pytest.approx(reward)
+    response = f"<think>x</think>\n<answer> {answer}\n</answer><|im_end|>"
+    assert rewards.accuracy_reward(response, row) == pytest.approx(reward)
 
 
-@pytest.mark.parametrize("problem_type", [
-    "multiple choice", "numerical", "OCR", "free-form", "regression"])
-def test_no_answer_block_or_different_ones_are_no_accuracy(problem_type):
-    row = record(problem_type, "B" if problem_type == "multiple choice" else "5")
-    truth = row["solution"]
-    assert rewards.accuracy_reward(truth, row) > 0.5
-    assert rewards.accuracy_reward(truth + truth, row) == rewards.accuracy_reward(truth, row)
-    for response in ("", "B", "5", truth + "<answer>6</answer>", truth[:-1], "<answer> </answer>"):
-        assert rewards.accuracy_reward(response, row) == 0.0
+def test_no_answer_block_or_different_ones_are_no_accuracy():
+    truth = "<answer>5</answer>"
+    assert rewards.accuracy_reward(truth + truth, record("numerical", "5")) == 1.0
+    for response in ("", "5", truth + "<answer>6</answer>", truth[:-1], "<answer> </answer>"):
+        assert rewards.accuracy_reward(response, record("numerical", "5")) == 0.0
 
 
-def test_an_unknown_problem_type_is_an_error_that_names_it_and_the_problem():
+@pytest.mark.parametrize("wrong, words", [
+    ({"problem_type": "multiple-choice"}, "unknown problem_type 'multiple-choice'"),
+    *(({"solution": text}, f"solution '{text}'") for text in ("B", "", "<answer> </answer>"))])
+def test_an_unknown_problem_type_or_no_solution_is_an_error_that_names_the_problem(wrong, words):
     for response in ("<answer>B</answer>", ""):
-        with pytest.raises(ValueError, match="problem_id 41.*'multiple-choice'"):
-            rewards.accuracy_reward(response, record("multiple-choice", "B"))
+        with pytest.raises(ValueError, match=f"problem_id 41: {words}"):
+            rewards.accuracy_reward(response, record("OCR", "B") | wrong)
 
 
-def test_a_solution_without_an_answer_is_an_error_that_names_the_problem():
-    for solution in ("B", "", "<answer> </answer>"):
-        with pytest.raises(ValueError, match="problem_id 41.*solution"):
-            rewards.accuracy_reward("<answer>B</answer>",
-                                    record("OCR", "B") | {"solution": solution})
-
-
-def test_length_reward_is_omega_for_correct_responses_within_the_interval():  # Eq. 5
-    lengths = [319, 320, 400, 512, 513, 400]
-    correct = [True, True, True, True, True, False]
-    assert rewards.length_reward(correct, lengths, 0.2, 320, 512) == [0.0, 0.2, 0.2, 0.2, 0.0, 0.0]
-
-
-def test_length_reward_needs_only_one_correct_response():
-    assert rewards.length_reward([False, True], [400, 400], 0.2, 320, 512) == [0.0, 0.2]
-
-
-def test_length_reward_refuses_lists_of_different_lengths():
-    with pytest.raises(ValueError):
-        rewards.length_reward([True, True], [400], 0.2, 320, 512)
+def test_length_reward_is_omega_for_each_correct_response_within_the_interval():  # Eq. 5
+    correct, lengths = [True] * 5 + [False], [319, 320, 400, 512, 513, 400]
+    assert rewards.length_reward(correct, lengths, 0.2, 320, 512) == [0, 0.2, 0.2, 0.2, 0, 0]
+    # one correct response is enough
+    assert rewards.length_reward([False, True], [400, 400], 0.2, 320, 512) == [0, 0.2]
 
 
 # ---- any text, at any length ---------------------------------------------------------------------
@@ -304,9 +240,8 @@ UNITS = [
     "((", "B; B", "B\n", "a dog (B)", "the answer is ", "i choose ", "2m30s", "5 is ", "以上",
     ", x", "- ", "', '", "ans. ", "?", "-\\$",
 ]
-WRAPS = ["{}", "{}!", "5{}x", "-{}5", "B. {}", "<think>{}</think>{}<answer>5</answer>{}",
-         "<think></think><answer>{}</answer>{}!",
-         "B. {}x", "2 + 3{} = 5"]
+WRAPS = ["{}", "{}!", "5{}x", "-{}5", "B. {}", "B. {}x", "2 + 3{} = 5",
+         "<think>{}</think>{}<answer>5</answer>{}", "<think></think><answer>{}</answer>{}!"]
 
 
 def seconds(function, *arguments):
@@ -351,19 +286,11 @@ def test_a_word_of_100000_letters_is_a_word():
     assert rewards.free_form("y" * LONG + " cat", "the cat") == pytest.approx(1 / 3)
 
 
-FRAGMENTS = [
-    "<answer>", "</answer>", "<think>", "</think>", "<|im_end|>", "<|endoftext|>", "</s>", " ", " ",
-    "\n", "\t", "\x00", "\u00a0", "\u202f", "0", "1", "5", "12", "000", "1,000", ".", ",", ".5",
-    "1e3", "e", "E", "-", "−", "–", "+", "/", "3/4", "1/0", "%", "$", "€", "²", "³", "⁻", "½", "٣",
-    "five", "one ", "minus ", "not ", "more than ", "at least ", "or", " = ", "—", "负", "，",
-    "\u0301",
-    "\\text{", "\\frac12", "**2", "<sup>", "，000", "I choose ", "It is ", "答案", "选", "。", " (B)",
-    "!",
-    "５", "१", "①", "x", "×", "10^", "^{", "m", "m2", "km/h", "π", "√", "±", "inf", "nan", "1e999",
-    "A", "B", "C", "b", "(B)", "B.", "Z", "Option ", "The answer is ", "a dog", "cat", "Vitamin C",
-    "**", "`", "\\boxed{", "\\frac{", "}{", "}", "{", "(", ")", "[", ":", "'", '"', "_", "’", "and",
-    "running", "yyy", "é", "ß", "İ", "ı", "ſ", "小", "狗", "🐶", "\ud800", "\udfff", "\u200d", "ﷺ",
-]
+FRAGMENTS = UNITS + [
+    "<|endoftext|>", "\u00a0", "\udfff", "\u200d", "0", "5", "12", "1,000", ".5", "1e3", "3/4",
+    "1e999", "inf", "nan", "１", "१", "①", "³", "⁻", "%", "€", "−", "，", "×", "km/h", "m2", "**2",
+    "}", "}{", ")", '"', "’", "!", "B", "b", "(B)", "B.", "Z", "ı", "é", "It is ", "Option ",
+    "The answer is ", "答案", "。", "a dog", "cat", "Vitamin C", "and", "not ", "more than "]
 FUZZ_TEXT_EVERY = 8  # the two text grades take longest, so they see one string in eight
 
 
@@ -383,8 +310,7 @@ def test_no_string_raises_or_leaves_the_unit_interval(strings):
         assert letter in ("", "A", "B", "C", "D"), text
         assert rewards.numerical(text, text) == (number is not None), text
         assert rewards.multiple_choice(text, text, OPTIONS) == (letter != ""), text
-        assert rewards.numerical(text, before) in (0.0, 1.0)
-        grades = [rewards.regression(text, before)]
+        grades = [rewards.numerical(text, before), rewards.regression(text, before)]
         if count % FUZZ_TEXT_EVERY == 0:
             grades += [rewards.ocr(text, before), rewards.free_form(text, before)]
             assert rewards.ocr(text, text) == 1.0, text
