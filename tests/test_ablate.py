@@ -25,8 +25,7 @@ def entry(config, seed, setting="plain", **measures):
 
 
 def test_an_interval_is_students():
-    # standard error 1 of two seeds, 1 / sqrt(7) of eight; with more than the table has, t is that
-    # of 15 degrees of freedom: a little wider than needed
+    # standard errors 1, 1 / sqrt(7), 1 / sqrt(39); beyond the table its last t, a little too wide
     for values, reach in (([1, -1], 12.706), ([1, -1] * 4, 2.365 / 7 ** 0.5),
                           ([1, -1] * 20, 2.131 / 39 ** 0.5)):
         assert ablate.interval(values) == pytest.approx((0, -reach, reach))
@@ -142,7 +141,8 @@ def test_a_diff_that_does_not_fit_or_has_changed_is_named(monkeypatch, tmp_path)
 
     def make(out, before, after):
         (tmp_path / "margin.diff").write_text(
-            f"--- a/tgrpo.py\n+++ b/tgrpo.py\n@@ -1,2 +1,2 @@\n-{before}\n+{after}\n {second}\n")
+            "diff --git a/tgrpo.py b/tgrpo.py\n--- a/tgrpo.py\n+++ b/tgrpo.py\n"
+            f"@@ -1,2 +1,2 @@\n-{before}\n+{after}\n {second}\n")
         return ablate.make_variant(tmp_path / out, "margin")
     for _ in range(2):
         assert make("out", first, "mine").read_text().startswith("mine\n")
