@@ -103,8 +103,8 @@ def parse_args(argv=None):
 # ---------------------------------------------------------------------------- running
 
 def steps_of(args, seed, run) -> list[tuple]:
-    """The steps of a run, training and evaluation: (command, the last file that it writes). run:
-    its folder in that of the seed, "sft" or SETTING/NAME."""
+    """Returns the training and the evaluation of a run: (command, the last file that it writes).
+    run: its folder in that of the seed, "sft" or SETTING/NAME."""
     model = Path(args.out, f"seed{seed}", run)
     train = ["--seed", seed, "--output", model, "--resume", "--val_steps", 0]
     if run == "sft":
@@ -175,12 +175,12 @@ def call(command, log, result):
 # ---------------------------------------------------------------------------- results
 
 def short(number):
-    """A number to 4 digits, for a small file."""
+    """Returns a number to 4 digits, for a small file."""
     return float(f"{number:.4g}")
 
 
 def scores_of(ordered, shuffled) -> dict:
-    """MEASURES of a model, from evaluate.py's rows of both orders; accuracies and "watch" in %."""
+    """Returns MEASURES of a model from evaluate.py's rows; accuracies and "watch" are in %."""
     by_kind = defaultdict(list)
     for row in ordered:
         by_kind[row["data_source"].removeprefix("toy/")].append(100 * row["accuracy"])
@@ -199,9 +199,9 @@ def scores_of(ordered, shuffled) -> dict:
 
 
 def development(rollouts, parts=4) -> dict:
-    """How thoughts about a direction change in training, over equal parts of the run: {"watch":
-    share of "watch" among them in %; "d_watch", "d_look": mean nats that the correct ones lose by
-    another order of frames, if the configuration has d}. rollouts: the rows of rollouts.jsonl."""
+    """Returns how thoughts about a direction change over equal parts of training: {"watch": share
+    of "watch" among them in %; "d_watch", "d_look": mean nats that the correct ones lose by another
+    order of frames, if the configuration has d}. rollouts: the rows of rollouts.jsonl."""
     found = {name: [[] for _ in range(parts)] for name in ("watch", "d_watch", "d_look")}
     last = max(row["step"] for row in rollouts)
     for row in rollouts:
@@ -218,7 +218,7 @@ def development(rollouts, parts=4) -> dict:
 
 
 def summary_of(folder, seed, run) -> dict:
-    """A finished run as a line of the results file, with its "header"."""
+    """Returns a finished run as a line of the results file, with its "header"."""
     results = [read_file(folder / f"eval/toy_8_{order}.json") for order in ORDERS]
     header, *steps = read_file(folder / "metrics.jsonl")
     setting, _, name = run.rpartition("/")  # the cold start has no setting: "sft"
@@ -249,38 +249,38 @@ def write_results(out):
 # ------------------------------------------------------------------ statistics, tables
 
 def standard_error(values) -> float:
-    """The standard error of a mean over seeds, from the unbiased variance."""
+    """Returns the standard error of a mean over seeds, from the unbiased variance."""
     return statistics.stdev(values) / math.sqrt(len(values))
 
 
 def interval(values) -> tuple:
-    """Mean, and the bounds of its 95 % interval by Student's t, of two values or more."""
+    """Returns the mean of two or more values, and the bounds of its 95 % interval (Student's t)."""
     middle = statistics.fmean(values)
     reach = standard_error(values) * T_95[min(len(values) - 1, len(T_95)) - 1]
     return middle, middle - reach, middle + reach
 
 
 def by_seed(runs, setting, name) -> dict:
-    """{seed: run} of a configuration in a setting; the cold start is in every setting."""
+    """Returns {seed: run} of a configuration in a setting. The cold start is in every setting."""
     return {run["seed"]: run for run in runs
             if run["config"] == name and run["setting"] in ("", setting)}
 
 
 def cell(values) -> str:
-    """Mean and standard error as text; a dash if the measure is not in the results."""
+    """Returns mean and standard error as text; a dash if the measure is not in the results."""
     if len(values) < 2:
         return f"{values[0]:.1f} (1 seed)" if values else "-"
     return f"{statistics.fmean(values):.1f} ± {standard_error(values):.1f}"
 
 
 def bounds_cell(bounds) -> str:
-    """A mean and its interval as text, signed."""
+    """Returns a mean and its interval as text, signed."""
     return "{:+.1f} [{:+.1f}, {:+.1f}]".format(*bounds)
 
 
 def tables_of(results) -> str:
-    """Two tables per setting, each configuration and its difference to BASE, paired by seed, from
-    two seeds on; then which intervals exclude zero, and what the runs were."""
+    """Returns two tables per setting: the configurations, and their differences to BASE, paired by
+    seed, from two seeds on; then which intervals exclude zero, and what the runs were."""
     runs, parts, compared = results["runs"], [], {}
     for setting, (_, heading) in SETTINGS.items():
         base = by_seed(runs, setting, BASE)
