@@ -214,14 +214,11 @@ def test_frames_are_those_of_the_run(made, records):
     assert row["frame_order"] == ORDERS[1]
 
 
-def test_big_pictures_are_made_small(toy, records, tmp_path):
+def test_big_pictures_are_made_small(records, tmp_path):
     noise = np.random.default_rng(0).integers(0, 255, (8, 560, 1120, 3), np.uint8)
     write_video(tmp_path / "big.mp4", noise, 2)
-    record = records["video"] | {"path": "big.mp4"}
-    (tmp_path / "data.json").write_text(json.dumps([record]))
-    data, _ = reported(write_run(tmp_path, toy, [rollout(record, 1, [WRONG] * 8)], media_root=None,
-                                 data=str(tmp_path / "data.json"), max_pixels=400 * 784))
-    for url in data["rollouts"][0]["pictures"]:
+    record = records["video"] | {"media_path": str(tmp_path / "big.mp4")}
+    for url in report.pictures(record, [], FLAGS | {"max_pixels": 400 * 784}):
         assert max(decoded(url).size) == report.FRAME_SIDE and url.startswith("data:image/jpeg;")
         assert len(url) < 30_000  # noise, which JPEG cannot make smaller
 
