@@ -12,11 +12,10 @@ configuration: a copy of tgrpo.py to which git has applied the diff.
     OUT/variants/margin/tgrpo.py             the changed copies
     OUT/seed0/sft  OUT/seed0/plain/tgrpo     models, their metrics.jsonl, and in eval/ their scores
     OUT/seed0/sft.log ...                    what the commands printed
-    OUT.json                                 the results of all finished runs
+    OUT.json                                 the summaries of all finished runs, also in eval/
 
-A seed sets the cold start, the order of the questions and the sampling. The questions, the
-untrained model and the test set are the same for all. Other flags are those of the toy's args
-files. To use more cores, start the command again with other seeds and the same --out.
+tests/ablations.md says what a seed sets. Other flags are those of the toy's args files. To use more
+cores, start the command again with other seeds and the same --out.
 """
 import json
 import math
@@ -25,19 +24,28 @@ import shutil
 import statistics
 import subprocess
 import sys
+import tempfile
+from collections import defaultdict
 from itertools import product
+from operator import itemgetter
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
-from build_data import (FlagParser, InputError, above, at_least, markdown, run_script,  # noqa: E402
-                        write_whole)
+from build_data import (FlagParser, InputError, above, at_least, make_folder_of,  # noqa: E402
+                        markdown, read_file, run_script, write_whole)
 
 DIFFS = ROOT / "tests/variants"
 VARIANTS = {path.stem: path for path in sorted(DIFFS.glob("*.diff"))}
 # name: description, extra flags of tgrpo.py, diffs to apply one after the other
-SECOND_ROUND = {
+CONFIGS = {
+    "grpo": ("GRPO: no temporal reward", "--alpha 0", []),
+    "tgrpo": ("T-GRPO as written", "", []),
+    "strict": ("the strict test, p > p_tilde", "--temporal_test gt", []),
+    "advantage": ("temporal reward in the advantage", "--temporal_to advantage", []),
+    **{name: (path.read_text(encoding="utf-8").splitlines()[0].strip("# ."), "", [name])
+       for name, path in VARIANTS.items()},  # described by their first lines
     "likelihood_1": ("likelihood, alpha 1", "--alpha 1", ["likelihood"]),
     "likelihood_2": ("likelihood, alpha 2", "--alpha 2", ["likelihood"]),
     "centred": ("likelihood, alpha 1, centred", "--alpha 1", ["likelihood", "likelihood/centred"]),
@@ -50,14 +58,6 @@ SECOND_ROUND = {
     "unscaled": ("the same, without dividing by the standard deviation",
                  "--alpha 1 --scale_advantages none",
                  ["likelihood", "likelihood/centred", "reversed"])}
-CONFIGS = {
-    "grpo": ("GRPO: no temporal reward", "--alpha 0", []),
-    "tgrpo": ("T-GRPO as written", "", []),
-    "strict": ("the strict test, p > p_tilde", "--temporal_test gt", []),
-    "advantage": ("temporal reward in the advantage", "--temporal_to advantage", []),
-    **{name: (path.read_text(encoding="utf-8").splitlines()[0].strip("# ."), "", [name])
-       for name, path in VARIANTS.items()},  # described by their first lines
-    **SECOND_ROUND}
 BASE = "grpo"  # every other configuration is compared with it
 # name: suffix of the folder with the training questions, description
 SETTINGS = {
@@ -69,6 +69,7 @@ MEASURES = {"ordered": "ordered, %", "shuffled": "shuffled, %", "gap": "gap",
             "agree": "agree, %", "tokens": "tokens", "watch_conflict": "watch, %"}
 COMPARED = ("ordered", "gap", "order", "conflict")  # measures in the tables of differences
 ORDERS = ("ordered", "shuffled")
+SUMMARY = "eval/summary.json"  # a finished run's line of the results file, in the run's folder
 # Kinds of questions of build_data.py's toy that need the order of the frames
 ORDER_KINDS = ("direction_agree", "direction_conflict", "describe", "first", "end")
 # In the toy's thoughts: which of two it is, and that it is of a direction
@@ -101,13 +102,9 @@ def parse_args(argv=None):
 
 # ---------------------------------------------------------------------------- running
 
-def all_runs(settings, names) -> list[str]:
-    """The runs of a seed, as their folders are called, in the order of running."""
-    return ["sft", *(f"{setting}/{name}" for setting, name in product(settings, names))]
-
-
 def steps_of(args, seed, run) -> list[tuple]:
-    """The steps of a run, training and evaluation: (command, the last file that it writes)."""
+    """Returns the training and the evaluation of a run: (command, the last file that it writes).
+    run: its folder in that of the seed, "sft" or SETTING/NAME."""
     model = Path(args.out, f"seed{seed}", run)
     train = ["--seed", seed, "--output", model, "--resume", "--val_steps", 0]
     if run == "sft":
@@ -127,32 +124,32 @@ def steps_of(args, seed, run) -> list[tuple]:
 def make_variant(out, name) -> Path:
     """Writes the copy of tgrpo.py with a configuration's diffs. Raises InputError if the folder has
     another copy, since its runs would be mixed with this one's."""
+    with tempfile.TemporaryDirectory() as folder:
+        shutil.copy(ROOT / "tgrpo.py", folder)
+        # below the ceiling git finds no repository, in whose top folder it would look for tgrpo.py
+        done = subprocess.run(
+            ["git", "apply", *(DIFFS / f"{diff}.diff" for diff in CONFIGS[name][2])], cwd=folder,
+            env={**os.environ, "GIT_CEILING_DIRECTORIES": tempfile.gettempdir()},
+            stderr=subprocess.PIPE, text=True)
+        changed = Path(folder, "tgrpo.py").read_text(encoding="utf-8")
+    if done.returncode:
+        raise InputError(f"the diffs of {name} do not fit tgrpo.py: {done.stderr}")
     script = Path(out, "variants", name, "tgrpo.py").resolve()
-    before = script.read_bytes() if script.exists() else None
-    script.parent.mkdir(parents=True, exist_ok=True)
-    shutil.copy(ROOT / "tgrpo.py", script)
-    diffs = [DIFFS / f"{diff}.diff" for diff in CONFIGS[name][2]]
-    # below the ceiling git finds no repository, in whose top folder it would look for tgrpo.py
-    done = subprocess.run(["git", "apply", *diffs], cwd=script.parent, text=True,
-                          env={**os.environ, "GIT_CEILING_DIRECTORIES": str(script.parents[1])},
-                          stderr=subprocess.PIPE)
-    after = script.read_bytes()
-    if done.returncode or before not in (None, after):
-        script.unlink() if before is None else script.write_bytes(before)
-        raise InputError(done.stderr and f"the diffs of {name} do not fit tgrpo.py: {done.stderr}"
-                         or f"{out} has runs of another {name}: its diffs or tgrpo.py have "
-                         "changed. Name another --out")
+    if script.exists() and script.read_text(encoding="utf-8") != changed:
+        raise InputError(f"{out} has runs of another {name}: its diffs or tgrpo.py have changed. "
+                         "Name another --out")
+    make_folder_of(script)
+    write_whole({script: [changed]})
     return script
 
 
 def run_all(args):
     """Runs every configuration in every setting with every seed; skips what is finished."""
-    names = [name for name in CONFIGS if name in args.only]
-    for name in names:
+    for name in args.only:
         if CONFIGS[name][2]:
             make_variant(args.out, name)
-    for seed, run in product(range(args.first_seed, args.first_seed + args.seeds),
-                             all_runs(args.settings, names)):
+    seeds = range(args.first_seed, args.first_seed + args.seeds)
+    for seed, run in product(seeds, ["sft", *map("/".join, product(args.settings, args.only))]):
         folder = Path(args.out, f"seed{seed}", run)
         folder.parent.mkdir(parents=True, exist_ok=True)
         for command, result in steps_of(args, seed, run):
@@ -160,7 +157,8 @@ def run_all(args):
                 call(command, folder.with_name(f"{folder.name}.log"), result)
         for checkpoint in folder.glob("checkpoint-*"):
             shutil.rmtree(checkpoint)
-        write_results(args)
+        write_whole({folder / SUMMARY: [json.dumps(summary_of(folder, seed, run))]})
+        write_results(args.out)
         print(f"seed {seed}, {run}: finished", flush=True)
 
 
@@ -177,162 +175,133 @@ def call(command, log, result):
 # ---------------------------------------------------------------------------- results
 
 def short(number):
-    """A number to 4 digits, for a small file."""
+    """Returns a number to 4 digits, for a small file."""
     return float(f"{number:.4g}")
 
 
-def mean_or_none(values):
-    """The mean of a list, short; None of an empty one."""
-    return short(statistics.fmean(values)) if values else None
-
-
-def scores_of(results) -> dict:
-    """MEASURES of a model, from evaluate.py's {order: result}; accuracies and "watch" in %."""
-    rows = [row | {"kind": row["data_source"].removeprefix("toy/")}
-            for row in results["ordered"]["rows"]]
-    kinds = {row["kind"] for row in rows}
+def scores_of(ordered, shuffled) -> dict:
+    """Returns MEASURES of a model from evaluate.py's rows; accuracies and "watch" are in %."""
+    by_kind = defaultdict(list)
+    for row in ordered:
+        by_kind[row["data_source"].removeprefix("toy/")].append(100 * row["accuracy"])
 
     def score(*kinds):
-        return statistics.fmean(100 * row["accuracy"] for row in rows if row["kind"] in kinds)
+        return statistics.fmean(accuracy for kind in kinds for accuracy in by_kind[kind])
 
-    ordered = score(*kinds)
-    shuffled = statistics.fmean(100 * row["accuracy"] for row in results["shuffled"]["rows"])
-    conflict = [row for row in rows if row["kind"] == "direction_conflict"]
-    values = (ordered, shuffled, ordered - shuffled, score(*ORDER_KINDS),
-              score(*kinds.difference(ORDER_KINDS)), score("direction_conflict"),
-              score("direction_agree"), statistics.fmean(row["tokens"] for row in rows),
-              100 * statistics.fmean(WATCH in row["output"] for row in conflict))
+    watch = [WATCH in row["output"] for row in ordered if "conflict" in row["data_source"]]
+    all_ordered = score(*by_kind)
+    all_shuffled = statistics.fmean(100 * row["accuracy"] for row in shuffled)
+    values = (all_ordered, all_shuffled, all_ordered - all_shuffled, score(*ORDER_KINDS),
+              score(*by_kind.keys() - ORDER_KINDS), score("direction_conflict"),
+              score("direction_agree"), statistics.fmean(row["tokens"] for row in ordered),
+              100 * statistics.fmean(watch))
     return dict(zip(MEASURES, map(short, values), strict=True))
 
 
-def development(path, parts=4) -> dict:
-    """How thoughts about a direction change in training, from rollouts.jsonl, over equal parts of
-    the run: {"watch": share of "watch" among them in %; "d_watch", "d_look": mean nats that the
-    correct ones lose by another order of frames, if the configuration has d}."""
-    found = []  # (step, is watch, d or None)
-    for row in map(json.loads, path.read_text(encoding="utf-8").splitlines()):
+def development(rollouts, parts=4) -> dict:
+    """Returns how thoughts about a direction change over equal parts of training: {"watch": share
+    of "watch" among them in %; "d_watch", "d_look": mean nats that the correct ones lose by another
+    order of frames, if the configuration has d}. rollouts: the rows of rollouts.jsonl."""
+    found = {name: [[] for _ in range(parts)] for name in ("watch", "d_watch", "d_look")}
+    last = max(row["step"] for row in rollouts)
+    for row in rollouts:
+        part = (row["step"] - 1) * parts // last
         ds = row.get("d", [None] * len(row["responses"]))
-        found += [(row["step"], WATCH in text, d if accuracy == 1 else None)
-                  for text, accuracy, d in zip(row["responses"], row["accuracy"], ds)
-                  if DIRECTION in text]
-    last = max((step for step, *_ in found), default=0)
-    series = {"watch": [], "d_watch": [], "d_look": []}
-    for part in range(parts):
-        inside = [(watch, d) for step, watch, d in found if (step - 1) * parts // last == part]
-        series["watch"].append(mean_or_none([100 * watch for watch, _ in inside]))
-        for name, kind in (("d_watch", True), ("d_look", False)):
-            series[name].append(mean_or_none([d for watch, d in inside
-                                              if watch == kind and d is not None]))
-    return series
+        for text, accuracy, d in zip(row["responses"], row["accuracy"], ds):
+            if DIRECTION in text:
+                watch = WATCH in text
+                found["watch"][part].append(100 * watch)
+                if d is not None and accuracy == 1:
+                    found["d_watch" if watch else "d_look"][part].append(d)
+    return {name: [short(statistics.fmean(values)) if values else None for values in lists]
+            for name, lists in found.items()}
 
 
-def read_run(args, seed, run) -> dict | None:
-    """One run as a line of the results file, with its "header"; None if it is unfinished."""
-    (_, model), (_, evaluation) = steps_of(args, seed, run)
-    if not (model.exists() and evaluation.exists()):
-        return None
-    results = {order: json.loads((evaluation.parent / f"toy_8_{order}.json").read_text(
-        encoding="utf-8")) for order in ORDERS}
-    log = (model.parent / "metrics.jsonl").read_text(encoding="utf-8")
-    header, *steps = map(json.loads, log.splitlines())
+def summary_of(folder, seed, run) -> dict:
+    """Returns a finished run as a line of the results file, with its "header"."""
+    results = [read_file(folder / f"eval/toy_8_{order}.json") for order in ORDERS]
+    header, *steps = read_file(folder / "metrics.jsonl")
     setting, _, name = run.rpartition("/")  # the cold start has no setting: "sft"
     skipped = sum(row["data/skipped"] for row in steps) + sum(
-        len(result["skipped"]) for result in results.values())
-    changes = development(model.parent / "rollouts.jsonl") if setting else {}
-    return {"setting": setting, "config": name, "seed": seed, **scores_of(results), **changes,
+        len(result["skipped"]) for result in results)
+    return {"setting": setting, "config": name, "seed": seed,
+            **scores_of(*(result["rows"] for result in results)),
+            **(development(read_file(folder / "rollouts.jsonl")) if setting else {}),
             "seconds": short(sum(row["time/step"] for row in steps)), "skipped": skipped,
             "header": header}
 
 
-def write_results(args):
+def write_results(out):
     """Writes OUT.json: all finished runs, of any seed, one a line."""
-    seeds = sorted(int(path.name.removeprefix("seed")) for path in Path(args.out).glob("seed*"))
-    found = [read_run(args, seed, run) for run in all_runs(SETTINGS, CONFIGS) for seed in seeds]
-    runs = [run for run in found if run]
+    runs = sorted(map(read_file, Path(out).glob(f"seed*/**/{SUMMARY}")),
+                  key=itemgetter("setting", "config", "seed"))
+    lengths = {run["header"]["arguments"]["max_steps"] for run in runs if run["setting"]}
     headers = [run.pop("header") for run in runs]
     versions = {package: ", ".join(sorted({header["versions"][package] for header in headers}))
                 for package in headers[0]["versions"]}
     commits = sorted({header["git_commit"] or "" for header in headers})
-    lengths = {header["arguments"]["max_steps"] for run, header in zip(runs, headers)
-               if run["setting"]}
     head = json.dumps({"versions": versions, "git_commits": commits,
                        "steps": ", ".join(map(str, sorted(lengths)))})
     lines = ",\n".join(json.dumps(run, separators=(",", ":")) for run in runs)
-    write_whole({f"{args.out}.json": [f'{head[:-1]}, "runs": [\n{lines}\n]}}\n']})
+    write_whole({f"{out}.json": [f'{head[:-1]}, "runs": [\n{lines}\n]}}\n']})
 
 
 # ------------------------------------------------------------------ statistics, tables
 
 def standard_error(values) -> float:
-    """The standard error of a mean over seeds, from the unbiased variance."""
+    """Returns the standard error of a mean over seeds, from the unbiased variance."""
     return statistics.stdev(values) / math.sqrt(len(values))
 
 
-def interval(values) -> tuple | None:
-    """Mean, and the bounds of its 95 % interval by Student's t; None with fewer than two values.
-
-    >>> [round(bound, 2) for bound in interval([1.0, 2.0, 3.0])]  # 2 ± 4.303 / sqrt(3)
-    [2.0, -0.48, 4.48]
-    """
-    if len(values) < 2:
-        return None
+def interval(values) -> tuple:
+    """Returns the mean of two or more values, and the bounds of its 95 % interval (Student's t)."""
     middle = statistics.fmean(values)
     reach = standard_error(values) * T_95[min(len(values) - 1, len(T_95)) - 1]
     return middle, middle - reach, middle + reach
 
 
 def by_seed(runs, setting, name) -> dict:
-    """{seed: run} of a configuration in a setting; the cold start is in every setting."""
+    """Returns {seed: run} of a configuration in a setting. The cold start is in every setting."""
     return {run["seed"]: run for run in runs
             if run["config"] == name and run["setting"] in ("", setting)}
 
 
-def paired(runs, setting, name, measure) -> list:
-    """A configuration's differences to BASE in a measure, over the seeds that have both."""
-    ours, theirs = by_seed(runs, setting, name), by_seed(runs, setting, BASE)
-    return [ours[seed][measure] - theirs[seed][measure] for seed in sorted(ours.keys() & theirs)]
-
-
-def comparisons(runs) -> dict:
-    """{(setting, configuration, measure): interval} of all that can be compared with BASE."""
-    keys = product(SETTINGS, [name for name in CONFIGS if name != BASE], COMPARED)
-    found = {key: interval(paired(runs, *key)) for key in keys}
-    return {key: bounds for key, bounds in found.items() if bounds}
-
-
 def cell(values) -> str:
-    """Mean and standard error as text; a dash if the measure is not in the results."""
+    """Returns mean and standard error as text; a dash if the measure is not in the results."""
     if len(values) < 2:
         return f"{values[0]:.1f} (1 seed)" if values else "-"
     return f"{statistics.fmean(values):.1f} ± {standard_error(values):.1f}"
 
 
 def bounds_cell(bounds) -> str:
-    """A mean and its interval as text, signed; a dash if there are fewer than two seeds."""
-    return "{:+.1f} [{:+.1f}, {:+.1f}]".format(*bounds) if bounds else "-"
+    """Returns a mean and its interval as text, signed."""
+    return "{:+.1f} [{:+.1f}, {:+.1f}]".format(*bounds)
 
 
 def tables_of(results) -> str:
-    """Two tables per setting, each configuration and its difference to BASE; then which intervals
-    exclude zero, and what the runs were."""
-    runs, compared, parts = results["runs"], comparisons(results["runs"]), []
+    """Returns two tables per setting: the configurations, and their differences to BASE, paired by
+    seed, from two seeds on; then which intervals exclude zero, and what the runs were."""
+    runs, parts, compared = results["runs"], [], {}
     for setting, (_, heading) in SETTINGS.items():
+        base = by_seed(runs, setting, BASE)
         means = [["configuration", *MEASURES.values(), "training, s", "seeds"]]
         differences = [[f"less `{BASE}`", *map(MEASURES.get, COMPARED), "seeds"]]
         for name in ["sft", *CONFIGS]:
-            found = by_seed(runs, setting, name).values()
+            found = by_seed(runs, setting, name)
             if not found:
                 continue
-            means.append([
-                f"`{name}`", *(cell([run[measure] for run in found if measure in run])
-                               for measure in MEASURES),
-                f"{min(run['seconds'] for run in found):.0f}", str(len(found))])
-            seeds = len(paired(runs, setting, name, COMPARED[0]))
-            if seeds and name not in ("sft", BASE):
-                differences.append([
-                    f"`{name}`: {CONFIGS[name][0]}",
-                    *(bounds_cell(compared.get((setting, name, measure))) for measure in COMPARED),
-                    str(seeds)])
+            columns = ([run[measure] for run in found.values() if measure in run]
+                       for measure in MEASURES)
+            seconds = min(run["seconds"] for run in found.values())
+            means.append([f"`{name}`", *map(cell, columns), f"{seconds:.0f}", len(found)])
+            both = found.keys() & base.keys()
+            if len(both) > 1 and name not in ("sft", BASE):
+                bounds = {(setting, name, measure): interval(
+                    [found[seed][measure] - base[seed][measure] for seed in both])
+                    for measure in COMPARED}
+                compared |= bounds
+                differences.append([f"`{name}`: {CONFIGS[name][0]}",
+                                    *map(bounds_cell, bounds.values()), len(both)])
         if len(means) > 2:  # more than the cold start
             parts += [f"### {heading}", markdown(means).strip(), markdown(differences).strip()]
     apart = [f"{setting}, `{name}`, {measure} {bounds_cell(bounds)}"
@@ -353,7 +322,7 @@ def write_table(args):
     path = args.results.with_suffix(".md")
     about = path.read_text(encoding="utf-8").partition("\n## ")[0].strip() if path.exists() else \
         "# Forms of the temporal reward at toy scale"
-    parts = [f"## {file.stem}\n\n{tables_of(json.loads(file.read_text(encoding='utf-8')))}"
+    parts = [f"## {file.stem}\n\n{tables_of(read_file(file))}"
              for file in sorted(args.results.glob("*.json"))]
     write_whole({path: ["\n\n".join([about, *parts]) + "\n"]})
     print(path)

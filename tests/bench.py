@@ -296,16 +296,14 @@ def measure(args, more):
         for turn, form in enumerate(tqdm([*results] * args.repeats, desc="runs")):
             results[form].append(in_new_process(
                 run_form, form, [*flags, f"--output={folder}/{turn}", f"--max_steps={STEPS}"]))
-    print("| | rollout, s | update, s | step, s | memory, MB |\n|---|---|---|---|---|")
+    print("| | rollout, s | update, s | step, s | memory, GB |\n|---|---|---|---|---|")
     for form, runs in results.items():
         cells = [FORMS[form][0]]
-        for key, unit, digits in (("rollout", 1, 2), ("update", 1, 2), ("step", 1, 2),
-                                  ("memory", 1e6, 0)):
+        for key, unit in (("rollout", 1), ("update", 1), ("step", 1), ("memory", 1e9)):
             own, found = (np.hstack([run[key] for run in of]) / unit
                           for of in (results["ours"], runs))
-            middle, low, high = (f"{value:.{digits}f}"
-                                 for value in (np.median(found), min(found), max(found)))
-            cells.append(f"{middle} ({low} to {high}), {np.median(found) / np.median(own):.1f}x")
+            cells.append(f"{np.median(found):.2f} ({min(found):.2f} to {max(found):.2f}), "
+                         f"{np.median(found) / np.median(own):.1f}x")
         print("| " + " | ".join(cells) + " |")
 
 

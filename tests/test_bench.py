@@ -1,7 +1,6 @@
 """The benchmark runs, its naive form computes the same, and what it computes of memory is so."""
 import json
 import re
-from types import SimpleNamespace
 
 import pytest
 import torch
@@ -11,7 +10,7 @@ import sft
 import tgrpo
 from conftest import ROOT, PlainEngine, run
 
-SMALL = ["--frames=4", "--height=2", "--width=2", "--repeats=1", "--max_new_tokens=3"]
+SMALL = ["--frames=4", "--height=2", "--width=2"]
 
 
 def test_the_naive_form_gives_the_same_log_probs_and_gradients(model, samples):
@@ -31,7 +30,7 @@ def test_the_naive_form_gives_the_same_log_probs_and_gradients(model, samples):
 @pytest.mark.slow
 def test_every_form_runs_and_has_a_row():
     for flags, forms in (([], ["ours", "naive"]), (["--ablate"], ["ours", *bench.ABLATIONS])):
-        printed = run("tests/bench.py", *SMALL, *flags).stdout
+        printed = run("tests/bench.py", *SMALL, "--repeats=1", "--max_new_tokens=3", *flags).stdout
         rows = re.findall(r"^\| (.*?) \|.* (\S+) \(\S+ to \S+\), \S+x \|$", printed, re.M)
         assert [name for name, _ in rows] == [bench.FORMS[form][0] for form in forms]
         assert all(float(memory) > 0 for _, memory in rows)
@@ -60,10 +59,12 @@ def test_the_shapes_have_as_many_parameters_as_the_published_models(name, millio
     assert round(sum(sizes) / 1e6) == millions
 
 
-@pytest.mark.parametrize("frozen", [False, True])
-def test_weights_and_optimizer_are_counted_to_the_byte(model, frozen):
+@pytest.mark.parametrize("more", [(), ("--freeze_vision",), ("--lora_rank=4",)])
+def test_weights_gradients_and_optimizer_are_counted_to_the_byte(model, more):
     """Of a real model in float32, trained by torch's AdamW for a step."""
-    model.model.visual.requires_grad_(not frozen)
+    args = flags(*more)
+    model.model.visual.requires_grad_(not args.freeze_vision)
+    sft.add_adapters(model, args)
     trained = [p for p in model.parameters() if p.requires_grad]
     optimizer = torch.optim.AdamW(trained)
     for p in trained:
@@ -71,25 +72,18 @@ def test_weights_and_optimizer_are_counted_to_the_byte(model, frozen):
     optimizer.step()
     moments = nbytes(state[key] for state in optimizer.state.values()
                      for key in ("exp_avg", "exp_avg_sq"))
-    args = flags(*["--freeze_vision"] * frozen)
     needed = bench.memory(model.config, args, {"stage": 2}, size=4)["update"]
-    assert needed["weights"] == needed["reference"] == nbytes(model.parameters())
+    assert needed["weights"] == nbytes(model.parameters())
+    assert needed["reference"] == (0 if args.lora_rank else needed["weights"])
+    assert needed["gradients"] == 2 * nbytes(trained)  # of a backward pass, and their sum so far
     assert needed["optimizer"] == nbytes(trained) + moments
+    assert (needed["prompt, vision tower"] == 0) == bool(more)
     # the host's: moments; master weights, their gradients, a copy of the weights, and gradients so
     # far are pinned blocks, each a power of two
     blocks = [nbytes(trained)] * 3 + [p.nbytes for p in trained]
     offload = {"stage": 2, "offload_optimizer": {"device": "cpu"}}
     assert bench.memory(model.config, args, offload, size=4)["host"]["optimizer"] == \
         moments + sum(2 ** (n - 1).bit_length() for n in blocks)
-
-
-def test_adapters_are_counted_and_need_no_reference_and_no_gradients_of_the_rest(model):
-    sft.add_adapters(model, SimpleNamespace(lora_rank=4, lora_alpha=8, seed=0))
-    trained = nbytes(p for p in model.parameters() if p.requires_grad)
-    needed = bench.memory(model.config, flags("--lora_rank=4"), {"stage": 2}, size=4)["update"]
-    assert needed["weights"] == nbytes(model.parameters())
-    assert needed["reference"] == needed["prompt, vision tower"] == 0
-    assert needed["optimizer"] == 3 * trained and needed["gradients"] == 2 * trained
 
 
 def test_what_more_gpus_and_other_settings_save():
@@ -102,7 +96,6 @@ def test_what_more_gpus_and_other_settings_save():
     assert of("update", "weights", stage=3, gpus=8) == 2 * P // 8
     assert of("rollout", "sampling copy", stage=3, gpus=8) == 2 * P
     assert of("update", "optimizer", gpus=8) == 12 * (P // 8)
-    assert of("update", "prompt, vision tower", "--freeze_vision") == 0
     assert of("rollout", "keys and values", "--alpha=0") < of("rollout", "keys and values")
 
 
@@ -126,8 +119,7 @@ def grow(folder, flags, picture=()):
 @pytest.fixture(scope="module")
 def process(tmp_path_factory):
     """The bytes of a process that are not computed: code and libraries, read at their first use."""
-    measured, computed = grow(tmp_path_factory.mktemp("start"), ["--max_new_tokens=3"],
-                              ["--frames=4", "--height=2", "--width=2"])
+    measured, computed = grow(tmp_path_factory.mktemp("start"), ["--max_new_tokens=3"], SMALL)
     return measured - computed
 
 
@@ -157,14 +149,11 @@ def test_the_readme_table_is_what_the_function_computes_and_fits_the_cards():
 
 
 def test_the_command_takes_a_run_s_flags_and_says_that_it_computes(tmp_path, toy):
-    printed = run("tests/bench.py", "memory", "--model", "Qwen2.5-VL-7B", "--beta=0",
-                  "--deepspeed_config", ROOT / "assets/one_gpu.json").stdout
+    printed = run("tests/bench.py", "memory", f"@{toy}/tgrpo.args", "--model=Qwen2.5-VL-7B",
+                  "--beta=0", "--deepspeed_config", ROOT / "assets/one_gpu.json", "--gpus=2").stdout
     assert "computed, not measured" in printed and "8,292,166,656 parameters" in printed
-    assert "ZeRO-2" in printed and "| weights | 16.6 | 16.6 | 16.6 |" in printed
+    assert "ZeRO-2 on 2 GPU(s)" in printed and "| weights | 16.6 | 16.6 | 16.6 |" in printed
     assert "reference" not in printed
-    printed = run("tests/bench.py", "memory", f"@{toy}/tgrpo.args", "--model", toy / "model",
-                  "--deepspeed_config", ROOT / "ds_zero3.json", "--gpus=2").stdout
-    assert "ZeRO-3 on 2 GPU(s)" in printed and "sampling copy" in printed
     (tmp_path / "ds.json").write_text("{}")
     refused = run("tests/bench.py", "memory", "--model", toy / "model", "--deepspeed_config",
                   tmp_path / "ds.json", check=False)

@@ -7,6 +7,7 @@ import re
 import shutil
 import subprocess
 from html.parser import HTMLParser
+from pathlib import Path
 from xml.etree import ElementTree
 
 import numpy as np
@@ -15,13 +16,13 @@ import torch
 from PIL import Image
 
 import report
+import tgrpo
 from build_data import InputError, load_records, load_vision, write_video
 from rewards import accuracy_reward, extract_answer, format_reward
 
 BROWSER = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome",
                                                "chrome"))), None)
 in_a_browser = pytest.mark.skipif(BROWSER is None, reason="no chromium on this machine")
-TEMPLATE = (report.ROOT / "assets/report.html").read_text(encoding="utf-8")
 HOSTILE = (  # what a model may write
     "<think></script><script>document.title = 'taken'</script></think><answer>A</answer>",
     "\"'><img src=x onerror=\"document.title='taken'\"> &lt; &amp;lt; <!-- <![CDATA[ {run} \\u003c",
@@ -31,10 +32,9 @@ HOSTILE = (  # what a model may write
 SEEN = [re.sub("[\0\x1b\ud800]", "\ufffd", text) for text in HOSTILE]  # what a page can show
 WRONG = "<think>look</think><answer>?</answer>"
 ORDERS = [3, 1, 0, 2, 5, 4, 7, 6], [7, 6, 5, 4, 3, 2, 1, 0]
-FLAGS = {"max_frames": 8, "min_frames": 4, "fps": 2.0, "min_pixels": 784, "max_pixels": 784,
-         "image_min_pixels": 784, "image_max_pixels": 784, "video_reader": "av",
-         "correct_threshold": 0.5, "alpha": 0.3, "omega": 0.2, "l_min": 320, "l_max": 512,
-         "temporal_test": "ge", "temporal_to": "reward", "scale_advantages": "std"}
+LIMITS = {"max_frames": 8, "min_frames": 4, "fps": 2, "min_pixels": 784, "max_pixels": 784}
+FLAGS = vars(tgrpo.parse_args(["--model=", "--data=", "--output="])) | LIMITS | {
+    "image_min_pixels": 784, "image_max_pixels": 784}
 
 
 class Page(HTMLParser):
@@ -44,7 +44,6 @@ class Page(HTMLParser):
         super().__init__()
         self.elements, self.open = [], []
         self.feed(text)
-        self.close()
 
     def handle_starttag(self, tag, attributes):
         self.elements.append({"tag": tag, "text": "", **dict(attributes)})
@@ -75,18 +74,18 @@ def right(record):
 def rollout(record, step, first, second=(), order=None):
     """Returns a line of rollouts.jsonl. A is R - mean; the length reward is 0.2 if correct."""
     accuracy = np.array([accuracy_reward(text, record) for text in first])
-    in_format = np.array([format_reward(text) for text in first])
-    parts, shares = {"accuracy": accuracy, "format": in_format, "length": 0.2 * accuracy}, {}
+    parts = {"accuracy": accuracy, "format": np.array(list(map(format_reward, first))),
+             "length": 0.2 * accuracy}
+    shares = {"p": accuracy.mean()}
     if second:
-        p_tilde = np.mean([accuracy_reward(text, record) for text in second])
-        shares = {"p_tilde": p_tilde, "r_t": 0.3 * float(accuracy.mean() >= p_tilde)}
+        shares["p_tilde"] = np.mean([accuracy_reward(text, record) for text in second])
+        shares["r_t"] = 0.3 * (shares["p"] >= shares["p_tilde"])
         parts["temporal"] = shares["r_t"] * accuracy
-    parts["R"] = sum(parts.values())
-    parts["A"] = parts["R"] - parts["R"].mean()
+    R = sum(parts.values())
     return {"step": step, "problem_id": record["problem_id"], "path": record["path"],
-            "frame_order": order, "responses": first, "responses_shuffled": list(second),
-            "p": accuracy.mean(), **shares,
-            **{name: values.tolist() for name, values in parts.items()}}
+            "frame_order": order, "responses": first, "responses_shuffled": list(second), **shares,
+            **{name: part.tolist() for name, part in parts.items()},
+            "R": R.tolist(), "A": (R - R.mean()).tolist()}
 
 
 def validation(record, step, response, shuffled):
@@ -96,16 +95,15 @@ def validation(record, step, response, shuffled):
             "response_shuffled": shuffled, "accuracy_shuffled": accuracy_reward(shuffled, record)}
 
 
-METRICS = [{"step": step, "reward/accuracy": accuracy, "group/p": accuracy, "group/p_tilde": 0.25,
-            "policy/kl": 0.001 * step, "optim/loss": 0.1}
-           for step, accuracy in ((1, 0.25), (2, 0.5), (3, 0.875))]
+METRICS = [{"step": step, "group/p": p, "group/p_tilde": 0.25, "optim/loss": 0.1}
+           for step, p in ((1, 0.25), (2, 0.5), (3, 0.875))]
 
 
 def write_run(folder, toy, rollouts=(), validations=(), metrics=METRICS, **changed):
     """Writes the --output of a tgrpo.py run over the toy."""
     folder.mkdir(parents=True, exist_ok=True)
-    flags = {"data": str(toy / "train.json"), "val_data": str(toy / "test.json"),
-             "media_root": str(toy)} | FLAGS | changed
+    flags = FLAGS | {"data": str(toy / "train.json"), "val_data": str(toy / "test.json"),
+                     "media_root": str(toy)} | changed
     for name, rows in (("metrics", [{"arguments": flags}, *metrics]), ("rollouts", rollouts),
                        ("validation", validations)):
         (folder / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
@@ -114,20 +112,17 @@ def write_run(folder, toy, rollouts=(), validations=(), metrics=METRICS, **chang
 
 def reported(folder, *more):
     """Returns the data in the page that the command writes, and the page's text."""
-    report.main(report.parse_args([str(folder), *map(str, more)]))
-    text = (folder / "report.html").read_text(encoding="utf-8")
+    args = report.parse_args([str(folder), *map(str, more)])
+    report.main(args)
+    text = Path(args.output or folder, "report.html").read_text(encoding="utf-8")
     island, = re.findall(r'<script type="application/json" id="run">(.*)</script>', text)
     return json.loads(island), text
 
 
 @pytest.fixture(scope="module")
 def records(toy):
-    """Returns {"video", "image"}: a question of each, the video's with options."""
-    found = {}
-    for record in load_records(toy / "train.json"):
-        if record["data_type"] == "image" or record["options"]:
-            found.setdefault(record["data_type"], record)
-    return found
+    """Returns {"video", "image"}: the last question of each; the video's has options."""
+    return {record["data_type"]: record for record in load_records(toy / "train.json")}
 
 
 @pytest.fixture(scope="module")
@@ -161,6 +156,12 @@ def run(toy, records, held_out, tmp_path_factory):
          validation(changed, 50, right(changed), WRONG)], data=str(folder / "data.json"))
 
 
+@pytest.fixture(scope="module")
+def made(run):
+    """Returns the data in the run's page, and the page's text."""
+    return reported(run)
+
+
 def rollout_at(step, data):
     return next(row for row in data["rollouts"] if row["step"] == step)
 
@@ -171,22 +172,19 @@ def decoded(url):
 
 # ------------------------------------------------------------------------- the data of the page
 
-def test_a_held_out_question_has_its_answers_at_every_validation(run, held_out):
-    question = reported(run)[0]["held_out"][0]
-    truth = extract_answer(held_out[1]["solution"])
-    for name, expected in (("first", [[0, "?", 0], [50, truth, 1]]),
-                           ("second", [[0, truth, 1], [50, "?", 0]])):
-        assert [[row["step"], row["answer"], row["earned"]["accuracy"]]
-                for row in question[name]] == expected
-
-
-def test_held_out_questions_that_changed_come_first(toy, held_out, tmp_path):
+def test_held_out_questions_have_all_their_answers_and_those_that_changed_come_first(
+        toy, held_out, tmp_path):
     rows = [validation(record, step, right(record) if step or i != 8 else WRONG, WRONG)
             for step in (0, 25) for i, record in enumerate(held_out[:9])]
     data, _ = reported(write_run(tmp_path, toy, validations=rows))
     assert data["logged"] == {"held_out": 9, "changed": 1, "rollouts": 0}
     assert [question["problem_id"] for question in data["held_out"]] == [
         held_out[i]["problem_id"] for i in (8, 0, 1, 2, 3, 4, 5, 6)]
+    truth, question = extract_answer(held_out[8]["solution"]), data["held_out"][0]
+    for name, expected in (("first", [(0, "?", 0), (25, truth, 1)]),
+                           ("second", [(0, "?", 0), (25, "?", 0)])):
+        assert [(row["step"], row["answer"], row["earned"]["accuracy"])
+                for row in question[name]] == expected
 
 
 def test_rollouts_are_at_equal_distances_and_have_advantages():
@@ -196,8 +194,8 @@ def test_rollouts_are_at_equal_distances_and_have_advantages():
     assert report.spread_rollouts(without) == without and report.spread_rollouts([]) == []
 
 
-def test_every_response_has_its_rewards(run):
-    data, _ = reported(run)
+def test_every_response_has_its_rewards(made):
+    data, _ = made
     first, *_, last = [response["earned"] for response in rollout_at(90, data)["first"]]
     # 7 right of 8 earn 1 + 1 + 0.3 + 0.2, the last 0: mean 2.1875
     assert first == pytest.approx({"accuracy": 1, "format": 1, "temporal": 0.3, "length": 0.2,
@@ -209,23 +207,18 @@ def test_every_response_has_its_rewards(run):
     assert "temporal" not in rollout_at(3, data)["first"][0]["earned"]  # an image has one group
 
 
-def test_frames_are_those_of_the_run(run, records):
-    row = rollout_at(90, reported(run)[0])
-    vision = load_vision(records["video"], max_frames=8, min_frames=4, fps=2, min_pixels=784,
-                         max_pixels=784)
+def test_frames_are_those_of_the_run(made, records):
+    row, vision = rollout_at(90, made[0]), load_vision(records["video"], **LIMITS)
     shown = np.stack([np.asarray(decoded(url)) for url in row["pictures"]])
     assert torch.equal(torch.from_numpy(shown), vision.frames.permute(0, 2, 3, 1))
     assert row["frame_order"] == ORDERS[1]
 
 
-def test_big_pictures_are_made_small(toy, records, tmp_path):
+def test_big_pictures_are_made_small(records, tmp_path):
     noise = np.random.default_rng(0).integers(0, 255, (8, 560, 1120, 3), np.uint8)
     write_video(tmp_path / "big.mp4", noise, 2)
-    record = records["video"] | {"path": "big.mp4"}
-    (tmp_path / "data.json").write_text(json.dumps([record]))
-    data, _ = reported(write_run(tmp_path, toy, [rollout(record, 1, [WRONG] * 8)], media_root=None,
-                                 data=str(tmp_path / "data.json"), max_pixels=400 * 784))
-    for url in data["rollouts"][0]["pictures"]:
+    record = records["video"] | {"media_root": tmp_path, "media_path": f"{tmp_path}/big.mp4"}
+    for url in report.pictures(record, [], FLAGS | {"max_pixels": 400 * 784}):
         assert max(decoded(url).size) == report.FRAME_SIDE and url.startswith("data:image/jpeg;")
         assert len(url) < 30_000  # noise, which JPEG cannot make smaller
 
@@ -242,17 +235,17 @@ def test_curves_are_means_of_the_metrics_that_a_run_has(toy, plain, tmp_path):
 
 # ------------------------------------------------------------------------------- one rollout as SVG
 
-def drawn(folder, path):
+def drawn(folder, path, *more):
     """Returns the texts and the images' addresses of the picture that the command draws."""
-    report.main(report.parse_args([str(folder), "--picture", str(path)]))
+    report.main(report.parse_args([str(folder), "--picture", *map(str, (path, *more))]))
     elements = [*ElementTree.parse(path).getroot()]
     return ([element.text or "" for element in elements if element.tag.endswith("text")],
             [element.attrib["href"] for element in elements if element.tag.endswith("image")])
 
 
-def test_the_picture_shows_the_rollout_whose_p_is_furthest_above_p_tilde(run, tmp_path):
+def test_the_picture_shows_the_rollout_whose_p_is_furthest_above_p_tilde(run, made, tmp_path):
     texts, images = drawn(run, tmp_path / "new/method.svg")
-    row = rollout_at(90, reported(run)[0])
+    row = rollout_at(90, made[0])
     places = [*range(8), *ORDERS[1]]
     assert images == [row["pictures"][place] for place in places]
     for text in ("p = 0.875", "p_tilde = 0.25", "look", "2.5", "0.312", row["options"][0],
@@ -262,15 +255,14 @@ def test_the_picture_shows_the_rollout_whose_p_is_furthest_above_p_tilde(run, tm
     assert [line for line in texts if line.isdigit()][:16] == [str(i + 1) for i in places]
 
 
-def test_a_run_without_a_rollout_to_draw_is_refused(run, toy, plain, records, tmp_path):
-    good = right(records["video"])
-    rows = [plain, rollout(records["video"], 1, [good] * 8, [WRONG] * 4, ORDERS[0]),
-            rollout(records["video"], 3, [good, WRONG] * 4)]
+def test_a_run_without_a_rollout_to_draw_is_refused(run, tmp_path):
+    good = {"frame_order": [1, 0], "second": [{}], "p": 0.5, "p_tilde": 0.5}
+    rows = [good | changed for changed in ({"p": 0}, {"p": 1}, {"second": []}, {"frame_order": []})]
+    assert report.pick_rollout([*rows, good]) is good
     with pytest.raises(InputError, match="--picture needs a video with correct and wrong resp"):
-        drawn(write_run(tmp_path / "run", toy, rows), tmp_path / "method.svg")
+        report.pick_rollout(rows)
     with pytest.raises(InputError, match="--picture: .*No such file"):
-        report.main(report.parse_args([str(run), "--output", str(tmp_path), "--media_root",
-                                       str(tmp_path), "--picture", str(tmp_path / "method.svg")]))
+        drawn(run, tmp_path / "method.svg", "--output", tmp_path, "--media_root", tmp_path)
 
 
 # -------------------------------------------------------------------------------- safe and whole
@@ -295,34 +287,25 @@ def test_no_text_of_a_model_or_a_record_becomes_markup(hostile):
     data, text = reported(hostile)
     for name in ("first", "second"):
         assert [response["text"] for response in data["rollouts"][0][name]] == [*HOSTILE]
-    island, = re.findall(r'id="run">(.*)</script>', text)
+    island, = re.findall(r'id="run">(.*)</script>', text)  # all that differs from the template
     assert island.isascii() and not {"<", "\0"} & {*island}
-    assert [element["tag"] for element in Page(text).elements] == [
-        element["tag"] for element in Page(TEMPLATE).elements]
 
 
-def test_the_page_allows_nothing_but_its_own_style_and_script(run):
-    page = Page(reported(run)[1])
+def test_the_page_allows_nothing_but_its_own_style_and_script(made):
+    page = Page(made[1])
     policy = next(meta["content"] for meta in page.all("meta") if "http-equiv" in meta)
-    rules = dict(rule.split(None, 1) for rule in policy.split(";"))
-    assert rules["default-src"] == rules["base-uri"] == rules["form-action"] == "'none'"
-    assert rules["img-src"] == "data:"
+    rules = {"default-src": "'none'", "base-uri": "'none'", "form-action": "'none'",
+             "img-src": "data:"}
     for name, content in (("style", page.texts("style")[0]), ("script", page.texts("script")[1])):
         digest = base64.b64encode(hashlib.sha256(content.encode()).digest()).decode()
-        assert rules[f"{name}-src"] == f"'sha256-{digest}'"
-
-
-def test_every_number_and_its_equation_is_explained():
-    page = Page(TEMPLATE)
-    terms = " ".join(page.texts("dt"))
-    assert all(name in terms for name in ("p, p_tilde", "r_t", "second group", *report.PARTS))
-    assert all(f"Eq. {number}" in page.texts("dl")[0] for number in (1, 2, 3, 5))
+        rules[f"{name}-src"] = f"'sha256-{digest}'"
+    assert dict(rule.split(None, 1) for rule in policy.split(";")) == rules
 
 
 # -------------------------------------------------------------------------------------- bad input
 
 @pytest.mark.parametrize("name, line, message", [
-    ("metrics", {"arguments": FLAGS}, "flags of a tgrpo.py run: data, val_data, media_root not"),
+    ("metrics", {"arguments": {"data": ""}}, "flags of a tgrpo.py run: val_data, media_root, max"),
     ("rollouts", {"R": [1.0]}, "rollouts.jsonl, line 1, is damaged: ValueError.*zip"),
     ("rollouts", {"A": [float("nan")] * 8}, "line 1, is damaged: ValueError"),
     ("rollouts", {"responses": [1] * 8}, "line 1, is damaged: AttributeError"),
@@ -349,7 +332,7 @@ def test_a_line_that_is_being_written_is_left_out(toy, plain, tmp_path):
 def test_a_file_other_than_the_runs_is_named_in_its_place(run, records, tmp_path):
     (tmp_path / "media").mkdir()
     write_video(tmp_path / records["video"]["path"], np.zeros((4, 28, 28, 3), np.uint8), 2)
-    data, _ = reported(run, "--media_root", tmp_path)
+    data, _ = reported(run, "--media_root", tmp_path, "--output", tmp_path / "new")
     assert "No such file" in rollout_at(3, data)["fault"] and len(rollout_at(3, data)["first"]) == 8
     assert rollout_at(90, data)["fault"].endswith("has 4 frames, not those of the run")
 
@@ -357,11 +340,6 @@ def test_a_file_other_than_the_runs_is_named_in_its_place(run, records, tmp_path
 def test_records_of_another_run_are_refused(run, toy):
     with pytest.raises(InputError, match="has no question of .*; name the run's records"):
         reported(run, "--data", toy / "cot.json")
-
-
-def test_output_is_another_folder(run, tmp_path):
-    report.main(report.parse_args([str(run), "--output", str(tmp_path / "new")]))
-    assert (tmp_path / "new/report.html").read_text() == reported(run)[1]
 
 
 # -------------------------------------------------------------------------------------- a browser
@@ -378,8 +356,7 @@ def browse(page, folder):
 
 def shown(run, folder):
     """Returns the page as a browser shows it, within its own policy, and {title: section}."""
-    reported(run)
-    dom, console = browse(run / "report.html", folder / "profile")
+    dom, console = browse(run / "report.html", folder)
     assert console == []
     dom = re.sub("<noscript>.*?</noscript>", "", dom)  # in it a browser knows no elements
     return Page(dom), {re.search('aria-label="(.*?)"', section)[1]: Page(section)
@@ -387,13 +364,16 @@ def shown(run, folder):
 
 
 @pytest.fixture(scope="module")
-def seen(run, tmp_path_factory):
+def seen(run, made, tmp_path_factory):
     return shown(run, tmp_path_factory.mktemp("browser"))
 
 
 @in_a_browser
-def test_the_browser_shows_held_out_answers_before_rollouts(seen, held_out):
+def test_the_browser_shows_curves_and_held_out_answers_before_rollouts(run, seen, held_out):
     page, sections = seen
+    assert page.texts("h1") == [f"T-GRPO at work: {run}"]
+    assert page.texts("figcaption")[0] == "share correctp 0.25 → 0.875p_tilde 0.25 → 0.25"
+    assert "2 of the 2 held-out questions" in page.texts("header")[0]
     assert page.texts("a") == ["1", "2", "2", "3", "5", "6", "90"]
     assert [*sections][1:3] == ["Held-out question 2", "Training step 2"]
     section = sections["Held-out question 1"]
@@ -401,12 +381,11 @@ def test_the_browser_shows_held_out_answers_before_rollouts(seen, held_out):
     assert section.texts("h3") == ["Answers to the frames in order", "Answers to shuffled frames"]
     assert section.texts("summary") == ["step 0: wrong ?0", f"step 50: correct {truth}1",
                                         f"step 0: correct {truth}1", "step 50: wrong ?0"]
-    assert "2 of the 2 held-out questions" in page.texts("header")[0]
 
 
 @in_a_browser
-def test_the_browser_shows_both_groups_of_a_rollout(run, seen):
-    section, row = seen[1]["Training step 90"], rollout_at(90, reported(run)[0])
+def test_the_browser_shows_both_groups_of_a_rollout(made, seen):
+    section, row = seen[1]["Training step 90"], rollout_at(90, made[0])
     assert section.texts("h2") == [f"Training step 90: {row['record']['problem']}"]
     assert section.texts("ul") == ["".join(row["options"])]
     places = [*range(8), *ORDERS[1]]
@@ -417,9 +396,9 @@ def test_the_browser_shows_both_groups_of_a_rollout(run, seen):
     assert "p > p_tilde, so r_t = 0.3 for every correct response of the first group." in (
         section.texts("p"))
     assert section.texts("numbers")[0] == "answeraccuracyformattemporallengthRA"
-    assert section.texts("summary")[:8] == (
-        [f"correct {row['answer']}110.30.22.50.313"] * 7 + ["wrong 00000-2.19"])
-    assert section.texts("summary")[8:] == [f"correct {row['answer']}11"] + ["wrong ?01"] * 3
+    assert section.texts("summary") == [
+        *[f"correct {row['answer']}110.30.22.50.313"] * 7, "wrong 00000-2.19",
+        f"correct {row['answer']}11", *["wrong ?01"] * 3]
     assert section.texts("think") == ["look"] * 11  # apart from the answer
 
 
@@ -436,18 +415,8 @@ def test_the_browser_shows_what_is_special_about_a_rollout(seen):
 
 
 @in_a_browser
-def test_the_browser_draws_the_curves(run, seen):
-    page = seen[0]
-    assert page.texts("h1") == [f"T-GRPO at work: {run}"]
-    assert page.texts("figcaption")[1] == "share correctp 0.25 → 0.875p_tilde 0.25 → 0.25"
-    # 240 x 80, the largest value on top: from the first point to itself, then on
-    assert [path["d"] for path in page.all("path")[1:3]] == [
-        "M0 80L0 80L120 48L240 0", "M0 80L0 80L120 80L240 80"]
-    assert page.texts("text")[:4] == ["0.875", "0.25", "step 1", "3"]
-
-
-@in_a_browser
 def test_in_a_browser_hostile_text_is_shown_to_the_letter_and_does_nothing(hostile, tmp_path):
+    reported(hostile)
     page, sections = shown(hostile, tmp_path)
     assert page.texts("title") == ["T-GRPO at work"]  # which the texts would change
     assert len(page.all("script")) == 2 and page.all("img") == []
@@ -466,57 +435,40 @@ def test_in_a_browser_hostile_text_is_shown_to_the_letter_and_does_nothing(hosti
 @in_a_browser
 def test_the_page_can_be_read_without_seeing_it(seen):
     page, _ = seen
-    levels = [int(element["tag"][1]) for element in page.elements
-              if re.fullmatch(r"h\d", element["tag"])]
-    assert levels[:2] == [1, 2] and {*levels[2:]} == {2, 3}
     assert all(image["alt"] for image in page.all("img"))
-    assert [link["href"][1:] for link in page.all("a")] == [
-        section["id"] for section in page.all("section")]
     assert all(element["aria-label"] for tag in ("section", "button", "a", "nav")
                for element in page.all(tag))
-    assert ["hidden" in section for section in page.all("section")] == [False] + [True] * 6
     assert [link.get("aria-current") for link in page.all("a")] == ["true"] + [None] * 6
 
 
 PROBE = """
 const wait = () => new Promise(done => setTimeout(done, 50));
-const press = (key, ctrlKey = false) => document.body.dispatchEvent(
-  new KeyboardEvent("keydown", {key, ctrlKey, bubbles: true}));
-const found = {width: innerWidth, overflow: [], walk: []};
-const note = async () => { await wait(); found.walk.push(
-  [...document.querySelectorAll("section")].filter(s => !s.hidden).map(s => s.id).join()
-  + " " + document.activeElement.tagName); };
+const walk = [];
+const note = async () => { await wait(); walk.push(
+  document.querySelector("section:not([hidden])").id + " " + document.activeElement.tagName); };
 onload = async () => {
-  for (const key of ["j", "ArrowRight", "k", "ArrowLeft", "k"]) { press(key); await note(); }
-  press("j", true); await note();
+  for (const [key, ctrlKey] of [["j"], ["ArrowRight"], ["k"], ["ArrowLeft"], ["k"], ["j", true]]) {
+    document.body.dispatchEvent(new KeyboardEvent("keydown", {key, ctrlKey, bubbles: true}));
+    await note();
+  }
   document.querySelectorAll("nav a")[3].click(); await note();
   document.querySelectorAll("section").forEach(s => { s.hidden = false; });
   document.querySelectorAll("details").forEach(d => { d.open = true; });
   await wait();
-  document.querySelectorAll("body *").forEach(e => {
-    if (e.getBoundingClientRect().right > innerWidth + 1) found.overflow.push(e.outerHTML); });
-  found.scroll = document.documentElement.scrollWidth;
-  parent.postMessage(found, "*");
+  const {scrollWidth, clientWidth} = document.documentElement;
+  parent.postMessage({walk, width: innerWidth, hidden: scrollWidth - clientWidth}, "*");
 };
 """
 
 
 @in_a_browser
-def test_in_a_browser_keys_lead_through_the_questions_and_nothing_overflows(run, tmp_path):
-    copy = re.sub(r"<meta http-equiv=[^>]*>", "", reported(run)[1]).replace(
-        "</body>", f"<script>{PROBE}</script></body>")
-    (tmp_path / "copy.html").write_text(copy, encoding="utf-8")
-    # a headless window has a least width, a frame has none; one at a time has the focus
-    (tmp_path / "frames.html").write_text("""<iframe style="border: 0; height: 640px"></iframe>
-<script>const widths = [390, 1280, 1920], all = [], frame = document.querySelector("iframe");
-const next = () => { frame.style.width = widths[all.length] + "px"; frame.src = "copy.html"; };
-onmessage = e => { all.push(e.data); if (all.length < widths.length) next();
-  document.documentElement.dataset.found = JSON.stringify(all); };
-next();</script>""")
-    dom, console = browse(tmp_path / "frames.html", tmp_path / "profile")
+def test_in_a_browser_keys_lead_through_the_questions_and_a_narrow_page_has_all(made, tmp_path):
+    copy = re.sub(r"<meta http-equiv=[^>]*>", "", made[1])
+    (tmp_path / "copy.html").write_text(f"{copy}<script>{PROBE}</script>", encoding="utf-8")
+    # a headless window has a least width, a frame has none
+    (tmp_path / "frame.html").write_text("""<iframe src="copy.html" width="390"></iframe><script>
+onmessage = e => { document.documentElement.dataset.found = JSON.stringify(e.data); };</script>""")
+    dom, console = browse(tmp_path / "frame.html", tmp_path / "profile")
     assert console == []
-    found = json.loads(Page(dom).all("html")[0]["data-found"])
-    assert [page["width"] for page in found] == [390, 1280, 1920]
-    for page in found:
-        assert page["scroll"] <= page["width"] and page["overflow"] == []
-        assert page["walk"] == [f"q{i} H2" for i in (2, 3, 2, 1, 7, 7, 4)]
+    assert json.loads(Page(dom).all("html")[0]["data-found"]) == {
+        "walk": [f"q{i} H2" for i in (2, 3, 2, 1, 7, 7, 4)], "width": 390, "hidden": 0}
