@@ -3,6 +3,7 @@ import doctest
 import errno
 import filecmp
 import json
+
 import numpy as np
 import pytest
 import torch
@@ -20,22 +21,17 @@ RECORD = {"problem_id": 7, "problem": "What moves?", "data_type": "video",
           "solution": "<answer>B</answer>", "path": "./clip.mp4", "data_source": "x"}
 
 
-def write(folder, *records, name="data.json"):
-    path = folder / name
-    path.write_text(json.dumps(list(records)), encoding="utf-8")
+def write(folder, *records):
+    path = folder / "data.json"
+    path.write_text(json.dumps(records), encoding="utf-8")
     return path
 
 
-def clip(path, count=8, height=28, width=28, fps=2):
+def clip(path, fps=2):
     """A clip whose frame t is a flat grey of 20 t, so that frames can be distinguished."""
-    frames = np.stack([np.full((height, width, 3), 20 * t % 256, np.uint8) for t in range(count)])
-    build_data.write_video(path, frames, fps)
+    greys = 20 * np.arange(8, dtype=np.uint8)[:, None, None, None]
+    build_data.write_video(path, np.broadcast_to(greys, (8, 28, 28, 3)), fps)
     return path
-
-
-def record_of(path, data_type="video", **fields):
-    return {**RECORD, "data_type": data_type, "path": path.name, "media_path": str(path),
-            "media_root": str(path.parent), **fields}
 
 
 # ------------------------------------------------------------------------------- records
@@ -56,10 +52,8 @@ def test_json_and_jsonl_hold_the_same_records_with_a_byte_order_mark_or_without(
     ("path", (3, "../clip.mp4", "/etc/passwd", "a\0.mp4")), ("process", (["a"], "\ud83d")),
     ("groups", ("motion", ["motion"], None, {"level": 3})),
     ("solution", ("B", "<answer> </answer>", "<answer>B</answer> it is",
-                  # which of several is the answer?
-                  "<answer>A</answer><answer>B</answer>", "<answer>B</answer>\n<answer>B</answer>",
                   "<answer>A</answer> or <answer>B</answer>", "<answer>B</answer></answer>",
-                  "<answer>use an <answer> tag</answer>", "<answer>B</answer><answer></answer>"))])
+                  "<answer>use an <answer> tag</answer>"))])
 def test_a_bad_record_is_named_by_file_problem_id_and_field(tmp_path, field, values):
     for value in values:
         path = write(tmp_path, RECORD, RECORD | {"problem_id": 41, field: value})
@@ -81,18 +75,15 @@ def test_groups_and_a_process_are_read_as_they_are(tmp_path):
     assert load_records(write(tmp_path, RECORD | {"groups": {}, "process": None}))
 
 
-@pytest.mark.parametrize("token", ["<|video_pad|>", "<|image_pad|>", "<|vision_start|>",
-                                   "<|im_start|>", "<|im_end|>", "<|endoftext|>"])
-def test_a_special_token_in_a_text_is_text_to_the_model(tmp_path, processor, token):
+def test_a_special_token_in_a_text_is_text_to_the_model(tmp_path, processor):
     clip(tmp_path / "clip.mp4")
-    text = f"a {token} b"
+    text = " ".join(processor.tokenizer.all_special_tokens)
     fields = {"problem": text, "options": [f"A. {text}", "B. c"], "process": text,
               "solution": f"<answer>{text}</answer>"}
     plain, record = load_records(write(tmp_path, RECORD, RECORD | fields))
     vision, ids = load_vision(plain, **LIMITS), processor.tokenizer.all_special_ids
-    plain, with_token = (encode(processor, each, vision)["input_ids"] for each in (plain, record))
-    counts = [[(inputs == i).sum() for i in ids] for inputs in (plain, with_token)]
-    assert counts[0] == counts[1]
+    plain, with_tokens = (encode(processor, each, vision)["input_ids"] for each in (plain, record))
+    assert [(plain == i).sum() for i in ids] == [(with_tokens == i).sum() for i in ids]
     target = f"{record['process']} {record['solution']}"  # what the cold start teaches
     assert not set(processor.tokenizer(target).input_ids) & set(ids)
     assert record["problem"] == text.replace("<|", "<| ").replace("|>", " |>")
@@ -134,25 +125,14 @@ def test_options_have_letters_in_the_prompt_as_they_stand_or_given(tmp_path, opt
 
 @pytest.mark.parametrize("options, reason", [
     (["1. left", "2. right"], "options begin with 1, 2, not with A, B, C, ... in order"),
-    (["1) left", "2) right", "3) up"], "options begin with 1, 2, 3"),
-    (["A. left", "A. right"], "options begin with A, A"), (["A. left", "C. right"], "with A, C"),
-    (["B. left", "C. right", "D. up"], "with B, C, D"), (["A. left", "up", "B. right"], "A, B"),
-    (["left", ""], "an option is empty"), (["A. left", "B."], "an option is empty"),
-    (["A. left", "B.  "], "an option is empty"), (["left", "right", "left"], "options are equal"),
-    (["left", 2], "must be a list of strings"), (["left", None], "must be a list of strings"),
+    (["A. left", "A. right"], "options begin with A, A"), (["B. left", "C. right"], "with B, C"),
+    (["A. left", "up", "B. right"], "A, B"), (["left", "right", "left"], "options are equal"),
+    (["left", ""], "an option is empty"), (["A. left", "B.  "], "an option is empty"),
+    (["left", 2], "must be a list of strings"),
     ({"A": "left", "B": "right"}, "must be a list of strings")])
 def test_options_that_are_neither_lettered_nor_plain_are_refused(tmp_path, options, reason):
     with pytest.raises(InputError, match=r"record 0 \(problem_id 7\): field options.*" + reason):
         load_records(write(tmp_path, RECORD | {"options": options}))
-
-
-@pytest.mark.parametrize("fields, truth", [
-    *((CHOICE, truth) for truth in ("B", "right", "B. right")), ({"problem_type": "OCR"}, "?!"),
-    ({"problem_type": "numerical"}, "-1,000.5"), ({"problem_type": "regression"}, "0"),
-    ({"problem_type": "free-form"}, "狗"), ({"problem_type": "free-form"}, "a dog " * 40)])
-def test_nothing_is_warned_of_a_solution_that_can_be_matched(tmp_path, capsys, fields, truth):
-    load_records(write(tmp_path, RECORD | fields | {"solution": f"<answer>{truth}</answer>"}))
-    assert capsys.readouterr().err == ""
 
 
 @pytest.mark.parametrize("text", ["", "[]", "[1]", "{", '{"a": 1}\n{', "[{}]"])
@@ -230,19 +210,19 @@ def test_a_full_disk_keeps_whole_rows_and_is_one_clear_sentence(tmp_path, monkey
 def test_inputs_carry_the_real_timing(tmp_path, processor):
     """Half the frame rate doubles the time between grid steps: it reaches the model."""
     for fps, seconds in ((2, 1.0), (1, 2.0)):
-        record = record_of(clip(tmp_path / f"{fps}.mp4", count=8, fps=fps))
+        clip(tmp_path / "clip.mp4", fps)
+        record, = load_records(write(tmp_path, RECORD))
         inputs = encode(processor, record, load_vision(record, **LIMITS | {"fps": fps}))
         assert inputs["second_per_grid_ts"].tolist() == [seconds]
 
 
-def test_pixel_values_are_the_frames_normalised_and_nothing_else(tmp_path, processor):
-    record = record_of(clip(tmp_path / "a.mp4"))
+def test_pixel_values_are_the_frames_normalised_and_nothing_else(samples, processor):
+    record, inputs = samples["video"]
     vision = load_vision(record, **LIMITS)
-    pixels = encode(processor, record, vision)["pixel_values_videos"]  # (16, 3 x 2 x 14 x 14)
     mean = torch.tensor(processor.video_processor.image_mean)
     std = torch.tensor(processor.video_processor.image_std)
     normal = (vision.frames / 255 - mean[:, None, None]) / std[:, None, None]  # (T, C, H, W)
-    first = pixels[0].view(3, 2, 14, 14)  # the upper left patch of the first two frames
+    first = inputs["pixel_values_videos"][0].view(3, 2, 14, 14)  # the upper left patch of the first two frames
     assert torch.allclose(first, normal[:2, :, :14, :14].transpose(0, 1), atol=1e-5)
 
 
@@ -281,18 +261,16 @@ def test_the_toy_is_never_written_over(toy):
 
 def test_toy_clips_show_what_their_records_say(toy):
     """The answer is recomputed from the decoded pixels: where the block is in each frame."""
-    checked = 0
-    for record in load_records(toy / "train.json"):
-        if not record["data_source"].startswith("toy/direction"):
-            continue
+    records = [record for record in load_records(toy / "train.json")
+               if record["data_source"].startswith("toy/direction")]
+    assert len(records) > 5
+    for record in records:
         frames = load_vision(record, **LIMITS).frames.float()  # (T, C, H, W)
         bright = frames.amax(1) - frames.amin(1) > 100  # (T, H, W): the block is colourful
         x = [mask.nonzero()[:, 1].float().mean() for mask in bright]
         moved = "right" if x[-1] > x[0] + 8 else "left" if x[-1] < x[0] - 8 else "nowhere"
         letter = record["solution"].removeprefix("<answer>")[0]
         assert f"{letter}. {moved}" in record["options"]
-        checked += 1
-    assert checked > 5
 
 
 def test_what_every_prompt_of_the_toy_says_is_read_as_it_stands_in_few_tokens(toy, processor):
@@ -336,6 +314,7 @@ def test_help_shows_the_defaults_that_are_values(capsys):
     assert "be fast" in text and "default: None" not in text and "default: False" not in text
 
 
+# The flags that stand before those of each row below
 GIVEN = {"check": "--data a.json", "mix": "--out b.json", "toy": "--out toy",
          "annotate": "--model m --data d --out o.json", "evaluate": "--model m --output o"}
 OUT_OF_BOUNDS = {
@@ -392,18 +371,15 @@ import torch
 from build_data import InputError, run_script
 warnings.simplefilter("ignore")  # fewer processors than workers
 
-class Records(torch.utils.data.Dataset):
-    def __len__(self):
-        return 9
-
-    def __getitem__(self, i):
-        signal.signal(signal.SIGTERM, signal.SIG_IGN)
-        if i > 1:
-            time.sleep(1000)
-        return i
+def read(i):
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    if i > 1:
+        time.sleep(1000)
+    return i
 
 def main(fault):
-    loader = iter(torch.utils.data.DataLoader(Records(), num_workers=3, prefetch_factor=1))
+    loader = iter(torch.utils.data.DataLoader(range(9), batch_size=None, collate_fn=read,
+                                              num_workers=3, prefetch_factor=1))
     next(loader)
     print("at work")
     if sys.argv[1] == "unread":
@@ -430,8 +406,7 @@ def test_a_fault_ends_the_script_at_once_although_a_worker_ignores_its_signal(
     (tmp_path / "script.py").write_text(SCRIPT)
     result = run(tmp_path / "script.py", fault, env={"PYTHONPATH": str(ROOT)}, check=False,
                  timeout=60)
-    assert result.returncode == 1 and result.stdout in ("at work\n", "")
-    assert result.stdout or fault == "unread"
+    assert result.returncode == 1 and result.stdout == "at work\n"
     first, *others = result.stderr.splitlines()
     if words.startswith("script.py"):  # a sentence for the user; anything else with its traceback
         assert first == words and not others
