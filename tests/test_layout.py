@@ -1,4 +1,5 @@
-"""Two columns over one ground: an import goes back along the pipeline, and no text stands twice."""
+"""Two columns over one ground: an import goes back along the pipeline, no function stands
+twice, and a script starts."""
 import ast
 import re
 from collections import defaultdict
@@ -20,7 +21,7 @@ def test_a_script_imports_from_earlier_ones_of_its_column(script):
 
 
 def test_no_function_stands_twice():
-    """But for two commands' functions of one line."""
+    """Functions of one line may."""
     places = defaultdict(list)
     for script, source in SOURCES.items():
         for node in ast.walk(ast.parse(source)):
