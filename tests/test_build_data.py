@@ -3,9 +3,6 @@ import doctest
 import errno
 import filecmp
 import json
-import os
-import re
-import shutil
 
 import numpy as np
 import pytest
@@ -16,7 +13,7 @@ import build_data
 import evaluate
 import rewards
 from build_data import (FlagParser, InputError, above, add_media_flags, at_least, build_messages,
-                        encode, load_records, load_vision, pad_batch)
+                        encode, load_records, load_vision)
 from conftest import LIMITS, ROOT, run
 
 RECORD = {"problem_id": 7, "problem": "What moves?", "data_type": "video",
@@ -24,22 +21,17 @@ RECORD = {"problem_id": 7, "problem": "What moves?", "data_type": "video",
           "solution": "<answer>B</answer>", "path": "./clip.mp4", "data_source": "x"}
 
 
-def write(folder, *records, name="data.json"):
-    path = folder / name
-    path.write_text(json.dumps(list(records)), encoding="utf-8")
+def write(folder, *records):
+    path = folder / "data.json"
+    path.write_text(json.dumps(records), encoding="utf-8")
     return path
 
 
-def clip(path, count=8, height=28, width=28, fps=2):
+def clip(path, fps=2):
     """A clip whose frame t is a flat grey of 20 t, so that frames can be distinguished."""
-    frames = np.stack([np.full((height, width, 3), 20 * t % 256, np.uint8) for t in range(count)])
-    build_data.write_video(path, frames, fps)
+    greys = 20 * np.arange(8, dtype=np.uint8)[:, None, None, None]
+    build_data.write_video(path, np.broadcast_to(greys, (8, 28, 28, 3)), fps)
     return path
-
-
-def record_of(path, data_type="video", **fields):
-    return {**RECORD, "data_type": data_type, "path": path.name, "media_path": str(path),
-            "media_root": str(path.parent), **fields}
 
 
 # ------------------------------------------------------------------------------- records
@@ -60,10 +52,8 @@ def test_json_and_jsonl_hold_the_same_records_with_a_byte_order_mark_or_without(
     ("path", (3, "../clip.mp4", "/etc/passwd", "a\0.mp4")), ("process", (["a"], "\ud83d")),
     ("groups", ("motion", ["motion"], None, {"level": 3})),
     ("solution", ("B", "<answer> </answer>", "<answer>B</answer> it is",
-                  # which of several is the answer?
-                  "<answer>A</answer><answer>B</answer>", "<answer>B</answer>\n<answer>B</answer>",
                   "<answer>A</answer> or <answer>B</answer>", "<answer>B</answer></answer>",
-                  "<answer>use an <answer> tag</answer>", "<answer>B</answer><answer></answer>"))])
+                  "<answer>use an <answer> tag</answer>"))])
 def test_a_bad_record_is_named_by_file_problem_id_and_field(tmp_path, field, values):
     for value in values:
         path = write(tmp_path, RECORD, RECORD | {"problem_id": 41, field: value})
@@ -85,18 +75,15 @@ def test_groups_and_a_process_are_read_as_they_are(tmp_path):
     assert load_records(write(tmp_path, RECORD | {"groups": {}, "process": None}))
 
 
-@pytest.mark.parametrize("token", ["<|video_pad|>", "<|image_pad|>", "<|vision_start|>",
-                                   "<|im_start|>", "<|im_end|>", "<|endoftext|>"])
-def test_a_special_token_in_a_text_is_text_to_the_model(tmp_path, processor, token):
+def test_a_special_token_in_a_text_is_text_to_the_model(tmp_path, processor):
     clip(tmp_path / "clip.mp4")
-    text = f"a {token} b"
+    text = " ".join(processor.tokenizer.all_special_tokens)
     fields = {"problem": text, "options": [f"A. {text}", "B. c"], "process": text,
               "solution": f"<answer>{text}</answer>"}
     plain, record = load_records(write(tmp_path, RECORD, RECORD | fields))
     vision, ids = load_vision(plain, **LIMITS), processor.tokenizer.all_special_ids
-    plain, with_token = (encode(processor, each, vision)["input_ids"] for each in (plain, record))
-    counts = [[(inputs == i).sum() for i in ids] for inputs in (plain, with_token)]
-    assert counts[0] == counts[1]
+    plain, with_tokens = (encode(processor, each, vision)["input_ids"] for each in (plain, record))
+    assert [(plain == i).sum() for i in ids] == [(with_tokens == i).sum() for i in ids]
     target = f"{record['process']} {record['solution']}"  # what the cold start teaches
     assert not set(processor.tokenizer(target).input_ids) & set(ids)
     assert record["problem"] == text.replace("<|", "<| ").replace("|>", " |>")
@@ -138,25 +125,14 @@ def test_options_have_letters_in_the_prompt_as_they_stand_or_given(tmp_path, opt
 
 @pytest.mark.parametrize("options, reason", [
     (["1. left", "2. right"], "options begin with 1, 2, not with A, B, C, ... in order"),
-    (["1) left", "2) right", "3) up"], "options begin with 1, 2, 3"),
-    (["A. left", "A. right"], "options begin with A, A"), (["A. left", "C. right"], "with A, C"),
-    (["B. left", "C. right", "D. up"], "with B, C, D"), (["A. left", "up", "B. right"], "A, B"),
-    (["left", ""], "an option is empty"), (["A. left", "B."], "an option is empty"),
-    (["A. left", "B.  "], "an option is empty"), (["left", "right", "left"], "options are equal"),
-    (["left", 2], "must be a list of strings"), (["left", None], "must be a list of strings"),
+    (["A. left", "A. right"], "options begin with A, A"), (["B. left", "C. right"], "with B, C"),
+    (["A. left", "up", "B. right"], "A, B"), (["left", "right", "left"], "options are equal"),
+    (["left", ""], "an option is empty"), (["A. left", "B.  "], "an option is empty"),
+    (["left", 2], "must be a list of strings"),
     ({"A": "left", "B": "right"}, "must be a list of strings")])
 def test_options_that_are_neither_lettered_nor_plain_are_refused(tmp_path, options, reason):
     with pytest.raises(InputError, match=r"record 0 \(problem_id 7\): field options.*" + reason):
         load_records(write(tmp_path, RECORD | {"options": options}))
-
-
-@pytest.mark.parametrize("fields, truth", [
-    *((CHOICE, truth) for truth in ("B", "right", "B. right")), ({"problem_type": "OCR"}, "?!"),
-    ({"problem_type": "numerical"}, "-1,000.5"), ({"problem_type": "regression"}, "0"),
-    ({"problem_type": "free-form"}, "狗"), ({"problem_type": "free-form"}, "a dog " * 40)])
-def test_nothing_is_warned_of_a_solution_that_can_be_matched(tmp_path, capsys, fields, truth):
-    load_records(write(tmp_path, RECORD | fields | {"solution": f"<answer>{truth}</answer>"}))
-    assert capsys.readouterr().err == ""
 
 
 @pytest.mark.parametrize("text", ["", "[]", "[1]", "{", '{"a": 1}\n{', "[{}]"])
@@ -195,9 +171,6 @@ def test_other_problem_types_have_no_options_and_their_own_suffix(problem_type, 
     assert text.endswith(f" tags. Please {words} within the <answer> </answer> tags.")
 
 
-# --------------------------------------------------------------------------------- media
-
-
 # --------------------------------------------------------------------------------- files
 
 class FullDisk:
@@ -232,61 +205,25 @@ def test_a_full_disk_keeps_whole_rows_and_is_one_clear_sentence(tmp_path, monkey
         == rows[:at]
 
 
-def test_a_torn_line_is_cut_off_before_the_next_row_is_written(tmp_path):
-    path = tmp_path / "rows.jsonl"
-    for number in (1, 2):
-        with build_data.row_writer(path, 1, {"seed": 0}) as write_rows:
-            write_rows([{"problem_id": number}])
-        with path.open("a") as file:
-            file.write('{"probl')
-    assert path.read_text() == '{"seed": 0}\n{"problem_id": 1}\n{"problem_id": 2}\n{"probl'
-
-
 # -------------------------------------------------------------------------------- inputs
 
 def test_inputs_carry_the_real_timing(tmp_path, processor):
     """Half the frame rate doubles the time between grid steps: it reaches the model."""
     for fps, seconds in ((2, 1.0), (1, 2.0)):
-        record = record_of(clip(tmp_path / f"{fps}.mp4", count=8, fps=fps))
+        clip(tmp_path / "clip.mp4", fps)
+        record, = load_records(write(tmp_path, RECORD))
         inputs = encode(processor, record, load_vision(record, **LIMITS | {"fps": fps}))
         assert inputs["second_per_grid_ts"].tolist() == [seconds]
 
 
-def test_visual_tokens_are_marked_and_counted(samples, processor):
-    for medium, token, kind in (("video", "<|video_pad|>", 2), ("image", "<|image_pad|>", 1)):
-        inputs = samples[medium][1]
-        pads = inputs["input_ids"] == processor.tokenizer.convert_tokens_to_ids(token)
-        assert torch.equal(pads, inputs["mm_token_type_ids"] == kind)
-        assert pads.sum() == inputs[f"{medium}_grid_thw"].prod() // 4
-
-
-def test_pixel_values_are_the_frames_normalised_and_nothing_else(tmp_path, processor):
-    record = record_of(clip(tmp_path / "a.mp4"))
+def test_pixel_values_are_the_frames_normalised_and_nothing_else(samples, processor):
+    record, inputs = samples["video"]
     vision = load_vision(record, **LIMITS)
-    pixels = encode(processor, record, vision)["pixel_values_videos"]  # (16, 3 x 2 x 14 x 14)
     mean = torch.tensor(processor.video_processor.image_mean)
     std = torch.tensor(processor.video_processor.image_std)
     normal = (vision.frames / 255 - mean[:, None, None]) / std[:, None, None]  # (T, C, H, W)
-    first = pixels[0].view(3, 2, 14, 14)  # the upper left patch of the first two frames
+    first = inputs["pixel_values_videos"][0].view(3, 2, 14, 14)  # the upper left patch of the first two frames
     assert torch.allclose(first, normal[:2, :, :14, :14].transpose(0, 1), atol=1e-5)
-
-
-def test_an_image_as_a_video_of_one_step_is_the_same_to_the_model(model, processor, samples):
-    inputs = samples["image"][1]
-    with torch.no_grad():
-        assert torch.equal(model(**inputs).logits,
-                           model(**build_data.image_as_video(processor, inputs)).logits)
-
-
-def test_padding_does_not_change_a_record_s_logits(model, processor, samples):
-    pads = {"input_ids": processor.tokenizer.pad_token_id, "attention_mask": 0,
-            "mm_token_type_ids": 0}
-    pair = [samples["video"][1], samples["image"][1]]
-    with torch.no_grad():
-        batch = model(**pad_batch(pair, pads, "left")).logits
-        for row, inputs in zip(batch, pair):
-            alone = model(**inputs).logits[0]
-            assert torch.allclose(row[-len(alone):], alone, atol=1e-5)
 
 
 # ----------------------------------------------------------------------------------- toy
@@ -324,18 +261,16 @@ def test_the_toy_is_never_written_over(toy):
 
 def test_toy_clips_show_what_their_records_say(toy):
     """The answer is recomputed from the decoded pixels: where the block is in each frame."""
-    checked = 0
-    for record in load_records(toy / "train.json"):
-        if not record["data_source"].startswith("toy/direction"):
-            continue
+    records = [record for record in load_records(toy / "train.json")
+               if record["data_source"].startswith("toy/direction")]
+    assert len(records) > 5
+    for record in records:
         frames = load_vision(record, **LIMITS).frames.float()  # (T, C, H, W)
         bright = frames.amax(1) - frames.amin(1) > 100  # (T, H, W): the block is colourful
         x = [mask.nonzero()[:, 1].float().mean() for mask in bright]
         moved = "right" if x[-1] > x[0] + 8 else "left" if x[-1] < x[0] - 8 else "nowhere"
         letter = record["solution"].removeprefix("<answer>")[0]
         assert f"{letter}. {moved}" in record["options"]
-        checked += 1
-    assert checked > 5
 
 
 def test_what_every_prompt_of_the_toy_says_is_read_as_it_stands_in_few_tokens(toy, processor):
@@ -344,16 +279,6 @@ def test_what_every_prompt_of_the_toy_says_is_read_as_it_stands_in_few_tokens(to
         ids = processor.tokenizer(text).input_ids
         assert processor.tokenizer.decode(ids) == text
         assert len(ids) <= 32  # as words it is more than 100
-
-
-def test_the_args_files_of_the_toy_are_read_by_their_scripts(toy):
-    """One `--flag=value` a line, whatever the comments between them."""
-    names = {path.name for path in toy.glob("*.args")}
-    assert names == {"sft.args", "tgrpo.args", "annotate.args", "evaluate.args"}
-    for name in names:
-        lines = (toy / name).read_text().splitlines()
-        assert all(re.fullmatch(r"#.*|--\w+=\S+|", line) for line in lines)
-    assert "--chunk_size=8" in (toy / "tgrpo.args").read_text().splitlines()
 
 
 # -------------------------------------------------------------------- flags and start-up
@@ -389,22 +314,21 @@ def test_help_shows_the_defaults_that_are_values(capsys):
     assert "be fast" in text and "default: None" not in text and "default: False" not in text
 
 
-# What a run of each script needs
-NEEDED = {"check": ["--data", "a.json"], "mix": ["--recipe", "a.json", "--out", "b.json"],
-          "toy": ["--out", "toy"], "annotate": ["--model", "m", "--data", "d", "--out", "o.json"],
-          "evaluate": ["--model", "m", "--benchmark", "a=b.json", "--output", "o"]}
+# The flags that stand before those of each row below
+GIVEN = {"check": "--data a.json", "mix": "--out b.json", "toy": "--out toy",
+         "annotate": "--model m --data d --out o.json", "evaluate": "--model m --output o"}
 OUT_OF_BOUNDS = {
-    "toy": ["--cot -1"], "mix": ["--val_share 1.0", "--val_share nan"],
-    "check": ["--max_frames 0", "--fps nan", "--num_workers -1", "--max_pixels 128",
-              "--image_max_pixels 128"],
-    "annotate": ["--temperature -1", "--top_p 0", "--top_p nan", "--top_p 1.5", "--samples 0",
-                 "--api_retries -1", "--limit 0", "--concurrency 0", "--api_base host:8000"],
+    "toy": ["--cot -1"], "mix": ["--val_share nan"],
+    "check": ["--fps nan", "--num_workers -1", "--image_max_pixels 128"],
+    "annotate": ["--temperature -1", "--top_p 0", "--top_p nan", "--samples 0", "--api_retries -1",
+                 "--limit 0", "--concurrency 0"],
     "evaluate": ["--batch_size 0", "--frames 0", "--limit 0"]}
 REFUSED = [
     *((script, more, f"argument {more.replace(' ', ': ')} must be ")
       for script, values in OUT_OF_BOUNDS.items() for more in values),
-    ("mix", "--val_share 1.0", "1.0 must be at least 0 and below 1"),
-    ("check", "--max_frames 0", "0 must be above 0"),
+    ("mix", "", "arguments are required: --recipe"),
+    ("mix", "--val_share 1.0", "--val_share: 1.0 must be at least 0 and below 1"),
+    ("check", "--max_frames 0", "--max_frames: 0 must be above 0"),
     ("check", "--max_pixels 128", "128 must be at least 784: 128 visual tokens are 128 * 28 * 28"),
     ("check", "--unknown", "unrecognized arguments: --unknown"),
     ("check", "@absent.args", "No such file or directory: 'absent.args'"),
@@ -412,26 +336,27 @@ REFUSED = [
     ("check", "--min_frames 99", "--min_frames 99 is above --max_frames 16"),
     ("check", "--max_pixels 784", "--min_pixels 3136 is above --max_pixels 784"),
     ("check", "--image_max_pixels 784", "--image_min_pixels 3136 is above --image_max_pixels 784"),
-    ("annotate", "--top_p 1.5", "1.5 must be above 0 and at most 1"),
+    ("annotate", "--top_p 1.5", "--top_p: 1.5 must be above 0 and at most 1"),
     ("annotate", "--api_base host:8000", "must be a URL that begins with http://"),
     ("annotate", "--api_body seed", "seed is not a JSON object: Expecting value"),
     ("annotate", '--api_body {"top_p":NaN}', "is not a JSON object: Out of range"),
     ("annotate", "--api_body [1]", "[1] is not a JSON object"),
-    ("annotate", '--api_body {"stream":true}', "must not have stream"),
-    ("annotate", '--api_body {"model":"x","messages":[]}', "must not have messages or model"),
+    ("annotate", '--api_body {"model":"x","stream":true,"messages":[]}',
+     "must not have messages or model or stream"),
     ("annotate", "--samples 2 --temperature 0", "--samples 2 at --temperature 0 are all the same"),
     ("annotate", "--out cot.jsonl", "--out cot.jsonl must end in .json"),
+    ("evaluate", "", "one of the arguments --benchmark --judge --diff is required"),
     ("evaluate", "--benchmark test.json", "--benchmark: test.json is not NAME=FILE"),
     ("evaluate", "--benchmark a/b=test.json", "a/b=test.json is not NAME=FILE"),
-    ("evaluate", "--frames 16 2", "--frames 2 is below --min_frames 4"),
-    ("evaluate", "--output=", "--model and --output are needed"),
-    ("evaluate", "--judge a.json", "--judge: not allowed with argument --benchmark")]
+    ("evaluate", "--benchmark a=b --frames 16 2", "--frames 2 is below --min_frames 4"),
+    ("evaluate", "--benchmark a=b --output=", "--model and --output are needed"),
+    ("evaluate", "--benchmark a=b --judge a.json", "--judge: not allowed with argument --benchmark")]
 
 
 @pytest.mark.parametrize("script, more, words", REFUSED)
 def test_a_value_that_a_flag_cannot_have_is_one_line_before_anything_is_read(
         capsys, script, more, words):
-    argv = [*NEEDED[script], *more.split()]
+    argv = f"{GIVEN[script]} {more}".split()
     parsers = {"annotate": annotate.parse_args, "evaluate": evaluate.parse_args}
     with pytest.raises(SystemExit) as end:
         parsers[script](argv) if script in parsers else build_data.parse_args([script, *argv])
@@ -440,34 +365,21 @@ def test_a_value_that_a_flag_cannot_have_is_one_line_before_anything_is_read(
     assert text.endswith("(--help lists the flags)\n") and text.count("\n") == 1
 
 
-@pytest.mark.parametrize("parse, argv, words", [
-    (build_data.parse_args, ["mix", "--out", "a"], "arguments are required: --recipe"),
-    (evaluate.parse_args, ["--model", "m", "--output", "o"],
-     "one of the arguments --benchmark --judge --diff is required")])
-def test_a_flag_that_a_command_needs_is_named(capsys, parse, argv, words):
-    with pytest.raises(SystemExit):
-        parse(argv)
-    assert words in capsys.readouterr().err
-
-
 SCRIPT = """
 import errno, os, signal, sys, time, warnings
 import torch
 from build_data import InputError, run_script
 warnings.simplefilter("ignore")  # fewer processors than workers
 
-class Records(torch.utils.data.Dataset):
-    def __len__(self):
-        return 9
-
-    def __getitem__(self, i):
-        signal.signal(signal.SIGTERM, signal.SIG_IGN)
-        if i > 1:
-            time.sleep(1000)
-        return i
+def read(i):
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    if i > 1:
+        time.sleep(1000)
+    return i
 
 def main(fault):
-    loader = iter(torch.utils.data.DataLoader(Records(), num_workers=3, prefetch_factor=1))
+    loader = iter(torch.utils.data.DataLoader(range(9), batch_size=None, collate_fn=read,
+                                              num_workers=3, prefetch_factor=1))
     next(loader)
     print("at work")
     if sys.argv[1] == "unread":
@@ -494,8 +406,7 @@ def test_a_fault_ends_the_script_at_once_although_a_worker_ignores_its_signal(
     (tmp_path / "script.py").write_text(SCRIPT)
     result = run(tmp_path / "script.py", fault, env={"PYTHONPATH": str(ROOT)}, check=False,
                  timeout=60)
-    assert result.returncode == 1 and result.stdout in ("at work\n", "")
-    assert result.stdout or fault == "unread"
+    assert result.returncode == 1 and result.stdout == "at work\n"
     first, *others = result.stderr.splitlines()
     if words.startswith("script.py"):  # a sentence for the user; anything else with its traceback
         assert first == words and not others
@@ -506,21 +417,3 @@ def test_a_fault_ends_the_script_at_once_although_a_worker_ignores_its_signal(
 @pytest.mark.parametrize("script", [annotate, build_data, evaluate, rewards])
 def test_worked_examples_in_the_docstrings_hold(script):
     assert doctest.testmod(script).failed == 0
-
-
-def test_importing_a_script_does_nothing(tmp_path):
-    scripts = ("rewards", "build_data", "annotate", "sft", "tgrpo", "evaluate")
-    for script in scripts:
-        shutil.copy(ROOT / f"{script}.py", tmp_path)
-    shutil.copytree(ROOT / "assets", tmp_path / "assets")
-    (tmp_path / "script.py").write_text(f"""
-import os, sys
-sys.dont_write_bytecode = True
-os.chdir({str(tmp_path)!r})
-for script in {scripts}:
-    sys.modules.pop(script, None)  # the process that was forked has ours
-import annotate, sft, tgrpo, evaluate
-print({{os.path.dirname(sys.modules[script].__file__) for script in {scripts}}})""")
-    before = sorted(os.listdir(tmp_path))
-    assert run(tmp_path / "script.py").stdout == f"{{{str(tmp_path)!r}}}\n"
-    assert sorted(os.listdir(tmp_path)) == before

@@ -39,39 +39,24 @@ def renamed(old, new):
     return lambda weights: {name.replace(old, new, 1): value for name, value in weights.items()}
 
 
-def untie(folder):
-    path = folder / "config.json"
-    config = json.loads(path.read_text())
-    config["tie_word_embeddings"] = config["text_config"]["tie_word_embeddings"] = False
-    path.write_text(json.dumps(config))
-
-
 @pytest.mark.parametrize("change, named", [
     (without("layers.1.mlp"), "model.language_model.layers.1.mlp.down_proj.weight"),
-    (without("visual.blocks.0."), "model.visual.blocks.0.attn.proj.bias"),
-    (without("model.norm.weight"), "model.language_model.norm.weight"),
     (without("patch_embed"), "model.visual.patch_embed.proj.weight"),
-    (renamed("", "module."), "model.language_model.embed_tokens.weight"),
     (renamed("", "base_model.model."), "model.language_model.embed_tokens.weight"),
-    (lambda weights: weights | {"model.embed_tokens.weight": torch.zeros(640, 96)},
-     "model.language_model.embed_tokens.weight"),
     (lambda weights: weights | {"model.norm.weight": torch.zeros(95)},
-     "model.language_model.norm.weight"),
-])
+     "model.language_model.norm.weight")])
 def test_weights_that_are_absent_or_of_another_shape_are_refused_by_name(copy, change, named):
     change_weights(copy, change)
     with pytest.raises(InputError, match=f"cannot load --model {copy}: .*{named}"):
         load(copy)
 
 
-def test_an_untied_output_layer_without_weights_is_refused(copy):
-    untie(copy)
+def test_an_untied_output_layer_needs_weights_of_its_own(copy):
+    config = json.loads((copy / "config.json").read_text())
+    config["tie_word_embeddings"] = config["text_config"]["tie_word_embeddings"] = False
+    (copy / "config.json").write_text(json.dumps(config))
     with pytest.raises(InputError, match="lm_head.weight"):
         load(copy)
-
-
-def test_an_untied_output_layer_with_weights_loads(copy):
-    untie(copy)
     change_weights(copy, lambda weights: weights | {
         "lm_head.weight": weights["model.embed_tokens.weight"] + 1})
     model = load(copy)
@@ -91,8 +76,7 @@ def test_a_shard_overwritten_by_a_copy_of_another_is_refused(copy):
 @pytest.mark.parametrize("change", [
     lambda weights: weights,
     lambda weights: weights | {"lm_head.weight": weights["model.embed_tokens.weight"].clone()},
-    renamed("model.", "model.language_model."),
-])
+    renamed("model.", "model.language_model.")])
 def test_a_tied_output_layer_and_names_of_either_age_load(toy, copy, change):
     """Before transformers 4.52 names began with visual and model.layers."""
     change_weights(copy, change)
@@ -101,13 +85,10 @@ def test_a_tied_output_layer_and_names_of_either_age_load(toy, copy, change):
         assert torch.equal(value, expected[name]), name
 
 
-POINTER = b"version https://git-lfs.github.com/spec/v1\noid sha256:4d7a214614\nsize 2466568\n"
-
-
 @pytest.mark.parametrize("damage", [
-    lambda data: data[:len(data) // 2], lambda data: data[:100], lambda data: b"",
-    lambda data: POINTER, lambda data: b"<html>not found</html>"],
-    ids=["half", "head", "empty", "pointer", "page"])
+    lambda data: data[:len(data) // 2], lambda data: b"",
+    lambda data: b"version https://git-lfs.github.com/spec/v1\noid sha256:4d7a2\nsize 2466568\n"],
+    ids=["half", "empty", "pointer"])
 def test_a_damaged_weight_file_is_one_sentence_that_names_the_model(copy, damage):
     (copy / FILE).write_bytes(damage((copy / FILE).read_bytes()))
     with pytest.raises(InputError, match=f"cannot load --model {copy}: ") as error:
@@ -128,35 +109,32 @@ FP16_KEYS = {"loss_scale": 0, "loss_scale_window": 1000, "initial_scale_power": 
              "hysteresis": 2, "min_loss_scale": 1}
 
 
+def read_config(folder, config):
+    (folder / "ds.json").write_text(json.dumps(config))
+    return sft.read_deepspeed_config(sft.parse_args([
+        "--model=m", "--data=d", "--output=o", f"--deepspeed_config={folder}/ds.json"]))
+
+
 @pytest.mark.parametrize("config, words", [
     ({"bf16": {"enabled": "auto"} | FP16_KEYS}, "DeepSpeedBF16Config loss_scale Extra inputs"),
-    ({"bf16": True}, "bf16 must be an object, not True"),
-    ({"fp16": False}, "fp16 must be an object, not False"),
-    ({"zero_optimization": True}, "zero_optimization must be an object, not True"),
+    *(({section: True}, f"{section} must be an object, not True")
+      for section in ("bf16", "fp16", "zero_optimization")),
     ({"zero_optimization": {"stage": 4}}, "stage Input should be 0, 1, 2, 3"),
-    ({"zero_optimization": {"stage": 3, "stage3_prefetch_bucket_size": 3774873.6}},
-     "stage3_prefetch_bucket_size Input should be a valid integer"),
-    ({"zero_optimization": {"stage": 2, "offload_optimizer": "cpu"}}, "offload_optimizer Input"),
     ({"tensorboard": {"enabled": "maybe"}}, "tensorboard.enabled Input should be a valid boolean"),
-    ([], "is not a JSON object"),
-])
+    ({"fp16": {"enabled": True}}, "enables fp16: use bf16"),
+    ({"optimizer": {"type": "Adam"}}, "sets 'optimizer': remove it"),
+    ([], "is not a JSON object")])
 def test_a_deepspeed_file_that_deepspeed_cannot_use_is_one_sentence(tmp_path, config, words):
-    path = tmp_path / "ds.json"
-    path.write_text(json.dumps(config))
-    args = sft.parse_args(["--model=m", "--data=d", "--output=o", f"--deepspeed_config={path}"])
-    with pytest.raises(InputError, match=f"--deepspeed_config {path}.* {words}") as error:
-        sft.read_deepspeed_config(args)
+    with pytest.raises(InputError, match=f"--deepspeed_config .*ds.json.* {words}") as error:
+        read_config(tmp_path, config)
     assert "\n" not in str(error.value) and "http" not in str(error.value)
 
 
 def test_a_deepspeed_file_full_of_auto_is_completed(tmp_path):
-    path = tmp_path / "ds.json"
-    path.write_text(json.dumps({
+    assert read_config(tmp_path, {
         "zero_optimization": {"stage": 2, "reduce_bucket_size": "auto"},
-        "bf16": {"enabled": "auto"}, "fp16": {"enabled": "auto"} | FP16_KEYS, "train_batch_size": "auto",
-        "gradient_clipping": "auto", "optimizer": "auto"}))
-    args = sft.parse_args(["--model=m", "--data=d", "--output=o", f"--deepspeed_config={path}"])
-    assert sft.read_deepspeed_config(args) == {
+        "bf16": {"enabled": "auto"}, "fp16": {"enabled": "auto"} | FP16_KEYS,
+        "train_batch_size": "auto", "gradient_clipping": "auto", "optimizer": "auto"}) == {
         "zero_optimization": {"stage": 2, "reduce_bucket_size": "auto"},
         "bf16": {"enabled": False}, "zero_force_ds_cpu_optimizer": False, "gradient_clipping": 5.0,
         "train_micro_batch_size_per_gpu": 1, "gradient_accumulation_steps": 1}
