@@ -413,9 +413,9 @@ OPTION_MARK = re.compile(  # how an option begins: such a letter, "A - ", or a n
 def load_records(path, media_root=None) -> list[dict]:
     """Reads a .json list or .jsonl file of Video-R1 records and checks every one of them.
 
-    Adds `media_root` (default: the file's own folder) and `media_path`, the path joined to it.
-    Removes special tokens (`plain_texts`) and adds letters to options (`with_letters`). Opens no
-    media. Raises InputError naming file, problem_id and field.
+    Adds `media_path`: the path joined to media_root (default: the file's own folder). Removes
+    special tokens (`plain_texts`) and adds letters to options (`with_letters`). Opens no media.
+    Raises InputError naming file, problem_id and field.
     """
     records = read_file(path)
     if not isinstance(records, list) or not records:
@@ -435,7 +435,6 @@ def load_records(path, media_root=None) -> list[dict]:
                 record["options"] = with_letters(record["options"])
             record |= plain_texts(record)
             record["media_path"] = os.path.normpath(os.path.join(root, record["path"]))
-            record["media_root"] = root
             if not record["media_path"].startswith(os.path.join(root, "")):
                 fault = (f"field path: {record['path']!r} leaves media_root {root}: give a folder "
                          "above it as --media_root")
@@ -475,8 +474,8 @@ def warn_unmatchable(path, records):
 
 
 def as_in_file(record) -> dict:
-    """Returns a record without the fields that load_records adds."""
-    return {key: value for key, value in record.items() if key not in ("media_path", "media_root")}
+    """Returns a record without the field that load_records adds."""
+    return {key: value for key, value in record.items() if key != "media_path"}
 
 
 def record_fault(record) -> str | None:
@@ -652,11 +651,8 @@ def load_vision(record, *, max_frames, min_frames, fps, min_pixels, max_pixels,
     and at most max_frames. Resizes each frame, or the image, to between min_pixels and max_pixels,
     with sides that are multiples of `factor`. Raises MediaError "path: reason".
     """
-    path, root = record["media_path"], os.path.realpath(record["media_root"])
+    path = record["media_path"]
     try:
-        files = [path, *(Path(path).iterdir() if os.path.isdir(path) else ())]
-        if not all(os.path.realpath(file).startswith(os.path.join(root, "")) for file in files):
-            raise ValueError("a link that leaves media_root")
         if not os.path.isdir(path) and os.path.getsize(path) == 0:
             raise ValueError("the file is empty (0 bytes)")
         if record["data_type"] == "image":

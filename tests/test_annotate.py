@@ -377,7 +377,7 @@ def test_a_response_that_was_cut_off_is_rejected_and_thresholds_are_flags():
 def test_the_best_response_that_passes_is_taken():
     args = parse_args(["--model", "m", "--data", "d", "--out", "o.json"])
     record = CHOICE | {"problem_type": "regression", "options": [], "media_path": "/x",
-                       "media_root": "/", "solution": "<answer>10</answer>"}
+                       "solution": "<answer>10</answer>"}
     texts = [thought(f"{THOUGHT} That is {n}.", n) for n in ("7", "9", "10")] + [GOOD.format("10")]
     kept, judged = annotate.choose(record, {"output": texts, "truncated": [0, 0, 1, 0]}, args)
     assert [reason for reason, _ in judged] == [None, None, "truncated", None]

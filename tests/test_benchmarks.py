@@ -260,8 +260,7 @@ def test_mvbench_keeps_folders_apart_and_shows_the_seconds_of_the_question(tmp_p
 
 def test_a_folder_without_frames_or_rate_is_a_media_error(tmp_path):
     (tmp_path / "clip").mkdir()
-    record = {"data_type": "video", "media_path": str(tmp_path / "clip"),
-              "media_root": str(tmp_path), "video_fps": 3}
+    record = {"data_type": "video", "media_path": str(tmp_path / "clip"), "video_fps": 3}
     with pytest.raises(MediaError, match="clip: a folder needs frames"):
         load_vision(record, **LIMITS)
     Image.fromarray(ramp(1)[0]).save(tmp_path / "clip/00001.jpg")

@@ -38,8 +38,7 @@ def clip(path, count=8, height=28, width=28, fps=2):
 
 
 def record_of(path, data_type="video", **fields):
-    return {**RECORD, "data_type": data_type, "path": path.name, "media_path": str(path),
-            "media_root": str(path.parent), **fields}
+    return {**RECORD, "data_type": data_type, "path": path.name, "media_path": str(path), **fields}
 
 
 # ------------------------------------------------------------------------------- records
