@@ -540,12 +540,12 @@ def plain_mark(text) -> str:
     return unicodedata.normalize("NFKC", text).upper()
 
 
-def option_texts(options, strict=True) -> list[str]:
+def option_texts(options) -> list[str]:
     """Returns the options' texts. Letters are removed only if they are A, B, C, ... in order.
 
-    options: a list, or a dict {letter: text}. Empty texts of a dict are left out. If `strict`,
-    raises ValueError if an option of a list is empty, or if the options seem to be lettered or
-    numbered in another way: "1." and "2.", or "A." twice.
+    options: a list, or a dict {letter: text}. Empty texts of a dict are left out. Raises ValueError
+    if an option of a list is empty, or if the options seem to be lettered or numbered in another
+    way: "1." and "2.", or "A." twice.
 
     >>> option_texts(["(A) a cat", "(B) a dog"]), option_texts(["E. coli", "C. elegans"])
     (['a cat', 'a dog'], ['E. coli', 'C. elegans'])
@@ -560,11 +560,10 @@ def option_texts(options, strict=True) -> list[str]:
     else:
         texts = [option.strip() for option in options]
         found = [label for label, mark in zip(labels, marks) if mark and mark[0][-1].isspace()]
-        rising = len(found) > 1 and found == sorted(found) and found[0] in ("A", "B", "0", "1")
-        if strict and rising:
+        if len(found) > 1 and found == sorted(found) and found[0] in ("A", "B", "0", "1"):
             raise ValueError(f"options begin with {', '.join(found)}, not with A, B, C, ... in "
                              "order")
-    if strict and not all(texts):
+    if not all(texts):
         raise ValueError("an option is empty")
     return texts
 
@@ -1603,13 +1602,13 @@ AROUND = re.compile(r"(?i)^question:|(?:options|choices|选项)\s*[:：]$")  # l
 
 def draft(file, problem, answer, options=(), **fields):
     """Returns a draft, a question as its source has it. file: path below the media folder. answer:
-    letter or text. options: with or without letters. fields: the record's other fields, and "part",
-    which make_record appends to data_source."""
+    letter or text. options: without letters. fields: the record's other fields, and "part", which
+    make_record appends to data_source."""
     if isinstance(options, str) or not all(isinstance(text, (str, int, float)) for text in options):
         raise ValueError(f"the options are not texts: {options!r}")
-    texts = option_texts(list(map(str, options)), strict=False)
     return {"file": os.path.normpath(file), "problem": problem.strip(),
-            "answer": str(answer).strip(), "options": texts, **fields}
+            "answer": str(answer).strip(), "options": [str(text).strip() for text in options],
+            **fields}
 
 
 def split_options(text):

@@ -240,6 +240,12 @@ def test_letters_are_taken_off_options_where_all_have_theirs(options, texts):
     assert option_texts(options) == texts
 
 
+def test_letters_are_taken_off_once(tmp_path):
+    options = ["A. A. Lincoln", "B. B. Franklin"]
+    write(tmp_path / "a.json", [RELEASED | {"options": options}])
+    assert convert(tmp_path, "video_r1", "a.json")[0][0]["options"] == options
+
+
 @pytest.mark.parametrize("options, texts", [
     ({"A": "x", "B": "y"}, ["x", "y"]), ({"B": "y", "A": "x"}, ["x", "y"]),
     ({"A": "A. x", "B": "B. y"}, ["x", "y"]), ({"A": "x", "B": "y", "C": None}, ["x", "y"]),
