@@ -33,7 +33,6 @@ import sys
 import threading
 import time
 import traceback
-import unicodedata
 import warnings
 import zlib
 from bisect import bisect_left, bisect_right
@@ -404,7 +403,7 @@ SPECIAL_TOKEN = re.compile(r"<\|(\w+)\|>")
 SOLUTION = re.compile(r"\s*<answer>(?:(?!</?answer>).)*</answer>\s*", re.DOTALL)
 SURELY_TEXT = 100  # characters; a longer free-form solution always contains a word
 # An option's letter ("A", "(A" or "Option A") and what separates it from the text (".", ")", "、")
-LETTER = r"(?:(?i:option|choice|选项)[ _]?)?[(（\[【]?([A-ZＡ-Ｚ])"
+LETTER = r"(?:(?i:option|choice|选项)[ _]?)?[(（\[【]?([A-Z])"
 AFTER_LETTER = r"[.):\]．）：】、]+"
 OPTION_MARK = re.compile(  # how an option begins: such a letter, "A - ", or a number, "1. "
     rf"\s*(?:{LETTER}(?:{AFTER_LETTER}|\s+[-–—]\s)|[(（]?(\d+)[.)）、]+\s)\s*", re.IGNORECASE)
@@ -535,11 +534,6 @@ def lettered(options) -> list[str]:
     return [f"{letter(i)}. {option}" for i, option in enumerate(options)]
 
 
-def plain_mark(text) -> str:
-    """Returns an option's letter or number in half width and upper case: A for "a" and "Ａ"."""
-    return unicodedata.normalize("NFKC", text).upper()
-
-
 def option_texts(options) -> list[str]:
     """Returns the options' texts. Letters are removed only if they are A, B, C, ... in order.
 
@@ -554,7 +548,7 @@ def option_texts(options) -> list[str]:
         options = option_texts([f"{key}. " + options[key] for key in sorted(options)
                                 if options[key]])
     marks = [OPTION_MARK.match(option) for option in options]
-    labels = [plain_mark(mark[1] or mark[2]) if mark else "" for mark in marks]
+    labels = [(mark[1] or mark[2]).upper() if mark else "" for mark in marks]
     if labels == [letter(i) for i in range(len(options))]:
         texts = [option[mark.end():].strip() for option, mark in zip(options, marks)]
     else:
@@ -1641,7 +1635,7 @@ def longest_run(marks):
     """Returns the longest run of marks A, B, C, ..., the last one if several are as long."""
     longest, after = [], {}  # after: {place in the alphabet: the run that begins with this letter}
     for mark in reversed(marks):
-        place = ord(plain_mark(mark[1])) - ord("A")
+        place = ord(mark[1].upper()) - ord("A")
         after[place] = [mark, *after.get(place + 1, [])]
         longest = max(longest, after.get(0, []), key=len)
     return longest
