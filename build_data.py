@@ -537,16 +537,18 @@ def lettered(options) -> list[str]:
 def option_texts(options) -> list[str]:
     """Returns the options' texts. Letters are removed only if they are A, B, C, ... in order.
 
-    options: a list, or a dict {letter: text}. Empty texts of a dict are left out. Raises ValueError
-    if an option of a list is empty, or if the options seem to be lettered or numbered in another
-    way: "1." and "2.", or "A." twice.
+    options: a list, or a dict whose keys end in the letters, without its empty texts. Raises
+    ValueError if an option of a list is empty, or if the options seem to be lettered or numbered in
+    another way: "1." and "2.", or "A." twice.
 
     >>> option_texts(["(A) a cat", "(B) a dog"]), option_texts(["E. coli", "C. elegans"])
     (['a cat', 'a dog'], ['E. coli', 'C. elegans'])
     """
-    if isinstance(options, dict):  # removes the keys; texts may have letters as well
-        options = option_texts([f"{key}. " + options[key] for key in sorted(options)
-                                if options[key]])
+    if isinstance(options, dict):  # its texts may have letters as well
+        keys = [key for key in sorted(options) if options[key]]
+        if [key[-1:].upper() for key in keys] != [letter(i) for i in range(len(keys))]:
+            raise ValueError(f"options are named {', '.join(keys)}, not A, B, C, ... in order")
+        options = [options[key] for key in keys]
     marks = [OPTION_MARK.match(option) for option in options]
     labels = [(mark[1] or mark[2]).upper() if mark else "" for mark in marks]
     if labels == [letter(i) for i in range(len(options))]:
@@ -1649,21 +1651,18 @@ def from_video_r1(row, path):
                 **{field: row.get(field) for field in fields})
 
 
-CSV_OPTION = re.compile("option.*|[a-z]")  # an option's column in lower case: option_a, or a
-
-
 def from_csv(row, path):
     """Reads your own table with the columns video (or image), question and answer. Optional columns
-    are option_a, option_b, ... (or A, B, ...), problem_type, video_start, video_end and video_fps.
-    Without problem_type, a question with options is multiple choice. Otherwise it is numerical if
-    its answer is a number, else free-form."""
+    are option_a, option_b, ..., problem_type, video_start, video_end and video_fps. Without
+    problem_type, a question with options is multiple choice. Otherwise it is numerical if its
+    answer is a number, else free-form."""
     row = {(name or "").strip().lower(): cell for name, cell in row.items()}
     if not {"question", "answer"} <= row.keys() or row.keys().isdisjoint(("video", "image")):
         raise InputError(f"{path} has the columns {', '.join(row)}: it needs the columns video or "
                          "image, question and answer, separated by commas")
     # After an unquoted comma, surplus cells are a list. It has no strip(), so the row is dropped
     row = {name: (cell or "").strip() for name, cell in row.items()}
-    options = option_texts({name: row[name] for name in row if CSV_OPTION.fullmatch(name)})
+    options = option_texts({name: row[name] for name in row if name.startswith("option")})
     types = ("multiple choice", "numerical", "free-form")
     yield draft(row.get("video") or row.get("image"), row["question"], row["answer"], options,
                 data_type="video" if row.get("video") else "image",

@@ -278,10 +278,9 @@ def test_a_table_of_one_s_own_becomes_records_by_the_recipe_for_it(tmp_path):
                       "malformed row": 2}
 
 
-def test_options_of_a_table_may_be_in_columns_of_one_letter(tmp_path):
-    (tmp_path / "a.csv").write_text("image,question,answer,A,B\n1.png,Which?,B,x,y\n")
-    assert convert(tmp_path, "csv", "a.csv")[0] == [
-        question("./1.png", "Which?", "B", "A. x", "B. y")]
+def test_numbered_options_of_a_table_are_refused(tmp_path):
+    (tmp_path / "a.csv").write_text("image,question,answer,option_1,option_2\n1.png,Which?,B,x,y\n")
+    assert convert(tmp_path, "csv", "a.csv") == ([], {"rows": 1, "malformed row": 1})
 
 
 @pytest.mark.parametrize("header", ["video;question;answer", "video,question", "question,answer"])
