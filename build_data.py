@@ -141,6 +141,7 @@ def number(kind, fits, words):
     return read
 
 
+json_file = number(str, lambda value: value.endswith(".json"), "a name that ends in .json")
 most_pixels = number(int, lambda value: value >= PATCH**2, f"at least {PATCH**2}: {IN_PIXELS}")
 
 
@@ -2387,13 +2388,14 @@ def parse_args(argv=None):
     add("name", choices=CONVERTERS, metavar="NAME", help=", ".join(CONVERTERS))
     add("path", metavar="PATH", help="the release's folder, or the file of its questions; the "
         "function of NAME in CONVERTERS shows where its media go")
-    add("--out", required=True, help="file of records to write")
+    add("--out", type=json_file, required=True, help="file of records to write, .json")
     add("--media_root", help="the release's folder or one above it, to which the records' paths "
         "are relative; default: the release's folder")
     add = command(mix, "mix", "records from the releases that a recipe names")
     add("--recipe", required=True, help="list of entries; assets/recipe.json is the paper's, "
         "assets/csv.json is for your own table")
-    add("--out", required=True, help="file of records to write; a report is written beside it")
+    add("--out", type=json_file, required=True,
+        help="file of records to write, .json; a report is written beside it")
     add("--media_root", help="folder of the releases, to which the recipe's and the records' "
         "paths are relative; default: the folder of --out")
     add("--val_share", type=at_least(0, float, below=1), default=0.0,
@@ -2405,7 +2407,7 @@ def parse_args(argv=None):
     add("--seed", type=at_least(0, int), default=0, help="seed of every random draw")
     add = command(check, "check", "decode every image and video; keep what can be used")
     add("--data", required=True, help="records to check, .json or .jsonl")
-    add("--out", help="file of usable records to write; default: <data>_clean.json")
+    add("--out", type=json_file, help="file of usable records; default: <data>_clean.json")
     add_media_flags(add)
     add = command(stats, "stats", "the table of Figure 2 for a file of records")
     add("--data", required=True, help="records, .json or .jsonl")

@@ -419,7 +419,8 @@ REFUSED = [
     ("annotate", '--api_body {"stream":true}', "must not have stream"),
     ("annotate", '--api_body {"model":"x","messages":[]}', "must not have messages or model"),
     ("annotate", "--samples 2 --temperature 0", "--samples 2 at --temperature 0 are all the same"),
-    ("annotate", "--out cot.jsonl", "--out cot.jsonl must end in .json"),
+    *((script, "--out a.jsonl", "--out: a.jsonl must be a name that ends in .json")
+      for script in ("mix", "check", "annotate")),
     ("evaluate", "--benchmark test.json", "--benchmark: test.json is not NAME=FILE"),
     ("evaluate", "--benchmark a/b=test.json", "a/b=test.json is not NAME=FILE"),
     ("evaluate", "--frames 16 2", "--frames 2 is below --min_frames 4"),
@@ -440,7 +441,7 @@ def test_a_value_that_a_flag_cannot_have_is_one_line_before_anything_is_read(
 
 
 @pytest.mark.parametrize("parse, argv, words", [
-    (build_data.parse_args, ["mix", "--out", "a"], "arguments are required: --recipe"),
+    (build_data.parse_args, ["mix", "--out", "a.json"], "arguments are required: --recipe"),
     (evaluate.parse_args, ["--model", "m", "--output", "o"],
      "one of the arguments --benchmark --judge --diff is required")])
 def test_a_flag_that_a_command_needs_is_named(capsys, parse, argv, words):
