@@ -40,7 +40,6 @@ from collections import Counter, defaultdict
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, redirect_stdout, suppress
 from datetime import timedelta
-from difflib import get_close_matches
 from functools import lru_cache, partial
 from importlib.metadata import version
 from importlib.util import find_spec
@@ -110,10 +109,7 @@ class FlagParser(argparse.ArgumentParser):
         return args
 
     def error(self, message):
-        unknown = re.match("unrecognized arguments: ([^ =]+)", message)
-        near = get_close_matches(unknown[1], self._option_string_actions, 1) if unknown else ()
-        hint = f"did you mean {near[0]}?" if near else "--help lists the flags"
-        print_error(self.prog, f"{message} ({hint})")
+        print_error(self.prog, f"{message} (--help lists the flags)")
         self.exit(2)
 
 
