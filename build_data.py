@@ -2053,14 +2053,6 @@ def convert(args):
 FIGURE_2 = ASSETS / "recipe.json"  # the paper's sources and their counts
 ENTRY = {"source": str, "category": str, "format": str, "annotation": str, "media": str,
          "problem_type": list, "count": int}  # the keys of a recipe's entry
-# An option's letter ("B", "(a)") or number ("option 2"), but not the words "A" and "I" or a unit
-NAMED_LETTER = re.compile(r"(?<![\w'’])(?<!\d )(?:[b-hj-zB-HJ-Z]|[AI](?! [a-z]))(?![\w'’])"
-                          r"|\([ai]\)|(?i:\b(?:option|choice|answer)s? \d)")
-# Words that may refer to other options. If one occurs, options keep their order
-OTHERS = re.compile(
-    r"\b(?:all|none|both|neither|either|any|above|below|former|latter|other|others|these|those"
-    r"|same|only|listed|mentioned|given|options?|choices?|answers?|(?:one|two) of)\b"
-    r"|[以上前后两二都均皆全选没无有和或与及]", re.IGNORECASE)
 
 
 def read_recipe(path) -> list[dict]:
@@ -2178,22 +2170,9 @@ def spread(records, count, per_medium, rng, taken=()):
     return list(chain.from_iterable(rounds))[:count]
 
 
-def shuffle_options(record, rng) -> dict:
-    """Returns the record with its options in a random order, lettered A, B, C, ... A record is not
-    changed if it has a thought, if its question or an option names an option's letter, or if an
-    option may refer to others."""
-    texts = [option.partition(" ")[2] for option in record["options"]]
-    names_letter = any(map(NAMED_LETTER.search, [record["problem"], *texts]))
-    if not texts or "process" in record or names_letter or any(map(OTHERS.search, texts)):
-        return record
-    order = rng.permutation(len(texts)).tolist()
-    answer = order.index(ord(record["solution"][len("<answer>")]) - ord("A"))
-    return record | {"options": lettered(texts[i] for i in order),
-                     "solution": f"<answer>{letter(answer)}</answer>"}
-
-
 def mix(args):
-    """Writes a mixture by a recipe: converts, cleans, samples and shuffles."""
+    """Writes a mixture by a recipe: converts, cleans, samples, and shuffles the records. Options
+    keep their source's order. `stats` counts the letters of the answers."""
     recipe, root = read_recipe(args.recipe), Path(args.media_root or Path(args.out).parent)
     make_folder_of(args.out)
     absent = [entry["annotation"] for entry in recipe if not any(root.glob(entry["annotation"]))]
@@ -2210,7 +2189,7 @@ def mix(args):
         drawn = spread(offered, entry["count"], args.per_medium, rng, taken)
         chosen.update(map(question_key, drawn))
         taken.update(record["path"] for record in drawn)
-        records += [shuffle_options(record, rng) for record in drawn]
+        records += drawn
         report.append((entry, len(drawn), counts))
     stem = args.out.removesuffix(".json")
     val = f"{stem}_val.json"

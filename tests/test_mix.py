@@ -11,8 +11,8 @@ import annotate
 import build_data
 import rewards
 from build_data import (FIGURE_2, Dropped, InputError, draft, figure_rows, load_records,
-                        make_record, option_texts, read_recipe, release_rows, shuffle_options,
-                        split_options, spread, wanted_type)
+                        make_record, option_texts, read_recipe, release_rows, split_options, spread,
+                        wanted_type)
 from conftest import ROOT, cells
 
 ALL_TYPES = ["multiple choice", "numerical", "OCR", "free-form", "regression"]
@@ -420,7 +420,7 @@ def test_media_of_benchmarks_are_left_out_by_folder_and_name_and_by_content(tmp_
     assert "2 file of a benchmark" in report
 
 
-# -------------------------------------------------------------------- sampling and balance
+# -------------------------------------------------------------------------------- sampling
 
 def test_questions_are_spread_over_files_and_none_has_too_many():
     """3 media with 100, 3 and 1 questions: 8 drawn are 4 + 3 + 1; at most 2 each are 2 + 2 + 1."""
@@ -437,55 +437,6 @@ def test_questions_are_spread_over_files_and_none_has_too_many():
     assert drawn(0, 20)[1] == []
     after = spread(iter(records), 8, 2, np.random.default_rng(0), Counter({"a": 2, "b": 1}))
     assert Counter(record["path"] for record in after) == {"b": 1, "c": 1}  # earlier entries' count
-
-
-def shuffled(*options, seed=0, **more):
-    """A question whose right option comes first, as shuffled by a seed."""
-    record = {"problem": "Which?", "options": list(options), "solution": "<answer>A</answer>"}
-    return shuffle_options(record | more, np.random.default_rng(seed))
-
-
-def test_answer_letters_are_drawn_evenly_and_answers_stay_right():
-    rng, answers = np.random.default_rng(0), Counter()
-    record = {"problem": "Which?", "options": ["A. right", "B. red", "C. one", "D. no"],
-              "solution": "<answer>A</answer>"}  # the source always puts the right option first
-    for _ in range(400):
-        found = shuffle_options(record, rng)
-        letter = found["solution"][8]
-        answers[letter] += 1
-        assert f"{letter}. right" in found["options"]
-        assert sorted(o[3:] for o in found["options"]) == ["no", "one", "red", "right"]
-        assert [o[:2] for o in found["options"]] == ["A.", "B.", "C.", "D."]
-    assert all(70 < answers[letter] < 130 for letter in "ABCD")  # 100 expected, 3.5 deviations
-
-
-@pytest.mark.parametrize("option", [
-    "all of the above", "None of these", "both A and B", "A and C", "Both", "neither.", "None",
-    "options 1 and 2", "the latter", "Both of them", "B", "(c)", "as mentioned above",
-    "All the above", "None above", "neither A nor B", "A, B", "A, B, and C", "All are correct",
-    "Both are true", "more than one of the above", "Only A", "B only", "Same as A",
-    "(a) and (b)", "(a), (b) and (c)", "a and b", "A/B", "None of the given options",
-    "none of the listed", "以上都不是", "以上皆是", "都不对", "两者都是", "A和B", "A、B", "前者", "全部",
-    "None of the other options", "two of these", "a, c", "D and E", "(a)",
-    "无正确答案", "没有正确答案", "都有可能", "全选"])
-def test_options_that_refer_to_others_stay_in_their_place(option):
-    options = ["A. right", "B. red", f"C. {option}"]
-    assert all(shuffled(*options, seed=seed)["options"] == options for seed in range(9))
-
-
-@pytest.mark.parametrize("option", ["A cat runs.", "two dogs", "12", "5 m", "北京", "TV",
-                                    "the dog's hat", "I am here"])
-def test_options_that_stand_for_themselves_are_shuffled(option):
-    found = [shuffled("A. right", f"B. {option}", seed=seed) for seed in range(9)]
-    assert any(record["options"] == [f"A. {option}", "B. right"] for record in found)
-
-
-@pytest.mark.parametrize("more", [
-    {"problem": "Why is option B wrong?"}, {"problem": "Why not choice 2?"},
-    {"problem": "Is it A or B?"}, {"process": "<think>so A</think>"}])
-def test_a_question_or_a_thought_that_names_letters_keeps_its_options(more):
-    assert all(shuffled("A. right", "B. red", seed=seed, **more)["solution"] ==
-               "<answer>A</answer>" for seed in range(9))
 
 
 # ------------------------------------------------------------------------------- the files
