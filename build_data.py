@@ -1494,41 +1494,25 @@ def toy_processor(tokenizer, family="qwen2_5_vl"):
         chat_template=(ASSETS / "chat_template.jinja").read_text(encoding="utf-8"))
 
 
-def toy_model(tokenizer, seed, hidden=96, layers=3, heads=4, kv_heads=2, mlp=256,
-              vision_hidden=64, vision_depth=2, vision_mlp=128, family="qwen2_5_vl"):
-    """Returns a randomly initialised model of the family, by default of about 600,000 parameters.
-    The config has the keys of both families. Each ignores the other's."""
+def toy_model(tokenizer, seed, family="qwen2_5_vl"):
+    """Returns a randomly initialised model of the family, of about 600,000 parameters.
+
+    assets/toy_model.json has the keys of both families. Each ignores the other's. Its
+    initializer_range is above Qwen's 0.02, with which such a small model learns nothing.
+    """
     from transformers import AutoConfig, AutoModelForImageTextToText
     token = tokenizer.convert_tokens_to_ids
-    spread = {"initializer_range": 0.05}  # with Qwen's 0.02, such a small model learns nothing
-    end = [token("<|im_end|>"), token("<|endoftext|>")]
-    share = hidden // heads // 2 // 3  # rotary frequencies each for time, height and width
+    settings, pad = read_file(ASSETS / "toy_model.json"), token("<|endoftext|>")
+    settings["text_config"] |= {"vocab_size": len(tokenizer), "pad_token_id": pad,
+                                "eos_token_id": [token("<|im_end|>"), pad]}
     config = AutoConfig.for_model(
-        family,
-        text_config={
-            "vocab_size": len(tokenizer), "hidden_size": hidden, "intermediate_size": mlp,
-            "num_hidden_layers": layers, "num_attention_heads": heads,
-            "num_key_value_heads": kv_heads, "head_dim": hidden // heads,
-            "max_position_embeddings": 8192,
-            "bos_token_id": None, "eos_token_id": end, "pad_token_id": end[1],
-            "tie_word_embeddings": True, **spread,
-            "rope_parameters": {"rope_type": "default", "rope_theta": 1e4, "mrope_section":
-                                [hidden // heads // 2 - 2 * share, share, share]}},
-        vision_config={
-            "depth": vision_depth, "hidden_size": vision_hidden, "intermediate_size": vision_mlp,
-            "num_heads": 4, "out_hidden_size": hidden, "window_size": 112,
-            "fullatt_block_indexes": [vision_depth - 1], "tokens_per_second": 1,
-            # Qwen3-VL only: layers that also feed the language model's first layers
-            "deepstack_visual_indexes": [0], "num_position_embeddings": 16, **spread},
+        family, **settings,
         image_token_id=token("<|image_pad|>"), video_token_id=token("<|video_pad|>"),
         vision_start_token_id=token("<|vision_start|>"),
-        vision_end_token_id=token("<|vision_end|>"), tie_word_embeddings=True, **spread)
+        vision_end_token_id=token("<|vision_end|>"))
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        model = AutoModelForImageTextToText.from_config(config)
-    model.generation_config.eos_token_id = end
-    model.generation_config.pad_token_id = end[1]
-    return model
+        return AutoModelForImageTextToText.from_config(config)
 
 
 def copy_toy_files(out, side):
