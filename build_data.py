@@ -1859,18 +1859,11 @@ def from_tempcompass(row, path):
                     texts.values(), part=task, groups={"task": task, "dimension": row["dim"]})
 
 
-YOUTUBE_ID = re.compile(r"(?:v=|/)([\w-]{11})(?:[?&].*)?$")
-
-
 def from_videomme(row, path):
-    """Reads VideoMME's questions, a row each or a list in each video's row. Videos are
-    data/fFjv93ACGo8.mp4 and so on."""
-    for question in row.get("questions", [row]):
-        question = row | question
-        name = question.get("videoID") or YOUTUBE_ID.search(question["url"])[1]
-        yield draft(f"data/{name}.mp4", question["question"], question["answer"],
-                    option_texts(question["options"]), problem_id=question["question_id"],
-                    groups={key: question[key] for key in benchmark_facts()["videomme"]["groups"]})
+    """Reads VideoMME's questions. Videos are data/fFjv93ACGo8.mp4 and so on."""
+    yield draft(f"data/{row['videoID']}.mp4", row["question"], row["answer"],
+                option_texts(row["options"]), problem_id=row["question_id"],
+                groups={key: row[key] for key in benchmark_facts()["videomme"]["groups"]})
 
 
 def from_tomato(row, path):
