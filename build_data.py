@@ -138,7 +138,6 @@ def number(kind, fits, words):
 
 
 json_file = number(str, lambda value: value.endswith(".json"), "a name that ends in .json")
-most_pixels = number(int, lambda value: value >= PATCH**2, f"at least {PATCH**2}: {IN_PIXELS}")
 
 
 # These and max_frames determine which frames and pixels a model sees
@@ -153,11 +152,11 @@ def add_media_flags(add, max_frames=16, max_pixels=128 * 28 * 28):
     add("--min_frames", type=above(0, int), default=4, help="fewest frames of a video")
     add("--fps", type=above(0, float), default=2.0, help="frames per second, within these bounds")
     add("--min_pixels", type=above(0, int), default=4 * 28 * 28, help="fewest pixels of a frame")
-    add("--max_pixels", type=most_pixels, default=max_pixels,
+    add("--max_pixels", type=above(0, int), default=max_pixels,
         help="most pixels of a frame (a visual token is 28 x 28, in Qwen3-VL 32 x 32)")
     add("--image_min_pixels", type=above(0, int), default=4 * 28 * 28,
         help="fewest pixels of an image")
-    add("--image_max_pixels", type=most_pixels, default=512 * 28 * 28,
+    add("--image_max_pixels", type=above(0, int), default=512 * 28 * 28,
         help="most pixels of an image")
     add("--video_reader", type=installed_reader, choices=("av", "decord"), default="av",
         help="av: the frames that a player shows; decord: the frames that the released code read")

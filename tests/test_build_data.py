@@ -394,8 +394,8 @@ NEEDED = {"check": ["--data", "a.json"], "mix": ["--recipe", "a.json", "--out", 
           "evaluate": ["--model", "m", "--benchmark", "a=b.json", "--output", "o"]}
 OUT_OF_BOUNDS = {
     "toy": ["--cot -1"], "mix": ["--val_share 1.0", "--val_share nan"],
-    "check": ["--max_frames 0", "--fps nan", "--num_workers -1", "--max_pixels 128",
-              "--image_max_pixels 128"],
+    "check": ["--max_frames 0", "--fps nan", "--num_workers -1", "--max_pixels 0",
+              "--image_max_pixels 0"],
     "annotate": ["--temperature -1", "--top_p 0", "--top_p nan", "--top_p 1.5", "--samples 0",
                  "--api_retries -1", "--limit 0", "--concurrency 0", "--api_base host:8000"],
     "evaluate": ["--batch_size 0", "--frames 0", "--limit 0"]}
@@ -404,13 +404,12 @@ REFUSED = [
       for script, values in OUT_OF_BOUNDS.items() for more in values),
     ("mix", "--val_share 1.0", "1.0 must be at least 0 and below 1"),
     ("check", "--max_frames 0", "0 must be above 0"),
-    ("check", "--max_pixels 128", "128 must be at least 784: 128 visual tokens are 128 * 28 * 28"),
     ("check", "--unknown", "unrecognized arguments: --unknown"),
     ("check", "@absent.args", "No such file or directory: 'absent.args'"),
     ("check", "--max_frames 2.5", "argument --max_frames: invalid int value: '2.5'"),
     ("check", "--min_frames 99", "--min_frames 99 is above --max_frames 16"),
-    ("check", "--max_pixels 784", "--min_pixels 3136 is above --max_pixels 784"),
-    ("check", "--image_max_pixels 784", "--image_min_pixels 3136 is above --image_max_pixels 784"),
+    *(("check", f"--{kind}max_pixels 128", f"--{kind}min_pixels 3136 is above --{kind}max_pixels "
+       "128; 128 visual tokens are 128 * 28 * 28 pixels") for kind in ("", "image_")),
     ("annotate", "--top_p 1.5", "1.5 must be above 0 and at most 1"),
     ("annotate", "--api_base host:8000", "must be a URL that begins with http://"),
     ("annotate", "--api_body seed", "seed is not a JSON object: Expecting value"),
