@@ -533,9 +533,9 @@ def lettered(options) -> list[str]:
 def option_texts(options) -> list[str]:
     """Returns the options' texts. Letters are removed only if they are A, B, C, ... in order.
 
-    options: a list, or a dict whose keys end in the letters, without its empty texts. Raises
-    ValueError if an option of a list is empty, or if the options seem to be lettered or numbered in
-    another way: "1." and "2.", or "A." twice.
+    options: a list, or a dict {letter: text}. Empty texts of a dict are left out, and its keys may
+    be option_a, option_b, ... Raises ValueError if an option of a list is empty, or if the options
+    are lettered or numbered in another way: "1." and "2.", or "A." twice.
 
     >>> option_texts(["(A) a cat", "(B) a dog"]), option_texts(["E. coli", "C. elegans"])
     (['a cat', 'a dog'], ['E. coli', 'C. elegans'])
