@@ -59,11 +59,11 @@ from urllib3.exceptions import HTTPError
 
 from build_data import (ANSWER_SUFFIX, SAMPLING_FLAGS, TEMPLATE, UNUSABLE, FlagParser, InputError,
                         MediaError, Vision, above, add_machine_flags, add_media_flags, as_in_file,
-                        at_least, build_messages, encode, forbidden_tokens, generate, json_list,
-                        load_model, load_processor, load_records, load_vision_of, make_folder_of,
-                        markdown, model_hash, number, record_seed, require_same, row_writer,
-                        run_script, setup_distributed, skip_row, stop_tokens, whole_rows,
-                        write_whole)
+                        at_least, build_messages, encode, forbidden_tokens, generate, json_file,
+                        json_list, load_model, load_processor, load_records, load_vision_of,
+                        make_folder_of, markdown, model_hash, number, record_seed, require_same,
+                        row_writer, run_script, setup_distributed, skip_row, stop_tokens,
+                        whole_rows, write_whole)
 from rewards import (WORD, accuracy_reward, choice_letter, extract_answer, format_reward,
                      parse_number)
 
@@ -94,7 +94,7 @@ def parse_args(argv=None):
     add("--model", required=True,
         help="Hugging Face directory or name; with --api_base, the server's name for it")
     add("--data", required=True, help="records to annotate, .json or .jsonl")
-    add("--out", required=True, help="file of annotated records to write, .json")
+    add("--out", type=json_file, required=True, help="file of annotated records to write, .json")
     add("--limit", type=above(0, int),
         help="only the first records, as a trial; without it the same command adds the others")
     # responses; the released annotation had top_p 0.95 and 512 new tokens
@@ -115,8 +115,6 @@ def parse_args(argv=None):
     args = parser.parse_args(argv)
     if args.samples > 1 and not args.temperature:
         parser.error(f"--samples {args.samples} at --temperature 0 are all the same: raise it")
-    if Path(args.out).suffix != ".json":
-        parser.error(f"--out {args.out} must end in .json")
     return args
 
 

@@ -360,7 +360,7 @@ def test_a_response_that_was_cut_off_is_rejected_and_thresholds_are_flags():
 
 
 def test_the_best_response_that_passes_is_taken():
-    args, record = parsed(), REGRESSION | {"media_path": "/x", "media_root": "/"}
+    args, record = parsed(), REGRESSION | {"media_path": "/x"}
     texts = [thought(f"{THOUGHT} That is {n}.", n) for n in ("7", "9", "10")] + [GOOD.format("10")]
     kept, judged = annotate.choose(record, {"output": texts, "truncated": [0, 0, 1, 0]}, args)
     assert [reason for reason, _ in judged] == [None, None, "truncated", None]

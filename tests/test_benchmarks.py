@@ -201,8 +201,7 @@ def test_a_folder_without_frames_or_rate_is_a_media_error(tmp_path):
     (tmp_path / "empty").mkdir()
     folder_of_frames(tmp_path / "clip", 8)
     for name, rate in (("empty", 3), ("clip", None)):
-        record = {"data_type": "video", "media_path": f"{tmp_path}/{name}",
-                  "media_root": str(tmp_path), "video_fps": rate}
+        record = {"data_type": "video", "media_path": f"{tmp_path}/{name}", "video_fps": rate}
         with pytest.raises(MediaError, match=f"{name}: a folder needs frames .* video_fps"):
             load_vision(record, **LIMITS)
 

@@ -319,7 +319,7 @@ GIVEN = {"check": "--data a.json", "mix": "--out b.json", "toy": "--out toy",
          "annotate": "--model m --data d --out o.json", "evaluate": "--model m --output o"}
 OUT_OF_BOUNDS = {
     "toy": ["--cot -1"], "mix": ["--val_share nan"],
-    "check": ["--fps nan", "--num_workers -1", "--image_max_pixels 128"],
+    "check": ["--fps nan", "--num_workers -1", "--max_pixels 0"],
     "annotate": ["--temperature -1", "--top_p 0", "--top_p nan", "--samples 0", "--api_retries -1",
                  "--limit 0", "--concurrency 0"],
     "evaluate": ["--batch_size 0", "--frames 0", "--limit 0"]}
@@ -329,13 +329,12 @@ REFUSED = [
     ("mix", "", "arguments are required: --recipe"),
     ("mix", "--val_share 1.0", "--val_share: 1.0 must be at least 0 and below 1"),
     ("check", "--max_frames 0", "--max_frames: 0 must be above 0"),
-    ("check", "--max_pixels 128", "128 must be at least 784: 128 visual tokens are 128 * 28 * 28"),
     ("check", "--unknown", "unrecognized arguments: --unknown"),
     ("check", "@absent.args", "No such file or directory: 'absent.args'"),
     ("check", "--max_frames 2.5", "argument --max_frames: invalid int value: '2.5'"),
     ("check", "--min_frames 99", "--min_frames 99 is above --max_frames 16"),
-    ("check", "--max_pixels 784", "--min_pixels 3136 is above --max_pixels 784"),
-    ("check", "--image_max_pixels 784", "--image_min_pixels 3136 is above --image_max_pixels 784"),
+    *(("check", f"--{kind}max_pixels 128", f"--{kind}min_pixels 3136 is above --{kind}max_pixels "
+       "128; 128 visual tokens are 128 * 28 * 28 pixels") for kind in ("", "image_")),
     ("annotate", "--top_p 1.5", "--top_p: 1.5 must be above 0 and at most 1"),
     ("annotate", "--api_base host:8000", "must be a URL that begins with http://"),
     ("annotate", "--api_body seed", "seed is not a JSON object: Expecting value"),
@@ -344,7 +343,8 @@ REFUSED = [
     ("annotate", '--api_body {"model":"x","stream":true,"messages":[]}',
      "must not have messages or model or stream"),
     ("annotate", "--samples 2 --temperature 0", "--samples 2 at --temperature 0 are all the same"),
-    ("annotate", "--out cot.jsonl", "--out cot.jsonl must end in .json"),
+    *((script, "--out a.jsonl", "--out: a.jsonl must be a name that ends in .json")
+      for script in ("mix", "check", "annotate")),
     ("evaluate", "", "one of the arguments --benchmark --judge --diff is required"),
     ("evaluate", "--benchmark test.json", "--benchmark: test.json is not NAME=FILE"),
     ("evaluate", "--benchmark a/b=test.json", "a/b=test.json is not NAME=FILE"),

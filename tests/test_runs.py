@@ -184,15 +184,6 @@ def test_a_wrong_media_folder_is_found_before_models_are_loaded(toy, tmp_path):
     assert not (tmp_path / "o").exists()
 
 
-def test_the_error_for_a_misspelt_flag_names_the_right_one(capsys):
-    for flag, hint in (("--max_frame_s", "did you mean --max_frames?"),
-                       ("--epsilom=0.1", "did you mean --epsilon?"),
-                       ("--zzz", "--help lists the flags")):
-        with pytest.raises(SystemExit):
-            train.parse_args(["--model", "m", "--data", "d", "--output", "o", flag])
-        assert hint in capsys.readouterr().err
-
-
 def test_a_full_disk_is_seen_in_the_error_and_no_partial_checkpoint_is_left(tmp_path, monkeypatch):
     """Also if torch reports it in other words."""
     monkeypatch.setattr(sft.shutil, "disk_usage", lambda _: SimpleNamespace(free=4 * 10**7))
