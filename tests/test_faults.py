@@ -136,15 +136,6 @@ def test_a_second_ctrl_c_ends_a_run_at_once(toy, tmp_path):
     assert result.returncode == 130 and "Traceback" not in result.stderr
 
 
-def test_an_exception_that_nobody_expects_ends_a_run_with_its_traceback(toy, tmp_path):
-    """With data workers alive and another rank that waits; long before --timeout_minutes."""
-    result = run(*command(toy, "tgrpo", tmp_path / "run", 0, fault="raise:rollout:2:1", ranks=2),
-                 ranks=2, check=False, timeout=100)
-    assert result.returncode == 1
-    assert "KeyError: 'a fault that nobody expects'" in result.stderr
-    assert "Traceback" in result.stderr
-
-
 def test_a_full_disk_is_a_clear_error_and_leaves_the_last_checkpoint_whole(
         toy, tmp_path, whole_run):
     """The quota of one megabyte a file begins with the second checkpoint."""
@@ -204,12 +195,10 @@ def test_too_many_broken_media_stop_the_run_with_their_names(toy, tmp_path):
     assert len(rows(tmp_path / "run", "skipped")) == 12
 
 
-@pytest.mark.parametrize("what, reason", [
-    ("kill", "decoder died"), pytest.param("hang", "3 seconds", marks=pytest.mark.slow)])
-def test_a_decoder_that_dies_or_hangs_skips_its_question_and_no_other(toy, tmp_path, what, reason):
+def test_a_decoder_that_dies_skips_its_question_and_no_other(toy, tmp_path):
     output, first = tmp_path / "run", [sft.record_index(i, 48, 0) for i in range(8)]
     struck = next(i for i in first if i % 3)  # a record's number is its problem_id
-    run(*command(toy, "sft", output, 0, "--max_steps=2", "--decode_timeout=3", "--max_skipped=1",
-                 fault=f"{what}:decode:{struck}"))
-    skipped = [row for row in rows(output, "skipped") if "rotten" not in row["path"]]
-    assert [row["problem_id"] for row in skipped] == [struck] and reason in skipped[0]["reason"]
+    run(*command(toy, "sft", output, 0, "--max_steps=2", "--max_skipped=1",
+                 fault=f"kill:decode:{struck}"))
+    row, = [row for row in logged(output, "skipped") if "rotten" not in row["path"]]
+    assert row["problem_id"] == struck and "decoder died" in row["reason"]

@@ -147,20 +147,6 @@ def test_data_workers_are_forked_before_a_model_is_loaded(toy, tmp_path, run_cod
 
 SSHD = "/usr/sbin/sshd"
 ADDRESSES = ("10.231.7.1", "10.231.7.2")  # exist in the two namespaces alone
-SERVER = """
-    Port 2222
-    HostKey {folder}/host
-    AuthorizedKeysFile {folder}/user.pub
-    StrictModes no
-    PidFile none
-    PermitRootLogin yes
-"""
-CLIENT = """
-    IdentityFile {folder}/user
-    StrictHostKeyChecking no
-    UserKnownHostsFile /dev/null
-    LogLevel ERROR
-"""
 
 
 @pytest.fixture
@@ -172,14 +158,16 @@ def nodes(tmp_path):
     absent = [tool for tool in needed if not shutil.which(tool)]
     if absent or os.getuid():
         pytest.skip(f"needs root and {needed}; absent: {absent}")
-    (tmp_path / "server").write_text(SERVER.format(folder=tmp_path))
-    (tmp_path / "client").write_text(CLIENT.format(folder=tmp_path))
     (tmp_path / "hosts").write_text("".join(f"{address} slots=1\n" for address in ADDRESSES))
     (tmp_path / "deepspeed_env").write_text(  # with another ninja, all would be built again
         f"GLOO_SOCKET_IFNAME=link0\nOMP_NUM_THREADS=1\nPATH={os.environ['PATH']}\n")
     for key in ("host", "user"):
         do("ssh-keygen", "-q", "-t", "ed25519", "-N", "", "-f", tmp_path / key)
     os.makedirs("/run/sshd", exist_ok=True)  # sshd wants this folder
+    sshd = (f"{SSHD} -D -f /dev/null -p 2222 -h {tmp_path}/host -o StrictModes=no -o PidFile=none "
+            f"-o PermitRootLogin=yes -o AuthorizedKeysFile={tmp_path}/user.pub").split()
+    ssh = (f"-o IdentityFile={tmp_path}/user -o StrictHostKeyChecking=no -o LogLevel=ERROR "
+           "-o UserKnownHostsFile=/dev/null")
     first, second = names = [f"node{os.getpid()}{letter}" for letter in "ab"]
     with ExitStack() as stack:
         for name in names:
@@ -194,13 +182,12 @@ def nodes(tmp_path):
                 do("ip", "-n", name, "link", "set", link, "up")
             daemon = stack.enter_context(subprocess.Popen(
                 ["ip", "netns", "exec", name, "unshare", "--pid", "--fork", "--mount-proc",
-                 "--kill-child", SSHD, "-D", "-E", tmp_path / f"{address}.log",
-                 "-f", tmp_path / "server", "-o", f"ListenAddress={address}"]))
+                 "--kill-child", *sshd, "-o", f"ListenAddress={address}"]))
             stack.callback(daemon.kill)  # with all processes of its namespace
         yield (["ip", "netns", "exec", first, sys.executable, "-m", "deepspeed.launcher.runner",
                 "--hostfile", tmp_path / "hosts", "--master_addr", ADDRESSES[0],
                 "--ssh_port", "2222", "--no_ssh_check"],
-               {**os.environ, "PDSH_SSH_ARGS_APPEND": f"-F {tmp_path}/client",
+               {**os.environ, "PDSH_SSH_ARGS_APPEND": ssh,
                 "DS_ENV_FILE": str(tmp_path / "deepspeed_env")})
 
 
