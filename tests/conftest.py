@@ -105,15 +105,14 @@ def table_rows(lines):
 
 
 def break_media(toy, split, out, name, every=1):
-    """Writes the toy's records of a split to a file and returns them. The first of each `every`
-    names a file of the media folder that cannot be decoded."""
+    """Writes the toy's records of a split to a file. The first of each `every` names a file of the
+    media folder that cannot be decoded."""
     (toy / "media" / name).write_bytes(b"rotten")
     records = json.loads((toy / f"{split}.json").read_text())
     for record in records[::every]:
         record |= {"path": f"./media/{name}",
                    "data_type": "video" if name.endswith(".mp4") else "image"}
     out.write_text(json.dumps(records))
-    return records
 
 
 def equal_weights(a, b):

@@ -29,26 +29,25 @@ def mixed(toy, tmp_path_factory):
     """A run on two ranks, ZeRO-3: images and videos; every third file is broken. With this seed,
     rank 0 has no usable question in the first step."""
     out = tmp_path_factory.mktemp("mixed")
-    records = break_media(toy, "train", out / "data.json", "broken.mp4", every=3)
+    break_media(toy, "train", out / "data.json", "broken.mp4", every=3)
     run(*tgrpo(toy, out / "run", "--prompts_per_rank", 2, "--max_steps", 2, "--save_steps", 1,
                "--updates_per_rollout", 2, "--chunk_size", 2, "--seed", 8,
                data=out / "data.json"), ranks=2)
-    return out / "run", records
+    return out / "run"
 
 
 def test_a_broken_video_is_skipped_and_logged(mixed):
-    output, records = mixed
-    steps, skipped = logged(output, "metrics")[1:], logged(output, "skipped")
+    steps, skipped = logged(mixed, "metrics")[1:], logged(mixed, "skipped")
     assert [row["step"] for row in steps] == [1, 2]
     assert len(skipped) == sum(row["data/skipped"] for row in steps) > 0
     assert all(row["path"] == "./media/broken.mp4" and "broken.mp4" in row["reason"]
                and row["problem_id"] in range(0, 32, 3) for row in skipped)
     # two updates on four questions a step, less the skipped: nothing else was left out
-    assert len(logged(output, "rollouts")) + len(skipped) == 8
+    assert len(logged(mixed, "rollouts")) + len(skipped) == 8
 
 
 def test_advantages_can_be_recomputed_from_rollouts(mixed):
-    for row in logged(mixed[0], "rollouts"):
+    for row in logged(mixed, "rollouts"):
         R = torch.tensor([row["accuracy"], row["format"], row["length"]]).double().sum(0)
         assert len(row["responses"]) == 4
         if row["frame_order"]:
@@ -61,7 +60,7 @@ def test_advantages_can_be_recomputed_from_rollouts(mixed):
 
 
 def test_metrics_have_the_documented_names_and_a_header(mixed):
-    header, *steps = logged(mixed[0], "metrics")
+    header, *steps = logged(mixed, "metrics")
     assert header["world_size"] == 2 and header["arguments"]["G"] == 4
     assert header["versions"]["torch"]
     assert {"reward/total", "reward/accuracy", "reward/format", "reward/length", "group/p",
@@ -76,13 +75,13 @@ def test_metrics_have_the_documented_names_and_a_header(mixed):
 
 def test_the_result_is_a_model_that_differs_from_its_start(mixed, toy):
     from transformers import AutoModelForImageTextToText, AutoProcessor
-    files = [path for path in mixed[0].iterdir()
+    files = [path for path in mixed.iterdir()
              if path.suffix in (".json", ".jsonl", ".safetensors")]
     assert len({path.stat().st_mode for path in files}) == 1  # by the user's mask
-    AutoModelForImageTextToText.from_pretrained(mixed[0])
-    AutoProcessor.from_pretrained(mixed[0])
-    assert not equal_weights(mixed[0], toy / "model")
-    assert sorted(path.name for path in mixed[0].glob("checkpoint-*")) == \
+    AutoModelForImageTextToText.from_pretrained(mixed)
+    AutoProcessor.from_pretrained(mixed)
+    assert not equal_weights(mixed, toy / "model")
+    assert sorted(path.name for path in mixed.glob("checkpoint-*")) == \
         ["checkpoint-1", "checkpoint-2"]
 
 
@@ -91,12 +90,12 @@ def test_the_readme_gets_the_weights_out_of_a_checkpoint(mixed, toy, tmp_path):
     code, = [block for block in (ROOT / "README.md").read_text().split("```python\n")
              if block.lstrip().startswith("from deepspeed.utils.zero_to_fp32")]
     code = textwrap.dedent(code.split("  ```")[0])
-    for name, path in (("sft", toy / "model"), ("tgrpo", mixed[0]),
+    for name, path in (("sft", toy / "model"), ("tgrpo", mixed),
                        ("checkpoint-100", "checkpoint-2"), ("weights", tmp_path / "weights")):
         assert code.count(f'"{name}"') == 1
         code = code.replace(f'"{name}"', repr(str(path)))
     exec(code)
-    assert equal_weights(tmp_path / "weights", mixed[0])
+    assert equal_weights(tmp_path / "weights", mixed)
     train.load_processor(train.parse_args(["--model", str(tmp_path / "weights"), "--data", "d",
                                            "--output", "o"]))
 
