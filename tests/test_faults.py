@@ -18,7 +18,7 @@ SCRIPTS = {"tgrpo": ["--max_steps=5", "--max_new_tokens=10", "--G=4", "--G_tilde
 
 
 def command(toy, script, output, stage, *more, fault=None, ranks=0):
-    """A run of a script, with a fault. stage: ZeRO's, or the name of a config in assets."""
+    """Returns the command of a run. stage: ZeRO's, or the name of a config in assets."""
     config = ROOT / f"assets/{stage}.json"
     if isinstance(stage, int):
         config = output.parent / f"stage{stage}.json"
@@ -71,8 +71,9 @@ MOMENTS = [("tgrpo", "rollout:4"), ("tgrpo", "update:22"), ("tgrpo", "save:2"),
            ("tgrpo", "remove:1"), ("sft", "update:4"), ("sft", "save:2")]
 QUICK = {("tgrpo", "update:22", 0, 0), ("tgrpo", "remove:1", 0, 0), ("sft", "save:2", 0, 0),
          ("tgrpo", "rollout:4", 2, 3), ("tgrpo", "update:22", 0, "one_gpu")}
-KILLS = [pytest.param(*moment, *how, marks=[] if (*moment, *how) in QUICK else pytest.mark.slow)
-         for moment in MOMENTS for how in ((0, 0), (0, 3), (2, 0), (2, 3), (0, "one_gpu"))]
+SETTINGS = [(0, 0), (0, 3), (2, 0), (2, 3), (0, "one_gpu")]  # ranks, and `stage` of command
+KILLS = [pytest.param(*kill, marks=[] if kill in QUICK else pytest.mark.slow)
+         for kill in [(*moment, *setting) for moment in MOMENTS for setting in SETTINGS]]
 
 
 @pytest.mark.parametrize("script, moment, ranks, stage", KILLS)
