@@ -105,6 +105,7 @@ def composed(text, form="NFC"):
     return unicodedata.normalize(form, MARKS.sub(r"\1", text))
 
 
+@lru_cache(4096)  # a group's responses are compared with the same options
 def plain(text):
     """Returns `text` in plain characters, single-spaced, without markup: LaTeX fonts, HTML,
     markdown, quotes. NFKC turns "Ｂ", "𝐁" and "Ⓑ" into B. It would also turn "10²" into 102 and

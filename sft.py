@@ -551,14 +551,9 @@ def watch_gradients(model, device):
 
 def trim_log(path, first_step):
     """Removes the lines of steps after first_step from a log: these steps run again."""
-    kept = []
-    for line in path.read_text(encoding="utf-8").splitlines() if first_step else ():
-        try:
-            if json.loads(line).get("step", 0) <= first_step:
-                kept.append(line)
-        except json.JSONDecodeError:  # the line that was being written when the run was killed
-            break
-    write_whole({path: (line + "\n" for line in kept)})
+    rows = whole_rows(path) if first_step else []
+    kept = [row for row in rows if row.get("step", 0) <= first_step]
+    write_whole({path: (json.dumps(row) + "\n" for row in kept)})
 
 
 def catch_signals(rank) -> list:

@@ -55,7 +55,8 @@ def parse_args(argv=None):
     add("--max_new_tokens", type=above(0, int), default=768, help="maximum tokens of a response")
     add("--temperature", type=above(0, float), default=1.0,
         help="sampling temperature; the loss divides the logits by it too")
-    add("--top_p", type=above(0, float, 1), default=1.0, help="nucleus sampling; 1: off")
+    add("--top_p", type=above(0, float, 1), default=1.0,
+        help="nucleus sampling, which the loss ignores; 1: off")
     add("--static_decode", action="store_true",
         help="decode in fixed buffers, on a CUDA device as a CUDA graph (not yet run there)")
     # rewards and advantages
@@ -681,14 +682,14 @@ def note_policy(metrics, group, rows, logps, entropy, args):
 
 def note_group(metrics, group):
     """Notes reward, group and response metrics of one question. Undefined ones are absent."""
-    parts, record = group["parts"], group["record"]
+    parts, record, R = group["parts"], group["record"], group["R"]
     for name in ("accuracy", "format", "length", "temporal"):
         if name in parts:
             note(metrics, f"reward/{name}", parts[name].tolist())
-    note(metrics, "reward/total", group["R"].tolist())
+    note(metrics, "reward/total", R.tolist())
     note(metrics, f"accuracy/{record['problem_type']}", parts["accuracy"].tolist())
     note(metrics, "group/p", [parts["p"]])
-    note(metrics, "group/zero_std_rate", [float(group["R"].std() < STD_EPSILON)])
+    note(metrics, "group/zero_std_rate", [float((R == R[0]).all())])
     if "p_tilde" in parts:
         note(metrics, "group/p_tilde", [parts["p_tilde"]])
         note(metrics, "group/tie_rate", [float(parts["p"] == parts["p_tilde"])])
