@@ -352,6 +352,9 @@ def test_a_log_keeps_the_steps_up_to_its_checkpoint(tmp_path):
     assert log.read_text() == '{"arguments": {}}\n{"step": 1}\n{"step": 2}\n'
     sft.trim_log(log, 0)  # there is no checkpoint
     assert log.read_text() == ""
+    log.write_text('{"ste\n{"step": 2}\n')  # not by a kill
+    with pytest.raises(InputError, match="metrics.jsonl is damaged"):
+        sft.trim_log(log, 2)
 
 
 @pytest.mark.parametrize("stage", [0, 3])
