@@ -29,6 +29,8 @@ from safetensors.torch import load_file  # noqa: E402
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 LIMITS = {"max_frames": 8, "min_frames": 4, "fps": 2, "min_pixels": 784, "max_pixels": 784}
+SMALL = ["--min_pixels=784", "--max_pixels=784", "--image_min_pixels=784", "--max_frames=8",
+         "--num_workers=1"]
 
 
 @cache
@@ -43,6 +45,12 @@ def fork_server():
     return ours
 
 
+def free_port():
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return str(probe.getsockname()[1])
+
+
 def run(*command, ranks=0, env=None, check=True, timeout=400, fresh=None, **options):
     """Runs one of the scripts as a user would, alone or on several ranks; options are
     subprocess.run's.
@@ -52,9 +60,7 @@ def run(*command, ranks=0, env=None, check=True, timeout=400, fresh=None, **opti
     and if `env` may change what an import does; or on a machine with GPUs, which a fork could not
     use.
     """
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = str(probe.getsockname()[1])
+    port = free_port()
     if fresh is None:
         fresh = command[0] == "-c" or bool({*(env or {})} - {"PYTHONPATH"})
     if not (fresh or torch.cuda.is_available()):
@@ -82,6 +88,11 @@ def together(*calls):
         return [future.result() for future in [pool.submit(call) for call in calls]]
 
 
+def logged(output, name):
+    """Returns the lines of a log in a run's folder."""
+    return [json.loads(line) for line in (output / f"{name}.jsonl").read_text().splitlines()]
+
+
 def cells(path):
     """Returns a Markdown file without the blanks that align its columns."""
     return re.sub(" +", " ", path.read_text(encoding="utf-8"))
@@ -94,15 +105,14 @@ def table_rows(lines):
 
 
 def break_media(toy, split, out, name, every=1):
-    """Writes the toy's records of a split to a file and returns them. The first of each `every`
-    names a file of the media folder that cannot be decoded."""
+    """Writes the toy's records of a split to a file. The first of each `every` names a file of the
+    media folder that cannot be decoded."""
     (toy / "media" / name).write_bytes(b"rotten")
     records = json.loads((toy / f"{split}.json").read_text())
     for record in records[::every]:
         record |= {"path": f"./media/{name}",
                    "data_type": "video" if name.endswith(".mp4") else "image"}
     out.write_text(json.dumps(records))
-    return records
 
 
 def equal_weights(a, b):
@@ -125,55 +135,50 @@ def reply(*texts, finish="stop"):
     return {"choices": choices, "usage": {"completion_tokens": 7 * len(texts)}}
 
 
-class Server:
+class Server(ThreadingHTTPServer):
     """A real HTTP server on this machine. `answer(body, number)` returns what to send: a dict, or
     (status, headers, text), or a text; or pieces of a text, with pauses; or None, to hang up.
     `requests` has the path, headers and body of each request."""
 
     def __init__(self, answer=None):
-        outer, lock = self, threading.Lock()
-        self.answer, self.requests = answer, []
+        super().__init__(("127.0.0.1", 0), Handler)
+        self.answer, self.requests, self.lock = answer, [], threading.Lock()
+        self.base = f"http://127.0.0.1:{self.server_port}/v1"
+        threading.Thread(target=self.serve_forever, args=(0.02,), daemon=True).start()
 
-        class Handler(BaseHTTPRequestHandler):
-            protocol_version = "HTTP/1.1"  # a connection serves many requests
+    def server_close(self):
+        self.shutdown()
+        super().server_close()
 
-            def do_POST(self):
-                body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
-                with lock:
-                    outer.requests.append(SimpleNamespace(
-                        path=self.path, headers=dict(self.headers), body=body))
-                    number = len(outer.requests) - 1
-                sent = outer.answer(body, number)
-                status, headers, text = sent if isinstance(sent, tuple) else (200, {}, sent)
-                self.close_connection = sent is None or "Content-Length" in headers
-                if sent is None:
-                    return
-                self.send_response(status)
-                if isinstance(text, (str, dict)):
-                    text = [json.dumps(text) if isinstance(text, dict) else text]
-                    headers = {"Content-Length": str(len(text[0].encode()))} | headers
-                else:
-                    self.close_connection = True
-                for name, value in headers.items():
-                    self.send_header(name, value)
-                self.end_headers()
-                with suppress(OSError):  # the client may have hung up
-                    for piece in text:
-                        self.wfile.write(piece.encode())
 
-            def log_message(self, *_):
-                pass
+class Handler(BaseHTTPRequestHandler):
+    protocol_version = "HTTP/1.1"  # a connection serves many requests
 
-        self.http = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
-        self.base = f"http://127.0.0.1:{self.http.server_port}/v1"
-        threading.Thread(target=self.http.serve_forever, args=(0.02,), daemon=True).start()
+    def do_POST(self):
+        body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
+        with self.server.lock:
+            number = len(self.server.requests)
+            self.server.requests.append(SimpleNamespace(
+                path=self.path, headers=dict(self.headers), body=body))
+        sent = self.server.answer(body, number)
+        self.close_connection = True
+        if sent is None:
+            return
+        status, headers, text = sent if isinstance(sent, tuple) else (200, {}, sent)
+        if isinstance(text, (str, dict)):
+            text = [json.dumps(text) if isinstance(text, dict) else text]
+            self.close_connection = "Content-Length" in headers
+            headers = {"Content-Length": str(len(text[0].encode()))} | headers
+        self.send_response(status)
+        for name, value in headers.items():
+            self.send_header(name, value)
+        self.end_headers()
+        with suppress(OSError):  # the client may have hung up
+            for piece in text:
+                self.wfile.write(piece.encode())
 
-    def __enter__(self):
-        return self
-
-    def __exit__(self, *_):
-        self.http.shutdown()
-        self.http.server_close()
+    def log_message(self, *_):
+        pass
 
 
 class PlainEngine:
@@ -308,14 +313,14 @@ def run_fork(session, items, path):
 
 def pass_on(session, file):
     """Passes the reports that the fork has written since the last call to pytest's plugins."""
-    hook, start = session.config.hook, file.tell()
+    hook = session.config.hook
     while True:
+        start = file.tell()
         try:
             report = pickle.load(file)
         except (EOFError, pickle.UnpicklingError):  # not there yet, or not whole
             file.seek(start)
             return
-        start = file.tell()
         place = {"nodeid": report.nodeid, "location": report.location}
         if report.when == "setup":
             hook.pytest_runtest_logstart(**place)

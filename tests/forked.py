@@ -107,8 +107,6 @@ def join_launch(command, rank, ranks, port):
 def start(script, *argv):
     """Runs a script as the program of this process. Returns its exit status; what it raises ends
     the interpreter as after any script."""
-    import numpy
-    numpy.random.seed()  # else all forks would draw the same; Python's own generator does this
     added = os.environ.get("PYTHONPATH", "").split(os.pathsep)
     sys.argv = [script, *argv]
     sys.path[:1] = [os.path.dirname(os.path.abspath(script)), *filter(None, added)]

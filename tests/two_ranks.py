@@ -5,27 +5,24 @@ first and rank 1 the image.
 """
 import argparse
 import json
-import sys
 from pathlib import Path
 
 import torch
-import torch.distributed as dist
 from deepspeed.utils import safe_get_full_grad
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+from conftest import LIMITS  # first, as it finds the scripts
+import sft
+import tgrpo
+from build_data import (encode, encode_blank, load_model, load_processor, load_records,
+                        load_vision, setup_distributed, token_side, write_whole)
 
-import sft  # noqa: E402
-import tgrpo  # noqa: E402
-from build_data import (encode, encode_blank, load_model, load_processor,  # noqa: E402
-                        load_records, load_vision, setup_distributed, token_side, write_whole)
-
-# (ZeRO stage, chunk size of five responses, groups a rank)
-SETTINGS = [(3, 2, 1), (3, 5, 2), (2, 2, 2), (1, 5, 2), (0, 5, 1)]
+# (ZeRO stage, chunk size of five responses, groups a rank, recomputed activations)
+SETTINGS = [(3, 2, 1, False), (3, 5, 2, False), (2, 2, 2, False), (1, 5, 2, False),
+            (0, 5, 1, False), (3, 2, 1, True)]
 
 
 def cases(toy, processor):
     """One video and one image with made-up responses of different length and advantages."""
-    limits = {"max_frames": 8, "min_frames": 4, "fps": 2, "min_pixels": 784, "max_pixels": 784}
     records = load_records(toy / "train.json")
     for medium, L, seed in (("video", 9, 0), ("image", 6, 1)):
         record = next(record for record in records if record["data_type"] == medium)
@@ -34,28 +31,27 @@ def cases(toy, processor):
         lengths = torch.tensor([L, 2, L - 1, 3, 1])
         mask = (torch.arange(L) < lengths[:, None]).float()
         A = torch.randn(5, generator=generator)
-        vision = load_vision(record, factor=token_side(processor), **limits)
+        vision = load_vision(record, factor=token_side(processor), **LIMITS)
         yield encode(processor, record, vision), responses, mask, A
 
 
-def gradients(toy, out, groups, blank, stage, chunk_size, count, recompute=False):
+def gradients(toy, out, groups, blank, stage, chunk_size, count, recomputed):
     """Full averaged gradients of the first `count` groups, by parameter name: in the second step,
     when those of the first must be gone. The learning rate is 0."""
-    config_file = out.parent / f"ds{stage}.json"  # one path for all ranks, which may write at once
+    config = out.parent / f"ds{stage}.json"  # one path for all ranks, which may write at once
     zero = {"stage": stage, "stage3_param_persistence_threshold": 0}  # shard small ones too
-    write_whole({config_file: [json.dumps({"zero_optimization": zero,
-                                           "zero_allow_untested_optimizer": True})]})
-    output = out.parent / f"{stage}.{chunk_size}.{count}.{recompute}"
-    args = tgrpo.parse_args(["--model", str(toy / "model"), "--data", str(toy / "train.json"),
-                             "--output", str(output), "--deepspeed_config",
-                             str(config_file), "--learning_rate", "0"])
-    run = sft.open_run(args, [], tgrpo.parse_args, 1)
-    model = load_model(args, run.config)
-    if recompute:
+    write_whole({config: [json.dumps({"zero_optimization": zero,
+                                      "zero_allow_untested_optimizer": True})]})
+    run = sft.open_run(tgrpo.parse_args([
+        f"--model={toy}/model", f"--data={toy}/train.json", f"--deepspeed_config={config}",
+        f"--output={out.parent}/{stage}.{chunk_size}.{count}.{recomputed}", "--learning_rate=0"]),
+        [], tgrpo.parse_args, 1)
+    model = load_model(run.args, run.config)
+    if recomputed:
         tgrpo.recompute_activations(model)
     sft.start_engine(run, model)
     engine = run.engine
-    if stage == 3 and not recompute:  # what rollouts sample from
+    if stage == 3:  # what rollouts sample from
         sampler = tgrpo.start_sampler(run, [])
         tgrpo.gather_weights(engine, sampler)
         torch.save(sampler(**groups[0][0]).logits, out / "sampler.pt")
@@ -86,16 +82,13 @@ def main():
     options = parser.parse_args()
     rank, _ = setup_distributed(argparse.Namespace(timeout_minutes=10))
     processor = load_processor(argparse.Namespace(model=options.toy / "model"))
-    groups = list(cases(options.toy, processor))
+    groups = list(cases(options.toy, processor))[::-1 if rank else 1]
     out = options.out / f"rank{rank}"
     out.mkdir()
     for setting in SETTINGS[:options.settings]:
-        torch.save(gradients(options.toy, out, groups if rank == 0 else groups[::-1],
-                             encode_blank(processor), *setting),
+        torch.save(gradients(options.toy, out, groups, encode_blank(processor), *setting),
                    out / f"{setting}.pt")
-    torch.save(gradients(options.toy, out, groups[rank:] + groups[:rank], encode_blank(processor),
-                         *SETTINGS[0], recompute=True), out / "recomputed.pt")
-    dist.barrier()
+    torch.distributed.barrier()
 
 
 if __name__ == "__main__":
