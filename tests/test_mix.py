@@ -133,14 +133,13 @@ def test_the_map_that_nextqa_needs_is_named(tmp_path):
 @pytest.mark.parametrize("options, texts", [
     # every form of a mark, which is found whatever the forms beside it
     ("Option A: t\nchoice (B). u\n[C] v\nd) w\n- E. x\n**F.** y\nAnswer:", [*"tuvwxy"]),
-    ("A、猫\nB．狗\n（C）马\n选项D：鱼\nＥ】鸟", [*"猫狗马鱼鸟"]),
+    ("A、猫\nB．狗\n（C）马\n选项D：鱼\nE】鸟", [*"猫狗马鱼鸟"]),
     ("(A) x\n(B) y\nAnswer with the option's letter from the given choices directly.", ["x", "y"]),
     ("A: see C. elegans\nB: y\nC: z", ["see C. elegans", "y", "z"]),
     ("A. int x;\nB. int y;", ["int x;", "int y;"]), ("A. and\nB. or\nC. not", ["and", "or", "not"]),
     ("A. E. coli\nB. C. elegans", ["E. coli", "C. elegans"]),
     ("A. yeast\nB. a C. elegans\nC. z", ["yeast", "a C. elegans", "z"]),
-    ("A. x\nB. \nC. z", ["x", "", "z"]),  # which then is dropped
-    ("选项A：猫\n（B）狗", ["猫", "狗"])])
+    ("A. x\nB. \nC. z", ["x", "", "z"])])  # which then is dropped
 def test_options_are_taken_out_of_a_question(options, texts):
     assert split_options(f"What?\n{options}") == ("What?", texts)
 
