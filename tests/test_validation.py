@@ -190,7 +190,7 @@ def require_answers(output, broken, toy, limit, steps):
     records = load_records(broken, toy)
     order = [records[sft.record_index(position, limit, 0)] for position in range(limit)]
     usable = [record["problem_id"] for record in order if "rotten" not in record["path"]]
-    lines, found = rows(output, "validation"), metrics(output, held_out=True)
+    lines, found = rows(output, "validation"), metrics_of(output, held_out=True)
     assert list(found) == steps
     assert [(line["step"], line["problem_id"]) for line in lines] == \
         [(step, problem_id) for step in steps for problem_id in usable]
