@@ -149,29 +149,28 @@ def test_an_image_as_a_video_of_one_step_is_the_same_to_the_model(family):
 
 def test_greedy_rollouts_equal_generate_and_stand_at_its_positions(family):
     """Three rows at once: a video's two orders, and an image whose prompt is shorter."""
-    model, stood = family.model, {}
+    model, stood = family.model, []
     both = pad_batch([family.video["ordered"], family.video["shuffled"]], {}, "left")
     prompts = [family.video["ordered"], family.video["shuffled"], family.image["ordered"]]
     options = sampling(family.processor, model, top_p=1e-6)  # a nucleus of one token
 
     def look(module, args, kwargs):  # positions by time, height and width, of every call
-        stood[form].append(kwargs["position_ids"][-3:])
+        stood.append(kwargs["position_ids"][-3:])
     model.model.language_model.register_forward_pre_hook(look, with_kwargs=True)
-    form, forbidden_ids = "rollout", forbid(family.processor, model)
-    stood[form] = []
+    forbidden_ids = forbid(family.processor, model)
     rows = tgrpo.rollout(model, [both, prompts[2]], [[1, 1], [1]], **options)
+    decoded = stood[2:]  # after the two batches of prompts
     for i, (inputs, ids) in enumerate(zip(prompts, rows)):
-        form = i
-        stood[form] = []
+        stood.clear()
         expected = model.generate(**inputs, max_new_tokens=12, do_sample=False,
                                   suppress_tokens=forbidden_ids)
         P = inputs["input_ids"].shape[1]
         assert ids[0].tolist() == expected[0, P:].tolist()
         positions, following = tgrpo.rope_positions(model, inputs)
-        assert torch.equal(stood[i][0], positions)
-        for t, position in enumerate(stood[i][1:]):
+        assert torch.equal(stood[0], positions)
+        for t, position in enumerate(stood[1:]):
             assert (position == following + t).all()
-            assert torch.equal(stood["rollout"][2 + t][:, i], position[:, 0])
+            assert torch.equal(decoded[t][:, i], position[:, 0])
 
 
 class Operations(TorchDispatchMode):
@@ -245,7 +244,7 @@ def test_answers_in_a_batch_of_images_and_videos_equal_those_one_at_a_time(famil
 # ------------------------------------------------------------- log-probabilities, gradients
 
 def take_gradients(model):
-    """Returns the model's gradients, which it loses."""
+    """Returns the model's gradients by name, and removes them from it."""
     gradients = {name: p.grad for name, p in model.named_parameters()}
     model.zero_grad()
     return gradients

@@ -33,27 +33,21 @@ RUNS = [("Qwen2.5-VL-3B", 16, 0), ("Qwen2.5-VL-3B", 16, 3), ("Qwen2.5-VL-3B", 0,
 
 
 @pytest.fixture(scope="module")
-def start(tmp_path_factory):
+def start(request, tmp_path_factory):
     """Makes a random model of a shape, with a processor of default sizes. Every tenth token of the
     small tokenizer is an end token, so that responses differ in length."""
-    kept = {}
-
-    def make(name):
-        if name not in kept:
-            folder = kept[name] = tmp_path_factory.mktemp("start")
-            prompt = build_messages(RECORD | {"media_path": ""})[0]["content"][1]["text"]
-            tokenizer = toy_tokenizer([f"{prompt}\n{RECORD['process']}\n{RECORD['solution']}"])
-            model = bench.random_model(bench.load_shape(name, LAYERS, BLOCKS), tokenizer)
-            model.generation_config.eos_token_id = list(range(0, len(tokenizer), 10))
-            model.save_pretrained(folder)
-            Qwen2_5_VLProcessor(
-                image_processor=Qwen2VLImageProcessor(), video_processor=Qwen2VLVideoProcessor(),
-                tokenizer=tokenizer, chat_template=(ASSETS / "chat_template.jinja").read_text()
-            ).save_pretrained(folder)
-        return kept[name]
-    yield make
-    for folder in kept.values():
-        shutil.rmtree(folder)
+    folder = tmp_path_factory.mktemp("start")
+    prompt = build_messages(RECORD | {"media_path": ""})[0]["content"][1]["text"]
+    tokenizer = toy_tokenizer([f"{prompt}\n{RECORD['process']}\n{RECORD['solution']}"])
+    model = bench.random_model(bench.load_shape(request.param, LAYERS, BLOCKS), tokenizer)
+    model.generation_config.eos_token_id = list(range(0, len(tokenizer), 10))
+    model.save_pretrained(folder)
+    Qwen2_5_VLProcessor(
+        image_processor=Qwen2VLImageProcessor(), video_processor=Qwen2VLVideoProcessor(),
+        tokenizer=tokenizer, chat_template=(ASSETS / "chat_template.jinja").read_text()
+    ).save_pretrained(folder)
+    yield folder
+    shutil.rmtree(folder)
 
 
 @pytest.fixture(scope="module")
@@ -72,24 +66,24 @@ def data(tmp_path_factory):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("script", FLAGS)
-@pytest.mark.parametrize("name, lora_rank, stage", RUNS)
-def test_a_step_at_true_widths(start, data, tmp_path, name, lora_rank, stage, script):
-    config, output, model = tmp_path / "ds.json", tmp_path / "run", start(name)
+@pytest.mark.parametrize("start, lora_rank, stage", RUNS, indirect=["start"])
+def test_a_step_at_true_widths(start, data, tmp_path, lora_rank, stage, script):
+    config, output = tmp_path / "ds.json", tmp_path / "run"
     config.write_text(json.dumps({"zero_optimization": {"stage": stage},
                                   "zero_allow_untested_optimizer": True}))
     printed = run(
-        f"{script}.py", "--model", model, "--data", data, "--output", output, "--deepspeed_config",
+        f"{script}.py", "--model", start, "--data", data, "--output", output, "--deepspeed_config",
         config, f"--lora_rank={lora_rank}", "--learning_rate=1e-3", "--save_steps=0",
         "--num_workers=1", *FLAGS[script], fresh=True, timeout=3600).stdout
     assert f"{FRAMES // 2} x {2 * HEIGHT} x {2 * WIDTH} patches" in printed
     row = json.loads((output / "metrics.jsonl").read_text().splitlines()[-1])
     assert row["step"] == 1 and math.isfinite(row["optim/loss"])
-    moved = moved_weights(model, output)
+    moved = moved_weights(start, output)
     assert moved and (not lora_rank or all("_proj." in name for name in moved))
     if script == "sft":  # the target is as likely as any token of the whole vocabulary
         assert row["optim/loss"] == pytest.approx(math.log(152_000), rel=0.1)
     else:
-        tokens = json.loads((model / "tokenizer.json").read_text())
+        tokens = json.loads((start / "tokenizer.json").read_text())
         known = len(tokens["model"]["vocab"]) + len(tokens["added_tokens"])
         assert 0 < row["policy/entropy"] < math.log(known)  # no id beyond the tokenizer
         assert row["policy/kl"] == pytest.approx(0, abs=1e-5)  # the reference is the start

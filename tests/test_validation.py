@@ -169,11 +169,6 @@ def test_both_stages_give_the_same_answers_and_a_record_is_always_shuffled_alike
                              for one, other in twice)
 
 
-def test_temperature_zero_is_the_likeliest_token():
-    logits = torch.tensor([[0.0, 3.0, 2.0], [-torch.inf, -5.0, -6.0]])
-    assert tgrpo.sample_tokens(logits, 0, 1.0, None).tolist() == [1, 1]
-
-
 # --------------------------------------------------------------------------------- a run
 
 @pytest.fixture(scope="module")
