@@ -19,9 +19,8 @@ from bench import naive_logits
 from build_data import (InputError, encode_blank, image_as_video, load_processor, load_records,
                         load_vision_of, pad_batch, seeded_generator, stop_tokens, token_side,
                         toy_model, toy_processor)
-from conftest import ROOT, PlainEngine, equal_weights, run
-from test_faults import command, same_run
-from test_runs import tgrpo as command_line
+from conftest import ROOT, PlainEngine, run
+from test_runs import tgrpo as command
 from test_tgrpo import forbid, sampling
 from two_ranks import cases
 
@@ -188,7 +187,7 @@ def test_static_decoding_gives_the_same_responses_from_fixed_buffers(family, mon
     """A video in both orders and an image, of which rows end early; all rows are decoded. No
     operation moves a value between CPU and device, which a CUDA graph could not hold."""
     model, calls, responses, operations = family.model, [], [], Operations()
-    model.generation_config.eos_token_id = list(range(0, 488, 9))
+    model.generation_config.eos_token_id = list(range(0, 488, 5))  # rows end often
     eos_ids, decode = stop_tokens(model, family.processor.tokenizer), tgrpo.decode
     forbid(family.processor, model)
 
@@ -367,27 +366,15 @@ def test_gradients_with_a_video_and_an_image_on_two_ranks(folder_of, tmp_path, n
 
 # --------------------------------------------------------------------------- runs, refusals
 
-def test_a_killed_run_of_qwen3_vl_resumes_as_if_nothing_had_happened(folder_of, tmp_path):
-    folder, whole, cut = folder_of("qwen3_vl"), tmp_path / "whole", tmp_path / "cut"
-    run(*command(folder, "tgrpo", whole, 0, "--max_steps=3"))
-    run(*command(folder, "tgrpo", cut, 0, "--max_steps=3", fault="kill:update:14"), check=False)
-    assert (cut / "latest").read_text() == "checkpoint-2"
-    run(*command(folder, "tgrpo", cut, 0, "--max_steps=3", "--resume"))
-    same_run(whole, cut, steps=3)
-    model = AutoModelForImageTextToText.from_pretrained(cut)
-    assert model.config.model_type == "qwen3_vl"
-    assert token_side(AutoProcessor.from_pretrained(cut)) == 32
-    assert not equal_weights(cut, folder / "model")
-
-
 def test_a_mixture_of_experts_is_saved_as_it_was_loaded(folder_of, tmp_path):
     """Sharded, two steps of no size: the weights that transformers reads come back bit for bit."""
     folder = folder_of("qwen3_vl_moe")
-    result = run(*command_line(folder, tmp_path / "run", "--learning_rate=0", "--max_steps=2"))
+    result = run(*command(folder, tmp_path / "run", "--learning_rate=0", "--max_steps=2"))
     before, after = (AutoModelForImageTextToText.from_pretrained(path).state_dict()
                      for path in (folder / "model", tmp_path / "run"))
     assert before.keys() == after.keys()
     assert all(torch.equal(before[name], after[name]) for name in before)
+    assert token_side(AutoProcessor.from_pretrained(tmp_path / "run")) == 32
     assert re.search("first video: 4 x 2 x 2 patches .*, 4 of its .* tokens visual",
                      result.stdout)
 
