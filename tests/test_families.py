@@ -2,6 +2,7 @@
 and the naive forms; those that cannot are refused."""
 import re
 import shutil
+from functools import partial
 from types import SimpleNamespace
 
 import pytest
@@ -188,18 +189,23 @@ def test_static_decoding_gives_the_same_responses_from_fixed_buffers(family, mon
     operation moves a value between CPU and device, which a CUDA graph could not hold."""
     model, calls, responses, operations = family.model, [], [], Operations()
     model.generation_config.eos_token_id = list(range(0, 488, 5))  # rows end often
-    eos_ids, decode = stop_tokens(model, family.processor.tokenizer), tgrpo.decode
+    eos_ids = stop_tokens(model, family.processor.tokenizer)
+    decode, static_decoder = tgrpo.decode, tgrpo.static_decoder
     forbid(family.processor, model)
 
     def look(model, tokens, position, mask, cache):
         calls.append((len(tokens), mask.data_ptr(), cache.layers[-1].keys.data_ptr()))
+        return decode(model, tokens, position, mask, cache)
+
+    def watch(step):
         with operations:
-            return decode(model, tokens, position, mask, cache)
+            return step()
     monkeypatch.setattr(tgrpo, "decode", look)
+    monkeypatch.setattr(tgrpo, "static_decoder",
+                        lambda *args: partial(watch, static_decoder(*args)))
     for more in ([], ["--static_decode"]):
         args = tgrpo.parse_args([*FLAGS, "--G=4", "--G_tilde=2", "--max_new_tokens=12", *more])
         groups = [dict(family.video), dict(family.image)]
-        operations.names.clear()
         calls.clear()
         tgrpo.sample_responses(model, groups, args, seeded_generator(3), eos_ids)
         responses += [value for group in groups for key, value in group.items()
