@@ -115,11 +115,16 @@ def break_media(toy, split, out, name, every=1):
     out.write_text(json.dumps(records))
 
 
-def equal_weights(a, b):
-    """Returns whether the models in two folders have the same weights, bit for bit."""
+def moved_weights(a, b):
+    """Returns the names of the weights that differ between the models in two folders."""
     first, second = (load_file(folder / "model.safetensors") for folder in (a, b))
     assert first.keys() == second.keys()
-    return all(torch.equal(first[name], second[name]) for name in first)
+    return {name for name in first if not torch.equal(first[name], second[name])}
+
+
+def equal_weights(a, b):
+    """Returns whether the models in two folders have the same weights, bit for bit."""
+    return not moved_weights(a, b)
 
 
 def run_here(script, *argv):

@@ -2,11 +2,13 @@
 and the naive forms; those that cannot are refused."""
 import re
 import shutil
+from functools import partial
 from types import SimpleNamespace
 
 import pytest
 import torch
 import torch.nn.functional as F
+from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import (AutoConfig, AutoModelForImageTextToText, AutoProcessor,
                           CLIPImageProcessor, LlavaProcessor, Qwen2VLImageProcessor,
                           Qwen2VLProcessor, Qwen2VLVideoProcessor)
@@ -16,10 +18,10 @@ import sft
 import tgrpo
 from bench import naive_logits
 from build_data import (InputError, encode_blank, image_as_video, load_processor, load_records,
-                        load_vision_of, pad_batch, token_side, toy_model, toy_processor)
-from conftest import ROOT, PlainEngine, equal_weights, run
-from test_faults import command, same_run
-from test_runs import tgrpo as command_line
+                        load_vision_of, pad_batch, seeded_generator, stop_tokens, token_side,
+                        toy_model, toy_processor)
+from conftest import ROOT, PlainEngine, run
+from test_runs import tgrpo as command
 from test_tgrpo import forbid, sampling
 from two_ranks import cases
 
@@ -34,16 +36,18 @@ LIKE = {"qwen2_vl": ("qwen2_5_vl", {"vision_config": {"embed_dim": 64, "hidden_s
                                                    "max_window_layers": 0, "layer_types": None}})}
 FLAGS = ["--model", "m", "--data", "d", "--output", "o", "--min_pixels=1024", "--max_pixels=1024",
          "--image_min_pixels=1024", "--max_frames=8", "--num_workers=0"]
+# Made-up responses of a group, with advantages
+RESPONSES = torch.randint(0, 400, (5, 9), generator=torch.Generator().manual_seed(0))
+LENGTHS, A = torch.tensor([9, 2, 5, 3, 9]), torch.linspace(-1, 1.5, 5)
 
 
 def config_of(family, tokenizer):
     """The toy's configuration, or with LIKE's changes that of another family."""
     base, changes = LIKE.get(family, (family, {}))
     settings = toy_model(tokenizer, 0, family=base).config.to_dict()
-    parts = {"text_config": {}, "vision_config": {}} | changes
-    for name, change in parts.items():
-        settings[name] = {key: value for key, value in settings[name].items()
-                          if key != "model_type"} | change
+    for part in ("text_config", "vision_config"):
+        settings[part] |= changes.get(part, {})
+        settings[part].pop("model_type")
     settings.pop("model_type")
     return AutoConfig.for_model("qwen2_5_vl" if family == "sliding" else family, **settings)
 
@@ -69,12 +73,16 @@ def folder_of(toy, processor, tmp_path_factory):
             torch.manual_seed(0)
             model = AutoModelForImageTextToText.from_config(config_of(family, tokenizer))
             ends = model.config.text_config.eos_token_id
-            model.generation_config.eos_token_id, model.generation_config.pad_token_id = \
-                ends, ends[1]
+            model.generation_config.update(eos_token_id=ends, pad_token_id=ends[1])
             model.save_pretrained(out / "model")
             processor_of(family, tokenizer).save_pretrained(out / "model")
         return out
     return make
+
+
+def first_of_each(path):
+    """Returns {"video", "image"}: the first such record of a file."""
+    return {record["data_type"]: record for record in reversed(load_records(path))}
 
 
 @pytest.fixture(params=SIDES)
@@ -86,11 +94,9 @@ def family(request, folder_of):
     processor = AutoProcessor.from_pretrained(folder / "model")
     assert model.config.model_type == request.param
     args = tgrpo.parse_args(FLAGS)
-    groups = {}
-    for record in load_records(folder / "train.json"):
-        if record["data_type"] not in groups:
-            vision = load_vision_of(record, args, processor)
-            groups[record["data_type"]] = tgrpo.example(args, processor, record, vision, 0)
+    groups = {kind: tgrpo.example(args, processor, record,
+                                  load_vision_of(record, args, processor), 0)
+              for kind, record in first_of_each(folder / "train.json").items()}
     return SimpleNamespace(name=request.param, folder=folder, model=model, processor=processor,
                            **groups)
 
@@ -143,41 +149,87 @@ def test_an_image_as_a_video_of_one_step_is_the_same_to_the_model(family):
 
 def test_greedy_rollouts_equal_generate_and_stand_at_its_positions(family):
     """Three rows at once: a video's two orders, and an image whose prompt is shorter."""
-    model, stood = family.model, {}
+    model, stood = family.model, []
     both = pad_batch([family.video["ordered"], family.video["shuffled"]], {}, "left")
     prompts = [family.video["ordered"], family.video["shuffled"], family.image["ordered"]]
     options = sampling(family.processor, model, top_p=1e-6)  # a nucleus of one token
 
     def look(module, args, kwargs):  # positions by time, height and width, of every call
-        stood[form].append(kwargs["position_ids"][-3:])
+        stood.append(kwargs["position_ids"][-3:])
     model.model.language_model.register_forward_pre_hook(look, with_kwargs=True)
-    form, forbidden_ids = "rollout", forbid(family.processor, model)
-    stood[form] = []
+    forbidden_ids = forbid(family.processor, model)
     rows = tgrpo.rollout(model, [both, prompts[2]], [[1, 1], [1]], **options)
+    decoded = stood[2:]  # after the two batches of prompts
     for i, (inputs, ids) in enumerate(zip(prompts, rows)):
-        form = i
-        stood[form] = []
+        stood.clear()
         expected = model.generate(**inputs, max_new_tokens=12, do_sample=False,
                                   suppress_tokens=forbidden_ids)
         P = inputs["input_ids"].shape[1]
         assert ids[0].tolist() == expected[0, P:].tolist()
         positions, following = tgrpo.rope_positions(model, inputs)
-        assert torch.equal(stood[i][0], positions)
-        for t, position in enumerate(stood[i][1:]):
+        assert torch.equal(stood[0], positions)
+        for t, position in enumerate(stood[1:]):
             assert (position == following + t).all()
-            assert torch.equal(stood["rollout"][2 + t][:, i], position[:, 0])
+            assert torch.equal(decoded[t][:, i], position[:, 0])
+
+
+class Operations(TorchDispatchMode):
+    """Collects the names of torch's operations."""
+    def __init__(self):
+        super().__init__()
+        self.names = set()
+
+    def __torch_dispatch__(self, operation, types, args=(), kwargs=None):
+        self.names.add(operation.__name__.partition(".")[0])
+        return operation(*args, **(kwargs or {}))
+
+
+def test_static_decoding_gives_the_same_responses_from_fixed_buffers(family, monkeypatch):
+    """A video in both orders and an image, of which rows end early; all rows are decoded. No
+    operation moves a value between CPU and device, which a CUDA graph could not hold."""
+    model, calls, responses, operations = family.model, [], [], Operations()
+    model.generation_config.eos_token_id = list(range(0, 488, 5))  # rows end often
+    eos_ids = stop_tokens(model, family.processor.tokenizer)
+    decode, static_decoder = tgrpo.decode, tgrpo.static_decoder
+    forbid(family.processor, model)
+
+    def look(model, tokens, position, mask, cache):
+        calls.append((len(tokens), mask.data_ptr(), cache.layers[-1].keys.data_ptr()))
+        return decode(model, tokens, position, mask, cache)
+
+    def watch(step):
+        with operations:
+            return step()
+    monkeypatch.setattr(tgrpo, "decode", look)
+    monkeypatch.setattr(tgrpo, "static_decoder",
+                        lambda *args: partial(watch, static_decoder(*args)))
+    for more in ([], ["--static_decode"]):
+        args = tgrpo.parse_args([*FLAGS, "--G=4", "--G_tilde=2", "--max_new_tokens=12", *more])
+        groups = [dict(family.video), dict(family.image)]
+        calls.clear()
+        tgrpo.sample_responses(model, groups, args, seeded_generator(3), eos_ids)
+        responses += [value for group in groups for key, value in group.items()
+                      if key.startswith("responses")]
+        if not more:
+            assert len({rows for rows, *_ in calls}) > 2, "rows do not end early enough"
+    assert {rows for rows, *_ in calls} == {4 + 2 + 4} and len({*calls}) == 1
+    assert "index_copy_" in operations.names and not operations.names & {
+        "item", "is_nonzero", "_local_scalar_dense", "nonzero", "lift_fresh"}
+    assert len(responses) == 6 and all(map(torch.equal, responses[:3], responses[3:]))
 
 
 def test_visual_and_special_tokens_are_never_sampled(family):
-    model = family.model
-    options = sampling(family.processor, model, max_new_tokens=20)
+    """But end tokens are: a decoded response would not show others, and its length counts them."""
+    model, tokenizer = family.model, family.processor.tokenizer
     forbidden_ids = forbid(family.processor, model)
     assert {model.config.image_token_id, model.config.video_token_id,
             model.config.vision_start_token_id} <= {*forbidden_ids}
+    assert {*tokenizer.all_special_ids} - {*forbidden_ids} == {*stop_tokens(model, tokenizer)}
     with torch.no_grad():  # a policy that would emit them nearly always
         vectors = model.get_output_embeddings().weight
         vectors[forbidden_ids] = 4 * vectors.abs().max()
-    ids, = tgrpo.rollout(model, [family.video["ordered"]], [[8]], **options)
+    ids, = tgrpo.rollout(model, [family.video["ordered"]], [[8]],
+                         **sampling(family.processor, model, max_new_tokens=20))
     assert not torch.isin(ids, torch.tensor(forbidden_ids)).any()
 
 
@@ -196,6 +248,13 @@ def test_answers_in_a_batch_of_images_and_videos_equal_those_one_at_a_time(famil
 
 # ------------------------------------------------------------- log-probabilities, gradients
 
+def take_gradients(model):
+    """Returns the model's gradients by name, and removes them from it."""
+    gradients = {name: p.grad for name, p in model.named_parameters()}
+    model.zero_grad()
+    return gradients
+
+
 def difference(model, gradients):
     """The largest difference of the model's gradients to others, relative to the parameter's."""
     scale = max(p.grad.abs().max() for p in model.parameters())
@@ -208,21 +267,18 @@ def difference(model, gradients):
 def test_prefix_shared_log_probs_and_gradients_equal_naive_ones(family, medium, chunk_size):
     """Features that enter the language model between its layers are the prompt's pass's alone."""
     model, inputs = family.model, getattr(family, medium)["ordered"]
-    responses = torch.randint(0, 400, (5, 9), generator=torch.Generator().manual_seed(0))
-    lengths, A = torch.tensor([9, 2, 5, 3, 9]), torch.linspace(-1, 1.5, 5)
-    mask = (torch.arange(9) < lengths[:, None]).float()
-    naive = tgrpo.token_logps(naive_logits(model, inputs, responses), responses, 1.0)
-    ref = tgrpo.group_logps(model, inputs, responses, lengths, chunk_size)
+    mask = (torch.arange(9) < LENGTHS[:, None]).float()
+    naive = tgrpo.token_logps(naive_logits(model, inputs, RESPONSES), RESPONSES, 1.0)
+    ref = tgrpo.group_logps(model, inputs, RESPONSES, LENGTHS, chunk_size)
     assert torch.allclose(ref * mask, naive * mask, atol=1e-5)
 
     def loss(rows, logps, entropy=None):
         part = rows, slice(logps.shape[1])
         return tgrpo.tgrpo_loss(logps, logps.detach(), ref[part] - 0.1, A[rows], mask[part], 0.04,
                                 0.2) * len(rows) / 5
-    tgrpo.backward_group(PlainEngine(model), inputs, responses, lengths, loss, chunk_size, 1.0,
+    tgrpo.backward_group(PlainEngine(model), inputs, RESPONSES, LENGTHS, loss, chunk_size, 1.0,
                          last=True)
-    shared = {name: p.grad.clone() for name, p in model.named_parameters()}
-    model.zero_grad()
+    shared = take_gradients(model)
     loss(torch.arange(5), naive).backward()
     assert difference(model, shared) < 1e-4
 
@@ -234,18 +290,13 @@ def test_recomputed_activations_give_the_same_gradients_in_every_bit(family, dty
     model, calls, update = family.model.to(dtype).train(), [], tgrpo.KeptLayer.update
     monkeypatch.setattr(tgrpo.KeptLayer, "update",
                         lambda *args: (calls.append(1), update(*args))[1])
-    responses = torch.randint(0, 400, (5, 9), generator=torch.Generator().manual_seed(0))
-    lengths, A = torch.tensor([9, 2, 5, 3, 9]), torch.linspace(-1, 1.5, 5)
-
-    def loss(rows, logps, entropy):
-        return (logps * A[rows, None]).mean()
 
     def gradients(inputs, chunk_size):
-        model.zero_grad()
         calls.clear()
-        tgrpo.backward_group(PlainEngine(model), inputs, responses, lengths, loss, chunk_size, 1.0,
-                             last=True)
-        return {name: p.grad.clone() for name, p in model.named_parameters()}, len(calls)
+        tgrpo.backward_group(PlainEngine(model), inputs, RESPONSES, LENGTHS,
+                             lambda rows, logps, entropy: (logps * A[rows, None]).mean(),
+                             chunk_size, 1.0, last=True)
+        return take_gradients(model), len(calls)
     for group, chunk_size in ((family.video, 1), (family.video, 4), (family.image, 2)):
         model.activation_checkpointing_disable()
         kept, once = gradients(group["ordered"], chunk_size)
@@ -255,44 +306,50 @@ def test_recomputed_activations_give_the_same_gradients_in_every_bit(family, dty
         assert all(torch.equal(kept[name], recomputed[name]) for name in kept)
 
 
-def test_the_cold_start_learns_a_response_where_it_is_sampled_and_in_any_batch(family):
-    """Positions of a response follow its prompt's as in a rollout. The loss of a padded batch of a
-    video and an image, from the logits of target tokens alone and with gradient checkpointing, is
-    the cross entropy of both by themselves, without a router's own loss."""
-    model, processor, args = family.model, family.processor, tgrpo.parse_args(FLAGS)
-    rows = []
-    for record in load_records(family.folder / "cot.json")[:12]:
-        vision = load_vision_of(record, args, processor)
-        if not rows or record["data_type"] == "image":
-            rows.append(sft.sft_example(processor, record, vision, 0)["inputs"])
-    rows = rows[:2]
-    for row in rows:
+def cold_start(family):
+    """Returns the cold start's inputs of a video and of an image, of different length."""
+    args, rows = tgrpo.parse_args(FLAGS), first_of_each(family.folder / "cot.json")
+    video, image = (sft.sft_example(family.processor, rows[kind], load_vision_of(
+        rows[kind], args, family.processor), 0)["inputs"] for kind in ("video", "image"))
+    assert video["input_ids"].shape != image["input_ids"].shape
+    return video, image
+
+
+def test_the_cold_start_learns_a_response_where_a_rollout_samples_it(family):
+    """Also after a video whose time axis exceeds the positions of its prompt's text."""
+    video, image = cold_start(family)
+    for row in (video, image, video | {"second_per_grid_ts": torch.tensor([20.0])}):
         n = int((row["labels"] == sft.IGNORED).sum())
         prompt = row | {key: row[key][:, :n] for key in
                         ("input_ids", "attention_mask", "mm_token_type_ids")}
-        _, following = tgrpo.rope_positions(model, prompt)
-        positions = sft.continue_positions(tgrpo.rope_positions(model, row)[0], row["labels"])
-        L = row["labels"].shape[1]
-        assert (positions[:, 0, n:] == following[0] + torch.arange(L - n)).all()
-    pads = {"input_ids": processor.tokenizer.pad_token_id, "attention_mask": 0,
+        _, following = tgrpo.rope_positions(family.model, prompt)
+        positions, _ = tgrpo.rope_positions(family.model, row)
+        positions = sft.continue_positions(positions, row["labels"])
+        later = following[0] + torch.arange(positions.shape[2] - n)
+        assert (positions[:, 0, n:] == later).all()
+
+
+def test_the_cold_start_s_loss_of_a_padded_batch_is_that_of_its_records_one_by_one(family):
+    """From the logits of target tokens alone, with gradient checkpointing, without a router's own
+    loss; and zero if there is no target."""
+    model, rows = family.model, cold_start(family)
+    pads = {"input_ids": family.processor.tokenizer.pad_token_id, "attention_mask": 0,
             "mm_token_type_ids": 0, "labels": sft.IGNORED}
     model.train().activation_checkpointing_enable({"use_reentrant": False})
     model.config.text_config.output_router_logits = True
-    assert rows[0]["input_ids"].shape != rows[1]["input_ids"].shape
     blank = rows[0] | {"labels": torch.full_like(rows[0]["labels"], sft.IGNORED)}
     sft.batch_loss(PlainEngine(model), blank).backward()
-    assert not any(p.grad.any() for p in model.parameters())  # of no target: zeros
+    assert not any(gradient.any() for gradient in take_gradients(model).values())
     loss = sft.batch_loss(PlainEngine(model), pad_batch(rows, pads, "right"))
     loss.backward()
     model.activation_checkpointing_disable()
-    together = {name: p.grad.clone() for name, p in model.named_parameters()}
-    model.zero_grad()
-    alone = []
+    together = take_gradients(model)
+    alone = 0
     for row in rows:
         labels = row.pop("labels")
-        alone.append(F.cross_entropy(model(**row).logits[0, :-1], labels[0, 1:], reduction="sum"))
-    sum(alone).backward()
-    assert loss.item() == pytest.approx(sum(alone).item(), rel=1e-5)
+        alone += F.cross_entropy(model(**row).logits[0, :-1], labels[0, 1:], reduction="sum")
+    alone.backward()
+    assert loss.item() == pytest.approx(alone.item(), rel=1e-5)
     assert difference(model, together) < 1e-4
 
 
@@ -315,28 +372,15 @@ def test_gradients_with_a_video_and_an_image_on_two_ranks(folder_of, tmp_path, n
 
 # --------------------------------------------------------------------------- runs, refusals
 
-def test_a_killed_run_of_qwen3_vl_resumes_as_if_nothing_had_happened(folder_of, tmp_path):
-    folder, whole, cut = folder_of("qwen3_vl"), tmp_path / "whole", tmp_path / "cut"
-    three = "--max_steps=3"
-    run(*command(folder, "tgrpo", whole, 0, three))
-    run(*command(folder, "tgrpo", cut, 0, three, fault="kill:update:14"), check=False)
-    assert (cut / "latest").read_text() == "checkpoint-2"
-    run(*command(folder, "tgrpo", cut, 0, three, "--resume"))
-    same_run(whole, cut, steps=3)
-    model = AutoModelForImageTextToText.from_pretrained(cut)
-    assert model.config.model_type == "qwen3_vl"
-    assert token_side(AutoProcessor.from_pretrained(cut)) == 32
-    assert not equal_weights(cut, folder / "model")
-
-
 def test_a_mixture_of_experts_is_saved_as_it_was_loaded(folder_of, tmp_path):
     """Sharded, two steps of no size: the weights that transformers reads come back bit for bit."""
     folder = folder_of("qwen3_vl_moe")
-    result = run(*command_line(folder, tmp_path / "run", "--learning_rate=0", "--max_steps=2"))
+    result = run(*command(folder, tmp_path / "run", "--learning_rate=0", "--max_steps=2"))
     before, after = (AutoModelForImageTextToText.from_pretrained(path).state_dict()
                      for path in (folder / "model", tmp_path / "run"))
     assert before.keys() == after.keys()
     assert all(torch.equal(before[name], after[name]) for name in before)
+    assert token_side(AutoProcessor.from_pretrained(tmp_path / "run")) == 32
     assert re.search("first video: 4 x 2 x 2 patches .*, 4 of its .* tokens visual",
                      result.stdout)
 

@@ -14,11 +14,12 @@ SCRIPTS = {"tgrpo": ["--max_steps=5", "--max_new_tokens=10", "--G=4", "--G_tilde
                      "--rollout_steps=1", "--chunk_size=2", "--prompts_per_rank=2",
                      "--updates_per_rollout=2"],
            "sft": ["--num_train_epochs=0.41", "--per_rank_batch_size=4",
-                   "--gradient_accumulation_steps=1"]}
+                   "--gradient_accumulation_steps=1", "--val_max_new_tokens=10"]}
 
 
 def command(toy, script, output, stage, *more, fault=None, ranks=0):
     """Returns the command of a run. stage: ZeRO's, or the name of a config in assets."""
+    output.parent.mkdir(exist_ok=True)
     config = ROOT / f"assets/{stage}.json"
     if isinstance(stage, int):
         config = output.parent / f"stage{stage}.json"

@@ -2,27 +2,19 @@
 
 The models have two layers of Qwen2.5-VL's language model, four blocks of its tower, its vocabulary
 and random weights. A pair of the clip's 16 frames is 128 visual tokens. No GPU is needed. A run
-takes 10 GB of memory and some minutes. Run with -s to see seconds and peak memory.
+takes 10 GB of memory and some minutes.
 """
 import json
 import math
-import multiprocessing
-import os
 import shutil
-import subprocess
-import sys
-import time
 
 import numpy as np
 import pytest
-import torch
-from safetensors import safe_open
 from transformers import Qwen2_5_VLProcessor, Qwen2VLImageProcessor, Qwen2VLVideoProcessor
 
 import bench
-from build_data import (ASSETS, PATCH, build_messages, load_records, toy_tokenizer,
-                        write_video)
-from conftest import ROOT
+from build_data import ASSETS, PATCH, build_messages, toy_tokenizer, write_video
+from conftest import moved_weights, run
 
 LAYERS, BLOCKS, FRAMES = 2, 4, 16
 HEIGHT, WIDTH = 8, 16  # of a frame, in units of 28 pixels
@@ -40,38 +32,22 @@ RUNS = [("Qwen2.5-VL-3B", 16, 0), ("Qwen2.5-VL-3B", 16, 3), ("Qwen2.5-VL-3B", 0,
         ("Qwen2.5-VL-3B", 0, 3), ("Qwen2.5-VL-7B", 16, 0), ("Qwen2.5-VL-7B", 16, 3)]
 
 
-def save_start(name, folder):
-    """Writes a random model of these shapes with a processor of default sizes. Every tenth token of
-    the small tokenizer is an end token, so that responses differ in length."""
+@pytest.fixture(scope="module")
+def start(request, tmp_path_factory):
+    """Makes a random model of a shape, with a processor of default sizes. Every tenth token of the
+    small tokenizer is an end token, so that responses differ in length."""
+    folder = tmp_path_factory.mktemp("start")
     prompt = build_messages(RECORD | {"media_path": ""})[0]["content"][1]["text"]
     tokenizer = toy_tokenizer([f"{prompt}\n{RECORD['process']}\n{RECORD['solution']}"])
-    model = bench.random_model(bench.load_shape(name, LAYERS, BLOCKS), tokenizer)
+    model = bench.random_model(bench.load_shape(request.param, LAYERS, BLOCKS), tokenizer)
     model.generation_config.eos_token_id = list(range(0, len(tokenizer), 10))
     model.save_pretrained(folder)
     Qwen2_5_VLProcessor(
         image_processor=Qwen2VLImageProcessor(), video_processor=Qwen2VLVideoProcessor(),
         tokenizer=tokenizer, chat_template=(ASSETS / "chat_template.jinja").read_text()
     ).save_pretrained(folder)
-
-
-@pytest.fixture(scope="module")
-def start(tmp_path_factory):
-    """Makes the models to start from, one for each shape, in processes of their own: a child's peak
-    would include this one's memory."""
-    kept = {}
-
-    def make(name):
-        if name not in kept:
-            folder = kept[name] = tmp_path_factory.mktemp("start") / "model"
-            process = multiprocessing.get_context("spawn").Process(
-                target=save_start, args=(name, folder))
-            process.start()
-            process.join()
-            assert process.exitcode == 0
-        return kept[name]
-    yield make
-    for folder in kept.values():
-        shutil.rmtree(folder)
+    yield folder
+    shutil.rmtree(folder)
 
 
 @pytest.fixture(scope="module")
@@ -85,53 +61,29 @@ def data(tmp_path_factory):
         frames[t, 200:260, 50 * t:50 * t + 60] = 230
     write_video(folder / "clip.mp4", frames, fps=2)
     (folder / "data.json").write_text(json.dumps([RECORD]))
-    assert load_records(folder / "data.json")
     return folder / "data.json"
-
-
-def measured(*command):
-    """Runs a script as a user would. Returns its output, seconds and peak resident bytes."""
-    start = time.perf_counter()
-    process = subprocess.Popen([sys.executable, *map(str, command)], cwd=ROOT, text=True,
-                               stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
-    printed = process.stdout.read()
-    _, status, usage = os.wait4(process.pid, 0)
-    process.returncode = os.waitstatus_to_exitcode(status)
-    assert process.returncode == 0, printed[-4000:]
-    return printed, time.perf_counter() - start, usage.ru_maxrss * 1024
-
-
-def moved(before, after):
-    """The names of the weights that differ between two models' folders of the same shapes."""
-    with (safe_open(before / "model.safetensors", "pt") as first,
-          safe_open(after / "model.safetensors", "pt") as second):
-        assert first.keys() == second.keys()
-        return {name for name in first.keys()
-                if not torch.equal(first.get_tensor(name), second.get_tensor(name))}
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("script", FLAGS)
-@pytest.mark.parametrize("name, lora_rank, stage", RUNS)
-def test_a_step_at_true_widths(start, data, tmp_path, name, lora_rank, stage, script):
-    config, output, model = tmp_path / "ds.json", tmp_path / "run", start(name)
+@pytest.mark.parametrize("start, lora_rank, stage", RUNS, indirect=["start"])
+def test_a_step_at_true_widths(start, data, tmp_path, lora_rank, stage, script):
+    config, output = tmp_path / "ds.json", tmp_path / "run"
     config.write_text(json.dumps({"zero_optimization": {"stage": stage},
                                   "zero_allow_untested_optimizer": True}))
-    printed, seconds, peak = measured(
-        f"{script}.py", "--model", model, "--data", data, "--output", output, "--deepspeed_config",
+    printed = run(
+        f"{script}.py", "--model", start, "--data", data, "--output", output, "--deepspeed_config",
         config, f"--lora_rank={lora_rank}", "--learning_rate=1e-3", "--save_steps=0",
-        "--num_workers=1", *FLAGS[script])
-    print(f"\n{script} {name}, rank {lora_rank}, ZeRO-{stage}: {seconds:.0f} s, "
-          f"{peak / 1e9:.1f} GB")
+        "--num_workers=1", *FLAGS[script], fresh=True, timeout=3600).stdout
     assert f"{FRAMES // 2} x {2 * HEIGHT} x {2 * WIDTH} patches" in printed
     row = json.loads((output / "metrics.jsonl").read_text().splitlines()[-1])
     assert row["step"] == 1 and math.isfinite(row["optim/loss"])
-    changed = moved(model, output)
-    assert changed and (not lora_rank or all("_proj." in weight for weight in changed))
+    moved = moved_weights(start, output)
+    assert moved and (not lora_rank or all("_proj." in name for name in moved))
     if script == "sft":  # the target is as likely as any token of the whole vocabulary
         assert row["optim/loss"] == pytest.approx(math.log(152_000), rel=0.1)
     else:
-        tokens = json.loads((model / "tokenizer.json").read_text())
+        tokens = json.loads((start / "tokenizer.json").read_text())
         known = len(tokens["model"]["vocab"]) + len(tokens["added_tokens"])
         assert 0 < row["policy/entropy"] < math.log(known)  # no id beyond the tokenizer
         assert row["policy/kl"] == pytest.approx(0, abs=1e-5)  # the reference is the start

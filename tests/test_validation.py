@@ -1,5 +1,6 @@
 """Held-out questions during a run: their metrics, and that they do not change the run."""
 import json
+import re
 from functools import partial
 from types import SimpleNamespace
 
@@ -10,30 +11,14 @@ import sft
 import tgrpo
 from build_data import InputError, forbidden_tokens, load_records, stop_tokens
 from conftest import break_media, equal_weights, run
-
-SMALL = ["--min_pixels=784", "--max_pixels=784", "--image_min_pixels=784", "--max_frames=8",
-         "--num_workers=1", "--learning_rate=1e-3", "--lr_schedule=constant"]
-SCRIPTS = {"sft": ("cot", ["--val_max_new_tokens=10", "--per_rank_batch_size=2",
-                           "--gradient_accumulation_steps=1"]),
-           "tgrpo": ("train", ["--max_new_tokens=10", "--G=4", "--G_tilde=2", "--chunk_size=4",
-                               "--prompts_per_rank=2"])}
+from test_faults import LIMITS, SCRIPTS, command, rows
 
 
-def command(toy, script, output, *more):
-    split, own = SCRIPTS[script]
-    return [f"{script}.py", "--model", toy / "model", "--data", toy / f"{split}.json",
-            "--media_root", toy, "--output", output, *SMALL, *own, *more]
-
-
-def lines(output, name):
-    return [json.loads(line) for line in (output / f"{name}.jsonl").read_text().splitlines()]
-
-
-def rows(output, held_out):
-    """{step: its metrics} of a run, without times: those of held-out questions, or the others."""
-    found = {row["step"]: {name: value for name, value in row.items() if name != "step"
-                           and not name.startswith("time/") and name.startswith("val/") == held_out}
-             for row in lines(output, "metrics")[1:]}
+def metrics_of(output, held_out):
+    """{step: its metrics} of a run: those of held-out questions, or the others."""
+    found = {row.pop("step"): {name: value for name, value in row.items()
+                               if name.startswith("val/") == held_out}
+             for row in rows(output, "metrics")}
     return {step: row for step, row in found.items() if row}
 
 
@@ -98,8 +83,8 @@ def test_metrics_and_lines_of_held_out_answers_by_hand_on_any_number_of_ranks(
         "val/accuracy": (1 + 0 + 0.9 + 0.5) / 4, "val/accuracy/multiple choice": 0.5,
         "val/accuracy/regression": 0.7, "val/accuracy_shuffled": (0 + 1 + 0.4 + 0.5) / 4,
         "val/gap": (1 - 1 + 0.5 + 0) / 4, "val/skipped": 1})
-    assert [(name, step) for name, step, _ in written] == [("validation", 10)] * 4
-    _, second, third, image = (row for _, _, row in written)  # without the skipped one
+    names, steps, (_, second, third, image) = zip(*written)  # without the skipped one
+    assert {*names} == {"validation"} and {*steps} == {10}
     assert second == {
         "problem_id": 0, "path": "a.mp4", "problem": "Which?", "options": ["A. x", "B. y"],
         "solution": "<answer>B</answer>", "response": "<answer>A</answer>", "accuracy": 0,
@@ -130,10 +115,9 @@ def held_out(toy, processor, written):
     """Returns validated(model, answer, script): the metrics of a run of the script on eight
     questions of the toy, which answer(the run, prompts) answers."""
     def validated(model, answer, script, num_workers=1):
-        split, own = SCRIPTS[script.__name__]
-        args = script.parse_args(["--model", "m", "--data", "d", "--output", "o", "--val_data",
-                                  str(toy / "test.json"), "--val_limit", "8", *SMALL, *own,
-                                  "--num_workers", str(num_workers)])
+        args = script.parse_args(["--model=m", "--data=d", "--output=o",
+                                  f"--val_data={toy}/test.json", "--val_limit=8", *LIMITS,
+                                  *SCRIPTS[script.__name__], f"--num_workers={num_workers}"])
         one = fake_run(module=model, **vars(args))
         one.held_out = sft.load_held_out(args)
         metrics = {}
@@ -148,14 +132,11 @@ def test_validation_draws_no_random_number_and_leaves_the_model_as_it_was(
     model.train()
     model.generation_config.repetition_penalty = 7.0  # a default that a release may have
     before = model.generation_config.to_dict(), torch.get_rng_state()
-    answered = []
 
     def answer(one, prompts):
         assert not model.training
-        answered.append(sft.greedy_texts(one, processor, prompts))
-        return answered[-1]
-    metrics = held_out(model, answer, sft, num_workers)
-    assert metrics["val/accuracy"][1] == 8 and len(answered) == 1
+        return sft.greedy_texts(one, processor, prompts)
+    assert held_out(model, answer, sft, num_workers)["val/accuracy"][1] == 8
     assert all(module.training for module in model.modules())
     assert model.generation_config.to_dict() == before[0]
     assert torch.equal(torch.get_rng_state(), before[1])
@@ -166,18 +147,17 @@ def test_both_stages_give_the_same_answers_and_a_record_is_always_shuffled_alike
         held_out, model, processor):
     """By generate and by the rollout, in a batch of images and videos."""
     model.generation_config.repetition_penalty = 7.0
-    seen = {}
+    seen = []
     tgrpo.forbid_tokens(model, forbidden_tokens(model, processor.tokenizer), "cpu")
     rest = model, processor.tokenizer, stop_tokens(model, processor.tokenizer)
-    for script, answer in ((sft, lambda one, prompts: sft.greedy_texts(one, processor, prompts)),
-                           (tgrpo, lambda one, prompts: tgrpo.greedy_texts(one, *rest, prompts))):
-        def listen(one, prompts):
-            texts = answer(one, prompts)
-            seen.setdefault(script.__name__, []).append((prompts, texts))
-            return texts
-        held_out(model, listen, script)
-    (prompts, texts), = seen["sft"]
-    (again, others), = seen["tgrpo"]
+    respond = {sft: lambda one, prompts: sft.greedy_texts(one, processor, prompts),
+               tgrpo: lambda one, prompts: tgrpo.greedy_texts(one, *rest, prompts)}
+    for script in (sft, tgrpo):
+        def answer(one, prompts):
+            seen.append((prompts, respond[script](one, prompts)))
+            return seen[-1][1]
+        held_out(model, answer, script)
+    (prompts, texts), (again, others) = seen
     assert texts == others and any(texts)
     for one, other in zip(prompts, again, strict=True):
         assert all(torch.equal(one[key], other[key]) for key in one)
@@ -187,11 +167,6 @@ def test_both_stages_give_the_same_answers_and_a_record_is_always_shuffled_alike
              if torch.equal(one["input_ids"], other["input_ids"])]
     assert twice and not any(torch.equal(one["pixel_values_videos"], other["pixel_values_videos"])
                              for one, other in twice)
-
-
-def test_temperature_zero_is_the_likeliest_token():
-    logits = torch.tensor([[0.0, 3.0, 2.0], [-torch.inf, -5.0, -6.0]])
-    assert tgrpo.sample_tokens(logits, 0, 1.0, None).tolist() == [1, 1]
 
 
 # --------------------------------------------------------------------------------- a run
@@ -204,11 +179,21 @@ def broken(toy, tmp_path_factory):
     return path
 
 
-def usable_ids(path, toy, limit):
-    """The problem_ids of the first records with a usable file, in the order of validation."""
-    records = load_records(path, toy)
+def require_answers(output, broken, toy, limit, steps):
+    """Checks that these steps have a line for each usable question, in the order of validation,
+    and that the metrics are of these lines. Returns the metrics."""
+    records = load_records(broken, toy)
     order = [records[sft.record_index(position, limit, 0)] for position in range(limit)]
-    return [record["problem_id"] for record in order if "rotten" not in record["path"]]
+    usable = [record["problem_id"] for record in order if "rotten" not in record["path"]]
+    lines, found = rows(output, "validation"), metrics_of(output, held_out=True)
+    assert list(found) == steps
+    assert [(line["step"], line["problem_id"]) for line in lines] == \
+        [(step, problem_id) for step in steps for problem_id in usable]
+    for step, row in found.items():
+        assert row["val/skipped"] == limit - len(usable)
+        accuracies = [line["accuracy"] for line in lines if line["step"] == step]
+        assert row["val/accuracy"] == pytest.approx(sum(accuracies) / len(usable))
+    return found
 
 
 @pytest.mark.parametrize("script", SCRIPTS)
@@ -216,41 +201,29 @@ def test_a_run_is_the_same_without_validation_also_resumed_with_other_flags(
         toy, tmp_path, broken, script):
     """Validated at steps 0 and 2, stopped, resumed, and validated at 3 and 4; ZeRO-0. A line of a
     step that is repeated, and one that a kill has cut, do not stay."""
-    config = tmp_path / "ds.json"
+    plain, output, config = tmp_path / "without", tmp_path / "with", tmp_path / "ds.json"
     config.write_text(json.dumps({"zero_optimization": {"stage": 0}, "csv_monitor": {
         "enabled": True, "output_path": str(tmp_path), "job_name": "csv"}}))
-    common = ["--save_steps", 2, "--deepspeed_config", config]
-    flags = ["--val_data", broken, "--val_limit", 10]
+    common = ["--lr_schedule=constant", "--deepspeed_config", config]
+    flags = [*common, "--val_data", broken, "--val_limit=10"]
 
-    run(*command(toy, script, tmp_path / "without", *common, "--max_steps", 4))
-    first = run(*command(toy, script, tmp_path / "with", *common, "--max_steps", 2, *flags,
-                         "--val_steps", 5))
-    with (tmp_path / "with/validation.jsonl").open("a") as file:
+    run(*command(toy, script, plain, 0, *common, "--max_steps=4"))
+    first = run(*command(toy, script, output, 0, *flags, "--max_steps=2", "--val_steps=5"))
+    with (output / "validation.jsonl").open("a") as file:
         file.write('{"step": 3, "problem_id": "repeated"}\n{"step": 3, "prob')
-    run(*command(toy, script, tmp_path / "with", *common, "--max_steps", 4, *flags,
-                 "--val_steps", 3, "--resume"))
-    assert equal_weights(tmp_path / "with", tmp_path / "without")
-    plain = rows(tmp_path / "without", held_out=False)
-    assert list(plain) == [1, 2, 3, 4] and plain == rows(tmp_path / "with", held_out=False)
-    assert not rows(tmp_path / "without", held_out=True)
-    found = rows(tmp_path / "with", held_out=True)
-    assert list(found) == [0, 2, 3, 4] and all(row["val/skipped"] == 3 for row in found.values())
-    assert {"val/accuracy", "val/accuracy_shuffled", "val/gap"} < found[0].keys()
-    usable = usable_ids(broken, toy, 10)
-    answered = lines(tmp_path / "with", "validation")
-    assert [(line["step"], line["problem_id"]) for line in answered] == \
-        [(step, problem_id) for step in found for problem_id in usable]
-    for step, row in found.items():
-        accuracies = [line["accuracy"] for line in answered if line["step"] == step]
-        assert row["val/accuracy"] == pytest.approx(sum(accuracies) / len(usable))
-    assert not (tmp_path / "without/validation.jsonl").exists()
+    run(*command(toy, script, output, 0, *flags, "--max_steps=4", "--val_steps=3", "--resume"))
+    assert equal_weights(output, plain) and not (plain / "validation.jsonl").exists()
+    trained = metrics_of(plain, held_out=False)
+    assert list(trained) == [1, 2, 3, 4] and trained == metrics_of(output, held_out=False)
+    assert not metrics_of(plain, held_out=True)
+    found = require_answers(output, broken, toy, 10, steps=[0, 2, 3, 4])
+    assert {"val/accuracy_shuffled", "val/gap"} < found[0].keys()
 
     events = (tmp_path / "csv" / "val_accuracy.csv").read_text().split()
     assert [line.split(",")[0] for line in events if line[0].isdigit()] == ["0", "2", "3", "4"]
     assert not first.stderr
-    printed = [line for line in first.stdout.splitlines() if "held-out accuracy " in line]
-    assert [line[:7] for line in printed] == ["step 0 ", "step 2 "]
-    assert all(", shuffled " in line and ", gap " in line for line in printed)
+    printed = re.findall("^step (.) .*held-out accuracy .*, shuffled .*, gap ", first.stdout, re.M)
+    assert printed == ["0", "2"]
 
 
 @pytest.mark.parametrize("script, limit", [
@@ -259,20 +232,16 @@ def test_a_run_is_the_same_without_validation_on_two_ranks_under_zero_3(
         toy, tmp_path, broken, script, limit):
     """Also if one rank has more questions than the other, or none (the only file of rank 0 is
     broken, rank 1 has no question)."""
-    flags = ["--val_data", broken, "--val_limit", limit, "--val_steps", 1]
-    run(*command(toy, script, tmp_path / "without", "--max_steps", 1), ranks=2)
-    run(*command(toy, script, tmp_path / "with", "--max_steps", 1, *flags), ranks=2)
-    assert equal_weights(tmp_path / "with", tmp_path / "without")
-    assert rows(tmp_path / "with", held_out=False) == rows(tmp_path / "without", held_out=False)
-    found = rows(tmp_path / "with", held_out=True)
-    assert list(found) == [0, 1]
-    for row in found.values():
-        assert row["val/skipped"] == 1 and ("val/accuracy" in row) == (limit > 1)
+    plain, output = tmp_path / "without", tmp_path / "with"
+    flags = ["--val_data", broken, "--val_limit", limit, "--val_steps=1"]
+    run(*command(toy, script, plain, 3, "--max_steps=1", ranks=2), ranks=2)
+    run(*command(toy, script, output, 3, "--max_steps=1", *flags, ranks=2), ranks=2)
+    assert equal_weights(output, plain) and not equal_weights(output, toy / "model")
+    assert metrics_of(output, held_out=False) == metrics_of(plain, held_out=False)
     if limit > 1:
-        usable = usable_ids(broken, toy, limit)
-        assert [(line["step"], line["problem_id"])
-                for line in lines(tmp_path / "with", "validation")] == \
-            [(step, problem_id) for step in found for problem_id in usable]
+        require_answers(output, broken, toy, limit, steps=[0, 1])
+    else:
+        assert metrics_of(output, held_out=True) == {0: {"val/skipped": 1}, 1: {"val/skipped": 1}}
 
 
 def test_held_out_files_must_be_there_and_zero_steps_switch_them_off(toy, tmp_path):
@@ -285,7 +254,7 @@ def test_held_out_files_must_be_there_and_zero_steps_switch_them_off(toy, tmp_pa
     assert len(sft.load_held_out(sft.parse_args([*flags, "--val_limit=5"]))) == 5
 
 
-def test_the_toy_validates_in_both_stages(toy):
-    for script in (sft, tgrpo):
-        args = script.parse_args([f"@{toy}/{script.__name__}.args"])
-        assert sft.load_held_out(args)[:1] == load_records(toy / "test.json", toy)[:1]
+@pytest.mark.parametrize("script", [sft, tgrpo])
+def test_the_toy_validates_in_both_stages(toy, script):
+    args = script.parse_args([f"@{toy}/{script.__name__}.args"])
+    assert sft.load_held_out(args)[:1] == load_records(toy / "test.json", toy)[:1]
