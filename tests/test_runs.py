@@ -118,8 +118,8 @@ def test_grpo_without_reference_or_shuffled_group_on_a_frozen_vision_tower(toy, 
     (train, "--deepspeed_config=absent.json", "absent.json"),
     (train, "--media_root={toy}/model --model=absent", "none of its media is there"),
     (sft, "--media_root={toy}/model --model=absent", "none of its media is there"),
-    (train, "--epsilom=0.1", "did you mean --epsilon?"), (train, "--zzz", "--help lists the flags"),
-    (train, "--G_tilde=0", "--alpha 0"), (train, "--G=1", "--G: 1 must be at least 2"),
+    (train, "--zzz", "--help lists the flags"), (train, "--G_tilde=0", "--alpha 0"),
+    (train, "--G=1", "--G: 1 must be at least 2"),
     (train, "--l_min=513", "--l_min 513 is above --l_max 512")])
 def test_bad_input_is_named_before_a_run_starts(toy, tmp_path, capsys, script, change, words):
     split = {train: "train", sft: "cot"}[script]

@@ -10,8 +10,8 @@ import torch
 import sft
 import tgrpo
 from build_data import InputError, forbidden_tokens, load_records, stop_tokens
-from conftest import break_media, equal_weights, run
-from test_faults import LIMITS, SCRIPTS, command, rows
+from conftest import SMALL, break_media, equal_weights, run
+from test_faults import SCRIPTS, command, rows
 
 
 def metrics_of(output, held_out):
@@ -116,7 +116,7 @@ def held_out(toy, processor, written):
     questions of the toy, which answer(the run, prompts) answers."""
     def validated(model, answer, script, num_workers=1):
         args = script.parse_args(["--model=m", "--data=d", "--output=o",
-                                  f"--val_data={toy}/test.json", "--val_limit=8", *LIMITS,
+                                  f"--val_data={toy}/test.json", "--val_limit=8", *SMALL,
                                   *SCRIPTS[script.__name__], f"--num_workers={num_workers}"])
         one = fake_run(module=model, **vars(args))
         one.held_out = sft.load_held_out(args)
