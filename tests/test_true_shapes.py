@@ -2,11 +2,16 @@
 
 The models have two layers of Qwen2.5-VL's language model, four blocks of its tower, its vocabulary
 and random weights. A pair of the clip's 16 frames is 128 visual tokens. No GPU is needed. A run
-takes 10 GB of memory and some minutes.
+takes 6 to 20 GB of memory and some minutes; pytest's -s shows how much.
 """
 import json
 import math
+import re
 import shutil
+import subprocess
+import sys
+import time
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -14,7 +19,7 @@ from transformers import Qwen2_5_VLProcessor, Qwen2VLImageProcessor, Qwen2VLVide
 
 import bench
 from build_data import ASSETS, PATCH, build_messages, toy_tokenizer, write_video
-from conftest import moved_weights, run
+from conftest import ROOT, moved_weights
 
 LAYERS, BLOCKS, FRAMES = 2, 4, 16
 HEIGHT, WIDTH = 8, 16  # of a frame, in units of 28 pixels
@@ -64,6 +69,20 @@ def data(tmp_path_factory):
     return folder / "data.json"
 
 
+def measured(log, *command):
+    """Runs a script as a user would. Returns its output, seconds and peak resident memory in GB."""
+    start, peak = time.perf_counter(), 0
+    with log.open("w") as file:
+        process = subprocess.Popen([sys.executable, *map(str, command)], cwd=ROOT, stdout=file,
+                                   stderr=subprocess.STDOUT)
+    while process.poll() is None:
+        status = Path(f"/proc/{process.pid}/status").read_text()
+        peak = max([peak, *map(int, re.findall(r"VmHWM:\s+(\d+) kB", status))])
+        time.sleep(0.2)
+    assert process.returncode == 0, log.read_text()[-4000:]
+    return log.read_text(), time.perf_counter() - start, peak * 1024 / 1e9
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("script", FLAGS)
 @pytest.mark.parametrize("start, lora_rank, stage", RUNS, indirect=["start"])
@@ -71,10 +90,11 @@ def test_a_step_at_true_widths(start, data, tmp_path, lora_rank, stage, script):
     config, output = tmp_path / "ds.json", tmp_path / "run"
     config.write_text(json.dumps({"zero_optimization": {"stage": stage},
                                   "zero_allow_untested_optimizer": True}))
-    printed = run(
-        f"{script}.py", "--model", start, "--data", data, "--output", output, "--deepspeed_config",
-        config, f"--lora_rank={lora_rank}", "--learning_rate=1e-3", "--save_steps=0",
-        "--num_workers=1", *FLAGS[script], fresh=True, timeout=3600).stdout
+    printed, seconds, peak = measured(
+        tmp_path / "log", f"{script}.py", "--model", start, "--data", data, "--output", output,
+        "--deepspeed_config", config, f"--lora_rank={lora_rank}", "--learning_rate=1e-3",
+        "--save_steps=0", "--num_workers=1", *FLAGS[script])
+    print(f"\nZeRO-{stage}: {seconds:.0f} s, {peak:.1f} GB")
     assert f"{FRAMES // 2} x {2 * HEIGHT} x {2 * WIDTH} patches" in printed
     row = json.loads((output / "metrics.jsonl").read_text().splitlines()[-1])
     assert row["step"] == 1 and math.isfinite(row["optim/loss"])
