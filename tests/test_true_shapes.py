@@ -2,7 +2,7 @@
 
 The models have two layers of Qwen2.5-VL's language model, four blocks of its tower, its vocabulary
 and random weights. A pair of the clip's 16 frames is 128 visual tokens. No GPU is needed. A run
-takes 6 to 20 GB of memory and some minutes; pytest's -s shows how much.
+takes 6 to 20 GB of memory and some minutes; pytest's -sv shows how much.
 """
 import json
 import math
