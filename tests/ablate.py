@@ -41,8 +41,7 @@ VARIANTS = {path.stem: path for path in sorted(DIFFS.glob("*.diff"))}
 # name: description, extra flags of tgrpo.py, diffs to apply one after the other
 CONFIGS = {
     "grpo": ("GRPO: no temporal reward", "--alpha 0", []),
-    "grpo_unscaled": ("GRPO without dividing by the standard deviation",
-                      "--alpha 0 --scale_advantages none", []),
+    "grpo_unscaled": ("GRPO, unscaled advantages", "--alpha 0 --scale_advantages none", []),
     "tgrpo": ("T-GRPO as written", "", []),
     "strict": ("the strict test, p > p_tilde", "--temporal_test gt", []),
     "advantage": ("temporal reward in the advantage", "--temporal_to advantage", []),
@@ -57,7 +56,7 @@ CONFIGS = {
                  ["likelihood", "reversed"]),
     "opposite_centred": ("likelihood, alpha 1, against reversed frames, centred", "--alpha 1",
                          ["likelihood", "likelihood/centred", "reversed"]),
-    "unscaled": ("as opposite_centred, without dividing by the standard deviation",
+    "unscaled": ("as opposite_centred, unscaled advantages",
                  "--alpha 1 --scale_advantages none",
                  ["likelihood", "likelihood/centred", "reversed"])}
 BASE = "grpo"  # every other configuration is compared with it
