@@ -1496,8 +1496,8 @@ def toy_processor(tokenizer, family="qwen2_5_vl"):
 def toy_model(tokenizer, seed, family="qwen2_5_vl"):
     """Returns a randomly initialised model of the family, of about 600,000 parameters.
 
-    assets/toy_model.json has the keys of both families. Each ignores the other's. Its
-    initializer_range is above Qwen's 0.02, with which such a small model learns nothing.
+    assets/toy_model.json has the keys of both families. Each ignores the other's. The
+    initializer_range in it is above Qwen's 0.02, with which so small a model learns nothing.
     """
     from transformers import AutoConfig, AutoModelForImageTextToText
     token = tokenizer.convert_tokens_to_ids

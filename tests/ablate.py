@@ -12,7 +12,7 @@ configuration: a copy of tgrpo.py to which git has applied the diff.
     OUT/variants/margin/tgrpo.py             the changed copies
     OUT/seed0/sft  OUT/seed0/plain/tgrpo     models, their metrics.jsonl, and in eval/ their scores
     OUT/seed0/sft.log ...                    what the commands printed
-    OUT.json                                 the summaries of all finished runs, also in eval/
+    OUT.json                                 all finished runs, from their eval/summary.json
 
 tests/ablations.md says what a seed sets. Other flags are those of the toy's args files. To use more
 cores, start the command again with other seeds and the same --out.
@@ -26,7 +26,7 @@ import subprocess
 import sys
 import tempfile
 from collections import defaultdict
-from itertools import product
+from itertools import chain, product
 from operator import itemgetter
 from pathlib import Path
 
@@ -234,7 +234,9 @@ def summary_of(folder, seed, run) -> dict:
 
 def write_results(out):
     """Writes OUT.json: all finished runs, of any seed, one a line."""
-    runs = sorted(map(read_file, Path(out).glob(f"seed*/**/{SUMMARY}")),
+    # not seed*/**: there another process may be removing a checkpoint's folder
+    paths = (Path(out).glob(f"{run}/{SUMMARY}") for run in ("seed*/sft", "seed*/*/*"))
+    runs = sorted(map(read_file, chain.from_iterable(paths)),
                   key=itemgetter("setting", "config", "seed"))
     lengths = {run["header"]["arguments"]["max_steps"] for run in runs if run["setting"]}
     headers = [run.pop("header") for run in runs]

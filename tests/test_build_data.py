@@ -222,7 +222,8 @@ def test_pixel_values_are_the_frames_normalised_and_nothing_else(samples, proces
     mean = torch.tensor(processor.video_processor.image_mean)
     std = torch.tensor(processor.video_processor.image_std)
     normal = (vision.frames / 255 - mean[:, None, None]) / std[:, None, None]  # (T, C, H, W)
-    first = inputs["pixel_values_videos"][0].view(3, 2, 14, 14)  # the upper left patch of the first two frames
+    # the upper left patch of the first two frames
+    first = inputs["pixel_values_videos"][0].view(3, 2, 14, 14)
     assert torch.allclose(first, normal[:2, :, :14, :14].transpose(0, 1), atol=1e-5)
 
 
@@ -350,7 +351,7 @@ REFUSED = [
     ("evaluate", "--benchmark a/b=test.json", "a/b=test.json is not NAME=FILE"),
     ("evaluate", "--benchmark a=b --frames 16 2", "--frames 2 is below --min_frames 4"),
     ("evaluate", "--benchmark a=b --output=", "--model and --output are needed"),
-    ("evaluate", "--benchmark a=b --judge a.json", "--judge: not allowed with argument --benchmark")]
+    ("evaluate", "--benchmark a=b --judge c.json", "not allowed with argument --benchmark")]
 
 
 @pytest.mark.parametrize("script, more, words", REFUSED)
