@@ -2108,7 +2108,7 @@ def benchmark_media(files, media_root, root):
 
 def candidates_of(entry, root, is_excluded, seen, counts):
     """Yields the records of an entry's files, each question once. Counts rows, and dropped
-    questions by reason, in `counts`. seen: keys of all earlier questions, to which it adds."""
+    questions by reason, in `counts`. seen: keys of earlier entries' questions, to which it adds."""
     converter = CONVERTERS[entry["format"]]
     for path in sorted(Path(root).glob(entry["annotation"])):
         for row in tqdm(release_rows(path), desc=entry["source"], unit=" rows", leave=False):
@@ -2158,11 +2158,12 @@ def mix(args):
                          "with --skip_missing")
     is_excluded = benchmark_media(args.exclude, args.exclude_root, root)
     records, report = [], []
-    seen, taken = set(), Counter()  # question keys; number of questions of each file
+    chosen, taken = set(), Counter()  # question keys; number of questions of each file
     for i, entry in enumerate(tqdm(recipe, desc="mix")):
         rng, counts = np.random.default_rng([args.seed, i]), Counter()
-        offered = candidates_of(entry, root, is_excluded, seen, counts)
+        offered = candidates_of(entry, root, is_excluded, set(chosen), counts)
         drawn = spread(offered, entry["count"], args.per_medium, rng, taken)
+        chosen.update(map(question_key, drawn))
         taken.update(record["path"] for record in drawn)
         records += drawn
         report.append((entry, len(drawn), counts))

@@ -333,6 +333,12 @@ def test_exact_and_near_duplicates_go_and_other_questions_stay(tmp_path):
     assert report.count("1 options are equal") == 2
 
 
+def test_a_question_that_was_not_drawn_is_no_duplicate_for_the_next_entry(tmp_path):
+    write(tmp_path / "a.json", [llava(f"{i}.png", "What?", f"text {i}") for i in range(10)])
+    records, _ = mix(tmp_path, [entry("llava", "a.json", count=count) for count in (4, 9)])
+    assert len(records) == 10 and len({r["path"] for r in records}) == 10
+
+
 def test_media_of_benchmarks_are_left_out_by_folder_and_name_and_by_content(tmp_path):
     write(tmp_path / "bench/eval.json", [
         question(path, "?", "x", kind="free-form", problem_id=i) for i, path in enumerate((
