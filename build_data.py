@@ -1633,16 +1633,17 @@ def from_video_r1(row, path):
 
 def from_csv(row, path):
     """Reads your own table with the columns video (or image), question and answer. Optional columns
-    are option_a, option_b, ..., problem_type, video_start, video_end and video_fps. Without
-    problem_type, a question with options is multiple choice. Otherwise it is numerical if its
-    answer is a number, else free-form."""
+    are option_a, option_b, ... (or A, B, ...), problem_type, video_start, video_end and video_fps.
+    Without problem_type, a question with options is multiple choice. Otherwise it is numerical if
+    its answer is a number, else free-form."""
     row = {(name or "").strip().lower(): cell for name, cell in row.items()}
     if not {"question", "answer"} <= row.keys() or row.keys().isdisjoint(("video", "image")):
         raise InputError(f"{path} has the columns {', '.join(row)}: it needs the columns video or "
                          "image, question and answer, separated by commas")
     # After an unquoted comma, surplus cells are a list. It has no strip(), so the row is dropped
     row = {name: (cell or "").strip() for name, cell in row.items()}
-    options = option_texts({name: row[name] for name in row if name.startswith("option")})
+    options = option_texts({name: row[name] for name in row
+                            if name.startswith("option") or len(name) == 1})
     types = ("multiple choice", "numerical", "free-form")
     yield draft(row.get("video") or row.get("image"), row["question"], row["answer"], options,
                 data_type="video" if row.get("video") else "image",
