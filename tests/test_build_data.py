@@ -4,7 +4,6 @@ import errno
 import filecmp
 import json
 
-import numpy as np
 import pytest
 import torch
 
@@ -14,7 +13,7 @@ import evaluate
 import rewards
 from build_data import (FlagParser, InputError, above, add_media_flags, at_least, build_messages,
                         encode, load_records, load_vision)
-from conftest import LIMITS, ROOT, run
+from conftest import LIMITS, ROOT, ramp, run
 
 RECORD = {"problem_id": 7, "problem": "What moves?", "data_type": "video",
           "problem_type": "multiple choice", "options": ["A. a cat", "B. a dog"],
@@ -28,9 +27,7 @@ def write(folder, *records):
 
 
 def clip(path, fps=2):
-    """A clip whose frame t is a flat grey of 20 t, so that frames can be distinguished."""
-    greys = 20 * np.arange(8, dtype=np.uint8)[:, None, None, None]
-    build_data.write_video(path, np.broadcast_to(greys, (8, 28, 28, 3)), fps)
+    build_data.write_video(path, ramp(), fps)
     return path
 
 
@@ -222,7 +219,8 @@ def test_pixel_values_are_the_frames_normalised_and_nothing_else(samples, proces
     mean = torch.tensor(processor.video_processor.image_mean)
     std = torch.tensor(processor.video_processor.image_std)
     normal = (vision.frames / 255 - mean[:, None, None]) / std[:, None, None]  # (T, C, H, W)
-    first = inputs["pixel_values_videos"][0].view(3, 2, 14, 14)  # the upper left patch of the first two frames
+    # the upper left patch of the first two frames
+    first = inputs["pixel_values_videos"][0].view(3, 2, 14, 14)
     assert torch.allclose(first, normal[:2, :, :14, :14].transpose(0, 1), atol=1e-5)
 
 
