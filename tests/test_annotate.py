@@ -14,12 +14,13 @@ import annotate
 import build_data
 from annotate import ApiError, api_messages, parse_args, reject_reason
 from build_data import InputError, build_messages, load_records, load_vision
-from conftest import (LIMITS, ROOT, SMALL, Server, cells, logged, picture_of, reply, run,
-                      run_here)
+from conftest import (LIMITS, ROOT, Server, cells, logged, picture_of, reply, run, run_here)
 
 KEY = "sk-very-secret-1234567890"
 THOUGHT = "Let me think: the block starts on the left and it ends on the right."
 GOOD = f"<think>{THOUGHT}</think><answer>{{}}</answer>"
+SMALL = ("--max_frames", "8", "--min_pixels", "784", "--max_pixels", "784",
+         "--image_min_pixels", "784", "--image_max_pixels", "784")
 
 
 @pytest.fixture(autouse=True)
