@@ -1,5 +1,7 @@
 """Tests import the scripts from the repository's top level and share one small toy. Two processes
 share the test modules."""
+import base64
+import io
 import json
 import os
 import pickle
@@ -23,7 +25,9 @@ import pytest
 # small matrices gain nothing from threads, and those of several processes wait for each other
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
+import numpy as np  # noqa: E402
 import torch  # noqa: E402
+from PIL import Image  # noqa: E402
 from safetensors.torch import load_file  # noqa: E402
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -91,6 +95,26 @@ def together(*calls):
 def logged(output, name):
     """Returns the lines of a log in a run's folder."""
     return [json.loads(line) for line in (output / f"{name}.jsonl").read_text().splitlines()]
+
+
+def put(path, content):
+    """Writes a file, and its folder: text as it is, rows as JSON lines if its name says so, other
+    data as JSON."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    if not isinstance(content, str):
+        rows = content if path.suffix == ".jsonl" else [content]
+        content = "\n".join(map(json.dumps, rows))
+    path.write_text(content, encoding="utf-8")
+
+
+def ramp(count=8):
+    """Returns frames (T, H, W, 3) whose brightness is 10 times their number."""
+    return np.full((count, 28, 28, 3), 10 * np.arange(count)[:, None, None, None], np.uint8)
+
+
+def picture_of(url):
+    """Returns the picture in a data URL."""
+    return Image.open(io.BytesIO(base64.b64decode(url.partition(";base64,")[2])))
 
 
 def cells(path):

@@ -3,8 +3,8 @@
     python tests/faults.py tgrpo kill:rollout:4 --model ...
 
 FAULT is what:where:when[:rank]; `when` counts the calls of that place from 1. Places: rollout,
-update, save (a checkpoint is on disk but `latest` does not name it yet), remove (`latest` names it,
-an older one is about to go) and decode (`when` is a problem_id; each time its file is decoded).
+update, save (a checkpoint is on disk but `latest` does not name it yet) and remove (`latest` names
+it, an older one is about to go).
 What: kill (SIGKILL), nan (the loss), full (no file may grow beyond 1 MB from then), term (SIGTERM),
 int (SIGINT, to the whole process group, as Ctrl-C sends it), twice (two SIGINTs, then a hang).
 """
@@ -33,8 +33,7 @@ script = {"sft": sft, "tgrpo": tgrpo}[SCRIPT]
 sft.shutil = SimpleNamespace(**vars(shutil))  # others' rmtree stays as it is
 PLACES = {"rollout": (tgrpo, "sample_responses"),
           "update": (script, {"sft": "target_loss", "tgrpo": "tgrpo_loss"}[SCRIPT]),
-          "save": (deepspeed.DeepSpeedEngine, "save_checkpoint"), "remove": (sft.shutil, "rmtree"),
-          "decode": (build_data, "load_vision")}
+          "save": (deepspeed.DeepSpeedEngine, "save_checkpoint"), "remove": (sft.shutil, "rmtree")}
 
 
 def strike():
@@ -57,8 +56,7 @@ def faulty(function):
     calls, after = count(1), (WHAT, PLACE) == ("kill", "save")
 
     def call(*args, **kwargs):
-        now = args[0]["problem_id"] if PLACE == "decode" else next(calls)
-        due = now == int(WHEN) and RANK in ([], [os.environ["RANK"]])
+        due = next(calls) == int(WHEN) and RANK in ([], [os.environ["RANK"]])
         if due and not after:
             strike()
         result = function(*args, **kwargs)

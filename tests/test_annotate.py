@@ -1,6 +1,4 @@
 """Annotation: what a server may do, which responses are kept, and a kill in the middle."""
-import base64
-import io
 import json
 import subprocess
 import sys
@@ -11,13 +9,12 @@ import numpy as np
 import psutil
 import pytest
 import torch
-from PIL import Image
 
 import annotate
 import build_data
 from annotate import ApiError, api_messages, parse_args, reject_reason
 from build_data import InputError, build_messages, load_records, load_vision
-from conftest import LIMITS, ROOT, Server, cells, reply, run, run_here
+from conftest import (LIMITS, ROOT, Server, cells, logged, picture_of, reply, run, run_here)
 
 KEY = "sk-very-secret-1234567890"
 THOUGHT = "Let me think: the block starts on the left and it ends on the right."
@@ -245,9 +242,9 @@ def received(record, vision):
     (message,) = api_messages(record, vision)
     assert message["role"] == "user"
     *pictures, text = message["content"]
-    kinds, _, data = zip(*(each["image_url"]["url"].partition(";base64,") for each in pictures))
-    images = [Image.open(io.BytesIO(base64.b64decode(each))).convert("RGB") for each in data]
-    return kinds, images, text
+    urls = [picture["image_url"]["url"] for picture in pictures]
+    return ([url.partition(";")[0] for url in urls],
+            [picture_of(url).convert("RGB") for url in urls], text)
 
 
 def test_a_server_can_make_of_an_image_the_inputs_of_every_stage_to_the_last_bit(
@@ -258,7 +255,7 @@ def test_a_server_can_make_of_an_image_the_inputs_of_every_stage_to_the_last_bit
     chat = [{"role": "user", "content": [{"type": "image"}, text]}]
     prompt = processor.apply_chat_template(chat, add_generation_prompt=True)
     theirs = processor(text=[prompt], images=images, return_tensors="pt")
-    assert kinds == ("data:image/png",) and theirs.keys() == inputs.keys()
+    assert kinds == ["data:image/png"] and theirs.keys() == inputs.keys()
     assert all(torch.equal(theirs[name], inputs[name]) for name in inputs)
 
 
@@ -267,7 +264,7 @@ def test_a_server_gets_a_video_as_its_frames_in_order_as_near_as_jpeg_is(samples
     vision = load_vision(record, **LIMITS)
     kinds, images, text = received(record, vision)
     frames = vision.frames.permute(0, 2, 3, 1).numpy().astype(int)  # (T, H, W, C)
-    assert kinds == ("data:image/jpeg",) * len(frames)
+    assert kinds == ["data:image/jpeg"] * len(frames)
     assert all(abs(a - np.asarray(b)).mean() < 8 for a, b in zip(frames, images, strict=True))
     assert text == build_messages(record)[0]["content"][-1]
 
@@ -391,8 +388,7 @@ def annotate_toy(toy, out, server, *more):
     run_here(annotate, "--model", "m", "--data", toy / "train.json", "--out", out, *SMALL,
              "--api_base", server.base, "--num_workers", 0, "--concurrency", 4, "--api_retries", 1,
              *more)
-    rejected = out.with_suffix(".rejected.jsonl").read_text().splitlines()
-    return (json.loads(out.read_text()), [json.loads(line) for line in rejected],
+    return (json.loads(out.read_text()), logged(out.parent, f"{out.stem}.rejected"),
             cells(out.with_suffix(".report.md")))
 
 
@@ -497,7 +493,7 @@ def test_a_full_disk_ends_the_run_and_keeps_the_answers_that_had_come(
     with Server(right) as server, pytest.raises(InputError, match="no room"):
         annotate_toy(toy, tmp_path / "cot.json", server)
     assert not (tmp_path / "cot.json").exists()
-    assert len((tmp_path / "cot.rank0.jsonl").read_text().splitlines()) == 7
+    assert len(logged(tmp_path, "cot.rank0")) == 7
 
 
 def test_killed_in_the_middle_it_loses_no_answer_that_had_come(toy, tmp_path):
@@ -521,8 +517,7 @@ def test_killed_in_the_middle_it_loses_no_answer_that_had_come(toy, tmp_path):
         process.wait()
         assert len(children) == 4 and psutil.wait_procs(children, timeout=20)[1] == []
         assert len(server.requests) == 9 and not out.exists()
-    rows = (tmp_path / "cot.rank0.jsonl").read_text().splitlines()
-    assert len(rows) == 1 + 6  # the configuration first
+    assert len(logged(tmp_path, "cot.rank0")) == 1 + 6  # the configuration first
     with Server(lambda body, number: reply("x")) as server:
         annotate_toy(toy, out, server, *large)
         assert len(server.requests) == 32 - 6
@@ -535,11 +530,11 @@ def test_a_model_on_this_machine_gives_each_record_its_samples(toy, tmp_path, mo
     run_here(annotate, *command)
     monkeypatch.setattr(annotate, "load_answering_model", None)
     run_here(annotate, *command)
-    rows = list(map(json.loads, (tmp_path / "cot.rank0.jsonl").read_text().splitlines()))[1:]
+    _, *rows = logged(tmp_path, "cot.rank0")
     assert sorted(row["problem_id"] for row in rows) == list(range(8))
     assert all(len(row["output"]) == len(row["tokens"]) == 2 for row in rows)
     assert all(0 < tokens <= 8 for row in rows for tokens in row["tokens"])
     assert len({text for row in rows for text in row["output"]}) > 8  # the samples differ
-    report = (tmp_path / "cot.report.md").read_text()
-    assert "0 of 8 records annotated" in report  # an untrained model's
-    assert len((tmp_path / "cot.rejected.jsonl").read_text().splitlines()) == 16
+    # the model is untrained
+    assert "0 of 8 records annotated" in (tmp_path / "cot.report.md").read_text()
+    assert len(logged(tmp_path, "cot.rejected")) == 16

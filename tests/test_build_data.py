@@ -4,7 +4,6 @@ import errno
 import filecmp
 import json
 
-import numpy as np
 import pytest
 import torch
 
@@ -14,7 +13,7 @@ import evaluate
 import rewards
 from build_data import (FlagParser, InputError, above, add_media_flags, at_least, build_messages,
                         encode, load_records, load_vision)
-from conftest import LIMITS, ROOT, run
+from conftest import LIMITS, ROOT, ramp, run
 
 RECORD = {"problem_id": 7, "problem": "What moves?", "data_type": "video",
           "problem_type": "multiple choice", "options": ["A. a cat", "B. a dog"],
@@ -28,9 +27,7 @@ def write(folder, *records):
 
 
 def clip(path, fps=2):
-    """A clip whose frame t is a flat grey of 20 t, so that frames can be distinguished."""
-    greys = 20 * np.arange(8, dtype=np.uint8)[:, None, None, None]
-    build_data.write_video(path, np.broadcast_to(greys, (8, 28, 28, 3)), fps)
+    build_data.write_video(path, ramp(), fps)
     return path
 
 

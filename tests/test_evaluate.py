@@ -1,5 +1,4 @@
 """Claims about evaluate.py, on a toy with an untrained model."""
-import argparse
 import json
 import shutil
 from types import SimpleNamespace
@@ -15,6 +14,7 @@ import evaluate
 from build_data import InputError, Vision, load_records
 from conftest import run as launch
 from conftest import run_here, table_rows
+
 
 def flags(toy, output, *more):
     """A short run over the toy's test questions, decoding in the process itself."""
@@ -32,13 +32,6 @@ def run(toy, output, *more):
 
 def parsed(*argv):
     return evaluate.parse_args(list(map(str, argv)))
-
-
-def prepared(toy, processor, order="ordered"):
-    """Samples of the first test questions."""
-    args = argparse.Namespace(**vars(parsed(*flags(toy, "unused"))), max_frames=8)
-    return [evaluate.prompt_of(processor, args, order, record)
-            for record in load_records(toy / "test.json")[:8]]
 
 
 @pytest.fixture(scope="module")
@@ -192,47 +185,22 @@ def test_an_image_changes_in_blind_alone():
     assert image.size == (56, 28) and image.getcolors() == [(56 * 28, (128, 128, 128))]
 
 
-def test_prompts_of_all_orders_differ_in_pixels_alone(toy, processor):
-    ordered, *others = ([sample["inputs"] for sample in prepared(toy, processor, order)
-                         if sample["record"]["data_type"] == "video"][0]
-                        for order in evaluate.ORDERS)
-    for other in others:
-        for key, value in ordered.items():
-            assert torch.equal(value, other[key]) == (key != "pixel_values_videos")
-
-
 # ------------------------------------------------------------------------------- generation
 
-def responses(model, samples, seed=0):
-    """The ids of the response to each sample."""
-    tokenizer = SimpleNamespace(decode=lambda ids, skip_special_tokens: ids)
-    return [ids for (ids, *_), in annotate.respond(model, tokenizer, samples, seed)]
-
-
-def answering_model(toy, processor, *more):
-    return annotate.load_answering_model(parsed(*flags(toy, "unused", *more)),
-                                         processor.tokenizer, torch.device("cpu"))
-
-
-def test_a_padded_batch_of_videos_and_images_is_answered_like_one_by_one(toy, processor):
-    samples = prepared(toy, processor)
-    model = answering_model(toy, processor, "--temperature", 0, "--max_new_tokens", 24)
-    with torch.no_grad():  # as initialised, it answers every question alike
-        for parameter in model.model.parameters():
-            parameter.mul_(2 if parameter.ndim > 1 else 1)
-    assert {sample["record"]["data_type"] for sample in samples} == {"image", "video"}
-    together = responses(model, samples)
-    assert together == [responses(model, [sample])[0] for sample in samples]
-    assert together[1:] != together[:-1]  # not equal for a trivial reason
-
-
 def test_vision_tokens_are_not_sampled_and_draws_repeat_with_the_seed(toy, processor):
-    samples = prepared(toy, processor)
-    model = answering_model(toy, processor, "--temperature", 3, "--top_p", 1,
-                            "--max_new_tokens", 40)
+    """That a batch is answered as its samples one by one is in test_families.py."""
+    args = parsed(*flags(toy, "unused", "--temperature", 3, "--top_p", 1, "--max_new_tokens", 40))
+    args.max_frames = 8
+    samples = [evaluate.prompt_of(processor, args, "ordered", record)
+               for record in load_records(toy / "test.json")[:8]]
+    model = annotate.load_answering_model(args, processor.tokenizer, torch.device("cpu"))
     assert model.generation_config.top_k == 0  # a default of 50 would cut the distribution
-    first = responses(model, samples)
-    assert first == responses(model, samples) != responses(model, samples, seed=1)
+    as_ids = SimpleNamespace(decode=lambda ids, skip_special_tokens: ids)
+
+    def respond(seed):
+        return [ids for (ids, *_), in annotate.respond(model, as_ids, samples, seed)]
+    first = respond(0)
+    assert first == respond(0) != respond(1)
     pads = processor.tokenizer.convert_tokens_to_ids(list(build_data.FORBIDDEN_TOKENS))
     assert len(pads) == 5 and not {*sum(first, [])} & {*pads}
 

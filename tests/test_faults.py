@@ -6,7 +6,6 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-import sft
 from conftest import ROOT, SMALL, break_media, equal_weights, logged, run
 
 # five steps each
@@ -145,6 +144,7 @@ def test_a_full_disk_is_a_clear_error_and_leaves_the_last_checkpoint_whole(
     full = run(*command(toy, "tgrpo", output, 0, fault="full:save:2"), check=False)
     assert full.returncode == 1 and "Traceback" not in full.stderr
     assert "cannot write" in full.stderr and "--resume" in full.stderr
+    assert " GB free)" in full.stderr  # as torch reports a full disk in other words
     assert (output / "latest").read_text() == "checkpoint-2"
     assert not (output / "checkpoint-4").exists()
     run(*command(toy, "tgrpo", output, 0, "--resume"))
@@ -196,11 +196,3 @@ def test_too_many_broken_media_stop_the_run_with_their_names(toy, tmp_path):
     assert "12 of 12 questions" in result.stderr and "rotten.mp4: " in result.stderr
     assert len(rows(tmp_path / "run", "skipped")) == 12
 
-
-def test_a_decoder_that_dies_skips_its_question_and_no_other(toy, tmp_path):
-    output, first = tmp_path / "run", [sft.record_index(i, 48, 0) for i in range(8)]
-    struck = next(i for i in first if i % 3)  # a record's number is its problem_id
-    run(*command(toy, "sft", output, 0, "--max_steps=2", "--max_skipped=1",
-                 fault=f"kill:decode:{struck}"))
-    row, = [row for row in logged(output, "skipped") if "rotten" not in row["path"]]
-    assert row["problem_id"] == struck and "decoder died" in row["reason"]

@@ -16,7 +16,7 @@ import rewards
 from build_data import (FIGURE_2, Dropped, InputError, draft, figure_rows, load_records,
                         make_record, option_texts, read_recipe, split_options, spread,
                         wanted_type, write_video)
-from conftest import ROOT, cells
+from conftest import ROOT, cells, logged, put
 
 ALL_TYPES = ["multiple choice", "numerical", "OCR", "free-form", "regression"]
 
@@ -24,11 +24,6 @@ ALL_TYPES = ["multiple choice", "numerical", "OCR", "free-form", "regression"]
 def entry(form, annotation, media=".", kinds=ALL_TYPES, count=100, **more):
     return {"source": "S", "category": "Chart", "problem_type": list(kinds), "count": count,
             "format": form, "annotation": annotation, "media": media, **more}
-
-
-def write(path, data):
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(data if isinstance(data, str) else json.dumps(data), encoding="utf-8")
 
 
 def command(*argv):
@@ -39,7 +34,7 @@ def command(*argv):
 
 def mix(folder, recipe, *flags):
     """Runs `mix`; returns the records of its file and its report."""
-    write(folder / "recipe.json", recipe)
+    put(folder / "recipe.json", recipe)
     command("mix", "--recipe", folder / "recipe.json", "--out", folder / "out.json", *flags)
     return json.loads((folder / "out.json").read_text()), cells(folder / "out.report.md")
 
@@ -68,7 +63,7 @@ def test_the_paper_s_recipe_says_what_is_missing_below_the_folder_of_the_records
     with pytest.raises(InputError, match=f"{tmp_path}/data lacks 46 of 46 annotation files"):
         command(*flags)
     assert not (tmp_path / "data" / "out.json").exists()
-    write(tmp_path / "sources/Chart/ChartQA/train/train_human.json",
+    put(tmp_path / "sources/Chart/ChartQA/train/train_human.json",
           [{"imgname": "1.png", "query": "How many?", "label": "3"}])
     command(*flags, "--media_root", tmp_path / "sources", "--skip_missing")
     record, = json.loads((tmp_path / "data" / "out.json").read_text())
@@ -91,7 +86,7 @@ GOOD = entry("llava", "a.json")
         ({"annotation": ""}, "annotation must be a path below --media_root, not ''"),
         ({"annotation": "/data/a.json"}, "a path below --media_root, not '/data/a.json'")))])
 def test_a_wrong_recipe_names_file_or_entry_and_key(tmp_path, recipe, words):
-    write(tmp_path / "recipe.json", recipe)
+    put(tmp_path / "recipe.json", recipe)
     with pytest.raises(InputError, match=words):
         read_recipe(tmp_path / "recipe.json")
 
@@ -120,12 +115,12 @@ RELEASES = json.loads((ROOT / "tests/releases.json").read_text(encoding="utf-8")
 def test_a_release_becomes_records(claim, tmp_path):
     form, annotation, media, files, expected = RELEASES[claim].values()
     for name, content in files.items():
-        write(tmp_path / name, content)
+        put(tmp_path / name, content)
     assert convert(tmp_path, form, annotation, media)[0] == expected
 
 
 def test_the_map_that_nextqa_needs_is_named(tmp_path):
-    write(tmp_path / "train.csv", "video,question,answer,a0,a1\n1,what moves,1,cat,dog\n")
+    put(tmp_path / "train.csv", "video,question,answer,a0,a1\n1,what moves,1,cat,dog\n")
     with pytest.raises(InputError, match="cannot read .*map_vid_vidorID.json"):
         convert(tmp_path, "nextqa", "train.csv")
 
@@ -179,7 +174,7 @@ def test_released_video_r1_records_come_through_unchanged(tmp_path):
               "solution": "<answer>B</answer>", "path": "./STAR/7.mp4"}
     number = record | {"problem": "How many?", "problem_type": "regression", "options": [],
                        "solution": "<answer>3.5</answer>", "video_start": 0.0, "video_end": 2.0}
-    write(tmp_path / "a.json", [record | {"process": ""}, number])
+    put(tmp_path / "a.json", [record | {"process": ""}, number])
     records, _ = mix(tmp_path, [entry("video_r1", "a.json")])
     ours = {"problem_id": 0}  # only the number is ours
     assert [r | ours for r in sorted(records, key=lambda r: r["problem"] == "How many?")] == [
@@ -202,7 +197,7 @@ def test_letters_are_taken_off_options_where_all_have_theirs(options, texts):
 
 def test_letters_are_taken_off_once(tmp_path):
     options = ["A. A. Lincoln", "B. B. Franklin"]
-    write(tmp_path / "a.json", [RELEASED | {"options": options}])
+    put(tmp_path / "a.json", [RELEASED | {"options": options}])
     assert convert(tmp_path, "video_r1", "a.json")[0][0]["options"] == options
 
 
@@ -282,7 +277,7 @@ def test_a_new_problem_type_is_one_entry_in_one_table(tmp_path, monkeypatch):
     one = entry("llava", "", kinds=["interval"])
     record = make_record(draft("1.png", "When?", "3-5"), one, "")
     assert (record["problem_type"], record["solution"]) == ("interval", "<answer>3-5</answer>")
-    write(tmp_path / "a.json", [record | {"problem_id": 1}])
+    put(tmp_path / "a.json", [record | {"problem_id": 1}])
     record, = load_records(tmp_path / "a.json", tmp_path)
     assert build_data.build_messages(record)[0]["content"][1]["text"].endswith(
         "your text answer within the <answer> </answer> tags.")
@@ -310,7 +305,7 @@ RELEASED = {"problem": "Which?", "problem_type": "multiple choice", "options": [
             {"A": "x", "B": "", "C": "z"}, {"A": {"text": "x"}, "B": {"text": "y"}}))])])
 def test_malformed_rows_are_dropped_and_counted(tmp_path, form, good, changes):
     bad = [{}, "text", None, *(good | change for change in changes)]
-    write(tmp_path / "a.json", [good, *bad])
+    put(tmp_path / "a.json", [good, *bad])
     records, counts = convert(tmp_path, form, "a.json")
     assert len(records) == 1 and counts == {"rows": 1 + len(bad), "malformed row": len(bad)}
 
@@ -321,7 +316,7 @@ def test_exact_and_near_duplicates_go_and_other_questions_stay(tmp_path):
     def row(file, question, *options):
         lines = [f"\n{'ABCD'[i]}. {option}" for i, option in enumerate(options)]
         return llava(file, question + "".join(lines), "A" if options else "yes")
-    write(tmp_path / "a.json", [
+    put(tmp_path / "a.json", [
         row("1.png", "Is the car red?"), row("1.png", "Is the car red?"),
         row("1.png", "is the car  RED"),  # near
         row("2.png", "Is the car red?"),  # another file
@@ -340,14 +335,14 @@ def test_a_question_that_was_not_drawn_is_no_duplicate_for_the_next_entry(tmp_pa
 
 
 def test_media_of_benchmarks_are_left_out_by_folder_and_name_and_by_content(tmp_path):
-    write(tmp_path / "bench/eval.json", [
+    put(tmp_path / "bench/eval.json", [
         question(path, "?", "x", kind="free-form", problem_id=i) for i, path in enumerate((
             "./MVB/perception/videos/video_1.mp4", "./MVB/clevrer/video_9.mp4"))])
     media = {"videos/video_1.mp4": "a", "clevrer2/video_1.mp4": "b",
              "copy/other.mp4": "same content", "copy/third.mp4": "not the same"}
     for name, content in {**media, "bench/MVB/clevrer/video_9.mp4": "same content"}.items():
-        write(tmp_path / name, content)
-    write(tmp_path / "a.json", [llava(name, "What?", "text") for name in media])
+        put(tmp_path / name, content)
+    put(tmp_path / "a.json", [llava(name, "What?", "text") for name in media])
     records, report = mix(tmp_path, [entry("llava", "a.json")], "--exclude",
                           tmp_path / "bench" / "eval.json")
     assert {r["path"] for r in records} == {"./clevrer2/video_1.mp4", "./copy/third.mp4"}
@@ -376,7 +371,7 @@ def test_questions_are_spread_over_files_and_none_has_too_many():
 # ------------------------------------------------------------------------------- the files
 
 def test_shortfalls_are_reported_and_a_seed_gives_the_same_file(tmp_path):
-    write(tmp_path / "a.json", [llava(f"{i % 7}.png", f"What {i}?\nA. x\nB. y", "A")
+    put(tmp_path / "a.json", [llava(f"{i % 7}.png", f"What {i}?\nA. x\nB. y", "A")
                                 for i in range(50)])
     recipe = [entry("llava", "a.json", count=30), entry("llava", "absent.json", count=5)]
     with pytest.raises(InputError, match="lacks 1 of 2 annotation files: absent.json"):
@@ -391,7 +386,7 @@ def test_shortfalls_are_reported_and_a_seed_gives_the_same_file(tmp_path):
 
 
 def test_validation_is_split_by_file(tmp_path):
-    write(tmp_path / "a.json", [llava(f"{i % 40}.png", f"What {i}?", f"text {i}")
+    put(tmp_path / "a.json", [llava(f"{i % 40}.png", f"What {i}?", f"text {i}")
                                 for i in range(400)])
     train, _ = mix(tmp_path, [entry("llava", "a.json", count=400)], "--val_share", 0.25)
     val = json.loads((tmp_path / "out_val.json").read_text())
@@ -402,7 +397,7 @@ def test_validation_is_split_by_file(tmp_path):
 
 
 def test_a_mix_without_a_record_fails_and_writes_nothing(tmp_path, capsys):
-    write(tmp_path / "a.json", [{}, llava("1.png", "What?", " ")])
+    put(tmp_path / "a.json", [{}, llava("1.png", "What?", " ")])
     for flags in ((), ("--val_share", 0.5)):
         with pytest.raises(InputError, match="no record is left for .*out.json"):
             mix(tmp_path, [entry("llava", "a.json")], *flags)
@@ -412,7 +407,7 @@ def test_a_mix_without_a_record_fails_and_writes_nothing(tmp_path, capsys):
 
 def test_a_kill_leaves_the_old_file_or_the_new_one(tmp_path, monkeypatch):
     """Killed while it reads: nothing is written; failing while it writes: nothing is replaced."""
-    write(tmp_path / "a.json", [llava("1.png", "What?", "text")])
+    put(tmp_path / "a.json", [llava("1.png", "What?", "text")])
     mix(tmp_path, [entry("llava", "a.json")])
 
     def contents():
@@ -445,7 +440,7 @@ def data(tmp_path):
     (tmp_path / "noise.mp4").write_bytes(b"no video" * 100)
     (tmp_path / "empty.png").write_bytes(b"")
     names = ("good.mp4", "good.png", "noise.mp4", "empty.png", "absent.png", "good.mp4")
-    write(tmp_path / "a.json", [free_form(i, name) for i, name in enumerate(names)])
+    put(tmp_path / "a.json", [free_form(i, name) for i, name in enumerate(names)])
     return tmp_path
 
 
@@ -462,8 +457,7 @@ def check(folder, *flags):
 
 def decoded(folder):
     """Returns the files in the order in which `check` has decoded them."""
-    lines = (folder / "a_clean.media.jsonl").read_text().splitlines()
-    return [json.loads(line)["clip"][0] for line in lines]
+    return [row["clip"][0] for row in logged(folder, "a_clean.media")]
 
 
 def test_records_with_usable_media_stay_as_they_are_and_others_are_named(data):
@@ -522,14 +516,14 @@ def test_a_decoder_that_hangs_or_crashes_loses_one_file(data, monkeypatch):
 
 
 def test_parts_of_one_video_are_checked_one_by_one(data):
-    write(data / "a.json", [free_form(0, "good.mp4", video_start=0.0, video_end=4.0),
+    put(data / "a.json", [free_form(0, "good.mp4", video_start=0.0, video_end=4.0),
                             free_form(1, "good.mp4", video_start=90.0, video_end=95.0)])
     ids, report = check(data)
     assert ids == [0] and "| 1 | 1 | good.mp4 |" in report
 
 
 def test_records_that_nothing_can_be_earned_on_are_dropped_with_their_reason(data):
-    write(data / "a.json", [
+    put(data / "a.json", [
         *(question("good.mp4", "?", answer, kind="numerical", problem_id=i)
           for i, answer in enumerate(("12", "00:12", "many"))), free_form(3, "absent.png")])
     ids, report = check(data)
@@ -554,7 +548,7 @@ def test_stats_stand_beside_figure_2(tmp_path, capsys):
                     ("OCR", "TextVQA", "OCR"): [1, 2000],
                     ("not in Figure 2", "mine", "OCR"): [1, 0],
                     ("Chart", "TabMWP", "numerical"): [1, 2000]}
-    write(tmp_path / "a.json", records)
+    put(tmp_path / "a.json", records)
     command("stats", "--data", tmp_path / "a.json", "--out", tmp_path / "s.md")
     assert (tmp_path / "s.md").read_text() in capsys.readouterr().out
     text = cells(tmp_path / "s.md")

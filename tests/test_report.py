@@ -1,7 +1,6 @@
 """Claims about tests/report.py: a T-GRPO run as one page, with any text of a model or a record."""
 import base64
 import hashlib
-import io
 import json
 import re
 import shutil
@@ -13,11 +12,11 @@ from xml.etree import ElementTree
 import numpy as np
 import pytest
 import torch
-from PIL import Image
 
 import report
 import tgrpo
 from build_data import InputError, load_records, load_vision, write_video
+from conftest import LIMITS, picture_of
 from rewards import accuracy_reward, extract_answer, format_reward
 
 BROWSER = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome",
@@ -32,7 +31,6 @@ HOSTILE = (  # what a model may write
 SEEN = [re.sub("[\0\x1b\ud800]", "\ufffd", text) for text in HOSTILE]  # what a page can show
 WRONG = "<think>look</think><answer>?</answer>"
 ORDERS = [3, 1, 0, 2, 5, 4, 7, 6], [7, 6, 5, 4, 3, 2, 1, 0]
-LIMITS = {"max_frames": 8, "min_frames": 4, "fps": 2, "min_pixels": 784, "max_pixels": 784}
 FLAGS = vars(tgrpo.parse_args(["--model=", "--data=", "--output="])) | LIMITS | {
     "image_min_pixels": 784, "image_max_pixels": 784}
 
@@ -166,10 +164,6 @@ def rollout_at(step, data):
     return next(row for row in data["rollouts"] if row["step"] == step)
 
 
-def decoded(url):
-    return Image.open(io.BytesIO(base64.b64decode(url.partition(";base64,")[2])))
-
-
 # ------------------------------------------------------------------------- the data of the page
 
 def test_held_out_questions_have_all_their_answers_and_those_that_changed_come_first(
@@ -209,7 +203,7 @@ def test_every_response_has_its_rewards(made):
 
 def test_frames_are_those_of_the_run(made, records):
     row, vision = rollout_at(90, made[0]), load_vision(records["video"], **LIMITS)
-    shown = np.stack([np.asarray(decoded(url)) for url in row["pictures"]])
+    shown = np.stack([np.asarray(picture_of(url)) for url in row["pictures"]])
     assert torch.equal(torch.from_numpy(shown), vision.frames.permute(0, 2, 3, 1))
     assert row["frame_order"] == ORDERS[1]
 
@@ -219,7 +213,7 @@ def test_big_pictures_are_made_small(records, tmp_path):
     write_video(tmp_path / "big.mp4", noise, 2)
     record = records["video"] | {"media_path": f"{tmp_path}/big.mp4"}
     for url in report.pictures(record, [], FLAGS | {"max_pixels": 400 * 784}):
-        assert max(decoded(url).size) == report.FRAME_SIDE and url.startswith("data:image/jpeg;")
+        assert max(picture_of(url).size) == report.FRAME_SIDE and url.startswith("data:image/jpeg;")
         assert len(url) < 30_000  # noise, which JPEG cannot make smaller
 
 

@@ -15,7 +15,7 @@ from safetensors.torch import load_file
 import sft
 import tgrpo as train
 from build_data import InputError, find_model
-from conftest import ROOT, SMALL, break_media, equal_weights, logged, run
+from conftest import ROOT, SMALL, break_media, equal_weights, logged, moved_weights, run
 
 
 def tgrpo(toy, output, *more, data=None):
@@ -107,9 +107,7 @@ def test_grpo_without_reference_or_shuffled_group_on_a_frozen_vision_tower(toy, 
         assert not {"policy/kl", "group/p_tilde", "group/tie_rate", "reward/temporal"} & set(row)
     assert all(row["responses_shuffled"] == [] and row["frame_order"] is None
                for row in logged(tmp_path, "rollouts"))
-    before, after = (load_file(folder / "model.safetensors")
-                     for folder in (toy / "model", tmp_path))
-    moved = {name for name in before if not torch.equal(before[name], after[name])}
+    moved = moved_weights(toy / "model", tmp_path)
     assert moved and not any("visual" in name for name in moved)
 
 
@@ -155,23 +153,6 @@ def test_a_model_that_is_not_there_is_an_error_at_once(tmp_path, monkeypatch, mo
     with pytest.raises(InputError, match=words):
         find_model(model.format(run=tmp_path))
     assert time.perf_counter() - begin < 10
-
-
-@pytest.mark.parametrize("error", [
-    RuntimeError("unexpected pos 64 vs 8"), PermissionError(13, "Permission denied")])
-def test_a_checkpoint_that_cannot_be_written_is_an_error_with_its_reason(
-        tmp_path, monkeypatch, error):
-    """It shows the free space, since torch reports a full disk in other words; no part is left."""
-    def fail(*_, **__):
-        (tmp_path / "checkpoint-1").mkdir()
-        raise error
-    monkeypatch.setattr(sft.shutil, "disk_usage", lambda _: SimpleNamespace(free=4 * 10**7))
-    state = SimpleNamespace(args=SimpleNamespace(output=tmp_path, lora_rank=0), saved=0, skipped=0,
-                            engine=SimpleNamespace(save_checkpoint=fail))
-    with pytest.raises(InputError, match="cannot write .*Older checkpoints are whole") as found:
-        sft.save_checkpoint(state, 1)
-    assert f"checkpoint-1: {error} (0.0 GB free)" in str(found.value)
-    assert not (tmp_path / "checkpoint-1").exists()
 
 
 def test_a_run_prints_its_settings_each_step_and_its_result(toy, tmp_path):

@@ -13,6 +13,7 @@ from deepspeed.utils import safe_get_full_grad
 from conftest import LIMITS  # first, as it finds the scripts
 import sft
 import tgrpo
+from bench import naive_logits
 from build_data import (encode, encode_blank, load_model, load_processor, load_records,
                         load_vision, setup_distributed, token_side, write_whole)
 
@@ -33,6 +34,22 @@ def cases(toy, processor):
         A = torch.randn(5, generator=generator)
         vision = load_vision(record, factor=token_side(processor), **LIMITS)
         yield encode(processor, record, vision), responses, mask, A
+
+
+def backward_naive(model, groups, share):
+    """Adds a share of the sum of the groups' naive gradients to the model's."""
+    for inputs, responses, mask, A in groups:
+        logps = tgrpo.token_logps(naive_logits(model, inputs, responses), responses, 1.0)
+        loss = tgrpo.tgrpo_loss(logps, logps.detach(), None, A, mask, 0.0, 0.2)
+        (loss * share).backward()
+
+
+def difference(model, gradients):
+    """The largest difference of the model's gradients to others, relative to the parameter's."""
+    scale = max(p.grad.abs().max() for p in model.parameters())
+    assert scale > 0
+    return max((gradients[name] - p.grad).norm() / (p.grad.norm() + 1e-3 * scale)
+               for name, p in model.named_parameters())
 
 
 def gradients(toy, out, groups, blank, stage, chunk_size, count, recomputed):
