@@ -329,7 +329,7 @@ def test_exact_and_near_duplicates_go_and_other_questions_stay(tmp_path):
 
 
 def test_a_question_that_was_not_drawn_is_no_duplicate_for_the_next_entry(tmp_path):
-    write(tmp_path / "a.json", [llava(f"{i}.png", "What?", f"text {i}") for i in range(10)])
+    put(tmp_path / "a.json", [llava(f"{i}.png", "What?", f"text {i}") for i in range(10)])
     records, _ = mix(tmp_path, [entry("llava", "a.json", count=count) for count in (4, 9)])
     assert len(records) == 10 and len({r["path"] for r in records}) == 10
 
