@@ -69,6 +69,8 @@ MEASURES = {"ordered": "ordered, %", "shuffled": "shuffled, %", "gap": "gap",
             "order": "needs order, %", "static": "does not, %", "conflict": "conflict, %",
             "agree": "agree, %", "tokens": "tokens", "watch_conflict": "watch, %"}
 COMPARED = ("ordered", "gap", "order", "conflict")  # measures in the tables of differences
+# The same for the tables of how thoughts change in training, see development()
+DEVELOPMENT = {"watch": "watch, %", "d_watch": "d of watch, nats", "d_look": "d of look, nats"}
 ORDERS = ("ordered", "shuffled")
 SUMMARY = "eval/summary.json"  # a finished run's line of the results file, in the run's folder
 # Kinds of questions of build_data.py's toy that need the order of the frames
@@ -203,7 +205,7 @@ def development(rollouts, parts=4) -> dict:
     """Returns how thoughts about a direction change over equal parts of training: {"watch": share
     of "watch" among them in %; "d_watch", "d_look": mean nats that the correct ones lose by another
     order of frames, if the configuration has d}. rollouts: the rows of rollouts.jsonl."""
-    found = {name: [[] for _ in range(parts)] for name in ("watch", "d_watch", "d_look")}
+    found = {name: [[] for _ in range(parts)] for name in DEVELOPMENT}
     last = max(row["step"] for row in rollouts)
     for row in rollouts:
         part = (row["step"] - 1) * parts // last
@@ -281,14 +283,23 @@ def bounds_cell(bounds) -> str:
     return "{:+.1f} [{:+.1f}, {:+.1f}]".format(*bounds)
 
 
+def series_cell(series) -> str:
+    """Returns the means over runs of a measure in each part of training, as text. series: a list of
+    a value, or None, for each part, of each run."""
+    parts = [[value for value in values if value is not None] for values in zip(*series)]
+    return ", ".join(f"{statistics.fmean(values):.1f}" if values else "-" for values in parts)
+
+
 def tables_of(results) -> str:
-    """Returns two tables per setting: the configurations, and their differences to BASE, paired by
-    seed, from two seeds on; then which intervals exclude zero, and what the runs were."""
+    """Returns tables per setting: the configurations; their differences to BASE, paired by seed,
+    from two seeds on; and how thoughts change in training. Then which intervals exclude zero, and
+    what the runs were."""
     runs, parts, compared = results["runs"], [], {}
     for setting, (_, heading) in SETTINGS.items():
         base = by_seed(runs, setting, BASE)
         means = [["configuration", *MEASURES.values(), "training, s", "seeds"]]
         differences = [[f"less `{BASE}`", *map(MEASURES.get, COMPARED), "seeds"]]
+        changes = [["over training, in quarters", *DEVELOPMENT.values()]]
         for name in ["sft", *CONFIGS]:
             found = by_seed(runs, setting, name)
             if not found:
@@ -297,6 +308,9 @@ def tables_of(results) -> str:
                        for measure in MEASURES)
             seconds = min(run["seconds"] for run in found.values())
             means.append([f"`{name}`", *map(cell, columns), f"{seconds:.0f}", len(found)])
+            series = [[run[part] for run in found.values() if part in run] for part in DEVELOPMENT]
+            if any(series):
+                changes.append([f"`{name}`", *map(series_cell, series)])
             both = found.keys() & base.keys()
             if len(both) > 1 and name not in ("sft", BASE):
                 bounds = {(setting, name, measure): interval(
@@ -306,7 +320,8 @@ def tables_of(results) -> str:
                 differences.append([f"`{name}`: {CONFIGS[name][0]}",
                                     *map(bounds_cell, bounds.values()), len(both)])
         if len(means) > 2:  # more than the cold start
-            parts += [f"### {heading}", markdown(means).strip(), markdown(differences).strip()]
+            tables = [means, differences, *([changes] if len(changes) > 1 else [])]
+            parts += [f"### {heading}", *(markdown(table).strip() for table in tables)]
     apart = [f"{setting}, `{name}`, {measure} {bounds_cell(bounds)}"
              for (setting, name, measure), bounds in compared.items()
              if bounds[1] > 0 or bounds[2] < 0]

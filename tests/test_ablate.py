@@ -34,7 +34,8 @@ def test_an_interval_is_students():
 def test_tables_have_means_and_differences_that_are_paired_by_seed_and_setting():
     runs = [entry("grpo", seed, gap=value) for seed, value in enumerate([70, 80, 90])]
     runs += [entry("tgrpo", seed, gap=value) for seed, value in ((2, 93), (0, 71), (1, 82), (9, 0))]
-    runs += [entry("strict", seed, gap=value) for seed, value in enumerate([79, 90, 101])]
+    runs += [entry("strict", seed, gap=value, watch=[value, 50.0], d_watch=[4.0, None],
+                   d_look=[None, None]) for seed, value in enumerate([79, 90, 101])]
     runs += [entry("joint", 0, gap=12.34), entry("sft", 1, "")]
     text = ablate.tables_of({"runs": runs, "versions": {}, "steps": 9, "git_commits": ["c0"]})
     rows = table_rows(text.splitlines())
@@ -45,6 +46,7 @@ def test_tables_have_means_and_differences_that_are_paired_by_seed_and_setting()
     assert found["`joint`"][2] == "12.3 (1 seed)"
     zero = "+0.0 [+0.0, +0.0]"
     assert found["`tgrpo`: T-GRPO as written"] == [zero, "+2.0 [-0.5, +4.5]", zero, zero, "3"]
+    assert found["`strict`"] == ["90.0, 50.0", "4.0, -", "-, -"]  # over training, the last table
     assert "8 comparisons, all of them shown" in text and "0.4 of their 95 % intervals" in text
     assert "Those that do: plain, `strict`, gap +10.0 [+7.5, +12.5]." in text
 
