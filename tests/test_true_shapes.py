@@ -2,7 +2,8 @@
 
 The models have two layers of Qwen2.5-VL's language model, four blocks of its tower, its vocabulary
 and random weights. A pair of the clip's 16 frames is 128 visual tokens. No GPU is needed. A run
-takes 6 to 20 GB of memory and some minutes; pytest's -sv shows how much.
+takes some minutes and 6 to 20 GB of memory; more at 7B under ZeRO-3, and for all weights of 3B by
+tgrpo.py under ZeRO-3. pytest's -sv shows both.
 """
 import json
 import math
