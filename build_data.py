@@ -1643,7 +1643,7 @@ def from_csv(row, path):
     # After an unquoted comma, surplus cells are a list. It has no strip(), so the row is dropped
     row = {name: (cell or "").strip() for name, cell in row.items()}
     options = option_texts({name: row[name] for name in row
-                            if name.startswith("option") or len(name) == 1})
+                            if re.fullmatch("option.*|[a-z]", name)})
     types = ("multiple choice", "numerical", "free-form")
     yield draft(row.get("video") or row.get("image"), row["question"], row["answer"], options,
                 data_type="video" if row.get("video") else "image",
