@@ -154,7 +154,7 @@ def run_all(args):
     seeds = range(args.first_seed, args.first_seed + args.seeds)
     for seed, run in product(seeds, ["sft", *map("/".join, product(args.settings, args.only))]):
         folder = Path(args.out, f"seed{seed}", run)
-        folder.parent.mkdir(parents=True, exist_ok=True)
+        make_folder_of(folder)
         for command, result in steps_of(args, seed, run):
             if not result.exists():
                 call(command, folder.with_name(f"{folder.name}.log"), result)
@@ -308,7 +308,7 @@ def tables_of(results) -> str:
                        for measure in MEASURES)
             seconds = min(run["seconds"] for run in found.values())
             means.append([f"`{name}`", *map(cell, columns), f"{seconds:.0f}", len(found)])
-            series = [[run[part] for run in found.values() if part in run] for part in DEVELOPMENT]
+            series = [[run[key] for run in found.values() if key in run] for key in DEVELOPMENT]
             if any(series):
                 changes.append([f"`{name}`", *map(series_cell, series)])
             both = found.keys() & base.keys()
