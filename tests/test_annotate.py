@@ -11,7 +11,6 @@ import pytest
 import torch
 
 import annotate
-import build_data
 from annotate import ApiError, api_messages, parse_args, reject_reason
 from build_data import InputError, build_messages, load_records, load_vision
 from conftest import (LIMITS, ROOT, Server, cells, logged, picture_of, reply, run, run_here)
@@ -193,14 +192,6 @@ def test_the_key_is_the_environments_without_spaces_and_never_that_of_netrc(
     assert only.headers.get("Authorization") == sent
 
 
-@pytest.mark.parametrize("key", [f"{KEY[:9]}\n{KEY[9:]}", f"{KEY}…"])
-def test_a_key_with_characters_that_no_key_has_is_refused_and_never_shown(monkeypatch, key):
-    monkeypatch.setenv("OPENAI_API_KEY", key)
-    error, requests = request(lambda body, number: reply("a"))
-    assert isinstance(error, InputError) and requests == []
-    assert "OPENAI_API_KEY holds characters" in str(error) and KEY[:9] not in str(error)
-
-
 def test_api_body_goes_over_a_requests_own_keys_and_null_removes_one():
     """A server that returns one response, whatever n is, gets another request and seed."""
     keys = {"max_tokens": None, "max_completion_tokens": 9, "n": None, "temperature": 0.5}
@@ -209,13 +200,6 @@ def test_api_body_goes_over_a_requests_own_keys_and_null_removes_one():
     assert [text for text, *_ in responses] == ["seed 5", "seed 6"]
     assert first.body == {"model": "m", "messages": HI, "seed": 5, "top_p": 0.95,
                           "temperature": 0.5, "max_completion_tokens": 9}
-
-
-def test_a_server_that_is_not_there_is_a_clear_error():
-    with Server() as server:
-        pass
-    with pytest.raises(ApiError, match="3 attempts failed, the last: no whole reply: Connection"):
-        annotate.request_responses(server_flags(server), HI, seed=5)
 
 
 def test_at_most_four_requests_run_at_a_time_and_each_has_its_own_seed():
@@ -421,14 +405,6 @@ def test_a_run_resumes_and_filters_again_and_sft_trains_on_the_result(toy, right
     assert (tmp_path / "sft" / "model.safetensors").exists()
 
 
-def test_a_repeated_problem_id_is_refused(toy, tmp_path):
-    records = json.loads((toy / "train.json").read_text())
-    (tmp_path / "twice.json").write_text(json.dumps(records + records[3:4]))
-    with pytest.raises(InputError, match="2 records have the problem_id 3"):
-        run_here(annotate, "--model", "m", "--data", tmp_path / "twice.json", "--media_root", toy,
-                 "--out", tmp_path / "o.json", "--api_base", "http://x")
-
-
 @pytest.mark.parametrize("fault, attempts, words", [
     ((400, {}, "too long"), 1, "HTTP 400: too long"),
     (choice("content_filter", "<think>"), 2, "finish_reason 'content_filter'")])
@@ -471,29 +447,6 @@ def test_a_limit_takes_the_first_records_and_the_rest_can_follow(toy, right, tmp
     assert requested("--limit", "5") == (5, {*ids[:5]})
     assert requested() == (len(ids) - 5, {*ids}) and requested("--limit", "99")[0] == 0
     assert requested("--limit", "3") == (0, {*ids[:3]})
-
-
-def test_names_of_files_are_no_patterns(tmp_path):
-    with build_data.row_writer(tmp_path / "a[1].rank0.jsonl", 1, {"seed": 0}) as write:
-        write([{"problem_id": 7, "output": ["x"]}])
-    assert list(annotate.read_rows(tmp_path, "a[1]", {"seed": 0})) == ["7"]
-
-
-def test_a_full_disk_ends_the_run_and_keeps_the_answers_that_had_come(
-        toy, right, tmp_path, monkeypatch):
-    """What a disk without room does to a row is in test_build_data.py."""
-    append, rows = build_data.append_rows, []
-
-    def append_seven(file, new):  # the configuration and 6 rows
-        rows.append(new)
-        if len(rows) > 7:
-            raise InputError("no room")
-        append(file, new)
-    monkeypatch.setattr(build_data, "append_rows", append_seven)
-    with Server(right) as server, pytest.raises(InputError, match="no room"):
-        annotate_toy(toy, tmp_path / "cot.json", server)
-    assert not (tmp_path / "cot.json").exists()
-    assert len(logged(tmp_path, "cot.rank0")) == 7
 
 
 def test_killed_in_the_middle_it_loses_no_answer_that_had_come(toy, tmp_path):

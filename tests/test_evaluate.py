@@ -316,5 +316,3 @@ def test_rows_of_another_configuration_are_refused_and_named(toy, tmp_path, monk
     model.rename(later)  # another name says more than a hash
     with pytest.raises(InputError, match=f"It has rows of --model {model}: write to another"):
         evaluated(later)
-    train_a_little_more(later)  # back again
-    evaluated(later)  # the same model elsewhere

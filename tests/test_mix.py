@@ -499,22 +499,6 @@ def test_a_folder_that_cannot_be_is_named_before_the_work(data):
         check(data, "--out", data / "a.json" / "out.json")
 
 
-def test_a_decoder_that_hangs_or_crashes_loses_one_file(data, monkeypatch):
-    real = build_data.load_vision
-
-    def load_vision(record, **limits):
-        if record["path"] == "good.png":
-            os.kill(os.getpid(), 9)
-        if record["path"] == "noise.mp4":
-            time.sleep(60)
-        return real(record, **limits)
-    monkeypatch.setattr(build_data, "load_vision", load_vision)
-    monkeypatch.setattr(build_data, "DECODERS", {})  # its decoders are forked with the above
-    ids, report = check(data, "--decode_timeout", 2)
-    assert ids == [0, 5]
-    assert "decoding took more than 2 seconds" in report and "its decoder died" in report
-
-
 def test_parts_of_one_video_are_checked_one_by_one(data):
     put(data / "a.json", [free_form(0, "good.mp4", video_start=0.0, video_end=4.0),
                             free_form(1, "good.mp4", video_start=90.0, video_end=95.0)])

@@ -265,20 +265,6 @@ def test_100000_characters_of_anything_cost_less_than_a_second(wrap, every, leng
             assert spent < SECONDS * length / LONG, (function.__name__, unit, wrap, spent)
 
 
-def test_100000_digits_are_a_number_only_when_finite():
-    assert rewards.parse_number("9" * LONG) is None
-    assert rewards.parse_number("0." + "3" * LONG) == pytest.approx(1 / 3)
-    assert rewards.parse_number("0" * LONG + "7") == 7.0
-    assert rewards.parse_number("1e" + "9" * LONG) is None
-    assert rewards.parse_number("1e-" + "9" * LONG) == 0.0
-    assert rewards.parse_number("1" + ",000" * 20_000) is None
-
-
-def test_a_word_of_100000_letters_is_a_word():
-    # truth of two words, one of them matched: ROUGE-1 and -L are 1/2, ROUGE-2 is 0
-    assert rewards.free_form("y" * LONG + " cat", "the cat") == pytest.approx(1 / 3)
-
-
 FRAGMENTS = UNITS + [
     "<|endoftext|>", "\u00a0", "\udfff", "\u200d", "0", "5", "12", "1,000", ".5", "1e3", "3/4",
     "1e999", "inf", "nan", "１", "१", "①", "³", "⁻", "%", "€", "−", "，", "×", "km/h", "m2", "**2",

@@ -252,9 +252,3 @@ def test_held_out_files_must_be_there_and_zero_steps_switch_them_off(toy, tmp_pa
         sft.load_held_out(sft.parse_args([*flags, f"--media_root={tmp_path}"]))
     assert sft.load_held_out(sft.parse_args([*flags, "--val_steps=0"])) == []
     assert len(sft.load_held_out(sft.parse_args([*flags, "--val_limit=5"]))) == 5
-
-
-@pytest.mark.parametrize("script", [sft, tgrpo])
-def test_the_toy_validates_in_both_stages(toy, script):
-    args = script.parse_args([f"@{toy}/{script.__name__}.args"])
-    assert sft.load_held_out(args)[:1] == load_records(toy / "test.json", toy)[:1]
