@@ -85,12 +85,6 @@ def test_a_process_that_is_not_one_thought_is_refused_by_number_and_problem_id(
     assert not (tmp_path / "run").exists()
 
 
-def test_a_thought_may_hold_other_brackets_and_lines():
-    for process in (GOOD, f" {GOOD}\n", "<think>\n1 < 2, <b>so</b>\n\nB\n</think>"):
-        assert sft.is_well_formed(sft.target_text(
-            {"process": process, "solution": "<answer>B</answer>"})), process
-
-
 def test_steps_without_a_usable_record_leave_the_weights_alone(toy, tmp_path):
     break_media(toy, "cot", tmp_path / "all.json", "rotten.png")
     run(*command(toy, "sft", tmp_path / "run", 0, "--data", tmp_path / "all.json",
