@@ -129,13 +129,11 @@ def make_variant(out, name) -> Path:
     another copy, since its runs would be mixed with this one's."""
     with tempfile.TemporaryDirectory() as folder:
         shutil.copy(ROOT / "tgrpo.py", folder)
-        # below the ceiling git finds no repository, in whose top folder it would look for tgrpo.py
         done = subprocess.run(
             ["git", "apply", *(DIFFS / f"{diff}.diff" for diff in CONFIGS[name][2])], cwd=folder,
-            env={**os.environ, "GIT_CEILING_DIRECTORIES": tempfile.gettempdir()},
             stderr=subprocess.PIPE, text=True)
         changed = Path(folder, "tgrpo.py").read_text(encoding="utf-8")
-    if done.returncode:
+    if done.returncode or changed == (ROOT / "tgrpo.py").read_text(encoding="utf-8"):
         raise InputError(f"the diffs of {name} do not fit tgrpo.py: {done.stderr}")
     script = Path(out, "variants", name, "tgrpo.py").resolve()
     if script.exists() and script.read_text(encoding="utf-8") != changed:
@@ -166,13 +164,12 @@ def run_all(args):
 
 
 def call(command, log, result):
-    """Runs a command on one thread. Raises InputError if it fails or leaves no result."""
+    """Runs a command on one thread. Raises InputError if it leaves no result, its last file."""
     with log.open("a", encoding="utf-8") as file:
-        status = subprocess.run(
-            [sys.executable, *map(str, command)], stdout=file, stderr=subprocess.STDOUT,
-            env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}).returncode
-    if status or not result.exists():  # a training run that SIGTERM has ended exits with 0
-        raise InputError(f"{command[0]} ended with status {status} and without {result}: see {log}")
+        subprocess.run([sys.executable, *map(str, command)], stdout=file, stderr=subprocess.STDOUT,
+                       env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)})
+    if not result.exists():  # the exit status may be 0, of a training run that SIGTERM has ended
+        raise InputError(f"{command[0]} has not written {result}: see {log}")
 
 
 # ---------------------------------------------------------------------------- results
@@ -259,9 +256,9 @@ def standard_error(values) -> float:
 
 
 def interval(values) -> tuple:
-    """Returns the mean of two or more values, and the bounds of its 95 % interval (Student's t)."""
-    middle = statistics.fmean(values)
-    reach = standard_error(values) * T_95[min(len(values) - 1, len(T_95)) - 1]
+    """Returns the mean of two or more values, and the bounds of its 95 % interval (Student's t; of
+    more than 16 values a little too wide)."""
+    middle, reach = statistics.fmean(values), standard_error(values) * T_95[min(len(values), 16) - 2]
     return middle, middle - reach, middle + reach
 
 
@@ -291,9 +288,8 @@ def series_cell(series) -> str:
 
 
 def tables_of(results) -> str:
-    """Returns tables per setting: the configurations; their differences to BASE, paired by seed,
-    from two seeds on; and how thoughts change in training. Then which intervals exclude zero, and
-    what the runs were."""
+    """Returns tables per setting: the configurations; from two seeds on their differences to BASE;
+    how thoughts change in training. Then which intervals exclude zero, and what the runs were."""
     runs, parts, compared = results["runs"], [], {}
     for setting, (_, heading) in SETTINGS.items():
         base = by_seed(runs, setting, BASE)
@@ -335,11 +331,10 @@ def tables_of(results) -> str:
 
 
 def write_table(args):
-    """Writes the tables of a folder's results files to FOLDER.md, each file below a heading of its
-    name. What stands there above the first such heading stays."""
+    """Writes the tables of a folder's results files into FOLDER.md, each file below a heading of
+    its name. What stands there above the first such heading stays."""
     path = args.results.with_suffix(".md")
-    about = path.read_text(encoding="utf-8").partition("\n## ")[0].strip() if path.exists() else \
-        "# Forms of the temporal reward at toy scale"
+    about = path.read_text(encoding="utf-8").partition("\n## ")[0].strip()
     parts = [f"## {file.stem}\n\n{tables_of(read_file(file))}"
              for file in sorted(args.results.glob("*.json"))]
     write_whole({path: ["\n\n".join([about, *parts]) + "\n"]})

@@ -2,8 +2,6 @@
 import json
 import re
 import shutil
-import subprocess
-import tempfile
 from pathlib import Path
 
 import pytest
@@ -22,13 +20,6 @@ def main(*argv):
 def entry(config, seed, setting="plain", **measures):
     return {"config": config, "setting": setting, "seed": seed, "skipped": 0, "seconds": 50 + seed,
             **dict.fromkeys(ablate.MEASURES, 0.0), **measures}
-
-
-def test_an_interval_is_students():
-    # standard errors 1, 1 / sqrt(7), 1 / sqrt(39); beyond the table its last t, a little too wide
-    for values, reach in (([1, -1], 12.706), ([1, -1] * 4, 2.365 / 7 ** 0.5),
-                          ([1, -1] * 20, 2.131 / 39 ** 0.5)):
-        assert ablate.interval(values) == pytest.approx((0, -reach, reach))
 
 
 def test_tables_have_means_and_differences_that_are_paired_by_seed_and_setting():
@@ -125,19 +116,7 @@ def test_a_configuration_changes_what_it_says_and_nothing_else(tmp_path):
         assert (script == tmp_path / "variants" / name / "tgrpo.py") == (name != "grpo")
 
 
-def test_a_command_that_fails_or_leaves_no_result_ends_the_run_with_its_log(tmp_path):
-    (tmp_path / "script.py").write_text("import sys; print('no luck'); sys.exit(int(sys.argv[1]))")
-    for status in (3, 0):  # as a training run that SIGTERM has ended
-        with pytest.raises(InputError, match=f"script.py ended with status {status} and without .*"
-                                             f"gone: see {tmp_path}/log"):
-            ablate.call([tmp_path / "script.py", status], tmp_path / "log", tmp_path / "gone")
-    assert (tmp_path / "log").read_text() == "no luck\n" * 2
-
-
 def test_a_diff_that_does_not_fit_or_has_changed_is_named(monkeypatch, tmp_path):
-    """Within a repository too, where git would look for tgrpo.py in the top folder."""
-    subprocess.run(["git", "init", "--quiet", tmp_path], check=True)
-    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
     monkeypatch.setattr(ablate, "DIFFS", tmp_path)
     first, second, *_ = (ROOT / "tgrpo.py").read_text().splitlines()
 
