@@ -131,9 +131,10 @@ def make_variant(out, name) -> Path:
         shutil.copy(ROOT / "tgrpo.py", folder)
         done = subprocess.run(
             ["git", "apply", *(DIFFS / f"{diff}.diff" for diff in CONFIGS[name][2])], cwd=folder,
+            env={**os.environ, "GIT_CEILING_DIRECTORIES": tempfile.gettempdir()},  # no repository
             stderr=subprocess.PIPE, text=True)
         changed = Path(folder, "tgrpo.py").read_text(encoding="utf-8")
-    if done.returncode or changed == (ROOT / "tgrpo.py").read_text(encoding="utf-8"):
+    if done.returncode:
         raise InputError(f"the diffs of {name} do not fit tgrpo.py: {done.stderr}")
     script = Path(out, "variants", name, "tgrpo.py").resolve()
     if script.exists() and script.read_text(encoding="utf-8") != changed:
@@ -164,12 +165,13 @@ def run_all(args):
 
 
 def call(command, log, result):
-    """Runs a command on one thread. Raises InputError if it leaves no result, its last file."""
+    """Runs a command on one thread. Raises InputError if it fails or leaves no result."""
     with log.open("a", encoding="utf-8") as file:
-        subprocess.run([sys.executable, *map(str, command)], stdout=file, stderr=subprocess.STDOUT,
-                       env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)})
-    if not result.exists():  # the exit status may be 0, of a training run that SIGTERM has ended
-        raise InputError(f"{command[0]} has not written {result}: see {log}")
+        status = subprocess.run(
+            [sys.executable, *map(str, command)], stdout=file, stderr=subprocess.STDOUT,
+            env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}).returncode
+    if status or not result.exists():  # a training run that SIGTERM has ended exits with 0
+        raise InputError(f"{command[0]} ended with status {status} and without {result}: see {log}")
 
 
 # ---------------------------------------------------------------------------- results
@@ -256,9 +258,9 @@ def standard_error(values) -> float:
 
 
 def interval(values) -> tuple:
-    """Returns the mean of two or more values, and the bounds of its 95 % interval (Student's t; of
-    more than 16 values a little too wide)."""
-    middle, reach = statistics.fmean(values), standard_error(values) * T_95[min(len(values), 16) - 2]
+    """Returns the mean of two or more values, and the bounds of its 95 % interval (Student's t)."""
+    middle = statistics.fmean(values)
+    reach = standard_error(values) * T_95[min(len(values) - 1, len(T_95)) - 1]
     return middle, middle - reach, middle + reach
 
 
@@ -334,10 +336,10 @@ def write_table(args):
     """Writes the tables of a folder's results files into FOLDER.md, each file below a heading of
     its name. What stands there above the first such heading stays."""
     path = args.results.with_suffix(".md")
-    about = path.read_text(encoding="utf-8").partition("\n## ")[0].strip()
+    about = path.read_text(encoding="utf-8") if path.exists() else "# Forms of the temporal reward"
     parts = [f"## {file.stem}\n\n{tables_of(read_file(file))}"
              for file in sorted(args.results.glob("*.json"))]
-    write_whole({path: ["\n\n".join([about, *parts]) + "\n"]})
+    write_whole({path: ["\n\n".join([about.partition("\n## ")[0].strip(), *parts]) + "\n"]})
     print(path)
 
 

@@ -388,6 +388,18 @@ def test_the_browser_shows_both_groups_of_a_rollout(made, seen):
 
 
 @in_a_browser
+def test_the_browser_shows_what_is_special_about_a_rollout(seen):
+    image, fork, absent = (seen[1][f"Training step {step}"] for step in (3, 5, 6))
+    assert len(image.all("img")) == 1 and len(image.texts("h3")) == 1
+    assert "No second group: images, and runs with alpha 0, have none." in image.texts("p")
+    assert fork.texts("video") == ["12345678", "66"]
+    for details in fork.all("details"):  # a long response is folded
+        assert ("open" in details) == ("x" * 5000 not in details["text"])
+    assert any(text.startswith("The video cannot be shown:") for text in absent.texts("p"))
+    assert "The input of the second group is not in rollouts.jsonl." in absent.texts("p")
+
+
+@in_a_browser
 def test_in_a_browser_hostile_text_is_shown_to_the_letter_and_does_nothing(hostile, tmp_path):
     reported(hostile)
     page, sections = shown(hostile, tmp_path)
