@@ -56,8 +56,7 @@ CONFIGS = {
                  ["likelihood", "reversed"]),
     "opposite_centred": ("likelihood, alpha 1, against reversed frames, centred", "--alpha 1",
                          ["likelihood", "likelihood/centred", "reversed"]),
-    "unscaled": ("as opposite_centred, unscaled advantages",
-                 "--alpha 1 --scale_advantages none",
+    "unscaled": ("as opposite_centred, unscaled advantages", "--alpha 1 --scale_advantages none",
                  ["likelihood", "likelihood/centred", "reversed"])}
 BASE = "grpo"  # every other configuration is compared with it
 # name: suffix of the folder with the training questions, description

@@ -149,5 +149,6 @@ def test_the_readmes_figures_of_the_ablations_stand_in_the_tables():
     assert len(figures) == 4 + 6 + 2 and [each for each in figures if each not in tables] == []
     runs = json.loads((ROOT / "tests/ablations/claim.json").read_text())["runs"]
     for mark, config in (("bar", "unscaled"), ("line", "grpo")):
-        bars = [f"{run['conflict']:.0f}" for run in ablate.by_seed(runs, "shortcut", config).values()]
-        assert f"{mark} [{', '.join(bars)}]" in section, config
+        rows = ablate.by_seed(runs, "shortcut", config).values()
+        conflict = ", ".join(f"{row['conflict']:.0f}" for row in rows)
+        assert f"{mark} [{conflict}]" in section, config
