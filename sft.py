@@ -65,8 +65,6 @@ def parse_args(argv=None):
         help="records per micro-batch on each rank")
     add("--gradient_accumulation_steps", type=above(0, int), default=2,
         help="micro-batches per step")
-    add("--gradient_checkpointing", action=argparse.BooleanOptionalAction, default=False,
-        help="recompute activations in the backward pass to save memory")
     add("--val_max_new_tokens", type=above(0, int), default=768,
         help="maximum tokens of a response to a held-out question")
     add_run_flags(add, lr_schedule="cosine", save_steps=500)
@@ -256,6 +254,8 @@ def add_run_flags(add, lr_schedule, save_steps):
     add("--weight_decay", type=at_least(0, float), default=0.01, help="weight decay of AdamW")
     add("--max_grad_norm", type=at_least(0, float), default=5.0,
         help="gradients are clipped to this norm")
+    add("--gradient_checkpointing", action="store_true",
+        help="recompute activations in the backward pass to save memory")
     # adapters
     add("--lora_rank", type=at_least(0, int), default=0,
         help="rank of adapters (LoRA), trained instead of all weights, with 10 to 100 times the "
@@ -371,6 +371,9 @@ def open_run(args, records, parse_args, per_step) -> Run:
               per_step, held_out)
     require_equal_ranks(run)
     run.first_step = run.saved = open_output(run)
+    if args.max_steps < run.first_step:
+        raise InputError(f"--max_steps {args.max_steps} is below the newest checkpoint's step: use "
+                         f"{run.first_step}, which writes its model, or more")
     model = (Path(args.output) / "config.json").exists()
     if run.first_step or model:
         check_identity(run, vars(parse_args(["--model=", "--data=", "--output="])))
@@ -528,6 +531,7 @@ def start_engine(run, model):
             raise InputError(f"cannot load {output / tag}: {error!r}. If it is damaged, remove it: "
                              "--resume then continues from the checkpoint before") from None
     if run.rank == 0:
+        (output / "config.json").unlink(missing_ok=True)  # a longer run: its model is not yet made
         for path in (output / f"{name}.jsonl" for name in LOGS):
             if path.exists():
                 trim_log(path, run.first_step)
@@ -694,7 +698,7 @@ def validate(run, processor, respond, step, metrics):
             rows.append(grade_held_out(metrics, sample["record"], responses) if responses else None)
     run.engine.module.train()
     note(metrics, "val/skipped", [rows.count(None)], count=int(run.rank == 0))  # a sum, not a mean
-    in_order = chain(*zip_longest(*gather_objects(rows)))  # as in --val_data
+    in_order = chain(*zip_longest(*gather_objects(rows)))  # the same for any number of ranks
     if run.rank == 0:
         write_lines(run, step - 1, "validation", [row for row in in_order if row])
     lap(run, metrics, "validation")

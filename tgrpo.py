@@ -25,7 +25,6 @@ from functools import partial
 import torch
 import torch.nn.functional as F
 from torch.utils.checkpoint import checkpoint
-from tqdm import tqdm
 from transformers import AutoConfig, AutoModelForImageTextToText
 from transformers.cache_utils import (Cache, DynamicLayer, StaticCache,
                                       get_layer_types_and_kwargs)
@@ -86,8 +85,6 @@ def parse_args(argv=None):
     add("--chunk_size", type=above(0, int), default=2,
         help="responses per forward and backward pass; more are faster and take more memory")
     add("--freeze_vision", action="store_true", help="train the language model only")
-    add("--gradient_checkpointing", action="store_true",
-        help="recompute activations in the backward pass to save memory")
     add("--max_steps", type=above(0, int), default=1000, help="steps of the run, one rollout each")
     add("--rollout_steps", type=above(0, int), default=10,
         help="write responses to rollouts.jsonl every N steps")
@@ -625,7 +622,7 @@ def update(run, step, reference, groups, blank, metrics):
     # without KL term and advantages a group has no gradient: the blank one is cheaper
     moving = [group for group in groups if args.beta or group["A"].any()]
     note(metrics, "update/saved_share", [float(len(groups) - len(moving))], count=len(groups))
-    note(metrics, "optim/loss", [0.0] * (len(groups) - len(moving)))
+    note(metrics, "optim/loss", [0.0] * (len(groups) - len(moving)) * args.updates_per_rollout)
     groups = moving + [blank] * (args.prompts_per_rank - len(moving))
     for group in groups:
         group["A"], group["old"] = group["A"].to(run.device), torch.zeros_like(group["mask"])
@@ -646,7 +643,7 @@ def update(run, step, reference, groups, blank, metrics):
                 loss = group_loss(group, rows, logps, args)
                 if group is blank:
                     return 0.0 * loss
-                note_policy(metrics, group, rows, logps.detach(), entropy, args)
+                note_policy(metrics, group, rows, logps.detach(), entropy, u, args.epsilon)
                 note(metrics, "optim/loss", [loss.item()], count=len(rows) / args.G)
                 return loss * run.world / total  # DeepSpeed averages over ranks
 
@@ -666,14 +663,15 @@ def group_loss(group, rows, logps, args):
                       args.beta, args.epsilon, group["weights"][part])
 
 
-def note_policy(metrics, group, rows, logps, entropy, args):
-    """Notes per-token metrics of the chunk responses[rows], from its logps and entropy (n, L)."""
+def note_policy(metrics, group, rows, logps, entropy, u, epsilon):
+    """Notes per-token metrics of the chunk responses[rows] in a rollout's update u, from 0: of its
+    logps and entropy (n, L)."""
     part = rows, slice(logps.shape[1])
     inside, A = group["mask"][part].bool(), group["A"][rows, None]  # (n, L), (n, 1)
     note(metrics, "policy/entropy", entropy[inside].tolist())
-    if args.updates_per_rollout > 1:  # else the ratio is 1
+    if u > 0:  # in the first update the ratio is 1
         ratio = policy_ratio(logps, group["old"][part], group["mask"][part])  # (n, L)
-        clipped = torch.where(A > 0, ratio > 1 + args.epsilon, ratio < 1 - args.epsilon) & (A != 0)
+        clipped = torch.where(A > 0, ratio > 1 + epsilon, ratio < 1 - epsilon) & (A != 0)
         note(metrics, "policy/clip_rate", clipped[inside].tolist())
         note(metrics, "policy/ratio_max", ratio[inside].tolist())
     if group["ref"] is not None:
@@ -721,7 +719,7 @@ def print_question(group, step):
              f"{brief(record['problem'] + options)} {brief(record['solution'])}", shares]
     for word, i in (("best", R.argmax()), ("worst", R.argmin())):
         lines.append(f"{word}: R {R[i]:.2f}, A {group['A'][i]:.2f}  {brief(group['texts'][i])}")
-    tqdm.write("\n  ".join(lines))
+    print("\n  ".join(lines))
 
 
 def brief(text, most=300):

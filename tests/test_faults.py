@@ -130,6 +130,18 @@ def test_a_signal_ends_the_run_after_its_step_with_a_checkpoint_and_a_hint(
     same_run(whole_run(script, 0, 0), output)
 
 
+def test_a_longer_run_that_is_stopped_in_its_last_step_makes_its_model(toy, tmp_path, whole_run):
+    """Until then its folder holds none: the shorter run's is not taken for it."""
+    shorter, output = whole_run("tgrpo", 0, 0), tmp_path / "run"
+    shutil.copytree(shorter, output)
+    longer = ["--resume", "--max_steps=6"]  # from checkpoint-4
+    run(*command(toy, "tgrpo", output, 0, *longer, fault="term:rollout:2"))
+    assert (output / "latest").read_text() == "checkpoint-6"
+    assert not (output / "config.json").exists()
+    assert "the model after 6 steps" in run(*command(toy, "tgrpo", output, 0, *longer)).stdout
+    assert not equal_weights(shorter, output)
+
+
 def test_a_second_ctrl_c_ends_a_run_at_once(toy, tmp_path):
     """Struck twice within a step that would take 1000 seconds more."""
     result = run(*command(toy, "tgrpo", tmp_path / "run", 0, fault="twice:rollout:1"), check=False,

@@ -183,6 +183,7 @@ def test_a_run_prints_its_settings_each_step_and_its_result(toy, tmp_path):
 def test_groups_without_a_gradient_are_skipped_and_the_weights_are_the_same(toy, tmp_path):
     """At --beta 0 a group with equal rewards is skipped; compared with a run that skips none."""
     flags = ["--beta", 0, "--max_steps", 3, "--prompts_per_rank", 4, "--max_new_tokens", 6,
+             "--updates_per_rollout", 2,
              "--deepspeed_config", toy / "ds_zero0.json"]
     all_of_them = tmp_path / "all.py"
     all_of_them.write_text(
@@ -245,6 +246,8 @@ def test_a_finished_run_is_not_trained_again(tmp_path, capsys, opened):
     with (output / "metrics.jsonl").open("a") as file:
         file.writelines(f'{{"step": {step}}}\n' for step in range(1, 5))
     assert opened(*longer).first_step == 2
+    with pytest.raises(InputError, match="--max_steps 1 is below .*: use 2, which writes its"):
+        opened("--resume", "--max_steps", "1")
     (output / "checkpoint-2").rmdir()
     (output / "latest").unlink()
     with pytest.raises(SystemExit) as end:

@@ -222,17 +222,17 @@ def test_a_token_is_clipped_where_its_gradient_is_cut_off(monkeypatch):
     A, ratio = torch.tensor([1.0, 1.0, 0.0, -1.0]), torch.tensor([1.3, 0.5, 0.5, 0.7])
     metrics, zeros = {}, torch.zeros(4, 1)
     group = {"mask": zeros + 1, "A": A, "old": zeros, "ref": None}
-    logps, args = ratio.log()[:, None], SimpleNamespace(epsilon=0.2, updates_per_rollout=2)
-    tgrpo.note_policy(metrics, group, torch.arange(4), logps, zeros, args)
+    chunk = group, torch.arange(4), ratio.log()[:, None], zeros
+    tgrpo.note_policy(metrics, *chunk, u=1, epsilon=0.2)
     assert metrics["policy/clip_rate"] == (2, 4)
     assert metrics["policy/ratio_max"] == (pytest.approx(1.3), 1)
     # the ratio of the loss, whatever that is: a fork changes one function
     monkeypatch.setattr(tgrpo, "policy_ratio", lambda logps, *_: 2 * torch.ones_like(logps))
-    tgrpo.note_policy(metrics, group, torch.arange(4), logps, zeros, args)
+    tgrpo.note_policy(metrics, *chunk, u=1, epsilon=0.2)
     assert metrics["policy/ratio_max"] == (2, 1)
-    # with one update it is 1, and the clip never acts: nothing is logged
-    metrics, args.updates_per_rollout = {}, 1
-    tgrpo.note_policy(metrics, group, torch.arange(4), logps, zeros, args)
+    # in the first update it is 1, and the clip never acts: nothing is logged
+    metrics = {}
+    tgrpo.note_policy(metrics, *chunk, u=0, epsilon=0.2)
     assert metrics.keys() == {"policy/entropy"}
 
 
