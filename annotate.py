@@ -76,7 +76,7 @@ VIDEO = r"(?:(?:the|this|any|your) )?(?:video|image|clip|picture|frame)s?\b"
 VIEW = rf"(?:\w+ly )?(?:see|view|watch|access|open|process) {VIDEO}"
 REFUSAL = re.compile("|".join([
     r"\bi(?:'m| am) sorry|\bi apologi[sz]e\b|\bmy apologies|\bi (?:can't|cannot) assist\b",
-    r"\bas an ai,|\b(?:language|text-based) model\b",
+    r"\bas an ai,|\b(?:i(?:'m| am)|as) (?:\w+ )?an? (?:\w+ ){0,3}(?:language|text-based) model\b",
     rf"\bi (?:can't|cannot|couldn't|could not) {VIEW}",
     rf"(?:\bunable|\bnot able|n't able|\bno way|\bthe ability) to {VIEW}",
     rf"\b(?:i (?:don't|do not) (?:\w+ )?have|without) access to {VIDEO}",
@@ -145,8 +145,9 @@ def ngrams(text):
     return list(zip(*(words[i:] for i in range(NGRAM))))
 
 
-INSTRUCTIONS = {ngram for suffix in ANSWER_SUFFIX.values()
-                for ngram in ngrams(TEMPLATE.replace("{question}", "") + suffix)}
+# without 'oh, I see' and the other quoted expressions, which a thought is to use
+INSTRUCTIONS = {ngram for suffix in ANSWER_SUFFIX.values() for ngram in
+                ngrams(without_quotations(TEMPLATE.replace("{question}", "")) + suffix)}
 
 
 def repetition(text):

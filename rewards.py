@@ -13,8 +13,9 @@ A trainer adds the format reward, {0, 1}, and the length reward, {0, omega} (Eq.
 reward (Eq. 1, 2) compares two groups of responses, so it is in tgrpo.py.
 
 Letters and numbers are parsed by patterns that must match the whole text. "(b)" and "**Option B**"
-are B, "about 5 cm" is 5; "A or B", "not B", "5 - x" and "more than 5" are rejected. Solutions are
-parsed in the same way. No text raises an error, and 100,000 characters take less than 1 s.
+are B, "about 5 cm" is 5; "A or B", "not B", "5 - x" and "more than 5" are rejected. Units are not
+compared. Solutions are parsed in the same way. No text raises an error, and 100,000 characters
+take less than 1 s.
 """
 
 import math
@@ -94,6 +95,7 @@ SPELLINGS = [(re.compile(pattern), spelling) for pattern, spelling in (
     (r"(?<=[\d}])(?=\\[a-z]?frac)", " "),                                   # "1\frac12" is 1 1/2
     (rf"\\[a-z]?frac{ARGUMENT}{ARGUMENT}", r"\1\2/\3\4 "), (r"\\over(?![a-z])", "/"),
     (r"\\(?:times|cdot)(?![a-z])", "×"), (r"\^?\{?\\(?:circ|degree)(?![a-z])", "°"),
+    (r"\\approx(?![a-z])", "≈"), (r"(?<=[\d{])~(?=[A-Za-z])", " "),           # "\mathrm{~cm}"
     (r"(?<=\w)\*\*(?=[-\d])", "^"), (r"([_^]) ?[({] ?([-+]?\d+) ?[)}]", r"\1\2 "),  # "m**2"
     (rf"(?<![^\s(\[{{:$])[{MARKER}]+(?=[^\s{MARKER}])"                      # markdown, quotes
      rf"|(?<=[^\s{MARKER}])[{MARKER}]+(?![^\s.,;:!?)\]}}$])", ""),
@@ -190,8 +192,8 @@ def choice_letter(text, options=()):
 
     It may be a letter, with markup or a lead-in ("(b)", "**Option B**", "The answer is: B"), or an
     option's text, with or without its letter. It may also be a letter before other text ("B) a
-    puppy"). The other text must not hold a second letter or another option's text, begin with a
-    verdict ("B) is wrong") or be a question. "A" is option A even if another option's text is "A".
+    puppy"). The other text must not hold a second letter, be another option's text or a question,
+    or begin with a verdict ("B) is wrong"). "A" is option A even if another option's text is "A".
 
     >>> options = ["A. cat", "B. a dog"]
     >>> [choice_letter(t, options) for t in ("(b)", "A dog", "A bird", "A. a dog", "A or B", "C")]
@@ -210,7 +212,8 @@ def choice_letter(text, options=()):
         return named
     if not match or (bodies and letter not in bodies):
         return ""
-    rest = (match["rest"] or "").lstrip().removeprefix(plain(bodies.get(letter, "")))
+    own = re.escape(plain(bodies.get(letter, "")).rstrip(". "))  # "No" is B's own: no verdict
+    rest = re.sub(rf"\A{own}(?!\w)", "", (match["rest"] or "").lstrip(), flags=re.IGNORECASE)
     letters = set(bodies or ascii_uppercase) - {letter}  # the "m" of "B. 5 m" is no option
     second = letters & {found.upper() for found in SECOND.findall(rest)}
     doubt = second or VERDICT.match(rest) or rest.endswith("?")
@@ -245,7 +248,7 @@ NUMBER = re.compile(rf"""
             (?:[ ]of[ ]{THING})?(?:[ ](?:is|are|was|were|-))?   # "Age - 5" is 5, "Age: -5" is -5
           | [a-zα-ω](?:_?\w)?[ ]?(?==)                          # "x_1 ="
           | (?:it|that|there)(?:'s|[ ](?:is|are|was|were)) | (?:I|we)[ ](?:see|saw|count)
-          | (?:正确)?答案是? | 结果是? | [总一]?共有? | [是为有])
+          | (?:正确)?答案[是为]? | 结果是? | [总一]?共有? | [是为有])
         (?:[ ]?[:=]\s?|\s|(?<=[\u4e00-\u9fff])))?
     (?:(?:about|around|approximately|roughly|exactly|only|just)[ ] | 大?约 | [=~≈][ ]?)?
     (?P<sign>[-+] | (?:minus|negative)[ ] | [负負])?             # sign
@@ -255,7 +258,7 @@ NUMBER = re.compile(rf"""
           | \d+(?:\.\d*)? | \.\d+)
         (?:(?:e | [ ]?[x×*][ ]?10\^)(?P<exponent>[-+]?\d+))?    # "1e3", "1.5 x 10^3"
       | 10\^(?P<power>[-+]?\d+))
-    (?: % | °[CF]? | [ ]?[$€£¥₹₩] | [ ]{THING}                  # what is measured or counted
+    (?: % | °[ ]?[CF]? | [ ]?[$€£¥₹₩] | [ ]{THING}                  # what is measured or counted
       | [ ]?[个只辆人名位条张本块次步米秒天年岁度元克升] | [ ]?(?:[千厘毫]米|公[里斤]|千克|分钟|小时)
       | [ ]?{UNIT}(?:(?:[ ]?/[ ]?|[ ]per[ ]|[ ×]){UNIT}){{0,2}}(?:[ ](?:long|wide|high|tall|old))?)?
     [ ]?\.?""", re.VERBOSE | re.IGNORECASE)

@@ -630,7 +630,7 @@ def load_questions(run, processor, records, example, positions, together):
 
 def start_questions(run, processor, records, example):
     """Starts data workers. Returns an iterator over this rank's questions of all steps. Must be
-    called before the model is loaded: a forked worker would share, and then copy, its memory."""
+    called before the model is loaded: a lasting worker would share, and then copy, its memory."""
     positions = [(step * run.world + run.rank) * run.per_step + i
                  for step in range(run.first_step, run.args.max_steps) for i in range(run.per_step)]
     return load_questions(run, processor, records, example, positions, run.per_step)

@@ -274,6 +274,7 @@ def thought(text, answer="B"):
 @pytest.mark.parametrize("reason, response, record", [
     (None, GOOD.format("B"), CHOICE), (None, GOOD.format("3.0"), NUMBER),
     (None, GOOD.format("A red block moves right"), TEXT),
+    (None, thought("Hmm, let me think. Oh, I see! Let's break it down: it starts left."), CHOICE),
     ("format", "Sure! " + GOOD.format("B"), CHOICE),
     ("answer", GOOD.format("left or right"), CHOICE), ("answer", GOOD.format("3 or 4"), NUMBER),
     ("answer", GOOD.format(" "), TEXT), ("accuracy", GOOD.format("A"), CHOICE),
@@ -297,7 +298,7 @@ def test_a_thought_that_says_it_cannot_see_or_help_is_a_refusal(said):
 
 
 @pytest.mark.parametrize("said", ANSWERS["no refusal"])
-def test_what_somebody_in_the_video_says_or_cannot_do_is_no_refusal(said):
+def test_what_a_video_shows_or_somebody_in_it_says_or_cannot_do_is_no_refusal(said):
     assert judge(thought(said + LOOK), CHOICE, "--min_language", "0") is None
 
 
