@@ -419,8 +419,8 @@ def read_rows(output, stem, configuration):
     free, rows = {"model"} if "model_sha256" in configuration else (), {}
     for path in sorted(Path(output).glob(f"{escape(stem)}.rank*.jsonl")):
         first, *others = whole_rows(path) or [configuration]
-        require_same(path, first, configuration, f"It has rows of --model {first.get('model')}: "
-                     "write to another place", free)
+        require_same(path, first, configuration, f"It is of --model {first.get('model')}: write to "
+                     "another place, or remove it", free)
         for row in others:
             if "output" not in rows.get(str(row["problem_id"]), {}):
                 rows[str(row["problem_id"])] = row
@@ -515,12 +515,12 @@ def request_responses(args, messages, seed):
         except MALFORMED_REPLY as error:
             reason = f"{type(error).__name__}: {error}"
         message = ERROR_MESSAGE.search(text)
-        reason = f"{reason}: {message[1] if message else text}"[:ERROR_SHOWN].rstrip(": ")
+        reason = f"{reason}: {message[1] if message else text}"[:ERROR_SHOWN].rstrip(". :")
         seconds = int(header) if re.fullmatch(r"\d{1,9}", header) else 0
         reason += f" (Retry-After: {seconds})" if seconds else ""
         if status in FATAL_STATUS or seconds > LONGEST_PAUSE:
-            raise InputError(f"{url} refuses model {args.model}: {reason}. Check --api_base and "
-                             f"{KEY_VARIABLE}, or repeat the command later: it resumes")
+            raise InputError(f"{url} refuses model {args.model}: {reason}. Check --model, --api_base "
+                             f"and {KEY_VARIABLE}, or repeat the command later: it resumes")
         if status in NO_RETRY_STATUS:
             raise Refused(f"{url}: {reason}")
         pause = min(max(seconds, FIRST_PAUSE * 2**failures), LONGEST_PAUSE)

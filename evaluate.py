@@ -28,7 +28,7 @@ released eval_*.json, or the output of `build_data.py convert`. Scores:
 
 Each has a 95 % interval by bootstrap over images and videos, because questions share them
 (Vinoground's pair scores: over pairs). Questions with an unreadable file are skipped and listed.
-Every score is printed with the number of records answered.
+Every score is printed with the number of records answered; beside others, that of ordered frames.
 
 --order changes the frames, to show what a score depends on: the order of frames (shuffled,
 reversed), motion (single_frame repeats the middle frame) or pixels (blind makes frames grey).
@@ -458,8 +458,17 @@ def comparison(folders):
                              cell(ordered.get("score")), cell(shuffled.get("score")),
                              cell(shuffled.get("drop"))])
                 name = ""  # printed in the first folder's row only
+        for (first, _), (other, _) in zip(pairs[:-1], pairs[1:]):
+            lines += [line for line in other_settings(first, other)
+                      if not line.startswith("model")]  # the table names the models
         lines += markdown(rows).splitlines() + hidden
     return lines
+
+
+def other_settings(a, b):
+    """Returns a line for each setting of result a that differs in result b."""
+    return [f"{key} differs: {str(a['configuration'].get(key))[:60]} | {str(value)[:60]}"
+            for key, value in b["configuration"].items() if a["configuration"].get(key) != value]
 
 
 def difference(a, b):
@@ -471,8 +480,7 @@ def difference(a, b):
     old, new = ([rows[key] for key in before if key in after] for rows in (before, after))
     if not old:
         raise InputError("the results have no question in common: give two of the same records")
-    lines = [f"{key} differs: {str(a['configuration'].get(key))[:60]} | {str(value)[:60]}"
-             for key, value in b["configuration"].items() if a["configuration"].get(key) != value]
+    lines = other_settings(a, b)
     # b's rows stand for ordered ones, so that the "drop" of a's rows is b - a
     overalls = BENCHMARKS.get(a["benchmark"], RECORDS).overalls
     of_a, of_b = (score(rows, rows, a["arguments"]["seed"], overalls, new) for rows in (old, new))
@@ -664,7 +672,8 @@ def verdicts(generator, configuration, stem, prompt, rows):
     configuration = configuration | {"records_sha256": hash_of(records)}
     replies = collect_responses(generator, generator.args.output, stem, records, configuration,
                                 partial(judge_prompt_of, generator.processor), row_of)
-    found = {key: verdict(row["output"]) for key, row in replies.items() if "output" in row}
+    found = {key: verdict(row["output"]) for key, row in replies.items()
+             if "output" in row and not row["truncated"]}  # a part of a thought is no verdict
     return {key: value for key, value in found.items() if value is not None}
 
 

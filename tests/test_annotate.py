@@ -149,7 +149,7 @@ def test_a_redirect_or_a_wrong_key_ends_the_run_and_a_redirect_is_not_followed(s
         error, requests = request(lambda body, number: (status, headers, ""))
     assert isinstance(error, InputError) and len(requests) == 1 and other.requests == []
     place = f": {other.base}" if headers else ""
-    assert f"refuses model m: HTTP {status}{place}. Check --api_base" in str(error)
+    assert f"refuses model m: HTTP {status}{place}. Check --model, --api_base" in str(error)
 
 
 def test_retry_after_is_honoured_in_seconds_and_printed_once(pauses, capsys):

@@ -329,7 +329,7 @@ def results_folder(folder, model, **answers):
         rows = answered(records, letters)
         put(folder / f"toy_8_{order}.json", result_of(
             rows, order=order, scores=evaluate.score(records, rows, 0, ordered=ordered),
-            arguments={"model": model, "seed": 0}))
+            arguments={"model": model, "seed": 0}, configuration={"model": model, "fps": len(model)}))
         ordered = rows
     return str(folder)
 
@@ -338,8 +338,8 @@ def test_two_folders_are_compared_in_one_table_of_ordered_shuffled_and_gap(tmp_p
     folders = [results_folder(tmp_path / "a", "toy/sft", ordered="BBAA", shuffled="BABA"),
                results_folder(tmp_path / "b", "toy/tgrpo", ordered="AAAB", shuffled="ABBB")]
     run_here(evaluate, "--diff", *folders)
-    lines = capsys.readouterr().out.splitlines()
-    assert len({len(line) for line in lines}) == 1
+    settings, *lines = capsys.readouterr().out.splitlines()
+    assert settings == "fps differs: 7 | 9" and len({len(line) for line in lines}) == 1
     head, *rows = table_rows(lines)
     assert head == ["toy_8: score, %", "answered", "model", "ordered", "shuffled", "gap"]
     assert [row[:3] for row in rows] == [
@@ -412,8 +412,8 @@ def test_the_judge_gives_the_share_of_temporal_responses_among_questions_that_ne
 
     def answer(body, number):
         text = body["messages"][0]["content"][0]["text"]
-        if "Response:" not in text:  # three of four questions need it; one is undecided
-            return reply("Perhaps" if "Which 3?" in text else "Yes.")
+        if "Response:" not in text:  # three of four questions need it; one reply is cut off
+            return reply("<think>No", finish="length") if "Which 3?" in text else reply("Yes.")
         return reply("No" if "Which 1?" in text else "**yes**")
     server.answer = answer
     more = ["--judge", path, "--output", tmp_path / "judged", *server.flags]

@@ -314,5 +314,5 @@ def test_rows_of_another_configuration_are_refused_and_named(toy, tmp_path, monk
     with pytest.raises(InputError, match="model_sha256 was .*, is "):
         evaluated(model)
     model.rename(later)  # another name says more than a hash
-    with pytest.raises(InputError, match=f"It has rows of --model {model}: write to another"):
+    with pytest.raises(InputError, match=f"It is of --model {model}: write to another"):
         evaluated(later)
