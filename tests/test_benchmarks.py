@@ -329,7 +329,8 @@ def results_folder(folder, model, **answers):
         rows = answered(records, letters)
         put(folder / f"toy_8_{order}.json", result_of(
             rows, order=order, scores=evaluate.score(records, rows, 0, ordered=ordered),
-            arguments={"model": model, "seed": 0}, configuration={"model": model, "fps": len(model)}))
+            arguments={"model": model, "seed": 0},
+            configuration={"model": model, "fps": len(model)}))
         ordered = rows
     return str(folder)
 
