@@ -307,6 +307,7 @@ def test_a_schedule_that_decays_to_the_end_binds_the_end(tmp_path, opened, sched
     flags = ["--resume", "--lr_schedule", schedule]
     left_off(tmp_path / "run", opened(*flags))
     assert opened(*flags).first_step == 2
+    assert opened(*flags, "--max_steps", "2").first_step == 2  # only writes the checkpoint's model
     refused = pytest.raises(InputError, match="--max_steps was 1000, is 2000")
     with refused if bound else nullcontext():
         assert opened(*flags, "--max_steps", "2000").first_step == 2
