@@ -1958,7 +1958,7 @@ def make_record(found, entry, folder="") -> dict:
     path = os.path.normpath(os.path.join(media, found["file"]))
     options = lettered(found["options"])
     kind = found.get("problem_type") or wanted_type(answer, options, wanted)
-    measure = MEASURE.fullmatch(answer)
+    measure = MEASURE.fullmatch(answer)  # an answer with one number, which is read whole
     if (measure and parse_number(measure[1]) is not None and "regression" in wanted
             and not (options or "problem_type" in found)):
         answer, unit = measure.groups()  # only the number is graded: the question gives the unit

@@ -177,14 +177,13 @@ def test_what_a_release_would_not_have_is_refused_by_name(claim, tmp_path):
 
 
 def test_what_is_no_release_is_refused_by_name(tmp_path, monkeypatch):
-    put(tmp_path / "yes_no.json", [])
-    for path in (tmp_path, tmp_path / "yes_no.json"):  # a file's place does not show its release's
-        with pytest.raises(InputError, match="has no questions/.* of TempCompass: give its folder"):
-            converted("tempcompass", path, tmp_path / "a.json")
+    put(tmp_path / "videomme/test.parquet", "")
+    for path in (tmp_path, tmp_path / "videomme/test.parquet"):  # of a file, the root is unknown
+        with pytest.raises(InputError, match="has no test.jsonl .* of VSI-Bench: give its folder"):
+            converted("vsibench", path, tmp_path / "a.json")
     with pytest.raises(InputError, match="build_data.py convert mvbench .* --out mvbench.json"):
         read("mvbench", tmp_path)
     monkeypatch.setitem(sys.modules, "pyarrow", None)  # as if it were not installed
-    put(tmp_path / "videomme/test.parquet", "")
     with pytest.raises(InputError, match="needs the package pyarrow"):
         converted("videomme", tmp_path, tmp_path / "a.json")
 

@@ -172,12 +172,11 @@ def test_the_options_of_a_hundred_thousand_characters_are_found_within_a_second(
 
 
 def test_released_video_r1_records_come_through_unchanged(tmp_path):
-    record = {"problem_id": 7, "problem": "Which?", "data_type": "video", "problem_type":
-              "multiple choice", "options": ["A. all of these", "B. no"], "data_source": "STAR",
-              "solution": "<answer>B</answer>", "path": "./STAR/7.mp4"}
+    record = {"problem_id": 7, "problem": "Which?", "data_type": "video", "path": "./STAR/7.mp4",
+              "problem_type": "multiple choice", "options": ["A. A. Lee", "B. B. Ray"], "pair": "1",
+              "solution": "<answer>B</answer>", "data_source": "STAR", "groups": {"level": "3"}}
     number = record | {"problem": "How many?", "problem_type": "regression", "options": [],
-                       "solution": "<answer>3.5</answer>", "video_start": 0.0, "video_end": 2.0,
-                       "groups": {"level": "3"}, "pair": "1"}
+                       "solution": "<answer>3.5</answer>", "video_start": 0.0, "video_end": 2.0}
     put(tmp_path / "a.json", [record | {"process": ""}, number])
     records, _ = mix(tmp_path, [entry("video_r1", "a.json")])
     ours = {"problem_id": 0}  # only the number is ours
@@ -197,12 +196,6 @@ def test_released_video_r1_records_come_through_unchanged(tmp_path):
         {"option_a": "x", "option_b": "y"}))])
 def test_letters_are_taken_off_options_where_all_have_theirs(options, texts):
     assert option_texts(options) == texts
-
-
-def test_letters_are_taken_off_once(tmp_path):
-    options = ["A. A. Lincoln", "B. B. Franklin"]
-    put(tmp_path / "a.json", [RELEASED | {"options": options}])
-    assert convert(tmp_path, "video_r1", "a.json")[0][0]["options"] == options
 
 
 def test_a_table_of_one_s_own_becomes_records_by_the_recipe_for_it(tmp_path):
