@@ -638,9 +638,9 @@ def load_vision(record, *, max_frames, min_frames, fps, min_pixels, max_pixels,
                 factor=PATCH, video_reader="av") -> Vision:
     """Decodes a record's image or video.
 
-    Samples a video evenly at `fps` frames a second: an even number of frames, at least min_frames
-    and at most max_frames. Resizes each frame, or the image, to between min_pixels and max_pixels,
-    with sides that are multiples of `factor`. Raises MediaError "path: reason".
+    Samples a video evenly at `fps` frames a second: an even number, at least min_frames if the clip
+    is that long, at most max_frames. Resizes frames and images to min_pixels to max_pixels, with
+    sides that are multiples of `factor`. Raises MediaError "path: reason".
     """
     path = record["media_path"]
     try:
@@ -1564,10 +1564,11 @@ def build_toy(args):
 
 MALFORMED = (KeyError, TypeError, IndexError, AttributeError, OverflowError, ValueError)
 # Instructions on how to answer, which our prompt replaces: a line, or a line's last sentence
-HINT = re.compile(
-    r"(?im)^[ \t]*(?:hint|reference ocr token):.*$|(?<=[.?!\n])[ \t]*(?:answer:[ \t]*"
-    r"|(?:please )?(?:answer|respond|provide|select|choose|give)\b[^\n]{0,200}\b"
-    r"(?:letter|options?|choices|single word or phrase|short|directly|multiple-choice)\b[^\n]*)$")
+# More verbs in options: before them, "Choose the option that fits" can be the question itself
+HINT, HINT_IN_OPTION = (re.compile(
+    r"(?im)^[ \t]*(?:hint|reference ocr token):.*$|(?<=[.?!\n])[ \t]*(?:answer:[ \t]*|(?:please )?"
+    rf"(?:answer|respond{verbs})\b[^\n]{{0,200}}\b(?:letter|options?|choices|single word or phrase"
+    r"|short|directly|multiple-choice)\b[^\n]*)$") for verbs in ("", "|provide|select|choose|give"))
 # Letters at which options begin: of either case at a line's start, only capitals within a line
 LINE_MARK = re.compile(rf"^[ \t*•-]*{LETTER}{AFTER_LETTER}[*]*\s*", re.MULTILINE | re.IGNORECASE)
 INLINE_MARK = re.compile(rf"(?<![^\s:：;；,，?？。]){LETTER}{AFTER_LETTER}\s*")
@@ -1604,9 +1605,9 @@ def split_options(text):
         if len(run) < 2:
             continue
         ends = [mark.start() for mark in run[1:]] + [len(text)]
-        options = [text[mark.end():end].strip() for mark, end in zip(run, ends)]
-        *first, last = options
-        if all(map(SEPARATOR.search, first)) and not SEPARATOR.search(last):
+        options = [HINT_IN_OPTION.sub("", text[mark.end():end]).strip()
+                   for mark, end in zip(run, ends)]
+        if all(map(SEPARATOR.search, options[:-1])) and not SEPARATOR.search(options[-1]):
             options = [SEPARATOR.sub("", option).strip() for option in options]
         found.append((text[:run[0].start()], options))
     question, options = max(found, key=lambda each: (all(each[1] or [""]), len(each[1])))
@@ -1626,7 +1627,7 @@ def longest_run(marks):
 def from_video_r1(row, path):
     """Reads records in this project's own form, as in the released Video-R1-260k.json."""
     answer = re.fullmatch(r"\s*<answer>(.*)</answer>\s*", row["solution"], re.DOTALL)[1]
-    fields = ("problem_type", "data_source", "data_type", "process", *CLIP_FIELDS)
+    fields = ("problem_type", "data_source", "data_type", *KEPT_FIELDS)
     yield draft(row["path"], row["problem"], answer, option_texts(row.get("options") or []),
                 **{field: row.get(field) for field in fields})
 
@@ -1922,8 +1923,8 @@ def release_rows(path) -> list:
 # ------------------------------------- from a draft to a record; the command convert
 
 SHORT_ANSWER = 3  # most words of a numerical answer ("3.5 square meters"); longer ones are text
-MEASURE = re.compile(r"(?<![\w.])(\d+(?:\.\d+)?) ?(m|cm|mm|km|ft|meters?|metres?|centimeters?|"
-                     r"centimetres?|millimeters?|kilometers?|feet|foot|inch(?:es)?)\b")
+MEASURE = re.compile(r"\D*?(?<![\w.−-])([−-]?\d(?:[\d,./ ]*\d)?) ?([cmk]?m|ft|feet|foot|"
+                     r"(?:centi|milli|kilo)?met(?:er|re)s?|inch(?:es)?)\b(?![/^])\D*")
 VIDEO_SUFFIXES = {".mp4", ".webm", ".avi", ".mkv", ".mov", ".m4v"}
 KEPT_FIELDS = ("process", *CLIP_FIELDS, "groups", "pair")  # copied from the draft if present
 # All types. A draft with neither type nor options becomes numerical or free-form
@@ -1957,9 +1958,10 @@ def make_record(found, entry, folder="") -> dict:
     path = os.path.normpath(os.path.join(media, found["file"]))
     options = lettered(found["options"])
     kind = found.get("problem_type") or wanted_type(answer, options, wanted)
-    measure = MEASURE.findall(answer)
-    if not (options or "problem_type" in found) and "regression" in wanted and len(measure) == 1:
-        (answer, unit), = measure  # only the number is graded: the question gives the unit
+    measure = MEASURE.fullmatch(answer)  # an answer with one number, which is read whole
+    if (measure and parse_number(measure[1]) is not None and "regression" in wanted
+            and not (options or "problem_type" in found)):
+        answer, unit = measure.groups()  # only the number is graded: the question gives the unit
         problem, kind = f"{problem} (Unit: {unit})", "regression"
     if kind == "multiple choice":
         answer = choice_letter(answer, options) if answer else ""
@@ -1990,24 +1992,20 @@ def make_record(found, entry, folder="") -> dict:
 
 def convert(args):
     """Writes all questions of a benchmark's own release as records, or raises InputError."""
-    path, facts = Path(args.path), benchmark_facts().get(args.name, {})
-    title, patterns = facts.get("title", args.name), facts.get("files", ["known file"])
-    if path.is_dir():
-        release, out = path, Path(args.out).resolve()  # the --out of an earlier call is not read
-        matches = ([file for file in path.glob(pattern) if file.resolve() != out]
-                   for pattern in patterns)
-        files = sorted(next(filter(None, matches), ()))
-    else:
-        depth = next((pattern.count("/") for pattern in patterns if path.match(pattern)), 0)
-        release, files = Path(os.path.abspath(path)).parents[depth], [path]
+    path, facts = Path(args.path), benchmark_facts().get(args.name)
+    release, title, files = path.parent, args.name, [path]
+    if facts is not None:  # the folder of a benchmark's release, to which its paths are relative
+        release, title = path, facts["title"]
+        matches = ([file for file in sorted(path.glob(pattern))  # except those of records
+                    if record_fault(next(iter(release_rows(file)), None))]
+                   for pattern in facts["files"])
+        files = next(filter(None, matches), ())
     if not files:
-        raise InputError(f"{path} has no {' or '.join(patterns)} of {title}: give the file of its "
-                         "questions")
+        raise InputError(f"{path} has no {' or '.join(facts['files'])} of {title}: give its folder")
     root, records = args.media_root or release, []
     media = os.path.relpath(release, root)
     if media.startswith(".."):
-        raise InputError(f"--media_root {root} is not above {release}: give that folder or one "
-                         "above it")
+        raise InputError(f"--media_root {root} is not above {release}: give one that is")
     entry = {"source": title, "problem_type": CONVERTED_TYPES, "media": media}
     make_folder_of(args.out)
     for file in files:
@@ -2068,8 +2066,8 @@ def clip_of(record):
 
 def question_key(record) -> tuple:
     """Returns a key of a question. Questions on one clip have the same key if they differ only in
-    case, punctuation or the order of options."""
-    words = " ".join(re.findall(r"\w+", record["problem"].lower())) or record["problem"]
+    case, spaces, final punctuation or the order of options."""
+    words = " ".join(record["problem"].casefold().split()).rstrip(" .:?!。：？！")
     options = sorted(option.partition(" ")[2].casefold() for option in record["options"])
     return clip_of(record), words, *options
 
@@ -2151,6 +2149,10 @@ def mix(args):
     """Writes a mixture by a recipe: converts, cleans, samples, and shuffles the records. Options
     keep their source's order. `stats` counts the letters of the answers."""
     recipe, root = read_recipe(args.recipe), Path(args.media_root or Path(args.out).parent)
+    stem = args.out.removesuffix(".json")
+    val = f"{stem}_val.json"
+    if os.path.exists(val) and not args.val_share:
+        raise InputError(f"{val} is from an earlier mix: remove it, or give --val_share")
     make_folder_of(args.out)
     absent = [entry["annotation"] for entry in recipe if not any(root.glob(entry["annotation"]))]
     if absent and not (args.skip_missing and len(absent) < len(recipe)):
@@ -2168,8 +2170,6 @@ def mix(args):
         taken.update(record["path"] for record in drawn)
         records += drawn
         report.append((entry, len(drawn), counts))
-    stem = args.out.removesuffix(".json")
-    val = f"{stem}_val.json"
     lines = {args.out: []} | ({val: []} if args.val_share else {})
     for number, record in enumerate(records):
         path = val if in_validation(record["path"], args) else args.out
@@ -2177,10 +2177,10 @@ def mix(args):
     for mixed in lines.values():
         np.random.default_rng([args.seed, len(recipe)]).shuffle(mixed)
     text = mix_report(report)
-    if not lines[args.out]:
+    if not all(lines.values()):
         print(text)
-        raise InputError(f"no record is left for {args.out}, so it is not written: the table above "
-                         "has the reasons")
+        raise InputError(f"too few records for {' and '.join(lines)}, so nothing is written: the "
+                         "table above has the reasons")
     write_whole({path: json_list(mixed) for path, mixed in lines.items()}
                 | {f"{stem}.report.md": [text]})
     print(text, *(f"{path}: {len(mixed):,} records" for path, mixed in lines.items()), sep="\n")
@@ -2208,7 +2208,7 @@ def mix_report(report) -> str:
 # ------------------------------------------------------ check: can every file be decoded?
 
 def state_of(record, args):
-    """Returns size, modification time and sampling flags. After a change, `check` decodes again."""
+    """Returns the file's or folder's size and time, and sampling flags, for `check` to compare."""
     path = record["media_path"]
     file = [os.path.getsize(path), os.path.getmtime(path)] if os.path.exists(path) else []
     return file + [getattr(args, name) for name in ("max_frames", *SAMPLING_FLAGS)]
@@ -2338,8 +2338,8 @@ def parse_args(argv=None):
     add("--seed", type=at_least(0, int), default=0, help="seed of every random draw")
     add = command(convert, "convert", "a benchmark's own release as records for evaluate.py")
     add("name", choices=CONVERTERS, metavar="NAME", help=", ".join(CONVERTERS))
-    add("path", metavar="PATH", help="the release's folder, or the file of its questions; the "
-        "function of NAME in CONVERTERS shows where its media go")
+    add("path", metavar="PATH", help="a benchmark's folder, for other names the file of questions; "
+        "the function of NAME in CONVERTERS shows where the media go")
     add("--out", type=json_file, required=True, help="file of records to write, .json")
     add("--media_root", help="the release's folder or one above it, to which the records' paths "
         "are relative; default: the release's folder")

@@ -137,10 +137,10 @@ def test_a_converted_release_lies_in_its_folder_or_has_paths_below_a_folder_abov
                                       "options": ["up", "down"]}])
     above = converted("videommmu", folder, tmp_path / "data/v.json", "--media_root",
                       f"{tmp_path}/data")
-    for _ in range(2):  # the second finds the first's file among the release's
-        inside = converted("videommmu", folder, folder / "all.json")
+    for name in ("all", "again"):  # the second finds the first's file among the release's
+        inside = converted("videommmu", folder, folder / f"{name}.json")
         assert capsys.readouterr().out.endswith(
-            f"{folder}/all.json: 1 records; paths in it are relative to {folder}\n")
+            f"{folder}/{name}.json: 1 records; paths in it are relative to {folder}\n")
     for file, path in ((inside, "./Science/dev_Biology_3.mp4"),
                        (above, "./VideoMMMU/Science/dev_Biology_3.mp4")):
         record, = read("videommmu", file).values()
@@ -173,17 +173,19 @@ def test_what_a_release_would_not_have_is_refused_by_name(claim, tmp_path):
     name, file, content, message = RELEASES["refused"][claim].values()
     put(tmp_path / file, content)
     with pytest.raises(InputError, match=f"{file} differs from the release of .*: .*{message}"):
-        converted(name, tmp_path / file, tmp_path / "a.json")
+        converted(name, tmp_path, tmp_path / "a.json")
 
 
 def test_what_is_no_release_is_refused_by_name(tmp_path, monkeypatch):
-    with pytest.raises(InputError, match="has no questions/.* of TempCompass: give the file"):
-        converted("tempcompass", tmp_path, tmp_path / "a.json")
+    put(tmp_path / "videomme/test.parquet", "")
+    for path in (tmp_path, tmp_path / "videomme/test.parquet"):  # of a file, the root is unknown
+        with pytest.raises(InputError, match="has no test.jsonl .* of VSI-Bench: give its folder"):
+            converted("vsibench", path, tmp_path / "a.json")
     with pytest.raises(InputError, match="build_data.py convert mvbench .* --out mvbench.json"):
         read("mvbench", tmp_path)
     monkeypatch.setitem(sys.modules, "pyarrow", None)  # as if it were not installed
     with pytest.raises(InputError, match="needs the package pyarrow"):
-        converted("videomme", tmp_path / "test.parquet", tmp_path / "a.json")
+        converted("videomme", tmp_path, tmp_path / "a.json")
 
 
 # ---------------------------------------------------------------------------------- scores

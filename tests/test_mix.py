@@ -150,8 +150,11 @@ def test_options_are_taken_out_of_a_question(options, texts):
      ["x", "Sam A. Ray", "z"]),
     ("Is it vitamin A. or not?", "Is it vitamin A. or not?", []),
     ("How many?\nAnswer the question using a single word or phrase.", "How many?", []),
-    ("Select the option that fits.", "Select the option that fits.", []),
-    ("Select the option that fits.\nA. x\nB. y", "Select the option that fits.", ["x", "y"]),
+    *((f"{text}\n{end}", text, options) for text in (
+        "Select the option that fits.", "It is AB. Select the option that fits.",
+        "See it.\nGive a short summary.") for end, options in (
+            ("", []), ("A. x\nB. y", ["x", "y"]),
+            ("A. x\nB. y\nPlease provide only the letter.", ["x", "y"]))),
     ("什么？选项：A：猫；B：狗", "什么？", ["猫", "狗"]),
     ("点A、B、C在圆上，求角度", "点A、B、C在圆上，求角度", []),
     ("Of\nA. p\nB. q\nwhat? (A) x (B) y (C) z", "Of\nA. p\nB. q\nwhat?", ["x", "y", "z"])])
@@ -169,9 +172,9 @@ def test_the_options_of_a_hundred_thousand_characters_are_found_within_a_second(
 
 
 def test_released_video_r1_records_come_through_unchanged(tmp_path):
-    record = {"problem_id": 7, "problem": "Which?", "data_type": "video", "problem_type":
-              "multiple choice", "options": ["A. all of these", "B. no"], "data_source": "STAR",
-              "solution": "<answer>B</answer>", "path": "./STAR/7.mp4"}
+    record = {"problem_id": 7, "problem": "Which?", "data_type": "video", "path": "./STAR/7.mp4",
+              "problem_type": "multiple choice", "options": ["A. A. Lee", "B. B. Ray"], "pair": "1",
+              "solution": "<answer>B</answer>", "data_source": "STAR", "groups": {"level": "3"}}
     number = record | {"problem": "How many?", "problem_type": "regression", "options": [],
                        "solution": "<answer>3.5</answer>", "video_start": 0.0, "video_end": 2.0}
     put(tmp_path / "a.json", [record | {"process": ""}, number])
@@ -193,12 +196,6 @@ def test_released_video_r1_records_come_through_unchanged(tmp_path):
         {"option_a": "x", "option_b": "y"}))])
 def test_letters_are_taken_off_options_where_all_have_theirs(options, texts):
     assert option_texts(options) == texts
-
-
-def test_letters_are_taken_off_once(tmp_path):
-    options = ["A. A. Lincoln", "B. B. Franklin"]
-    put(tmp_path / "a.json", [RELEASED | {"options": options}])
-    assert convert(tmp_path, "video_r1", "a.json")[0][0]["options"] == options
 
 
 def test_a_table_of_one_s_own_becomes_records_by_the_recipe_for_it(tmp_path):
@@ -264,10 +261,18 @@ def test_problem_types_are_found_out_not_assumed():
     assert wanted_type("3", [], ["multiple choice"]) is None
     assert wanted_type("Blue", [], ["numerical"]) is None
     assert wanted_type("A", ["A. x", "B. y"], ["free-form"]) is None
-    record = make_record(draft("1.png", "How far?", "The dog is 3.2 meters away."),
+
+
+@pytest.mark.parametrize("answer, number, unit", [
+    ("The dog is 3.2 meters away.", "3.2", "meters"), ("1,200 mm", "1,200", "mm"),
+    ("About 1 1/2 feet", "1 1/2", "feet"), ("-2.5 m", "-2.5", "m"),
+    *((text, text, "") for text in ("between 2 and 3 meters", "2-3 meters", "1,5 m to it"))])
+def test_a_distance_is_its_number_and_several_numbers_are_text(answer, number, unit):
+    record = make_record(draft("1.png", "How far?", answer),
                          entry("llava", "", kinds=["regression", "free-form"]), "")
-    assert (record["problem"], record["problem_type"], record["solution"]) == (
-        "How far? (Unit: meters)", "regression", "<answer>3.2</answer>")
+    assert record["problem"] == "How far?" + (f" (Unit: {unit})" if unit else "")
+    assert record["problem_type"] == ("regression" if unit else "free-form")
+    assert record["solution"] == f"<answer>{number}</answer>"
 
 
 def test_a_new_problem_type_is_one_entry_in_one_table(tmp_path, monkeypatch):
@@ -322,9 +327,10 @@ def test_exact_and_near_duplicates_go_and_other_questions_stay(tmp_path):
         row("2.png", "Is the car red?"),  # another file
         row("1.png", "Is the car left of the tree?"), row("1.png", "Is the tree left of the car?"),
         row("1.png", "Which?", "x", "y"), row("1.png", "Which?", "y", "x"),  # order of options
-        row("1.png", "Which?", "x", "z"), row("1.png", "Which one?", "x", "X")])
+        row("1.png", "Which?", "x", "z"), row("1.png", "Which one?", "x", "X"),
+        *(row("1.png", f"Is a {sign} b?") for sign in "<>")])
     records, report = mix(tmp_path, [entry("llava", "a.json"), entry("llava", "*.json")])
-    assert len(records) == 6 and "3 duplicate" in report and "9 duplicate" in report
+    assert len(records) == 8 and "3 duplicate" in report and "11 duplicate" in report
     assert report.count("1 options are equal") == 2
 
 
@@ -394,13 +400,15 @@ def test_validation_is_split_by_file(tmp_path):
     assert len(train) + len(val) == 400 and not media[0] & media[1]
     assert 4 <= len(media[1]) <= 16  # 10 of 40 expected
     assert len({r["problem_id"] for r in train + val}) == 400
+    with pytest.raises(InputError, match="out_val.json is from an earlier mix: remove it"):
+        mix(tmp_path, [])
 
 
 def test_a_mix_without_a_record_fails_and_writes_nothing(tmp_path, capsys):
-    put(tmp_path / "a.json", [{}, llava("1.png", "What?", " ")])
-    for flags in ((), ("--val_share", 0.5)):
-        with pytest.raises(InputError, match="no record is left for .*out.json"):
-            mix(tmp_path, [entry("llava", "a.json")], *flags)
+    put(tmp_path / "a.json", [{}, llava("1.png", "What?", " "), llava("1.png", "What?", "x")])
+    for count, flags in ((0, ()), (1, ("--val_share", 0.01)), (1, ("--val_share", 0.99))):
+        with pytest.raises(InputError, match="too few records for .*out.json"):
+            mix(tmp_path, [entry("llava", "a.json", count=count)], *flags)
         assert "1 malformed row; 1 no answer" in capsys.readouterr().out
     assert {path.name for path in tmp_path.iterdir()} == {"a.json", "recipe.json"}
 
