@@ -2,8 +2,7 @@
 
 The models have two layers of Qwen2.5-VL's language model, four blocks of its tower, its vocabulary
 and random weights. A pair of the clip's 16 frames is 128 visual tokens. No GPU is needed. A run
-takes some minutes and 6 to 20 GB of memory; more at 7B under ZeRO-3, and for all weights of 3B by
-tgrpo.py under ZeRO-3. pytest's -sv shows both.
+takes one to ten minutes and 6 to 24 GB of memory. pytest's -sv shows both.
 """
 import json
 import math
@@ -48,6 +47,7 @@ def start(request, tmp_path_factory):
     model = bench.random_model(bench.load_shape(request.param, LAYERS, BLOCKS), tokenizer)
     model.generation_config.eos_token_id = list(range(0, len(tokenizer), 10))
     model.save_pretrained(folder)
+    del model  # the runs need its memory
     Qwen2_5_VLProcessor(
         image_processor=Qwen2VLImageProcessor(), video_processor=Qwen2VLVideoProcessor(),
         tokenizer=tokenizer, chat_template=(ASSETS / "chat_template.jinja").read_text()
