@@ -138,7 +138,7 @@ def test_the_readme_table_is_what_the_function_computes_and_fits_the_cards():
     section = (ROOT / "README.md").read_text(encoding="utf-8").split("\n### One GPU\n")[1]
     row = r"\| (8 x )?(\d+) GB \| (\S+) \| (?:`(.*)`)? ?\| `(\S+)` \| (\d+) \| (\d+) \|"
     table = re.findall(row, section.split("\n## ")[0])
-    assert {card for _, card, *_ in table} == {"16", "24", "48", "80"} and len(table) == 5
+    assert {card for _, card, *_ in table} == {"16", "24", "48", "80"} and len(table) == 6
     for several, card, name, settings, file, of_card, of_host in table:
         zero = json.loads((ROOT / file).read_text())["zero_optimization"]
         args = flags(*settings.split(), "--gradient_checkpointing")
