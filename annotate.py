@@ -76,7 +76,8 @@ VIDEO = r"(?:(?:the|this|any|your) )?(?:video|image|clip|picture|frame)s?\b"
 VIEW = rf"(?:\w+ly )?(?:see|view|watch|access|open|process) {VIDEO}"
 REFUSAL = re.compile("|".join([
     r"\bi(?:'m| am) sorry|\bi apologi[sz]e\b|\bmy apologies|\bi (?:can't|cannot) assist\b",
-    r"\bas an ai,|\b(?:i(?:'m| am)|as) (?:\w+ )?an? (?:\w+ ){0,3}(?:language|text-based) model\b",
+    r"\bas an ai,|\b(?:i(?:'m| am)|as)(?: \w+,?)? an? (?:[\w-]+ ){0,3}(?:language|text-based)"
+    r" model\b",
     rf"\bi (?:can't|cannot|couldn't|could not) {VIEW}",
     rf"(?:\bunable|\bnot able|n't able|\bno way|\bthe ability) to {VIEW}",
     rf"\b(?:i (?:don't|do not) (?:\w+ )?have|without) access to {VIDEO}",
@@ -519,8 +520,9 @@ def request_responses(args, messages, seed):
         seconds = int(header) if re.fullmatch(r"\d{1,9}", header) else 0
         reason += f" (Retry-After: {seconds})" if seconds else ""
         if status in FATAL_STATUS or seconds > LONGEST_PAUSE:
-            raise InputError(f"{url} refuses model {args.model}: {reason}. Check --model, --api_base "
-                             f"and {KEY_VARIABLE}, or repeat the command later: it resumes")
+            raise InputError(f"{url} refuses model {args.model}: {reason}. Check --model, "
+                             f"--api_base and {KEY_VARIABLE}, or repeat the command later: it "
+                             "resumes")
         if status in NO_RETRY_STATUS:
             raise Refused(f"{url}: {reason}")
         pause = min(max(seconds, FIRST_PAUSE * 2**failures), LONGEST_PAUSE)

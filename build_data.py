@@ -639,7 +639,7 @@ def load_vision(record, *, max_frames, min_frames, fps, min_pixels, max_pixels,
     """Decodes a record's image or video.
 
     Samples a video evenly at `fps` frames a second: an even number, at least min_frames if the clip
-    is that long, at most max_frames. Resizes frames and images to min_pixels to max_pixels, with
+    is that long, at most max_frames. Resizes frames and images to between these pixels, with
     sides that are multiples of `factor`. Raises MediaError "path: reason".
     """
     path = record["media_path"]
@@ -2152,7 +2152,7 @@ def mix(args):
     stem = args.out.removesuffix(".json")
     val = f"{stem}_val.json"
     if os.path.exists(val) and not args.val_share:
-        raise InputError(f"{val} is from an earlier mix: remove it, or give --val_share")
+        raise InputError(f"{val} would not belong to this mix: move it, or give --val_share")
     make_folder_of(args.out)
     absent = [entry["annotation"] for entry in recipe if not any(root.glob(entry["annotation"]))]
     if absent and not (args.skip_missing and len(absent) < len(recipe)):
@@ -2180,7 +2180,7 @@ def mix(args):
     if not all(lines.values()):
         print(text)
         raise InputError(f"too few records for {' and '.join(lines)}, so nothing is written: the "
-                         "table above has the reasons")
+                         "table above counts what was dropped")
     write_whole({path: json_list(mixed) for path, mixed in lines.items()}
                 | {f"{stem}.report.md": [text]})
     print(text, *(f"{path}: {len(mixed):,} records" for path, mixed in lines.items()), sep="\n")

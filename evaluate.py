@@ -28,7 +28,8 @@ released eval_*.json, or the output of `build_data.py convert`. Scores:
 
 Each has a 95 % interval by bootstrap over images and videos, because questions share them
 (Vinoground's pair scores: over pairs). Questions with an unreadable file are skipped and listed.
-Every score is printed with the number of records answered; beside others, that of ordered frames.
+Every score is printed with the number of records answered. In a table of both orders, it is the
+number for ordered frames.
 
 --order changes the frames, to show what a score depends on: the order of frames (shuffled,
 reversed), motion (single_frame repeats the middle frame) or pixels (blind makes frames grey).
@@ -436,8 +437,9 @@ def summary(results, compare):
 
 
 def comparison(folders):
-    """Returns the lines of tables: each group's score with ordered frames, with shuffled frames,
-    and the gap. Covers the results that all --output folders have in both orders."""
+    """Returns the lines of tables, after settings that differ: each group's score with ordered
+    frames, with shuffled frames, and the gap. Covers the results that all --output folders have
+    in both orders."""
     names = [{path.name.rpartition("_")[0] for path in Path(folder).glob(f"*_{order}.json")}
              for folder in folders for order in ("ordered", "shuffled")]
     common, lines = sorted(set.intersection(*names)), []
@@ -458,9 +460,9 @@ def comparison(folders):
                              cell(ordered.get("score")), cell(shuffled.get("score")),
                              cell(shuffled.get("drop"))])
                 name = ""  # printed in the first folder's row only
-        for (first, _), (other, _) in zip(pairs[:-1], pairs[1:]):
-            lines += [line for line in other_settings(first, other)
-                      if not line.startswith("model")]  # the table names the models
+        (first, _), (other, _) = pairs
+        lines += [f"{stem}: {line}" for line in other_settings(first, other)
+                  if not line.startswith("model")]  # the table names the models
         lines += markdown(rows).splitlines() + hidden
     return lines
 
@@ -663,7 +665,8 @@ def judge_prompt_of(processor, record):
 
 
 def verdicts(generator, configuration, stem, prompt, rows):
-    """Returns {problem_id as text: verdict} for a result's rows. Undecided ones are left out."""
+    """Returns {problem_id as text: verdict} for a result's rows. Undecided and truncated ones are
+    left out."""
     records = []
     for row in rows:
         question = "\n".join([row["problem"], *(row.get("options") or [])])

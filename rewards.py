@@ -95,7 +95,7 @@ SPELLINGS = [(re.compile(pattern), spelling) for pattern, spelling in (
     (r"(?<=[\d}])(?=\\[a-z]?frac)", " "),                                   # "1\frac12" is 1 1/2
     (rf"\\[a-z]?frac{ARGUMENT}{ARGUMENT}", r"\1\2/\3\4 "), (r"\\over(?![a-z])", "/"),
     (r"\\(?:times|cdot)(?![a-z])", "×"), (r"\^?\{?\\(?:circ|degree)(?![a-z])", "°"),
-    (r"\\approx(?![a-z])", "≈"), (r"(?<=[\d{])~(?=[A-Za-z])", " "),           # "\mathrm{~cm}"
+    (r"\\approx(?![a-z])", "≈"), (r"(?<=[\d{])~(?=[ {]*[A-Za-z°])", " "),     # "\mathrm{~cm}"
     (r"(?<=\w)\*\*(?=[-\d])", "^"), (r"([_^]) ?[({] ?([-+]?\d+) ?[)}]", r"\1\2 "),  # "m**2"
     (rf"(?<![^\s(\[{{:$])[{MARKER}]+(?=[^\s{MARKER}])"                      # markdown, quotes
      rf"|(?<=[^\s{MARKER}])[{MARKER}]+(?![^\s.,;:!?)\]}}$])", ""),
@@ -150,7 +150,7 @@ SECOND = re.compile(r"""(?<![\w'-])([A-Za-z])(?:
     |(?<=[B-HJ-Z])(?![\w'-]))                  # any capital except "A" and "I", which are words
     """, re.VERBOSE | re.ASCII)
 VERDICT = re.compile(  # "B) is wrong", "B. Not sure", "B. No."; "B. No doubt" is no match
-    r"\W*(?:(?:that|which|this|i)(?:'[sm])? )?"
+    r"[^\w,;.-]*(?:(?:that|which|this|i)(?:'[sm])? )?"
     r"(?:(?:am|is|was|seems|looks|can|could|do|does|would|should)(?: |(?=n't)))?"
     r"(?:not|no(?! [a-z])|nor|or|wrong|incorrect|false|unlikely|maybe|perhaps|n't|cannot|错|不)"
     r"(?![a-z])", re.IGNORECASE)
@@ -258,7 +258,7 @@ NUMBER = re.compile(rf"""
           | \d+(?:\.\d*)? | \.\d+)
         (?:(?:e | [ ]?[x×*][ ]?10\^)(?P<exponent>[-+]?\d+))?    # "1e3", "1.5 x 10^3"
       | 10\^(?P<power>[-+]?\d+))
-    (?: % | °[ ]?[CF]? | [ ]?[$€£¥₹₩] | [ ]{THING}                  # what is measured or counted
+    (?: % | °[ ]?[CF]? | [ ]?[$€£¥₹₩] | [ ]{THING}              # what is measured or counted
       | [ ]?[个只辆人名位条张本块次步米秒天年岁度元克升] | [ ]?(?:[千厘毫]米|公[里斤]|千克|分钟|小时)
       | [ ]?{UNIT}(?:(?:[ ]?/[ ]?|[ ]per[ ]|[ ×]){UNIT}){{0,2}}(?:[ ](?:long|wide|high|tall|old))?)?
     [ ]?\.?""", re.VERBOSE | re.IGNORECASE)

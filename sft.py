@@ -371,12 +371,12 @@ def open_run(args, records, parse_args, per_step) -> Run:
               per_step, held_out)
     require_equal_ranks(run)
     run.first_step = run.saved = open_output(run)
-    if args.max_steps < run.first_step:
-        raise InputError(f"--max_steps {args.max_steps} is below the newest checkpoint's step: use "
-                         f"{run.first_step}, which writes its model, or more")
     model = (Path(args.output) / "config.json").exists()
     if run.first_step or model:
         check_identity(run, vars(parse_args(["--model=", "--data=", "--output="])))
+    if args.max_steps < run.first_step:
+        raise InputError(f"--max_steps {args.max_steps} is below the newest checkpoint's step: use "
+                         f"{run.first_step}, which writes its model, or more")
     if model:
         reached = whole_rows(Path(args.output) / "metrics.jsonl")[-1].get("step", 0)
         if reached >= args.max_steps:
@@ -630,7 +630,7 @@ def load_questions(run, processor, records, example, positions, together):
 
 def start_questions(run, processor, records, example):
     """Starts data workers. Returns an iterator over this rank's questions of all steps. Must be
-    called before the model is loaded: a lasting worker would share, and then copy, its memory."""
+    called before the model is loaded: a forked worker would share, and then copy, its memory."""
     positions = [(step * run.world + run.rank) * run.per_step + i
                  for step in range(run.first_step, run.args.max_steps) for i in range(run.per_step)]
     return load_questions(run, processor, records, example, positions, run.per_step)

@@ -664,8 +664,8 @@ def group_loss(group, rows, logps, args):
 
 
 def note_policy(metrics, group, rows, logps, entropy, u, epsilon):
-    """Notes per-token metrics of the chunk responses[rows] in a rollout's update u, from 0: of its
-    logps and entropy (n, L)."""
+    """Notes per-token metrics of the chunk responses[rows], from its logps and entropy (n, L). u:
+    the number of the rollout's update, from 0."""
     part = rows, slice(logps.shape[1])
     inside, A = group["mask"][part].bool(), group["A"][rows, None]  # (n, L), (n, 1)
     note(metrics, "policy/entropy", entropy[inside].tolist())

@@ -342,7 +342,7 @@ def test_two_folders_are_compared_in_one_table_of_ordered_shuffled_and_gap(tmp_p
                results_folder(tmp_path / "b", "toy/tgrpo", ordered="AAAB", shuffled="ABBB")]
     run_here(evaluate, "--diff", *folders)
     settings, *lines = capsys.readouterr().out.splitlines()
-    assert settings == "fps differs: 7 | 9" and len({len(line) for line in lines}) == 1
+    assert settings == "toy_8: fps differs: 7 | 9" and len({len(line) for line in lines}) == 1
     head, *rows = table_rows(lines)
     assert head == ["toy_8: score, %", "answered", "model", "ordered", "shuffled", "gap"]
     assert [row[:3] for row in rows] == [
@@ -435,6 +435,5 @@ def test_a_model_on_this_machine_can_judge(toy, tmp_path, capsys):
     path = result_file(tmp_path / "toy_8_ordered.json", "ABAB")
     run_here(evaluate, "--judge", path, "--output", tmp_path / "judged", "--model", toy / "model",
              "--max_new_tokens", 2, "--num_workers", 0)
-    # the toy's untrained model says neither yes nor no
     assert "4 questions answered, 0 judged, 0 need" in capsys.readouterr().out
     assert len(logged(tmp_path / "judged", "toy_8_ordered.questions.rank0")) == 5

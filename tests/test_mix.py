@@ -400,7 +400,7 @@ def test_validation_is_split_by_file(tmp_path):
     assert len(train) + len(val) == 400 and not media[0] & media[1]
     assert 4 <= len(media[1]) <= 16  # 10 of 40 expected
     assert len({r["problem_id"] for r in train + val}) == 400
-    with pytest.raises(InputError, match="out_val.json is from an earlier mix: remove it"):
+    with pytest.raises(InputError, match="out_val.json would not belong to this mix: move it"):
         mix(tmp_path, [])
 
 
