@@ -460,9 +460,9 @@ def comparison(folders):
                              cell(ordered.get("score")), cell(shuffled.get("score")),
                              cell(shuffled.get("drop"))])
                 name = ""  # printed in the first folder's row only
-        (first, _), (other, _) = pairs
-        lines += [f"{stem}: {line}" for line in other_settings(first, other)
-                  if not line.startswith("model")]  # the table names the models
+        for other, _ in pairs[1:]:  # none if an evaluation compares its own orders
+            lines += [f"{stem}: {line}" for line in other_settings(pairs[0][0], other)
+                      if not line.startswith("model")]  # the table names the models
         lines += markdown(rows).splitlines() + hidden
     return lines
 
