@@ -639,8 +639,9 @@ def load_vision(record, *, max_frames, min_frames, fps, min_pixels, max_pixels,
     """Decodes a record's image or video.
 
     Samples a video evenly at `fps` frames a second: an even number, at least min_frames if the clip
-    is that long, at most max_frames. Resizes frames and images to between these pixels, with
-    sides that are multiples of `factor`. Raises MediaError "path: reason".
+    is that long, at most max_frames. Resizes frames and images to between
+    min_pixels and max_pixels, with sides that are multiples of `factor`. Raises MediaError
+    "path: reason".
     """
     path = record["media_path"]
     try:
@@ -1993,13 +1994,14 @@ def make_record(found, entry, folder="") -> dict:
 def convert(args):
     """Writes all questions of a benchmark's own release as records, or raises InputError."""
     path, facts = Path(args.path), benchmark_facts().get(args.name)
-    release, title, files = path.parent, args.name, [path]
-    if facts is not None:  # the folder of a benchmark's release, to which its paths are relative
+    if facts is None:
+        release, title, files = path.parent, args.name, {path: release_rows(path)}
+    else:  # the folder of a benchmark's release, to which its paths are relative
         release, title = path, facts["title"]
-        matches = ([file for file in sorted(path.glob(pattern))  # except those of records
-                    if record_fault(next(iter(release_rows(file)), None))]
+        matches = ({file: rows for file in sorted(path.glob(pattern))  # except those of records
+                    if record_fault(next(iter(rows := release_rows(file)), None))}
                    for pattern in facts["files"])
-        files = next(filter(None, matches), ())
+        files = next(filter(None, matches), {})
     if not files:
         raise InputError(f"{path} has no {' or '.join(facts['files'])} of {title}: give its folder")
     root, records = args.media_root or release, []
@@ -2008,10 +2010,10 @@ def convert(args):
         raise InputError(f"--media_root {root} is not above {release}: give one that is")
     entry = {"source": title, "problem_type": CONVERTED_TYPES, "media": media}
     make_folder_of(args.out)
-    for file in files:
+    for file, rows in files.items():
         before = len(records)
         try:
-            for row in release_rows(file):
+            for row in rows:
                 for found in CONVERTERS[args.name](row, file):
                     name = f"{found.get('part') or file.stem}/{len(records) - before}"
                     records.append({"problem_id": found.get("problem_id", name)}

@@ -404,7 +404,7 @@ def test_validation_is_split_by_file(tmp_path):
         mix(tmp_path, [])
 
 
-def test_a_mix_without_a_record_fails_and_writes_nothing(tmp_path, capsys):
+def test_a_mix_that_leaves_a_file_without_a_record_fails_and_writes_nothing(tmp_path, capsys):
     put(tmp_path / "a.json", [{}, llava("1.png", "What?", " "), llava("1.png", "What?", "x")])
     for count, flags in ((0, ()), (1, ("--val_share", 0.01)), (1, ("--val_share", 0.99))):
         with pytest.raises(InputError, match="too few records for .*out.json"):
